@@ -1,0 +1,138 @@
+"""What the gan and matching steps share: two engines, the running mean of the generator, one discriminator step."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gdd_dist import losses
+from gdd_dist.context import Context
+from gdd_dist.data.augment import AUGMENT_DRAWS, augment
+from gdd_dist.data.order import uniform
+from gdd_dist.engines import DDPEngine, Engine, autocast
+from gdd_dist.models.discriminator import Discriminator
+from gdd_dist.models.generator import Generator
+from sharding.errors import UserError
+from sharding.files import write_atomic
+
+DISCRIMINATOR_STATE = "discriminator-state.pt"
+Augmentation = Callable[[Tensor], Tensor]
+
+
+class Adversaries:
+    """Generator and discriminator on their engines, and the generator's running mean (EMA)."""
+
+    def __init__(
+        self, ctx: Context, generator: Generator, discriminator: Discriminator, betas: tuple[float, float]
+    ) -> None:
+        self.generator, self.discriminator = ctx.watch(generator), ctx.watch(discriminator)
+        self.ema = ctx.watch(copy.deepcopy(generator)).eval().requires_grad_(False)
+        self.g: Engine = self._engine(ctx, self.generator, betas)
+        self.d: Engine = self._engine(ctx, self.discriminator, betas)
+        self._ctx = ctx
+
+    @staticmethod
+    def _engine(ctx: Context, net: torch.nn.Module, betas: tuple[float, float]) -> Engine:
+        return DDPEngine(net, torch.optim.Adam(net.parameters(), lr=1e-4, betas=betas), ctx.world, ctx.precision)
+
+    @torch.no_grad()
+    def update_ema(self, decay: float) -> None:
+        """ema ← decay · ema + (1 - decay) · generator."""
+        torch._foreach_lerp_(list(self.ema.parameters()), [p.detach() for p in self.generator.parameters()], 1 - decay)
+
+    def train_discriminator(
+        self, real: Tensor, fake: Tensor, labels: Tensor, gamma: float, augment: Augmentation, lr: float
+    ) -> dict[str, Tensor]:
+        """One step of the relativistic loss with penalties γ/2 (R1 + R2) (R3GAN, Huang et al. 2024, eq. 7); pairs share a label.
+
+        Both sides pass through ``augment``, real first. float [B, C, H, W] in [-1, 1]. Returns the scalars to log.
+        """
+        real, fake = augment(real).detach().requires_grad_(), augment(fake.detach()).detach().requires_grad_()
+        # Two forwards, one double backward: what both DDP and DeepSpeed get right.
+        real_scores, fake_scores = self.d(real, labels), self.d(fake, labels)
+        loss = losses.relativistic_discriminator(real_scores, fake_scores)
+        gradients = torch.autograd.grad([real_scores.sum() + fake_scores.sum()], [real, fake], create_graph=True)
+        r1, r2 = losses.zero_centred_penalty(gradients[0]), losses.zero_centred_penalty(gradients[1])
+        self.d.backward(loss + 0.5 * gamma * (r1 + r2))
+        self.d.step(lr)
+        return {
+            "loss_d": loss.detach(),
+            "r1": r1.detach(),
+            "r2": r2.detach(),
+            "score_gap": (real_scores - fake_scores).detach().mean(),
+        }
+
+    def generator_loss(self, real: Tensor, fake: Tensor, labels: Tensor, augment: Augmentation) -> Tensor:
+        """The relativistic generator loss of ``fake``, differentiable in the images."""
+        with torch.no_grad():
+            real_scores = self._scores(augment(real), labels)
+        return losses.relativistic_generator(real_scores, self._scores(augment(fake), labels))
+
+    def _scores(self, images: Tensor, labels: Tensor) -> Tensor:
+        with autocast(self._ctx.device, self._ctx.precision):
+            scores: Tensor = self.discriminator(images, labels)
+        return scores.float()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a checkpoint needs."""
+        return {"g": self.g.state_dict(), "d": self.d.state_dict(), "ema": self.ema.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What ``state_dict`` gave."""
+        self.g.load_state_dict(state["g"])
+        self.d.load_state_dict(state["d"])
+        self.ema.load_state_dict(state["ema"])
+
+    def save_discriminator_state(self, directory: Path) -> None:
+        """The discriminator's engine state, so that matching goes on with it."""
+        buffer = io.BytesIO()
+        torch.save(self.d.state_dict(), buffer)
+        write_atomic(directory / DISCRIMINATOR_STATE, buffer.getvalue())
+
+    def load_discriminator_state(self, directory: Path) -> None:
+        """What ``save_discriminator_state`` wrote. Raises UserError naming a damaged file."""
+        path = directory / DISCRIMINATOR_STATE
+        try:
+            self.d.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        except (OSError, RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as e:
+            raise UserError(f"cannot read {path} ({e}); remove its directory to compute it again") from e
+
+    def close(self) -> None:
+        """Free the engines."""
+        self.g.close()
+        self.d.close()
+
+
+def ema_decay(batch: int, half_life: float, images_seen: float = math.inf) -> float:
+    """Decay of one step of ``batch`` images for a half-life in images, at most a twentieth of the images seen so far (StyleGAN2-ADA)."""
+    return float(0.5 ** (batch / max(min(half_life, images_seen * 0.05), 1e-8)))
+
+
+def augmentation(ctx: Context, seed: int, purpose: str, step: int, slots: np.ndarray) -> Augmentation:
+    """What the discriminator sees images through: replayable draws by slot, applied to a share ``augment_p`` of the images."""
+    g = ctx.config.gan
+    draws = torch.from_numpy(uniform(seed, purpose, step, slots, AUGMENT_DRAWS + 1)).to(ctx.device)
+    chosen = (draws[:, -1] < g.augment_p)[:, None, None, None]
+
+    def apply(images: Tensor) -> Tensor:
+        changed = augment(images, draws[:, :AUGMENT_DRAWS], flip=False, ops=g.augment, fill=ctx.fill)
+        return torch.where(chosen, changed, images)
+
+    return apply
+
+
+def mirrored(ctx: Context, images: Tensor, step: int, slots: np.ndarray, seed: int, purpose: str) -> Tensor:
+    """Real images, mirrored at random where the data allows it."""
+    if not ctx.config.loader.flip:
+        return images
+    draws = torch.from_numpy(uniform(seed, purpose, step, slots, AUGMENT_DRAWS))
+    return augment(images, draws.to(images.device), flip=True, ops="none")

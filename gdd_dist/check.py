@@ -1,0 +1,57 @@
+"""Whether settings, data set and ranks fit together: every fault that can be known is said before the first step."""
+
+from __future__ import annotations
+
+from gdd_dist import evaluate
+from gdd_dist.data.order import default_streams
+from gdd_dist.models.classifiers import parse_classifier
+from gdd_dist.models.residual import side_widths
+from gdd_dist.settings import Config
+from sharding.errors import UserError
+from sharding.manifest import Manifest
+
+
+def check(config: Config, manifest: Manifest, world: int) -> None:
+    """Raise UserError for the first thing that does not fit."""
+    if config.engine == "deepspeed":
+        raise UserError("--engine deepspeed is not in this version; use --engine ddp")
+    for split in ("train", "val", "test"):
+        if split not in manifest.splits:
+            raise UserError(f"the data set has no {split} split; build it with python -m sharding build")
+    if manifest.height != manifest.width:
+        raise UserError(
+            f"images are {manifest.height}x{manifest.width}; build the data set with --image-size to make them square"
+        )
+    side_widths(manifest.height, config.gan.width, 1)
+    for name in (*config.teachers.architectures, config.matching.quick_student, *config.report.students):
+        parse_classifier(name)
+    check_ranks(config, world)
+    evaluate.check(config, manifest)
+
+
+def check_ranks(config: Config, world: int) -> None:
+    """The world size must divide the streams of the gan step and the groups of matching."""
+    for name, batch in (("gan", config.gan.batch), ("matching", config.matching.batch)):
+        if batch < world:
+            raise UserError(
+                f"--{name}.batch {batch} is smaller than the {world} ranks; use at most {batch} ranks or a larger batch"
+            )
+    streams = config.loader.streams or default_streams(config.gan.batch)
+    if config.gan.batch % streams:
+        raise UserError(
+            f"--loader.streams {streams} does not divide --gan.batch {config.gan.batch}; change one of them"
+        )
+    if streams % world:
+        raise UserError(
+            f"{world} ranks do not divide the {streams} streams of --gan.batch {config.gan.batch}; use {_divisors(streams)} ranks"
+        )
+    groups = config.matching.batch // config.matching.group
+    if groups % world:
+        raise UserError(
+            f"{world} ranks do not divide the {groups} groups of --matching.batch {config.matching.batch}; use {_divisors(groups)} ranks"
+        )
+
+
+def _divisors(n: int) -> str:
+    sizes = [str(d) for d in range(1, n + 1) if n % d == 0]
+    return ", ".join(sizes[:-1]) + " or " + sizes[-1] if len(sizes) > 1 else sizes[0]

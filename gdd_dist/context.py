@@ -1,0 +1,131 @@
+"""What every step is handed: settings, ranks, data, where to write, and the count of forwarded images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from gdd_dist.artifacts import Store
+from gdd_dist.checkpoint import Checkpoints
+from gdd_dist.data.augment import augment
+from gdd_dist.data.loader import Images
+from gdd_dist.data.order import permutation
+from gdd_dist.distributed import World
+from gdd_dist.models.classifiers import Classifier, build_classifier
+from gdd_dist.monitor import Monitor, say
+from gdd_dist.networks import Teacher
+from gdd_dist.settings import Config
+from sharding.manifest import Manifest
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+@dataclass
+class Context:
+    """A run as its steps see it. ``forwards``: images that went through a network on this rank, in this invocation."""
+
+    config: Config
+    world: World
+    data: Path
+    manifest: Manifest
+    store: Store
+    out: Path
+    precision: str
+    forwards: int = 0
+    resumed: bool = False
+    _images: dict[str, Images] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        return self.world.device
+
+    @property
+    def classes(self) -> int:
+        """C."""
+        return len(self.manifest.classes)
+
+    @property
+    def mean(self) -> list[float]:
+        """Channel means of train, of pixels in [-1, 1]."""
+        return [2 * m - 1 for m in self.manifest.mean]
+
+    @property
+    def std(self) -> list[float]:
+        """Channel standard deviations of train, of pixels in [-1, 1]."""
+        return [2 * s for s in self.manifest.std]
+
+    @property
+    def fill(self) -> list[float]:
+        """What augmentation uncovers: the mean colour, or black for single-channel images on a dark ground."""
+        dark = self.manifest.channels == 1 and self.manifest.mean[0] < 0.5
+        return [-1.0] if dark else self.mean
+
+    def images(self, split: str) -> Images:
+        """The split's images, opened once."""
+        if split not in self._images:
+            loader = self.config.loader
+            threads = loader.threads or self.world.threads
+            self._images[split] = Images(self.data, self.manifest, split, threads=threads, resident=loader.resident)
+        return self._images[split]
+
+    def watch(self, network: Network) -> Network:
+        """Put a network on the device and count the images it forwards."""
+
+        def count(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            self.forwards += len(inputs[0])
+
+        network.register_forward_pre_hook(count)
+        return network.to(self.device)
+
+    def classifier(self, name: str, seed: int, purpose: str) -> Classifier:
+        """A fresh classifier for this data set; its weights are a function of (seed, purpose)."""
+        with seeded(seed, purpose):
+            net = build_classifier(
+                name,
+                channels=self.manifest.channels,
+                size=self.manifest.height,
+                classes=self.classes,
+                mean=self.mean,
+                std=self.std,
+            )
+        return self.watch(net)
+
+    def teacher(self, teacher: Teacher) -> Classifier:
+        """A trained teacher, frozen, in evaluation mode."""
+        net = self.classifier(teacher.architecture, 0, "teacher")
+        net.load_state_dict(teacher.weights())
+        return net.eval().requires_grad_(False)
+
+    def augment(self, images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+        """This run's augmentation of float images [B, C, H, W], replayed by ``draws`` [B, AUGMENT_DRAWS]."""
+        loader = self.config.loader
+        return augment(images, draws.to(images.device), flip=loader.flip, ops=loader.augment, fill=self.fill)
+
+    def checkpoints(self, directory: Path) -> Checkpoints:
+        """Checkpoints of one loop."""
+        return Checkpoints(directory, self.config.checkpoint_seconds, say)
+
+    def monitor(self, step: str, work: Path, total: int, *, start: int = 0, unit: str = "step") -> Monitor:
+        """The monitor of a step that works in ``work``."""
+        directory = self.out / "tensorboard" / step / work.name[:8]
+        return Monitor(directory, step, total, start=start, unit=unit, active=self.world.is_main)
+
+
+class seeded:
+    """Inside, torch's global generator is a function of (seed, purpose); outside it is as before."""
+
+    def __init__(self, seed: int, purpose: str) -> None:
+        self._seed = int(permutation(seed, f"init/{purpose}", 0, 2**20)[0])
+        self._fork = torch.random.fork_rng(devices=[])
+
+    def __enter__(self) -> None:
+        self._fork.__enter__()
+        torch.manual_seed(self._seed)
+
+    def __exit__(self, *args: Any) -> None:
+        self._fork.__exit__(*args)

@@ -1,0 +1,122 @@
+"""DDP behind the small interface that steps use; DeepSpeed will stand behind the same one. An engine owns backward and step.
+
+Losses know no engine: the gradient of a loss with respect to the *images* is taken outside (``image_gradient``), then sent
+back through the generator's engine with ``engine.backward((images * gradient).sum())``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gdd_dist.distributed import World
+
+
+class Engine(Protocol):
+    """One network with its optimizer on all ranks. Gradients are means over ranks."""
+
+    module: nn.Module
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """Forward for a backward to come."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of a scalar loss, reduced over ranks."""
+
+    def step(self, lr: float) -> None:
+        """One optimizer step at this learning rate; clears gradients."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Network and optimizer, for a checkpoint."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What ``state_dict`` gave."""
+
+    def close(self) -> None:
+        """Free what holds on to the process group."""
+
+
+class DDPEngine:
+    """torch's DDP over the world; the bare network when there is one rank.
+
+    find_unused_parameters: without it DDP rebuilds its buckets after the first backward, gloo then sums in another order,
+    and from three ranks on a resumed run differs in its last bits from an undisturbed one.
+    """
+
+    def __init__(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, world: World, precision: str = "float32"
+    ) -> None:
+        self.module, self._optimizer, self._precision, self._device = module, optimizer, precision, world.device
+        devices = [world.local_rank] if world.device.type == "cuda" else None
+        self._wrapped: nn.Module | None = (
+            DistributedDataParallel(module, device_ids=devices, find_unused_parameters=True)
+            if world.size > 1
+            else module
+        )
+        self._scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """Forward under autocast; float32 out."""
+        assert self._wrapped is not None
+        with autocast(self._device, self._precision):
+            out: Tensor = self._wrapped(*inputs)
+        return out.float()
+
+    def backward(self, loss: Tensor) -> None:
+        """Mean gradients over ranks."""
+        self._scaler.scale(loss).backward()
+
+    def step(self, lr: float) -> None:
+        """Step, then clear gradients."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Network, optimizer, loss scale."""
+        return {
+            "module": self.module.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What ``state_dict`` gave."""
+        self.module.load_state_dict(state["module"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._scaler.load_state_dict(state["scaler"])
+
+    def close(self) -> None:
+        """Drop the wrapper, whose reducer holds the process group."""
+        self._wrapped = None
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """Autocast over float32 weights: bf16, fp16, or nothing for float32."""
+    if precision == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """``auto`` → bf16 where the hardware computes in it, else float32."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "float32"
+
+
+def image_gradient(loss: Callable[[Tensor], Tensor], images: Tensor) -> tuple[Tensor, Tensor]:
+    """(loss, d loss / d images), both detached, of a scalar loss of float images [B, C, H, W]; no weight gets a gradient."""
+    leaf = images.detach().requires_grad_()
+    value = loss(leaf)
+    (gradient,) = torch.autograd.grad(value, leaf)
+    return value.detach(), gradient.detach()

@@ -1,0 +1,68 @@
+"""Training and measuring a classifier on one rank: what teachers, quick students and the report's students share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gdd_dist.data.loader import Images, to_float
+from gdd_dist.engines import autocast
+
+
+def sgd(net: nn.Module, lr: float, momentum: float, weight_decay: float, nesterov: bool = False) -> torch.optim.SGD:
+    """SGD over all weights."""
+    nesterov = nesterov and momentum > 0
+    return torch.optim.SGD(net.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
+
+
+def warmup_cosine(step: int, steps: int, peak: float, warmup: float = 0.05) -> float:
+    """Linear to ``peak`` over the first ``warmup`` of ``steps``, then cosine to 0."""
+    rise = max(1, int(steps * warmup))
+    if step < rise:
+        return peak * (step + 1) / rise
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def cosine(step: int, steps: int, first: float, last: float) -> float:
+    """Cosine from ``first`` to ``last``."""
+    return last + (first - last) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, steps))))
+
+
+def train_step(
+    net: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, targets: Tensor, lr: float, precision: str
+) -> float | Tensor:
+    """One step of cross-entropy on float images [B, C, H, W]; targets int64 [B], or probabilities [B, K]. Returns the loss."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    with autocast(images.device, precision):
+        logits = net(images)
+    loss = F.cross_entropy(logits.float(), targets)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+@torch.no_grad()
+def predict(
+    net: nn.Module, read: Callable[[np.ndarray], Tensor], n: int, device: torch.device, precision: str, batch: int = 500
+) -> Tensor:
+    """Float32 logits [n, K] on the CPU of images 0 … n - 1; ``read(indices)`` gives uint8 [B, C, H, W]."""
+    net.eval()
+    parts = []
+    for i in range(0, n, batch):
+        with autocast(device, precision):
+            parts.append(net(to_float(read(np.arange(i, min(i + batch, n))), device)).float().cpu())
+    net.train()
+    return torch.cat(parts)
+
+
+def accuracy(net: nn.Module, images: Images, device: torch.device, precision: str) -> float:
+    """Percent of a split that ``net`` classifies rightly."""
+    logits = predict(net, images.read, len(images), device, precision)
+    return 100.0 * float((logits.argmax(1).numpy() == images.labels).mean())

@@ -1,0 +1,140 @@
+"""Step: the cache. Each teacher's logits of every view of every training image, computed once, one file per teacher and shard."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gdd_dist.artifacts import write_json
+from gdd_dist.context import Context
+from gdd_dist.data.augment import AUGMENT_DRAWS
+from gdd_dist.data.loader import to_float
+from gdd_dist.data.order import uniform
+from gdd_dist.engines import autocast
+from gdd_dist.logit_cache import MEANS, logit_file
+from gdd_dist.models.classifiers import Classifier
+from gdd_dist.monitor import say
+from gdd_dist.networks import Teacher, read_teachers
+from gdd_dist.settings import Config
+from sharding.errors import UserError
+from sharding.files import write_atomic
+
+VERSION = 1
+LIST = "logits.json"
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """What shapes the cache's numbers."""
+    return {**config.shaping("logits"), "loader": config.shaping("loader")}
+
+
+def bytes_needed(shard_samples: Sequence[int], teachers: int, views: int, classes: int) -> int:
+    """Bytes of all logit files and class means, headers included."""
+    header = 128
+    means = teachers * views * classes * classes * 4 + header
+    return teachers * sum(2 * views * n * classes + header for n in shard_samples) + means
+
+
+def view_draws(seed: int, view: int, samples: np.ndarray) -> np.ndarray:
+    """Augmentation draws of view ``view`` of each sample, float32 [n, AUGMENT_DRAWS]: a function of (seed, view, sample)."""
+    return uniform(seed, "logits/view", view, samples, AUGMENT_DRAWS)
+
+
+def run(ctx: Context, work: Path, teachers_dir: Path) -> dict[str, Any]:
+    """Fill ``work`` with teacher-NNN/train-NNNNNN.npy, float16 [V, n, C]; the ranks share the files, whole ones are kept."""
+    teachers, images = read_teachers(teachers_dir), ctx.images("train")
+    counts, views = images.shards.shard_samples, ctx.config.logits.views
+    jobs = [(t, s) for t in teachers for s in range(len(counts))]
+    todo = [(t, s) for t, s in jobs if not logit_file(work, t.index, s).exists()]
+    todo = ctx.world.broadcast([[t.index, s] for t, s in todo])
+    ctx.resumed |= len(todo) < len(jobs)
+    _check_space(ctx, work, sum(2 * views * counts[s] * ctx.classes + 128 for _, s in todo))
+    monitor = ctx.monitor("logits", work, len(jobs), start=len(jobs) - len(todo), unit="file")
+    net: tuple[int, Classifier] | None = None
+    for n, job in enumerate(ctx.world.queue(len(todo))):
+        index, shard = todo[job]
+        if net is None or net[0] != index:
+            net = (index, ctx.teacher(teachers[index]))
+        _write(logit_file(work, index, shard), answer(ctx, net[1], shard))
+        monitor.advance(min(len(jobs) - len(todo) + (n + 1) * ctx.world.size, len(jobs)))
+    ctx.world.barrier()
+    if ctx.world.is_main:
+        _finish(ctx, work, teachers, jobs, monitor.histogram)
+    monitor.close()
+    return {"views": views, "teachers": len(teachers)}
+
+
+def _check_space(ctx: Context, work: Path, needed: int) -> None:
+    """Say how many bytes come, and refuse when the disk lacks them (rank 0 looks, all hear it)."""
+    if ctx.world.is_main:
+        free = shutil.disk_usage(work).free
+        say(f"logits: {needed / 1e6:.1f} MB to write, {free / 1e6:.0f} MB free in {work.parent}")
+        if needed > free:
+            raise UserError(
+                f"the logits need {needed / 1e6:.0f} MB but {work.parent} has {free / 1e6:.0f} MB; "
+                "free some space, point --store elsewhere, or lower --logits.views or --teachers.snapshots"
+            )
+
+
+@torch.no_grad()
+def answer(ctx: Context, net: Classifier, shard: int) -> np.ndarray:
+    """One teacher's logits of one shard: float16 [V, n, C], rows in index order."""
+    images, seed = ctx.images("train"), ctx.config.step_seed("logits")
+    starts = np.concatenate([[0], np.cumsum(images.shards.shard_samples)])
+    rows = np.arange(starts[shard], starts[shard + 1])
+    views, size = ctx.config.logits.views, ctx.config.logits.batch
+    out = np.empty((views, len(rows), ctx.classes), dtype=np.float16)
+    for i in range(0, len(rows), size):
+        part = rows[i : i + size]
+        plain = to_float(images.read(part), ctx.device)
+        for view in range(views):
+            x = plain if view == 0 else ctx.augment(plain, torch.from_numpy(view_draws(seed, view, part)))
+            with autocast(ctx.device, ctx.precision):
+                logits = net(x).float()
+            out[view, i : i + len(part)] = logits.clamp(-65504, 65504).cpu().numpy()
+    return out
+
+
+def _write(path: Path, logits: np.ndarray) -> None:
+    path.parent.mkdir(exist_ok=True)
+    buffer = io.BytesIO()
+    np.save(buffer, logits, allow_pickle=False)
+    write_atomic(path, buffer.getvalue())
+
+
+def _finish(ctx: Context, work: Path, teachers: list[Teacher], jobs: list[tuple[Teacher, int]], histogram: Any) -> None:
+    """Class means and the list of files with their sha256."""
+    labels, counts = ctx.images("train").labels, ctx.images("train").shards.shard_samples
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    totals = np.zeros((len(teachers), ctx.config.logits.views, ctx.classes, ctx.classes))
+    files = []
+    for teacher, shard in jobs:
+        path = logit_file(work, teacher.index, shard)
+        data = path.read_bytes()
+        files.append({"file": str(path.relative_to(work)), "sha256": hashlib.sha256(data).hexdigest()})
+        logits = np.load(io.BytesIO(data), allow_pickle=False)
+        if shard == 0:
+            histogram("teacher_logits", logits[0].astype(np.float32), teacher.index)
+        for c in range(ctx.classes):
+            totals[teacher.index, :, c] += logits[:, labels[starts[shard] : starts[shard + 1]] == c].sum(
+                1, dtype=np.float64
+            )
+    per_class = np.maximum(np.bincount(labels, minlength=ctx.classes), 1)
+    _write(work / MEANS, (totals / per_class[:, None]).astype(np.float32))
+    write_json(
+        work / LIST,
+        {
+            "format": "gdd-logits/1",
+            "views": ctx.config.logits.views,
+            "dtype": "float16",
+            "axes": ["view", "sample", "class"],
+            "files": files,
+        },
+    )

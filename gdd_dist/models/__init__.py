@@ -1,0 +1,1 @@
+"""Networks: classifiers, generator, discriminator; no batch statistics where losses must not depend on ranks."""

@@ -1,0 +1,169 @@
+"""The classifiers that serve as teachers and students, as the dataset-distillation literature builds them.
+
+None keeps batch statistics: a sample's logits do not depend on its batch mates. Each takes float images in [-1, 1] and
+normalises them itself, so a file of weights is self-contained. Shapes: B batch, C image channels, K classes.
+"""
+
+import difflib
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from sharding.errors import UserError
+
+_GROUP_CHANNELS = 8
+"""Channels that share a group norm in the ResNets."""
+
+
+class Classifier(nn.Module):
+    """Normalise, extract features, classify: [B, C, H, W] float in [-1, 1] -> logits [B, K]."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, body: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
+        self.body = body
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, K] of images [B, C, H, W] in [-1, 1]."""
+        logits: Tensor = self.body((images - self.mean) / self.std)
+        return logits
+
+
+def _instance_norm(width: int) -> nn.Module:
+    # GroupNorm(C, C) is instance norm with affine parameters, which torch runs fast in bfloat16 too.
+    return nn.GroupNorm(width, width)
+
+
+def _group_norm(width: int) -> nn.Module:
+    return nn.GroupNorm(max(1, width // _GROUP_CHANNELS) if width % _GROUP_CHANNELS == 0 else 1, width)
+
+
+def _conv_norm_relu(inputs: int, width: int, kernel: int = 3) -> list[nn.Module]:
+    # No bias: the norm that follows would cancel it.
+    conv = nn.Conv2d(inputs, width, kernel, padding=kernel // 2, bias=False)
+    return [conv, _instance_norm(width), nn.ReLU(inplace=True)]
+
+
+def convnet(*, channels: int, size: int, classes: int, width: int = 128) -> nn.Module:
+    """The ConvNet of dataset distillation (Zhao et al. 2021): depth 3 up to 32 pixels, one more per doubling."""
+    depth = 3
+    while 8 << depth - 1 < size:
+        depth += 1
+    layers: list[nn.Module] = []
+    for level in range(depth):
+        layers += [*_conv_norm_relu(width if level else channels, width), nn.AvgPool2d(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * (size >> depth) ** 2, classes))
+
+
+class _ResidualBlock(nn.Module):
+    """Basic block (He et al. 2016) with group norm; `pool` halves by averaging instead of by stride."""
+
+    def __init__(self, inputs: int, width: int, stride: int, pool: bool) -> None:
+        super().__init__()
+        step = 1 if pool else stride
+        halve = [nn.AvgPool2d(2)] if pool and stride == 2 else []
+        self.residual = nn.Sequential(
+            nn.Conv2d(inputs, width, 3, stride=step, padding=1, bias=False),
+            _group_norm(width),
+            nn.ReLU(inplace=True),
+            *halve,
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            _group_norm(width),
+        )
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != width:
+            conv = nn.Conv2d(inputs, width, 1, stride=step, bias=False)
+            self.shortcut = nn.Sequential(*halve, conv, _group_norm(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.residual(x) + self.shortcut(x))
+
+
+def resnet(
+    *, channels: int, size: int, classes: int, width: int = 64, blocks: Sequence[int] = (1, 1, 1, 1), pool: bool = False
+) -> nn.Module:
+    """ResNet for small images: 3x3 stem, four stages of basic blocks, group norm, global average (He et al. 2016)."""
+    layers: list[nn.Module] = [
+        nn.Conv2d(channels, width, 3, padding=1, bias=False),
+        _group_norm(width),
+        nn.ReLU(inplace=True),
+    ]
+    inputs = width
+    for stage, count in enumerate(blocks):
+        for index in range(count):
+            stride = 2 if stage and not index else 1
+            layers.append(_ResidualBlock(inputs, width << stage, stride, pool))
+            inputs = width << stage
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
+
+
+def vgg11(*, channels: int, size: int, classes: int, width: int = 64) -> nn.Module:
+    """VGG-11 with instance norm and one linear layer, as in DC-bench; no pooling that would leave a single pixel."""
+    layers: list[nn.Module] = []
+    inputs, side = channels, size
+    for multiples in ((1,), (2,), (4, 4), (8, 8), (8, 8)):
+        for multiple in multiples:
+            layers += _conv_norm_relu(inputs, width * multiple)
+            inputs = width * multiple
+        if side >= 4:  # instance norm of a single pixel would be zero
+            layers.append(nn.MaxPool2d(2))
+            side //= 2
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
+
+
+def alexnet(*, channels: int, size: int, classes: int, width: int = 128) -> nn.Module:
+    """AlexNet for small images, without norm, as in DC-bench: widths 1, 1.5, 2, 1.5, 1.5 times 128."""
+    narrow, wide = width * 3 // 2, width * 2
+    shapes = ((channels, width, 5, True), (width, narrow, 5, True), (narrow, wide, 3, False), (wide, narrow, 3, False))
+    layers: list[nn.Module] = []
+    for inputs, outputs, kernel, halve in (*shapes, (narrow, narrow, 3, True)):
+        layers += [nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2), nn.ReLU(inplace=True)]
+        layers += [nn.MaxPool2d(2)] if halve else []
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(narrow * (size >> 3) ** 2, classes))
+
+
+CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {
+    "convnet": convnet,
+    "resnet10": partial(resnet, blocks=(1, 1, 1, 1)),
+    "resnet18": partial(resnet, blocks=(2, 2, 2, 2)),
+    "resnet10_ap": partial(resnet, blocks=(1, 1, 1, 1), pool=True),
+    "resnet18_ap": partial(resnet, blocks=(2, 2, 2, 2), pool=True),
+    "vgg11": vgg11,
+    "alexnet": alexnet,
+}
+"""Architectures by name; a name may carry its width, as in `convnet:64`."""
+
+
+def parse_classifier(name: str) -> tuple[str, int | None]:
+    """Split NAME or NAME:WIDTH; UserError for an unknown architecture or a width that is no positive number."""
+    base, colon, width = name.partition(":")
+    if base not in CLASSIFIERS:
+        near = difflib.get_close_matches(base, CLASSIFIERS, n=1, cutoff=0.0)[0]
+        raise UserError(f"unknown classifier '{name}'; did you mean '{near}'? known: {', '.join(CLASSIFIERS)}")
+    if colon and not (width.isascii() and width.isdigit() and int(width) > 0):
+        raise UserError(f"classifier '{name}' has no valid width; write {base} or {base}:WIDTH, say {base}:64")
+    return base, int(width) if colon else None
+
+
+def build_classifier(
+    name: str, *, channels: int, size: int, classes: int, mean: Sequence[float], std: Sequence[float]
+) -> Classifier:
+    """A freshly initialised classifier (torch's global generator) for images [B, channels, size, size] in [-1, 1].
+
+    `name` is one of CLASSIFIERS, with `:WIDTH` if the usual width does not suit; `mean` and `std` are per channel, of
+    pixels in [-1, 1]. Raises UserError for an unknown name, fewer than 8 pixels, or statistics that do not fit.
+    """
+    base, width = parse_classifier(name)
+    if size < 8:
+        raise UserError(f"images of {size} pixels are too small for classifier '{name}'; it needs 8 or more")
+    if not len(mean) == len(std) == channels or min(std) <= 0:
+        raise UserError(f"mean {list(mean)} and std {list(std)} do not fit {channels} channels; give one each, std > 0")
+    options = {} if width is None else {"width": width}
+    body = CLASSIFIERS[base](channels=channels, size=size, classes=classes, **options)
+    return Classifier(body, mean, std)

@@ -1,0 +1,68 @@
+"""The conditional discriminator: R3GAN's residual design (Huang et al. 2024), scaled down to small budgets.
+
+No normalisation layer anywhere, and twice differentiable, as gradient penalties need. Shapes: B batch, C channels.
+"""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gdd_dist.models.residual import ResidualStage, scaled_conv, side_widths
+
+
+class Discriminator(nn.Module):
+    """Scores images of a class: [B, C, size, size] float in [-1, 1], labels [B] int64 -> [B] float, higher for real.
+
+    The generator's stages mirrored: pixels enter in patches of `patch` squared, features of the 4x4 map are projected
+    on the class embedding. Raises UserError for a size that is not `patch` times 4, 8, 16, …
+    """
+
+    def __init__(
+        self,
+        *,
+        classes: int,
+        channels: int,
+        size: int,
+        width: int = 64,
+        blocks: int = 1,
+        embedding: int = 64,
+        group_size: int = 16,
+        expansion: int = 2,
+        patch: int = 1,
+    ) -> None:
+        super().__init__()
+        self.arch: dict[str, Any] = {
+            "classes": classes,
+            "channels": channels,
+            "size": size,
+            "width": width,
+            "blocks": blocks,
+            "embedding": embedding,
+            "group_size": group_size,
+            "expansion": expansion,
+            "patch": patch,
+        }
+        """Arguments that rebuild this discriminator, fit for JSON: Discriminator(**arch)."""
+        widths = side_widths(size, width, patch)[::-1]
+        depth = blocks * len(widths)
+        self.from_image = scaled_conv(channels * patch**2, widths[0], 1)
+        self.stages = nn.ModuleList(ResidualStage(w, blocks, depth, group_size, expansion) for w in widths)
+        pairs = zip(widths[:-1], widths[1:], strict=True)
+        self.changes = nn.ModuleList(scaled_conv(a, b, 1) if a != b else nn.Identity() for a, b in pairs)
+        # Depthwise over the whole 4x4 map, then across channels: a learned pooling.
+        self.pool = scaled_conv(widths[-1], widths[-1], 4, groups=widths[-1])
+        self.features = nn.Linear(widths[-1], embedding, bias=False)
+        nn.init.normal_(self.features.weight, std=widths[-1] ** -0.5)
+        self.embedding = nn.Embedding(classes, embedding)
+        nn.init.normal_(self.embedding.weight, std=embedding**-0.5)
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Scores [B] of images [B, C, size, size] in [-1, 1] as members of labels [B] int64."""
+        x = self.from_image(F.pixel_unshuffle(images, self.arch["patch"]))
+        for level, stage in enumerate(self.stages):
+            if level:
+                x = self.changes[level - 1](F.avg_pool2d(x, 2))
+            x = stage(x)
+        features = self.features(self.pool(x).flatten(1))
+        return (features * self.embedding(labels)).sum(1)

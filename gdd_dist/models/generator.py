@@ -1,0 +1,76 @@
+"""The class-conditional generator: R3GAN's residual design (Huang et al. 2024), scaled down to small budgets.
+
+No normalisation layer anywhere: an image depends on its own latent and label alone. Shapes: B batch, C image channels.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gdd_dist.models.residual import ResidualStage, scaled_conv, side_widths
+
+
+class Generator(nn.Module):
+    """Draws images: latents [B, latent] float, labels [B] int64 -> [B, C, size, size] float in [-1, 1].
+
+    A learned 4x4 basis is modulated by a linear map of latent and class embedding; each doubling of the side has
+    `blocks` residual blocks. `width` is the number of channels up to 16 positions a side; above, it halves with each
+    doubling. The last layer paints `patch` x `patch` pixels at each position: with patch 2 the costliest resolution is
+    left out, which suits smooth images. Raises UserError for a size that is not `patch` times 4, 8, 16, …
+    """
+
+    def __init__(
+        self,
+        *,
+        classes: int,
+        channels: int,
+        size: int,
+        latent: int = 64,
+        width: int = 64,
+        blocks: int = 1,
+        embedding: int = 64,
+        group_size: int = 16,
+        expansion: int = 2,
+        patch: int = 1,
+    ) -> None:
+        super().__init__()
+        self.arch: dict[str, Any] = {
+            "classes": classes,
+            "channels": channels,
+            "size": size,
+            "latent": latent,
+            "width": width,
+            "blocks": blocks,
+            "embedding": embedding,
+            "group_size": group_size,
+            "expansion": expansion,
+            "patch": patch,
+        }
+        """Arguments that rebuild this generator, fit for JSON: Generator(**arch)."""
+        widths = side_widths(size, width, patch)
+        depth = blocks * len(widths)
+        self.embedding = nn.Embedding(classes, embedding)
+        self.modulation = nn.Linear(latent + embedding, widths[0], bias=False)
+        nn.init.normal_(self.modulation.weight, std=(latent + embedding) ** -0.5)
+        self.basis = nn.Parameter(torch.randn(widths[0], 4, 4))
+        self.stages = nn.ModuleList(ResidualStage(w, blocks, depth, group_size, expansion) for w in widths)
+        pairs = zip(widths[:-1], widths[1:], strict=True)
+        self.changes = nn.ModuleList(scaled_conv(a, b, 1) if a != b else nn.Identity() for a, b in pairs)
+        self.to_image = scaled_conv(widths[-1], channels * patch**2, 1, bias=True)
+
+    @property
+    def latent(self) -> int:
+        """Numbers in a latent."""
+        return int(self.arch["latent"])
+
+    def forward(self, latents: Tensor, labels: Tensor) -> Tensor:
+        """Images [B, C, size, size] in [-1, 1] of latents [B, latent] (standard normal) and labels [B] int64."""
+        scale = self.modulation(torch.cat((latents, self.embedding(labels)), 1))
+        x = self.basis * scale[:, :, None, None]
+        for level, stage in enumerate(self.stages):
+            if level:
+                x = F.interpolate(self.changes[level - 1](x), scale_factor=2, mode="bilinear", align_corners=False)
+            x = stage(x)
+        return torch.tanh(F.pixel_shuffle(self.to_image(x), self.arch["patch"]))

@@ -1,0 +1,96 @@
+"""What a user sees while a step works: TensorBoard, a progress bar on a terminal, plain log lines otherwise. Rank 0 only."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+EVERY_STEP_UNTIL = 20
+LINE_SECONDS = 10.0
+
+
+def say(text: str) -> None:
+    """One line for the user, on stderr, clear of a progress bar."""
+    tqdm.write(text, file=sys.stderr)
+    sys.stderr.flush()
+
+
+def due(step: int, total: int, interval: int = 20) -> bool:
+    """Whether scalars of ``step`` are to be logged: each of the first 20, then at intervals."""
+    return step < EVERY_STEP_UNTIL or step % interval == 0 or step == total - 1
+
+
+class Monitor:
+    """Scalars, pictures and progress of one step, from ``start`` (steps done) to ``total``. Silent on ranks other than 0.
+
+    ``directory`` is this step's own: after a resume, points of ``start`` and later that an interrupted run wrote are purged.
+    """
+
+    def __init__(
+        self, directory: Path, step: str, total: int, *, start: int = 0, unit: str = "step", active: bool = True
+    ) -> None:
+        self.step, self.total, self.unit, self._active = step, total, unit, active
+        self._begin = self._line = time.monotonic()
+        self._start, self._done = start, start
+        self._writer: SummaryWriter | None = None
+        self._bar: tqdm[Any] | None = None
+        if active:
+            self._writer = SummaryWriter(str(directory), purge_step=start)
+            if sys.stderr.isatty():
+                self._bar = tqdm(total=total, initial=start, desc=step, unit=unit, dynamic_ncols=True)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Log ``values`` as STEP/NAME."""
+        if self._writer:
+            for name, value in values.items():
+                self._writer.add_scalar(f"{self.step}/{name}", value, step)
+
+    def histogram(self, name: str, values: np.ndarray, step: int) -> None:
+        """Log a histogram as STEP/NAME."""
+        if self._writer:
+            self._writer.add_histogram(f"{self.step}/{name}", values, step)
+
+    def picture(self, name: str, image: np.ndarray, step: int) -> None:
+        """Log a uint8 picture [H, W, 3] as STEP/NAME."""
+        if self._writer:
+            self._writer.add_image(f"{self.step}/{name}", image, step, dataformats="HWC")
+
+    def text(self, name: str, text: str) -> None:
+        """Log a text as STEP/NAME."""
+        if self._writer:
+            self._writer.add_text(f"{self.step}/{name}", text)
+
+    def advance(self, done: int, note: str = "", images: int = 0) -> None:
+        """``done`` of ``total`` are done; ``note``: a few figures; ``images`` a unit: images per second go to TensorBoard too."""
+        if not self._active:
+            return
+        if images and due(done - 1, self.total):
+            self.scalars(
+                done - 1,
+                {"images_per_second": images * (done - self._start) / max(time.monotonic() - self._begin, 1e-9)},
+            )
+        if self._bar is not None:
+            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(done - self._done)
+        self._done = done
+        now = time.monotonic()
+        if self._bar is None and (now - self._line > LINE_SECONDS or done == self.total):
+            self._line = now
+            rate = (done - self._start) / max(now - self._begin, 1e-9)
+            left = (self.total - done) / rate if rate > 0 else float("inf")
+            say(
+                f"{self.step}: {done}/{self.total} {self.unit}s, {rate:.1f} {self.unit}s/s, {left:.0f} s left{', ' + note if note else ''}"
+            )
+
+    def close(self) -> None:
+        """Flush."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._writer:
+            self._writer.close()

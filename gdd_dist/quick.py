@@ -1,0 +1,73 @@
+"""Quick students: how good a generator is, measured on val, never on test."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from gdd_dist.context import Context
+from gdd_dist.data.augment import AUGMENT_DRAWS
+from gdd_dist.data.loader import to_float
+from gdd_dist.data.order import dealt, uniform
+from gdd_dist.fit import accuracy, predict, sgd, train_step
+from gdd_dist.models.generator import Generator
+from gdd_dist.synthetic import draw
+
+FRESH_IMAGES = 500
+CHUNK = 20
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What quick students say of a generator. Accuracies in percent; ``stderr``: of ``val`` over students.
+
+    ``gap``: accuracy on fresh generated images minus accuracy on val. It grows when the generator writes the class into the
+    image as a pattern that only those who saw such images can read.
+    """
+
+    step: int
+    val: float
+    stderr: float
+    gap: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Fit for JSON and checkpoints."""
+        return dataclasses.asdict(self)
+
+
+def measure(ctx: Context, generator: Generator, step: int) -> Measured:
+    """Train the quick students, dealt to ranks, on fresh draws; the same random streams at every interval. All ranks call it."""
+    m = ctx.config.matching
+    mine = [[j, *student(ctx, generator, j)] for j in ctx.world.queue(m.quick_students)]
+    results = sorted(r for rank in ctx.world.gather(mine) for r in rank)
+    val, fresh = np.array([r[1] for r in results]), np.array([r[2] for r in results])
+    stderr = float(val.std(ddof=1) / len(val) ** 0.5) if len(val) > 1 else 0.0
+    return Measured(step, float(val.mean()), stderr, float((fresh - val).mean()))
+
+
+def student(ctx: Context, generator: Generator, j: int) -> tuple[float, float]:
+    """(accuracy on val, accuracy on fresh generated images) of quick student ``j``, in percent."""
+    m, r, seed = ctx.config.matching, ctx.config.report, ctx.config.step_seed("matching")
+    net = ctx.classifier(m.quick_student, seed, f"quick/{j}")
+    optimizer = sgd(net, r.lr, r.momentum, r.weight_decay)
+    for first in range(0, m.quick_steps, CHUNK):
+        steps = min(CHUNK, m.quick_steps - first)
+        places = np.arange(first * m.quick_batch, (first + steps) * m.quick_batch)
+        labels = dealt(seed, f"quick/{j}/labels", places, ctx.classes)
+        images = to_float(draw(ctx, generator, labels, seed, f"quick/{j}", first), ctx.device)
+        targets = torch.from_numpy(labels).to(ctx.device)
+        for k in range(steps):
+            part = slice(k * m.quick_batch, (k + 1) * m.quick_batch)
+            draws = uniform(seed, f"quick/{j}/augment", first + k, np.arange(m.quick_batch), AUGMENT_DRAWS)
+            train_step(
+                net, optimizer, ctx.augment(images[part], torch.from_numpy(draws)), targets[part], r.lr, ctx.precision
+            )
+    labels = np.arange(FRESH_IMAGES) % ctx.classes
+    fresh = draw(ctx, generator, labels, seed, f"quick/{j}/fresh", 0)
+    logits = predict(net, lambda indices: fresh[torch.from_numpy(indices)], FRESH_IMAGES, ctx.device, ctx.precision)
+    on_fresh = 100.0 * float((logits.argmax(1).numpy() == labels).mean())
+    return accuracy(net, ctx.images("val"), ctx.device, ctx.precision), on_fresh

@@ -1,0 +1,158 @@
+"""Step: the pool of teachers. Trainings (architectures × seeds) go to whoever is free; each leaves snapshots along its way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gdd_dist.artifacts import read_json, write_json
+from gdd_dist.context import Context
+from gdd_dist.data.augment import AUGMENT_DRAWS
+from gdd_dist.data.loader import prefetch, to_float
+from gdd_dist.data.order import Order, default_streams, uniform
+from gdd_dist.fit import accuracy, sgd, train_step, warmup_cosine
+from gdd_dist.models.classifiers import Classifier
+from gdd_dist.monitor import Monitor, due
+from gdd_dist.networks import TEACHERS, save_network
+from gdd_dist.settings import Config
+from sharding.errors import UserError
+
+VERSION = 1
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """What shapes the pool's numbers."""
+    loader = config.shaping("loader")
+    return {**config.shaping("teachers"), "loader": loader}
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training of the pool; ``snapshots``: step counts after which a teacher is kept, ascending, the last one last."""
+
+    index: int
+    architecture: str
+    seed: int
+    steps: int
+    snapshots: tuple[int, ...]
+
+    @property
+    def purpose(self) -> str:
+        """The name of its random streams."""
+        return f"teacher/{self.architecture}/{self.seed}"
+
+
+def order_of(config: Config, shard_samples: Sequence[int], training: str) -> Order:
+    """The order in which one training sees train. Raises UserError when a batch exceeds it."""
+    batch = config.teachers.batch
+    try:
+        streams = config.loader.streams or default_streams(batch)
+        return Order(tuple(shard_samples), batch, streams, config.step_seed("teachers"), training, config.loader.window)
+    except ValueError as e:
+        raise UserError(f"--teachers.batch: {e}; make it smaller") from e
+
+
+def pool(config: Config, steps_per_epoch: int) -> list[Training]:
+    """All trainings. Snapshots stand at 1, 1/3, 1/9, … of a training: early ones teach coarse structure."""
+    t = config.teachers
+    steps = t.epochs * steps_per_epoch
+    marks = sorted({max(1, round(steps * 3.0**-k)) for k in range(t.snapshots)})
+    pairs = [(a, s) for s in range(t.seeds) for a in t.architectures]
+    return [Training(i, a, s, steps, tuple(marks)) for i, (a, s) in enumerate(pairs)]
+
+
+def run(ctx: Context, work: Path) -> dict[str, Any]:
+    """Train the pool into ``work``: teacher-NNN.safetensors and teachers.json. Returns what the step's record says."""
+    images = ctx.images("train")
+    per_epoch = order_of(ctx.config, images.shards.shard_samples, "teacher").steps_per_epoch
+    trainings = pool(ctx.config, per_epoch)
+    monitor = ctx.monitor("teachers", work, sum(t.steps for t in trainings) // ctx.world.size or 1)
+    done = 0
+    # Costly ones first, so that no rank starts a long training when the others are done.
+    costs = {
+        a: sum(p.numel() for p in ctx.classifier(a, 0, "cost").parameters()) for a in ctx.config.teachers.architectures
+    }
+    trainings.sort(key=lambda t: -costs[t.architecture])
+    for job in ctx.world.queue(len(trainings)):
+        done = train_one(ctx, trainings[job], work, monitor, done)
+    ctx.world.barrier()
+    records = [r for t in sorted(trainings, key=lambda t: t.index) for r in read_json(_record(work, t))]
+    if ctx.world.is_main:
+        write_json(work / TEACHERS, {"format": "gdd-teachers/1", "teachers": records})
+    for i, record in enumerate(records):
+        monitor.scalars(i, {"val_accuracy": record["val_accuracy"]})
+    monitor.close()
+    return {"val_accuracy": max(r["val_accuracy"] for r in records)}
+
+
+def _record(work: Path, training: Training) -> Path:
+    return work / "checkpoints" / f"training-{training.index:03d}.json"
+
+
+def train_one(ctx: Context, training: Training, work: Path, monitor: Monitor, done: int) -> int:
+    """Train one classifier on this rank, going on from its checkpoint; returns ``done`` and its steps."""
+    if _record(work, training).exists():
+        ctx.resumed = True
+        return done + training.steps
+    seed, t = ctx.config.step_seed("teachers"), ctx.config.teachers
+    images = ctx.images("train")
+    order = order_of(ctx.config, images.shards.shard_samples, training.purpose)
+    net = ctx.classifier(training.architecture, seed, training.purpose)
+    optimizer = sgd(net, t.lr, t.momentum, t.weight_decay, nesterov=True)
+    checkpoints = ctx.checkpoints(work / "checkpoints" / f"training-{training.index:03d}")
+    start, records = 0, []
+    if (found := checkpoints.load()) is not None:
+        start, state = found
+        net.load_state_dict(state["net"])
+        optimizer.load_state_dict(state["optimizer"])
+        records = state["records"]
+        ctx.resumed = True
+
+    def read(step: int) -> tuple[torch.Tensor, ...]:
+        indices = order.batch(step)
+        draws = uniform(seed, f"{training.purpose}/augment", step, np.arange(len(indices)), AUGMENT_DRAWS)
+        return images.read(indices), torch.from_numpy(images.labels[indices]), torch.from_numpy(draws)
+
+    for step, (batch, labels, draws) in enumerate(
+        prefetch(read, start, training.steps, ctx.config.loader.prefetch), start
+    ):
+        lr = warmup_cosine(step, training.steps, t.lr)
+        x = ctx.augment(to_float(batch, ctx.device), draws)
+        loss = train_step(net, optimizer, x, labels.to(ctx.device), lr, ctx.precision)
+        if training.index == 0 and due(step, training.steps):
+            monitor.scalars(step, {"loss": float(loss), "lr": lr})
+        if step + 1 in training.snapshots:
+            records.append(_keep(ctx, net, training, step + 1, work))
+        monitor.advance(min(done + step + 1, monitor.total), f"{training.architecture} seed {training.seed}")
+        if checkpoints.due() and step + 1 < training.steps:
+            checkpoints.save(
+                step + 1, {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "records": records}
+            )
+    write_json(_record(work, training), records)
+    return done + training.steps
+
+
+def _keep(ctx: Context, net: Classifier, training: Training, step: int, work: Path) -> dict[str, Any]:
+    """Measure a snapshot on val and write it."""
+    snapshot = training.snapshots.index(step)
+    name = f"teacher-{training.index * len(training.snapshots) + snapshot:03d}.safetensors"
+    score = accuracy(net, ctx.images("val"), ctx.device, ctx.precision)
+    save_network(
+        work / name,
+        net,
+        {"format": "gdd-classifier/1", "architecture": training.architecture, "data": ctx.manifest.fingerprint},
+    )
+    return {
+        "file": name,
+        "architecture": training.architecture,
+        "seed": training.seed,
+        "step": step,
+        "snapshot": snapshot,
+        "last": step == training.steps,
+        "val_accuracy": score,
+    }

@@ -1,0 +1,221 @@
+"""The whole run: torchrun --nproc_per_node=8 -m gdd_dist.train. The steps, in order, and nothing else."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from sharding.writer import build
+
+from gdd_dist import config as configuration
+from gdd_dist import gan, logits, matching, report, teachers
+from gdd_dist.artifacts import Lock, Store, holding, link_latest, read_json, verify_file, write_json
+from gdd_dist.check import check
+from gdd_dist.context import Context
+from gdd_dist.distributed import World
+from gdd_dist.engines import resolve_precision
+from gdd_dist.monitor import say
+from gdd_dist.plan import INPUTS, fingerprints
+from gdd_dist.program import run_program
+from gdd_dist.settings import STEPS, Config
+from sharding.errors import UserError
+from sharding.files import write_atomic
+from sharding.manifest import Manifest
+from sharding.shards import verify_shard
+
+
+def main(argv: list[str], joined: Callable[[World], None]) -> None:
+    """Run what the command line asks for."""
+    command = configuration.parse(argv)
+    config = command.config
+    if command.print_config:
+        if int(os.environ.get("RANK", 0)) == 0:
+            sys.stdout.write(configuration.to_yaml(config, command.preset))
+        return
+    world = World(config.device, config.timeout)
+    joined(world)
+    out = Path(config.out or ".")
+    with run_lock(world, out):
+        data = prepare_data(world, config, out)
+        run(world, config, command.preset, data, out)
+
+
+def run_lock(world: World, out: Path) -> Any:
+    """Rank 0 holds OUT; a second job on it is refused."""
+
+    def busy(holder: Mapping[str, Any]) -> None:
+        raise UserError(
+            f"{out} is in use by process {holder['pid']} on {holder['host']} since {holder['since']}; wait for it, or choose another --out"
+        )
+
+    return holding(Lock(out / "run.lock"), busy) if world.is_main else _nothing()
+
+
+def prepare_data(world: World, config: Config, out: Path) -> Path:
+    """The data directory; without --data the digits are built in OUT/data on first use."""
+    if config.data is not None:
+        return Path(config.data)
+    if world.is_main:
+        build("digits", out / "data")
+    world.barrier()
+    return out / "data"
+
+
+def run(world: World, config: Config, preset: str, data: Path, out: Path) -> None:
+    """All steps up to --until."""
+    manifest = Manifest.load(data)
+    precision = resolve_precision(config.precision, world.device)
+    check(config, manifest, world.size)
+    store = Store(Path(config.store) if config.store else out)
+    ctx = Context(config, world, data, manifest, store, out, precision)
+    fps = fingerprints(config, manifest, precision)
+    if world.is_main:
+        write_atomic(out / "config.yaml", configuration.to_yaml(config, preset).encode())
+    last = STEPS.index(config.until)
+    begin = time.monotonic()
+    if config.verify:
+        verify_inputs(ctx, fps, STEPS[: last + 1])
+    records = {"shards": record(fps["shards"], "reused", time.monotonic() - begin, 0)}
+    for step in STEPS[1 : last + 1]:
+        records[step] = run_step(ctx, step, fps)
+        if world.is_main:
+            write_json(out / "steps.json", {"format": "gdd-steps/1", "steps": records})
+    if world.is_main and config.until == "report":
+        finish(ctx, fps)
+
+
+def record(fp: str, status: str, seconds: float, images: int) -> dict[str, Any]:
+    """A step's line in steps.json."""
+    return {"fingerprint": fp, "status": status, "seconds": round(seconds, 2), "images_processed": images}
+
+
+def verify_inputs(ctx: Context, fps: Mapping[str, str], steps: tuple[str, ...]) -> None:
+    """Hash every file that will be read, the ranks sharing the work; UserError names the first that is not as it was written."""
+    shards = [info for split in ctx.manifest.splits.values() for info in split.shards]
+    files = [f for step in steps[1:] if ctx.store.finished(step, fps[step]) for f in ctx.store.files(step, fps[step])]
+    mine = range(ctx.world.rank, len(shards) + len(files), ctx.world.size)
+    for i in mine:
+        if i < len(shards):
+            verify_shard(ctx.data, shards[i])
+        else:
+            path, size, sha256 = files[i - len(shards)]
+            directory = path.relative_to(ctx.store.root).parts[:2]
+            verify_file(path, size, sha256, f"remove {ctx.store.root.joinpath(*directory)} to compute it again")
+    ctx.world.barrier()
+
+
+def run_step(ctx: Context, step: str, fps: Mapping[str, str]) -> dict[str, Any]:
+    """Reuse the finished step, or compute it under its lock. Returns its record for steps.json."""
+    fp, begin = fps[step], time.monotonic()
+    status, ctx.forwards, ctx.resumed = "reused", 0, False
+    with step_lock(ctx, step, fp):
+        if not ctx.world.broadcast(ctx.store.finished(step, fp)):
+            compute(ctx, step, fps)
+            status = "resumed" if ctx.world.broadcast(ctx.resumed) or any(ctx.world.gather(ctx.resumed)) else "computed"
+    if ctx.world.is_main:
+        link_latest(ctx.out, step, ctx.store.path(step, fp))
+        say(f"{step}: {status} {fp} ({time.monotonic() - begin:.1f} s)")
+    images = ctx.world.sum(ctx.forwards)
+    return record(fp, status, time.monotonic() - begin, images)
+
+
+def step_lock(ctx: Context, step: str, fp: str) -> Any:
+    """Rank 0 holds the artifact while it is being written; another run that needs it waits."""
+    if not ctx.world.is_main or ctx.store.finished(step, fp):
+        return _nothing()
+    told = False
+
+    def busy(holder: Mapping[str, Any]) -> None:
+        nonlocal told
+        if not told:
+            say(
+                f"{step}: waiting for process {holder['pid']} on {holder['host']}, which computes it since {holder['since']}"
+            )
+        told = True
+
+    return holding(Lock(ctx.store.root / step / f"{fp}.lock"), busy)
+
+
+def compute(ctx: Context, step: str, fps: Mapping[str, str]) -> None:
+    """Let the step work in its .partial directory; rank 0 renames it when all are done."""
+    work = ctx.store.partial(step, fps[step])
+    work.mkdir(parents=True, exist_ok=True)
+    ctx.world.barrier()
+    dirs = {name: ctx.store.path(name, fps[name]) for name in INPUTS[step] if name != "shards"}
+    origin = provenance(ctx, fps)
+    if step == "teachers":
+        info = teachers.run(ctx, work)
+    elif step == "logits":
+        info = logits.run(ctx, work, dirs["teachers"])
+    elif step == "gan":
+        info = gan.run(ctx, work, origin)
+    elif step == "matching":
+        info = matching.run(ctx, work, dirs["teachers"], dirs["logits"], dirs["gan"], origin)
+    else:
+        dirs["logits"] = ctx.store.path("logits", fps["logits"])
+        info = report.run(ctx, work, dirs, {"data": fps["shards"], **{k: v for k, v in fps.items() if k in dirs}})
+    ctx.world.barrier()
+    if ctx.world.is_main:
+        ctx.store.finish(step, fps[step], {"info": info, "provenance": origin})
+    ctx.world.barrier()
+
+
+def provenance(ctx: Context, fps: Mapping[str, str]) -> dict[str, Any]:
+    """What made a file: fingerprints, settings that shaped it, commit, versions."""
+    packages = ("torch", "torchvision", "numpy", "gdd_dist")
+    return {
+        "fingerprints": dict(fps),
+        "data": ctx.manifest.name,
+        "precision": ctx.precision,
+        "seed": ctx.config.seed,
+        "commit": commit(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages},
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def commit() -> str | None:
+    """The commit of the checkout this runs from, if it is one."""
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def finish(ctx: Context, fps: Mapping[str, str]) -> None:
+    """The table, and where the pictures are."""
+    directory = ctx.store.path("report", fps["report"])
+    results = read_json(directory / "metrics.json")["results"]
+    latest = ctx.out / "report" / "latest"
+    sys.stdout.write(
+        f"\n{report.table(results)}\n\nreport: {latest}/report.md\npictures: {latest}/samples.png {latest}/curves.png\n"
+    )
+    sys.stdout.write(
+        f"generator: {ctx.out}/matching/latest/generator.safetensors\nTensorBoard: tensorboard --logdir {ctx.out}/tensorboard\n"
+    )
+
+
+class _nothing:
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_args: object) -> None:
+        return None
+
+
+if __name__ == "__main__":
+    torch.set_float32_matmul_precision("high")
+    run_program(main, sys.argv[1:])

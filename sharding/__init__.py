@@ -1,0 +1,21 @@
+"""Labelled images → tar shards with an index, a manifest and checksums. Knows nothing of training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sharding.manifest import Manifest
+
+
+def build_digits(dest: Path | str, log: Callable[[str], None] | None = None) -> Manifest:
+    """Build scikit-learn's digits in `dest`, or go on with an unfinished build; returns the manifest.
+
+    Does nothing when they are there already. Raises UserError when `dest` holds anything else.
+    """
+    # Imported here: readers of shards need none of what builds them.
+    from sharding.writer import build
+
+    return build("digits", dest, log=log).manifest

@@ -1,0 +1,139 @@
+"""python -m sharding build | info | verify."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from tqdm import tqdm
+
+from sharding.errors import UserError
+from sharding.manifest import Manifest
+from sharding.plan import DEFAULT_VAL_FRACTION, Options, parse_size
+from sharding.pool import import_webdataset_without_torch
+from sharding.sources import SOURCES
+from sharding.verify import verify
+from sharding.writer import build
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as all programs here do."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line's parser; it raises UserError instead of exiting."""
+    top = _Parser(prog="python -m sharding", description="Labelled images to tar shards, and checks of them.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="build | info | verify")
+    make = commands.add_parser(
+        "build",
+        help="build a data set",
+        description="Build a data set. The same command goes on with an unfinished build.",
+    )
+    make.add_argument("source", metavar="SOURCE", help=" | ".join(source.usage for source in SOURCES.values()))
+    make.add_argument("dest", metavar="DEST", type=Path, help="directory to write, new or empty")
+    defaults = Options()
+    make.add_argument("--shard-size", default="64MB", metavar="SIZE", help="source bytes for each shard (64MB)")
+    make.add_argument("--workers", type=int, metavar="N", help="worker processes (all cores)")
+    make.add_argument(
+        "--val-fraction",
+        type=float,
+        metavar="F",
+        help=f"share of train that becomes val ({DEFAULT_VAL_FRACTION}; digits: 240 images)",
+    )
+    make.add_argument(
+        "--test-fraction", type=float, metavar="F", help="share of train that becomes test, if none is there"
+    )
+    make.add_argument("--image-size", type=int, metavar="S", help="scale the short side and crop the centre to S×S")
+    make.add_argument("--seed", type=int, default=defaults.seed, metavar="N", help="of splits and order (0)")
+    make.add_argument(
+        "--on-error", default=defaults.on_error, metavar="stop|skip", help="what to do about unreadable images (stop)"
+    )
+    info = commands.add_parser("info", help="say what a data set holds")
+    info.add_argument("dest", metavar="DEST", type=Path)
+    info.add_argument("--json", action="store_true", help="print the manifest")
+    check = commands.add_parser("verify", help="check sizes and sha256 of all files")
+    check.add_argument("dest", metavar="DEST", type=Path)
+    check.add_argument("--deep", action="store_true", help="decode every image too")
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status, 2 after an error the user can mend."""
+    try:
+        options = parser().parse_args(arguments)
+        {"build": _build, "info": _info, "verify": _verify}[options.command](options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        print(
+            f"error: cannot read or write{where} ({error.strerror or error}); free space or check permissions",
+            file=sys.stderr,
+        )
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on from here", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _build(arguments: argparse.Namespace) -> None:
+    options = Options(
+        shard_size=parse_size(arguments.shard_size),
+        workers=arguments.workers,
+        val_fraction=arguments.val_fraction,
+        test_fraction=arguments.test_fraction,
+        image_size=arguments.image_size,
+        seed=arguments.seed,
+        on_error=arguments.on_error,
+    )
+    built = build(arguments.source, arguments.dest, options, log=_log, bar=sys.stderr.isatty())
+    splits = ", ".join(f"{name} {split.samples:,}" for name, split in built.manifest.splits.items())
+    skipped = f"; {built.skipped} unreadable images skipped" if built.skipped else ""
+    state = "is already there" if built.reused else "is built"
+    print(f"{built.manifest.name} {state} in {arguments.dest}: {splits}{skipped}")
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    manifest = Manifest.load(arguments.dest)
+    if arguments.json:
+        print(json.dumps(manifest.to_json(), indent=1))
+        return
+    counts = "1 channel" if manifest.channels == 1 else f"{manifest.channels} channels"
+    print(f"{manifest.name}: {len(manifest.classes)} classes, {manifest.width}×{manifest.height}, {counts}")
+    print(f"fingerprint {manifest.fingerprint}")
+    print("mean " + " ".join(f"{value:.4f}" for value in manifest.mean), end="; ")
+    print("std " + " ".join(f"{value:.4f}" for value in manifest.std))
+    print(f"{'split':6} {'images':>10} {'per class':>15} {'shards':>7} {'MB':>9}")
+    for name, split in manifest.splits.items():
+        per_class = f"{min(split.class_counts)} … {max(split.class_counts)}"
+        size = sum(shard.bytes for shard in split.shards) / 1e6
+        print(f"{name:6} {split.samples:>10,} {per_class:>15} {len(split.shards):>7} {size:>9.1f}")
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    manifest = verify(arguments.dest, deep=arguments.deep, log=_log, bar=sys.stderr.isatty())
+    files = sum(2 * len(split.shards) for split in manifest.splits.values())
+    what = "sha256, labels, statistics and every image are right" if arguments.deep else "sizes and sha256 are right"
+    print(f"{arguments.dest}: {files} files, {what}")
+
+
+def _log(line: str) -> None:
+    # Above the bar, where there is one.
+    tqdm.write(line, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    import_webdataset_without_torch()
+    for stream in (sys.stdout, sys.stderr):
+        # File names need not be valid text.
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    sys.exit(main())

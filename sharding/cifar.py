@@ -1,0 +1,127 @@
+"""The published CIFAR-10 and CIFAR-100 python archives, read without running what a pickle may ask for."""
+
+import io
+import pickle
+import posixpath
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sharding.archives import Files
+from sharding.errors import UserError
+from sharding.layout import Tree
+
+PIXELS = 3 * 32 * 32
+
+
+@dataclass(frozen=True)
+class Variant:
+    """File names and dictionary keys of one published archive."""
+
+    name: str
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+    meta: str
+    labels: str
+    names: str
+
+
+CIFAR10 = Variant(
+    name="cifar10",
+    train=tuple(f"data_batch_{i}" for i in range(1, 6)),
+    test=("test_batch",),
+    meta="batches.meta",
+    labels="labels",
+    names="label_names",
+)
+CIFAR100 = Variant("cifar100", ("train",), ("test",), "meta", "fine_labels", "fine_label_names")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One file: uint8 pixels [N, 32, 32, 3] and int64 labels [N]."""
+
+    file: str
+    pixels: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+
+
+class Archive:
+    """A CIFAR archive, read one file at a time. Raises UserError naming what is missing or malformed."""
+
+    def __init__(self, files: Files, variant: Variant) -> None:
+        self._files, self._variant, self._tree = files, variant, Tree(files)
+        folder = self._tree.folder_with(variant.train[0])
+        if folder is None:
+            raise UserError(
+                f"{files.shown} holds no file {variant.train[0]}; give the published python archive of {variant.name}"
+            )
+        self._folder = folder
+
+    def classes(self) -> tuple[str, ...]:
+        """Return the class names in the order of their ids."""
+        names = self._load(self._variant.meta).get(self._variant.names)
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise self._malformed(self._variant.meta, f"it holds no list {self._variant.names}")
+        return tuple(names)
+
+    def batch(self, file: str, classes: int) -> Batch:
+        """Return one file of images."""
+        content = self._load(file)
+        pixels, labels = content.get("data"), content.get(self._variant.labels)
+        if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.ndim != 2:
+            raise self._malformed(file, "data is not an array of bytes")
+        if pixels.shape[1] != PIXELS or not isinstance(labels, list) or len(labels) != len(pixels):
+            raise self._malformed(file, f"it does not hold N rows of {PIXELS} bytes and N {self._variant.labels}")
+        if not all(isinstance(label, int) and 0 <= label < classes for label in labels):
+            raise self._malformed(file, f"a label is outside 0 … {classes - 1}")
+        upright = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        return Batch(file, upright, np.array(labels, np.int64))
+
+    def _load(self, file: str) -> dict[str, Any]:
+        member = self._tree.find(posixpath.join(self._folder, file))
+        if member is None:
+            raise UserError(f"{self._files.shown} lacks {file}; get the archive again")
+        try:
+            content = RestrictedUnpickler(io.BytesIO(self._files.read(member)), encoding="latin1").load()
+        # A damaged pickle can raise nearly anything, MemoryError and IndexError included.
+        except Exception as error:
+            raise self._malformed(file, str(error) or type(error).__name__) from None
+        if not isinstance(content, dict):
+            raise self._malformed(file, "it is not a dictionary")
+        return {key if isinstance(key, str) else bytes(key).decode("latin1"): value for key, value in content.items()}
+
+    def _malformed(self, file: str, reason: str) -> UserError:
+        return UserError(f"{file} in {self._files.shown} is malformed ({reason}); get the archive again")
+
+
+class RestrictedUnpickler(pickle.Unpickler):
+    """Unpickles numpy arrays and plain containers. Raises pickle.UnpicklingError for any other global name."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return one of the four allowed callables."""
+        try:
+            return _ALLOWED[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not allowed") from None
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """Stand in for _codecs.encode, which reaches every codec: pickles of protocol 2 use it for bytes, with latin1."""
+    if encoding not in ("latin1", "latin-1"):
+        raise pickle.UnpicklingError(f"it asks for the codec {encoding}, which is not allowed")
+    return text.encode("latin1")
+
+
+# numpy's own name for it is private and differs between versions; an array's reduction gives the function itself.
+_reconstruct: Any = np.empty(0).__reduce__()[0]
+_ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
+    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("_codecs", "encode"): _encode,
+}

@@ -1,0 +1,147 @@
+"""What workers do: look at images, and write one shard."""
+
+import io
+import json
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sharding.archives import Member
+from sharding.errors import UserError
+from sharding.files import atomic_file, sha256_file, write_atomic
+from sharding.images import Seen, Target, digest_of, inspect, to_stored
+from sharding.listing import Reader
+from sharding.manifest import ShardInfo
+from sharding.plan import Planned, ShardPlan
+from sharding.pool import Tick
+from sharding.shards import decode, verify_shard
+
+OWNER, MODE = "gdd", 0o444
+
+
+@dataclass(frozen=True)
+class Written:
+    """A finished shard, and the per-channel sums of its pixels and of their squares, in 0 … 255 (train only)."""
+
+    info: ShardInfo
+    sums: tuple[int, ...]
+    squares: tuple[int, ...]
+
+    @property
+    def samples(self) -> int:
+        """Number of samples."""
+        return self.info.samples
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """A shard to write: below `directory`, noting in `record` that it is finished."""
+
+    directory: Path
+    record: Path
+    shard: ShardPlan
+    target: Target
+
+
+def inspect_all(reader: Reader, members: Sequence[Member], tick: Tick) -> list[Seen | str]:
+    """Look at images; for one that cannot be read, return the reason."""
+    found: list[Seen | str] = []
+    for member in members:
+        try:
+            found.append(inspect(reader.read(member)))
+        except (OSError, ValueError) as error:
+            found.append(" ".join(str(error).split()) or type(error).__name__)
+        tick(1)
+    return found
+
+
+def write_shard(reader: Reader, task: ShardTask, tick: Tick) -> Written:
+    """Write a shard's tar, its index, then its record, each whole or not at all."""
+    # Imported here, where worker processes have kept torch out; see pool.py.
+    from webdataset.writer import TarWriter
+
+    shard, target = task.shard, task.target
+    path = task.directory / shard.file
+    index = np.empty((len(shard.samples), 3), np.int64)
+    moments = Moments(target.channels) if shard.split == "train" else None
+    with atomic_file(path) as stream:
+        writer = TarWriter(stream, user=OWNER, group=OWNER, mode=MODE, mtime=0, encoder=False)
+        for row, sample in enumerate(shard.samples):
+            suffix, payload = _stored(reader, sample, target, moments)
+            writer.write({"__key__": sample.key, "cls": str(sample.label).encode(), suffix: payload})
+            # Members are written in alphabetical order: the image, after cls, ends where the archive now ends.
+            index[row] = writer.tarstream.offset - _padded(len(payload)), len(payload), sample.label
+            tick(1)
+        writer.close()
+    buffer = io.BytesIO()
+    np.save(buffer, index)
+    index_path = path.with_suffix(".npy")
+    write_atomic(index_path, buffer.getvalue())
+    info = ShardInfo(shard.file, len(index), path.stat().st_size, sha256_file(path), sha256_file(index_path))
+    written = Written(info, *(moments.sums() if moments else ((), ())))
+    write_atomic(task.record, json.dumps(asdict(written)).encode())
+    return written
+
+
+def finished_shard(task: ShardTask) -> Written | None:
+    """Return a shard that an earlier run of the same build finished, or None if it did not or the files differ."""
+    try:
+        record = json.loads(task.record.read_bytes())
+        info = ShardInfo(**record["info"])
+        verify_shard(task.directory, info)
+    except (OSError, ValueError, KeyError, TypeError, UserError):
+        return None
+    return Written(info, tuple(record["sums"]), tuple(record["squares"]))
+
+
+class Moments:
+    """Exact sums over pixels, so that neither order nor grouping can change what comes of them."""
+
+    def __init__(self, channels: int) -> None:
+        self._sums = np.zeros(channels, np.int64)
+        self._squares = np.zeros(channels, np.int64)
+
+    def add(self, pixels: np.ndarray) -> None:
+        """Add uint8 pixels [H, W, C]."""
+        values = pixels.reshape(-1, pixels.shape[2]).astype(np.int64)
+        self._sums += values.sum(0)
+        self._squares += np.einsum("nc,nc->c", values, values)
+
+    def sums(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the sums of the values and of their squares by channel."""
+        return tuple(self._sums.tolist()), tuple(self._squares.tolist())
+
+
+def mean_and_std(
+    sums: Sequence[Sequence[int]], squares: Sequence[Sequence[int]], pixels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and population standard deviation per channel, in [0, 1], from shards' sums over `pixels` pixels."""
+    means, deviations = [], []
+    for total, square in zip(map(sum, zip(*sums, strict=True)), map(sum, zip(*squares, strict=True)), strict=True):
+        means.append(total / (pixels * 255))
+        # In integers up to the division: no cancellation.
+        deviations.append(((pixels * square - total**2) / (pixels * 255) ** 2) ** 0.5)
+    return tuple(means), tuple(deviations)
+
+
+def _stored(reader: Reader, sample: Planned, target: Target, moments: Moments | None) -> tuple[str, bytes]:
+    name = sample.member.name
+    try:
+        item = reader.read(sample.member)
+    except (OSError, ValueError, zlib.error) as error:
+        raise UserError(f"cannot read {name} any more ({error}); run the build again") from None
+    if digest_of(item) != sample.seen.sha256:
+        raise UserError(f"{name} changed while the data set was built; run the build again")
+    suffix, payload = to_stored(item, sample.seen, target)
+    if moments is not None:
+        pixels = np.empty((target.height, target.width, target.channels), np.uint8)
+        decode(payload, pixels)
+        moments.add(pixels)
+    return suffix, payload
+
+
+def _padded(size: int) -> int:
+    return -(-size // 512) * 512

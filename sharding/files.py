@@ -1,0 +1,93 @@
+"""Whole-or-not-at-all files, checksums and a lock between processes."""
+
+import errno
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from sharding.errors import UserError
+
+TEMPORARY_SUFFIX = ".tmp"
+
+
+def fsync_dir(path: Path | str) -> None:
+    """Flush a directory's entries to disk, so that a rename inside it survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
+    """Open a temporary file beside `path`; when the block ends well it is flushed and renamed to `path`, else removed.
+
+    Readers see the old file or the whole new one. Raises OSError when the disk is full or not writable.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    try:
+        with temporary.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_dir(path.parent)
+
+
+def write_atomic(path: Path | str, data: bytes) -> None:
+    """Write `data` to `path`, whole or not at all (temporary name, flush, rename, flush of the directory)."""
+    with atomic_file(path) as stream:
+        stream.write(data)
+
+
+def sha256_file(path: Path | str) -> str:
+    """Return the sha256 of a file's content as 64 hex digits. Raises OSError when it cannot be read."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def remove_temporaries(directory: Path) -> None:
+    """Remove what `atomic_file` left in `directory` when its process was killed."""
+    for path in directory.glob(f".*{TEMPORARY_SUFFIX}"):
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def exclusive_lock(path: Path, busy: str) -> Iterator[None]:
+    """Hold an exclusive lock on `path`, which is created, for the block; the kernel drops it when the process dies.
+
+    Raises UserError with the message `busy` when another process holds it. On a file system without locks the block
+    runs unlocked: refusing to work there at all would help nobody.
+    """
+    descriptor = _open_and_lock(path, busy)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _open_and_lock(path: Path, busy: str) -> int:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                return descriptor
+            os.close(descriptor)
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise UserError(busy) from None
+            raise
+        # The last holder may have removed the file between our open and our lock: then we hold a name that is gone.
+        if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+            return descriptor
+        os.close(descriptor)

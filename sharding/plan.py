@@ -1,0 +1,191 @@
+"""What a build will write, decided before anything is encoded."""
+
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+from sharding.archives import Member
+from sharding.errors import UserError
+from sharding.images import Seen, Target
+from sharding.listing import Listing, Sample
+from sharding.manifest import SPLITS
+from sharding.splits import cut, deal
+
+_UNITS = {"": 1, "B": 1}
+_UNITS |= {unit + "B": 1000**power for power, unit in enumerate("KMGT", 1)}
+_UNITS |= {unit + "IB": 1024**power for power, unit in enumerate("KMGT", 1)}
+DEFAULT_VAL_FRACTION = 0.05
+LARGEST_SIDE = 4096
+
+
+def parse_size(text: str) -> int:
+    """Return bytes from ``64MB`` (10^6), ``64MiB`` (2^20) or a plain number. Raises UserError when it is none."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if not match or match[2].upper() not in _UNITS:
+        raise UserError(f"size {text!r} is not a number of bytes; write it as 64MB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user chooses about a build. Raises UserError for values that make no sense.
+
+    `shard_size` is in bytes, of the source's images; fractions lie between 0 and 1; `workers` None means all cores.
+    """
+
+    shard_size: int = 64_000_000
+    workers: int | None = None
+    val_fraction: float | None = None
+    test_fraction: float | None = None
+    image_size: int | None = None
+    seed: int = 0
+    on_error: str = "stop"
+
+    def __post_init__(self) -> None:
+        for name, fraction in (("val-fraction", self.val_fraction), ("test-fraction", self.test_fraction)):
+            if fraction is not None and not 0 < fraction < 1:
+                raise UserError(f"--{name} is {fraction}; give a number between 0 and 1, both excluded")
+        least = {"shard-size": self.shard_size, "workers": self.workers, "image-size": self.image_size}
+        for name, value in least.items():
+            if value is not None and value < 1:
+                raise UserError(f"--{name} is {value}; give 1 or more")
+        if self.image_size is not None and self.image_size > LARGEST_SIDE:
+            raise UserError(f"--image-size is {self.image_size}; give {LARGEST_SIDE} or less")
+        if self.seed < 0:
+            raise UserError(f"--seed is {self.seed}; give 0 or more")
+        if self.on_error not in ("stop", "skip"):
+            raise UserError(f"--on-error is {self.on_error}; give stop or skip")
+
+    def cores(self) -> int:
+        """Return how many workers the build may use."""
+        return self.workers or len(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """One sample of a shard: `key` is its name there, unique in the data set."""
+
+    key: str
+    member: Member
+    label: int
+    seen: Seen
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One shard to write: its split, its file name relative to DATA, and its samples in order."""
+
+    split: str
+    file: str
+    samples: tuple[Planned, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that shapes the bytes of a data set, library versions aside."""
+
+    name: str
+    classes: tuple[str, ...]
+    target: Target
+    shards: tuple[ShardPlan, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """Return 64 hex digits: two plans of one fingerprint, with the same libraries, give the same bytes."""
+        digest = hashlib.sha256()
+        target = [self.target.height, self.target.width, self.target.channels]
+        digest.update(json.dumps([self.name, self.classes, target]).encode())
+        for shard in self.shards:
+            digest.update(f"\n{shard.file}\n".encode())
+            for sample in shard.samples:
+                digest.update(f"{sample.key} {sample.label} {sample.seen.kept_as} ".encode() + sample.seen.sha256)
+        return digest.hexdigest()
+
+
+def make_plan(listing: Listing, seen: dict[str, list[Seen | None]], options: Options) -> Plan:
+    """Cut the splits, choose size and channels, and deal the samples to shards.
+
+    `seen` holds, split by split as listed, what a look at each image told; None for an image that is left out.
+    Raises UserError when sizes differ and none is asked for, or a class is too small to be split.
+    """
+    splits: dict[str, list[Planned]] = {}
+    number = 0
+    for split, samples in listing.splits.items():
+        splits[split] = []
+        for sample, look in zip(samples, seen[split], strict=True):
+            if look is not None:
+                splits[split].append(_planned(number, sample, look))
+            number += 1
+    _check_classes(splits, listing.classes)
+    target = choose_target([sample.seen for samples in splits.values() for sample in samples], options.image_size)
+    _cut_splits(splits, listing, options)
+    shards = [shard for split in SPLITS if splits.get(split) for shard in _deal_split(split, splits[split], options)]
+    return Plan(listing.name, listing.classes, target, tuple(shards))
+
+
+def check_splits(listing: Listing, options: Options) -> None:
+    """Raise UserError where the fractions asked for do not suit the splits the source brings."""
+    if "test" not in listing.splits and options.test_fraction is None:
+        raise UserError(f"{listing.name} has no test set; give --test-fraction, say 0.1, to cut one from train")
+    for split, fraction in (("test", options.test_fraction), ("val", options.val_fraction)):
+        if split in listing.splits and fraction is not None:
+            raise UserError(f"{listing.name} brings its own {split} set; leave --{split}-fraction out")
+
+
+def choose_target(seen: list[Seen], image_size: int | None) -> Target:
+    """Return size and channels of the data set. Raises UserError when sizes differ and `image_size` is None."""
+    channels = 1 if all(look.grey for look in seen) else 3
+    if image_size is not None:
+        return Target(image_size, image_size, channels)
+    sizes = Counter((look.width, look.height) for look in seen)
+    if len(sizes) > 1:
+        common = ", ".join(f"{count} of {width}x{height}" for (width, height), count in sizes.most_common(3))
+        raise UserError(f"images differ in size ({len(sizes)} sizes: {common}, …); give --image-size")
+    width, height = next(iter(sizes))
+    return Target(height, width, channels)
+
+
+def _planned(number: int, sample: Sample, look: Seen) -> Planned:
+    return Planned(f"{number:08d}", sample.member, sample.label, look)
+
+
+def _check_classes(splits: dict[str, list[Planned]], classes: tuple[str, ...]) -> None:
+    for split, samples in splits.items():
+        if not samples:
+            raise UserError(f"{split} holds no image that can be read; check the source")
+    missing = set(range(len(classes))) - {sample.label for sample in splits["train"]}
+    if missing:
+        raise UserError(f"class {classes[min(missing)]} has no image in train; add images or remove the class")
+
+
+def _cut_splits(splits: dict[str, list[Planned]], listing: Listing, options: Options) -> None:
+    """Cut test, then val, from train where the source does not bring them."""
+    for split, fraction in (("test", options.test_fraction), ("val", options.val_fraction)):
+        if split in splits:
+            continue
+        train = splits["train"]
+        total = round((fraction or DEFAULT_VAL_FRACTION) * len(train))
+        if split == "val" and fraction is None and listing.val_samples is not None:
+            total = listing.val_samples
+        labels = [sample.label for sample in train]
+        mask = cut(labels, total, seed=options.seed, purpose=split, classes=listing.classes).tolist()
+        splits[split] = [sample for sample, chosen in zip(train, mask, strict=True) if chosen]
+        splits["train"] = [sample for sample, chosen in zip(train, mask, strict=True) if not chosen]
+
+
+def _deal_split(split: str, samples: list[Planned], options: Options) -> list[ShardPlan]:
+    total = sum(tar_bytes(sample.member.size) for sample in samples)
+    shards = min(len(samples), -(-total // options.shard_size))
+    dealt = deal([sample.label for sample in samples], shards, seed=options.seed, split=split)
+    return [
+        ShardPlan(split, f"{split}/{number:06d}.tar", tuple(samples[i] for i in rows.tolist()))
+        for number, rows in enumerate(dealt)
+    ]
+
+
+def tar_bytes(size: int) -> int:
+    """Return what a sample of `size` bytes takes up in a shard: two headers, the label's block, the padded payload."""
+    return 3 * 512 + -(-size // 512) * 512

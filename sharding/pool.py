@@ -1,0 +1,131 @@
+"""The same function over many tasks, in worker processes or in this one.
+
+A function gets (shared, task, tick): `shared` is sent to each worker once, `tick(n)` reports n images done.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.sharedctypes import Synchronized
+from typing import Any, TypeVar
+
+from sharding.errors import UserError
+from sharding.progress import Progress
+
+Shared = TypeVar("Shared")
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+Tick = Callable[[int], None]
+
+POLL_S = 0.2
+
+
+class Pool:
+    """Worker processes that live as long as the `with` block, and never longer than this process. One worker: none."""
+
+    def __init__(self, workers: int, shared: Any) -> None:
+        self._shared = shared
+        self._executor: ProcessPoolExecutor | None = None
+        if workers > 1:
+            # Not forked: the caller may have threads (torch, tqdm), whose locks a fork would copy as they stand.
+            context = multiprocessing.get_context("spawn")
+            self._done: Synchronized[int] = context.Value("q", 0)
+            self._stop: Synchronized[int] = context.Value("b", 0)
+            self._executor = ProcessPoolExecutor(
+                workers, context, initializer=_start_worker, initargs=(shared, self._done, self._stop)
+            )
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._executor is not None:
+            self._stop.value = 1
+            self._executor.shutdown(wait=True, cancel_futures=True)
+
+    def map(
+        self, function: Callable[[Any, Task, Tick], Result], tasks: Sequence[Task], progress: Progress
+    ) -> list[Result]:
+        """Return the results in the order of the tasks. Raises what the function raises, and stops the others."""
+        if self._executor is None:
+            return self._map_here(function, tasks, progress)
+        self._done.value = 0
+        try:
+            futures = [self._executor.submit(_run, function, task) for task in tasks]
+            pending: set[Future[Result]] = set(futures)
+            while pending:
+                finished, pending = wait(pending, timeout=POLL_S, return_when=FIRST_COMPLETED)
+                progress.update(self._done.value)
+                for future in finished:
+                    future.result()
+            return [future.result() for future in futures]
+        except BrokenProcessPool:
+            raise UserError("a worker process was killed, perhaps for lack of memory; use fewer --workers") from None
+
+    def _map_here(
+        self, function: Callable[[Any, Task, Tick], Result], tasks: Sequence[Task], progress: Progress
+    ) -> list[Result]:
+        done = 0
+
+        def tick(images: int) -> None:
+            nonlocal done
+            done += images
+            progress.update(done)
+
+        return [function(self._shared, task, tick) for task in tasks]
+
+
+class _Stopped(Exception):
+    """The parent asked the workers to stop."""
+
+
+# What a worker process was started with.
+_shared: Any = None
+_done: "Synchronized[int]"
+_stop: "Synchronized[int]"
+
+
+def _start_worker(shared: Any, done: "Synchronized[int]", stop: "Synchronized[int]") -> None:
+    global _shared, _done, _stop
+    _shared, _done, _stop = shared, done, stop
+    # Ctrl-C reaches the whole process group; the parent stops the workers in order.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    import_webdataset_without_torch()
+
+
+def import_webdataset_without_torch() -> None:
+    """Import webdataset in a process that only writes shards: torch, which it imports if it can, takes 470 MB and 3 s.
+
+    What reads by webdataset needs torch, so this is no way for processes that do anything else.
+    """
+    if "torch" in sys.modules:
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        import webdataset  # noqa: F401
+    finally:
+        del sys.modules["torch"]
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _run(function: Callable[[Any, Any, Tick], Result], task: Any) -> Result:
+    return function(_shared, task, _tick)
+
+
+def _tick(images: int) -> None:
+    if _stop.value:
+        raise _Stopped
+    with _done.get_lock():
+        _done.value += images

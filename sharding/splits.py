@@ -1,0 +1,72 @@
+"""Which samples go to which split and which shard: pure functions of labels and seed."""
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sharding.errors import UserError
+
+_PURPOSES = ("test", "val", "deal-train", "deal-val", "deal-test")
+
+
+def apportion(counts: NDArray[np.int64], total: int) -> NDArray[np.int64]:
+    """Return how many of `total` fall to each class, int64 [C], in proportion to `counts` by largest remainders.
+
+    Each class gives at least one and keeps at least one, so that the sum may differ from `total` where classes are
+    small. Needs counts ≥ 2.
+    """
+    quotas = counts * (total / counts.sum())
+    shares = np.clip(np.floor(quotas).astype(np.int64), 1, counts - 1)
+    for label in np.argsort(shares - quotas, kind="stable"):
+        if shares.sum() >= total:
+            break
+        shares[label] += shares[label] < counts[label] - 1
+    return shares
+
+
+def stratified(labels: ArrayLike, total: int, *, seed: int, purpose: str) -> NDArray[np.bool_]:
+    """Choose about `total` of N samples at random, every class in proportion. Returns a mask, bool [N].
+
+    Raises ValueError when a class has fewer than two samples (`args[0]` is the message, `args[1]` the class).
+    """
+    labels = np.asarray(labels, np.int64)
+    counts = np.bincount(labels)
+    small = np.flatnonzero((counts < 2) & (counts > 0))
+    if len(small):
+        raise ValueError("too few samples to split", int(small[0]))
+    chosen = np.zeros(len(labels), bool)
+    present = np.flatnonzero(counts)
+    for label, share in zip(present, apportion(counts[present], total), strict=True):
+        chosen[_shuffled(np.flatnonzero(labels == label), seed, purpose, int(label))[:share]] = True
+    return chosen
+
+
+def cut(labels: ArrayLike, total: int, *, seed: int, purpose: str, classes: tuple[str, ...]) -> NDArray[np.bool_]:
+    """Do as `stratified`; raises UserError naming the class that is too small."""
+    try:
+        return stratified(labels, total, seed=seed, purpose=purpose)
+    except ValueError as error:
+        name = classes[error.args[1]]
+        raise UserError(
+            f"class {name} has too few images to give {purpose} one and train one; add images or remove the class"
+        ) from None
+
+
+def deal(labels: ArrayLike, shards: int, *, seed: int, split: str) -> list[NDArray[np.int64]]:
+    """Shuffle N samples and deal them to shards. Returns the sample numbers of each shard in their order.
+
+    Any two shards differ by at most one sample, in all and in each class.
+    """
+    labels = np.asarray(labels, np.int64)
+    purpose = f"deal-{split}"
+    by_class = [
+        _shuffled(np.flatnonzero(labels == label), seed, purpose, int(label)) for label in np.unique(labels).tolist()
+    ]
+    order = np.concatenate(by_class)
+    # Class number -1 stands for the shuffle inside each shard, which mixes the classes.
+    return [_shuffled(order[shard::shards], seed, purpose, -1 - shard) for shard in range(shards)]
+
+
+def _shuffled(values: NDArray[np.int64], seed: int, purpose: str, stream: int) -> NDArray[np.int64]:
+    # Seeds must not be negative: class c and the inside of shard s are told apart by the last word.
+    words = [seed, _PURPOSES.index(purpose), abs(stream), int(stream < 0)]
+    return np.random.default_rng(words).permutation(values)

@@ -1,0 +1,141 @@
+"""Is a data set on disk what its manifest says?"""
+
+import os
+import tarfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sharding.encode import Moments, mean_and_std
+from sharding.errors import UserError
+from sharding.manifest import Manifest, ShardInfo
+from sharding.pool import Pool, Tick
+from sharding.progress import Log, Progress
+from sharding.shards import decode, read_index, verify_shard
+
+IMAGES_PER_WORKER = 2000
+# Decoders of other versions may round differently.
+TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """A shard to decode in full."""
+
+    split: str
+    info: ShardInfo
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a shard was found to hold: its faults, class counts, and the pixel sums of `Moments`."""
+
+    faults: tuple[str, ...]
+    class_counts: tuple[int, ...]
+    sums: tuple[int, ...]
+    squares: tuple[int, ...]
+
+
+def verify(directory: Path | str, *, deep: bool = False, log: Log, bar: bool = False) -> Manifest:
+    """Check sizes and sha256 of all files; `deep` decodes every image and checks labels, counts and statistics too.
+
+    Returns the manifest. Raises UserError naming the first fault, and how many more there are.
+    """
+    directory = Path(directory)
+    manifest = Manifest.load(directory)
+    shards = [shard for split in manifest.splits.values() for shard in split.shards]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        results = list(threads.map(lambda shard: _fault(directory, shard), shards))
+    faults = [fault for fault in results if fault] + list(_strays(directory, shards))
+    if deep and not faults:
+        faults = _deep(directory, manifest, log, bar)
+    if faults:
+        more = f" ({len(faults) - 1} more faults)" if len(faults) > 1 else ""
+        raise UserError(f"{faults[0]}{more}")
+    return manifest
+
+
+def _fault(directory: Path, shard: ShardInfo) -> str | None:
+    try:
+        verify_shard(directory, shard)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _strays(directory: Path, shards: list[ShardInfo]) -> Iterator[str]:
+    """Name shards that the manifest does not know: a reader that takes all files of a directory would read them."""
+    known = {name for shard in shards for name in (shard.file, shard.index_file)}
+    for path in sorted([*directory.glob("*/*.tar"), *directory.glob("*/*.npy")]):
+        if f"{path.parent.name}/{path.name}" not in known:
+            yield f"{path} is not in the manifest; remove it"
+
+
+def _deep(directory: Path, manifest: Manifest, log: Log, bar: bool) -> list[str]:
+    tasks = [ShardTask(name, shard) for name, split in manifest.splits.items() for shard in split.shards]
+    images = sum(split.samples for split in manifest.splits.values())
+    workers = min(len(os.sched_getaffinity(0)), len(tasks), -(-images // IMAGES_PER_WORKER))
+    with Pool(workers, (directory, manifest)) as pool, Progress("verifying", images, log=log, bar=bar) as progress:
+        found = pool.map(check_shard, tasks, progress)
+    faults = [fault for one in found for fault in one.faults]
+    for name, split in manifest.splits.items():
+        counts = np.sum([f.class_counts for t, f in zip(tasks, found, strict=True) if t.split == name], axis=0)
+        if tuple(counts.tolist()) != split.class_counts:
+            faults.append(f"the class counts of {name} are not those of the manifest; build the dataset again")
+    train = [f for t, f in zip(tasks, found, strict=True) if t.split == "train"]
+    pixels = manifest.splits["train"].samples * manifest.height * manifest.width
+    statistics = mean_and_std([f.sums for f in train], [f.squares for f in train], pixels)
+    if not np.allclose(statistics, (manifest.mean, manifest.std), rtol=0, atol=TOLERANCE):
+        faults.append("mean or std of train is not that of the manifest; build the dataset again")
+    return faults
+
+
+def check_shard(shared: tuple[Path, Manifest], task: ShardTask, tick: Tick) -> Found:
+    """Decode every image of a shard and compare the tar with its index."""
+    directory, manifest = shared
+    path, classes = directory / task.info.file, len(manifest.classes)
+    moments = Moments(manifest.channels)
+    try:
+        index = read_index(directory, task.info, classes)
+        members = list(_samples(path))
+    except (UserError, tarfile.TarError, ValueError) as error:
+        return Found((f"{path}: {error}",), (0,) * classes, *moments.sums())
+    counts = tuple(np.bincount(index[:, 2], minlength=classes).tolist())
+    faults = []
+    if not np.array_equal(np.array(members, np.int64), index):
+        faults.append(f"{task.info.index_file} does not describe {path}; build the dataset again")
+    else:
+        faults = list(_decode_all(path, index, manifest, moments, tick))
+    return Found(tuple(faults), counts, *moments.sums())
+
+
+def _samples(path: Path) -> Iterator[tuple[int, int, int]]:
+    """Yield offset, size and label of each sample, as the tar itself tells them. Raises ValueError for another layout."""
+    with tarfile.open(path, "r:") as archive:
+        members = iter(archive)
+        for label in members:
+            image = next(members, None)
+            stream = archive.extractfile(label)
+            key, _, suffix = label.name.partition(".")
+            if stream is None or image is None or suffix != "cls" or image.name.partition(".")[0] != key:
+                raise ValueError(f"{label.name} is not the label of an image that follows")
+            yield image.offset_data, image.size, int(stream.read())
+
+
+def _decode_all(
+    path: Path, index: NDArray[np.int64], manifest: Manifest, moments: Moments, tick: Tick
+) -> Iterator[str]:
+    pixels = np.empty((manifest.height, manifest.width, manifest.channels), np.uint8)
+    with path.open("rb") as stream:
+        for row, (offset, size, _) in enumerate(index.tolist()):
+            stream.seek(offset)
+            try:
+                decode(stream.read(size), pixels)
+                moments.add(pixels)
+            except ValueError as error:
+                yield f"{path}, row {row}: {error}; build the dataset again"
+            tick(1)

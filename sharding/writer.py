@@ -1,0 +1,218 @@
+"""A build: source → splits → shards → manifest. Parallel, atomic, resumable; the same bytes for any worker count.
+
+DEST/build.json says what is being, or was, built; DEST/.build/ holds, while the build goes on, temporary files and a
+record of each finished shard. The manifest is written last: a directory without one is no data set.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from PIL import features
+
+from sharding.encode import ShardTask, Written, finished_shard, inspect_all, mean_and_std, write_shard
+from sharding.errors import UserError
+from sharding.files import exclusive_lock, fsync_dir, remove_temporaries, write_atomic
+from sharding.images import Seen
+from sharding.listing import SCRATCH, Listing
+from sharding.manifest import BUILD_FILE, FILE, SPLITS, Manifest, SplitInfo
+from sharding.plan import Options, Plan, check_splits, make_plan
+from sharding.pool import Pool
+from sharding.progress import Log, Progress
+from sharding.shards import verify_shard
+from sharding.sources import open_source, parse
+
+WORK = ".build"
+BUILD_FORMAT = "gdd-build/1"
+CHUNK = 128
+# Below this many images for each worker, starting the worker takes longer than its share of the work.
+IMAGES_PER_WORKER = 2000
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a build came to. `reused`: the data set was there already. `skipped`: unreadable images left out."""
+
+    manifest: Manifest
+    reused: bool
+    skipped: int
+
+
+def build(
+    source: str, dest: Path | str, options: Options | None = None, *, log: Log | None = None, bar: bool = False
+) -> Built:
+    """Build the data set of `source` (as on the command line) in `dest`; go on with an unfinished build of the same.
+
+    `log` gets lines of text, `bar` shows progress bars on stderr. Raises UserError for anything the user can mend, and
+    OSError when the disk is full or not writable; what was finished by then is used by the next run.
+    """
+    options, log, dest = options or Options(), log or _silent, Path(dest)
+    parse(source)
+    check_destination(dest)
+    work, fresh = dest / WORK, not dest.exists()
+    work.mkdir(parents=True, exist_ok=True)
+    with exclusive_lock(work / "lock", f"another build is writing {dest}; wait for it"):
+        remove_temporaries(dest)
+        try:
+            built = _build(source, dest, options, log, bar)
+        finally:
+            _clean(dest, fresh)
+    return built
+
+
+def _build(source: str, dest: Path, options: Options, log: Log, bar: bool) -> Built:
+    listing = open_source(source, dest / WORK)
+    check_splits(listing, options)
+    versions = library_versions() | listing.versions
+    images = sum(len(samples) for samples in listing.splits.values())
+    workers = min(options.cores(), images) if options.workers else min(options.cores(), -(-images // IMAGES_PER_WORKER))
+    with Pool(workers, listing.reader) as pool:
+        with Progress("reading", images, log=log, bar=bar) as progress:
+            seen, skipped = _inspect(pool, listing, options, progress, log)
+        plan = make_plan(listing, seen, options)
+        if (dest / FILE).exists():
+            return Built(_existing(dest, plan), True, len(skipped))
+        tasks = [
+            ShardTask(dest, dest / WORK / f"{shard.file.replace('/', '-')}.json", shard, plan.target)
+            for shard in plan.shards
+        ]
+        _prepare(dest, source, plan, versions, skipped)
+        written = _write(pool, tasks, log, bar)
+    manifest = _manifest(plan, written, versions)
+    manifest.save(dest)
+    return Built(manifest, False, len(skipped))
+
+
+def _inspect(
+    pool: Pool, listing: Listing, options: Options, progress: Progress, log: Log
+) -> tuple[dict[str, list[Seen | None]], list[str]]:
+    """Look at every image; return what was seen by split, None for one left out, and why each of those was."""
+    members = [sample.member for samples in listing.splits.values() for sample in samples]
+    chunks = [members[start : start + CHUNK] for start in range(0, len(members), CHUNK)]
+    results = [look for chunk in pool.map(inspect_all, chunks, progress) for look in chunk]
+    skipped = [f"{m.name}: {look}" for m, look in zip(members, results, strict=True) if isinstance(look, str)]
+    if skipped and options.on_error == "stop":
+        more = f", and {len(skipped) - 1} more" if len(skipped) > 1 else ""
+        name, _, reason = skipped[0].partition(": ")
+        raise UserError(f"cannot read {name} ({reason}){more}; mend or remove it, or give --on-error skip")
+    for line in skipped:
+        log(f"skipped {line}")
+    looks = iter([None if isinstance(look, str) else look for look in results])
+    return {split: [next(looks) for _ in samples] for split, samples in listing.splits.items()}, skipped
+
+
+def _write(pool: Pool, tasks: list[ShardTask], log: Log, bar: bool) -> list[Written]:
+    done = [finished_shard(task) for task in tasks]
+    reused = sum(written is not None for written in done)
+    if reused:
+        log(f"going on with an unfinished build: {reused} of {len(tasks)} shards are there")
+    missing = [task for task, written in zip(tasks, done, strict=True) if written is None]
+    if not missing:
+        return [written for written in done if written is not None]
+    images = sum(len(task.shard.samples) for task in missing)
+    with Progress("writing", images, log=log, bar=bar) as progress:
+        new = iter(pool.map(write_shard, missing, progress))
+    return [written or next(new) for written in done]
+
+
+def check_destination(dest: Path) -> None:
+    """Raise UserError when `dest` holds anything that no build of ours put there."""
+    if not dest.exists():
+        return
+    if not dest.is_dir():
+        raise UserError(f"{dest} is not a directory; choose another DEST")
+    names = {path.name for path in dest.iterdir()} - {WORK}
+    if (dest / BUILD_FILE).exists():
+        names -= {BUILD_FILE, FILE, *SPLITS}
+    names = {name for name in names if not name.startswith(f".{BUILD_FILE}.") and not name.startswith(f".{FILE}.")}
+    if names:
+        what = "a data set that was built elsewhere" if FILE in names else min(names)
+        raise UserError(f"{dest} already holds {what}; choose an empty or a new DEST")
+
+
+def _existing(dest: Path, plan: Plan) -> Manifest:
+    """Return the manifest of a finished build of this very plan. Raises UserError when it is another or damaged."""
+    manifest = Manifest.load(dest)
+    if _state(dest).get("plan") != plan.fingerprint:
+        raise UserError(f"{dest} already holds a different finished data set ({manifest.name}); choose another DEST")
+    for split in manifest.splits.values():
+        for shard in split.shards:
+            verify_shard(dest, shard)
+    return manifest
+
+
+def _prepare(dest: Path, source: str, plan: Plan, versions: dict[str, str], skipped: list[str]) -> None:
+    """Note what is being built; remove what an unfinished build of something else left."""
+    state = _state(dest)
+    if state.get("plan") != plan.fingerprint or state.get("versions") != versions:
+        for record in (dest / WORK).glob("*.json"):
+            record.unlink()
+        for split in SPLITS:
+            if (dest / split).exists():
+                shutil.rmtree(dest / split)
+        document = {
+            "format": BUILD_FORMAT,
+            "source": source,
+            "plan": plan.fingerprint,
+            "versions": versions,
+            "skipped": skipped,
+        }
+        write_atomic(dest / BUILD_FILE, json.dumps(document, indent=1).encode() + b"\n")
+    wanted = {dest / shard.file for shard in plan.shards}
+    for split in sorted({shard.split for shard in plan.shards}):
+        (dest / split).mkdir(exist_ok=True)
+        remove_temporaries(dest / split)
+    for path in dest.glob("*/*.tar"):
+        if path not in wanted:
+            path.unlink()
+    fsync_dir(dest)
+
+
+def _state(dest: Path) -> dict[str, object]:
+    try:
+        state = json.loads((dest / BUILD_FILE).read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        raise UserError(f"{dest / BUILD_FILE} is damaged; choose another DEST") from None
+    return state if isinstance(state, dict) and state.get("format") == BUILD_FORMAT else {}
+
+
+def _manifest(plan: Plan, written: list[Written], versions: dict[str, str]) -> Manifest:
+    splits = {}
+    for split in SPLITS:
+        pairs = [(p, w) for p, w in zip(plan.shards, written, strict=True) if p.split == split]
+        labels = np.array([sample.label for shard, _ in pairs for sample in shard.samples], np.int64)
+        counts = tuple(np.bincount(labels, minlength=len(plan.classes)).tolist())
+        splits[split] = SplitInfo(len(labels), counts, tuple(w.info for _, w in pairs))
+    target = plan.target
+    train = [w for p, w in zip(plan.shards, written, strict=True) if p.split == "train"]
+    pixels = splits["train"].samples * target.height * target.width
+    mean, std = mean_and_std([w.sums for w in train], [w.squares for w in train], pixels)
+    size = (target.height, target.width, target.channels)
+    return Manifest(plan.name, plan.classes, *size, mean, std, versions, splits)
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of what shapes the bytes of shards."""
+    versions = {name: version(name) for name in ("numpy", "pillow", "simplejpeg", "webdataset")}
+    return versions | {"zlib": str(features.version("zlib"))}
+
+
+def _clean(dest: Path, fresh: bool) -> None:
+    """Remove temporary files; of an unfinished build keep the records of its shards, of one that never began nothing."""
+    work = dest / WORK
+    if (dest / BUILD_FILE).exists() and not (dest / FILE).exists():
+        for name in SCRATCH:
+            (work / name).unlink(missing_ok=True)
+        return
+    shutil.rmtree(work)
+    if fresh and not any(dest.iterdir()):
+        dest.rmdir()
+
+
+def _silent(line: str) -> None:
+    """Say nothing."""
