@@ -36,13 +36,19 @@ class Adversaries:
     ) -> None:
         self.generator, self.discriminator = ctx.watch(generator), ctx.watch(discriminator)
         self.ema = ctx.watch(copy.deepcopy(generator)).eval().requires_grad_(False)
-        self.g: Engine = self._engine(ctx, self.generator, betas)
-        self.d: Engine = self._engine(ctx, self.discriminator, betas)
+        label = torch.zeros(1, dtype=torch.int64, device=ctx.device)
+        self.g: Engine = self._engine(ctx, self.generator, betas, (label.new_zeros(1, generator.latent).float(), label))
+        size, channels = ctx.manifest.height, ctx.manifest.channels
+        image = label.new_zeros(1, channels, size, size).float()
+        self.d: Engine = self._engine(ctx, self.discriminator, betas, (image, label))
         self._ctx = ctx
 
     @staticmethod
-    def _engine(ctx: Context, net: torch.nn.Module, betas: tuple[float, float]) -> Engine:
-        return DDPEngine(net, torch.optim.Adam(net.parameters(), lr=1e-4, betas=betas), ctx.world, ctx.precision)
+    def _engine(
+        ctx: Context, net: torch.nn.Module, betas: tuple[float, float], example: tuple[Tensor, Tensor]
+    ) -> Engine:
+        optimizer = torch.optim.Adam(net.parameters(), lr=1e-4, betas=betas)
+        return DDPEngine(net, optimizer, ctx.world, ctx.precision, example)
 
     @torch.no_grad()
     def update_ema(self, decay: float) -> None:
@@ -124,7 +130,7 @@ def augmentation(ctx: Context, seed: int, purpose: str, step: int, slots: np.nda
     chosen = (draws[:, -1] < g.augment_p)[:, None, None, None]
 
     def apply(images: Tensor) -> Tensor:
-        changed = augment(images, draws[:, :AUGMENT_DRAWS], flip=False, ops=g.augment, fill=ctx.fill)
+        changed = augment(images, draws[:, :AUGMENT_DRAWS], flip=False, ops=g.augment, fill=ctx.mean)
         return torch.where(chosen, changed, images)
 
     return apply

@@ -136,28 +136,38 @@ class Lock:
         temporary = self.path.with_name(f".tmp-{self._id}")
         temporary.write_text(json.dumps(mine))
         try:
-            os.link(temporary, self.path)
-        except FileExistsError:
-            holder = self._holder()
-            if holder is None:
-                return {"host": "?", "pid": 0, "since": "now", "id": ""}
-            if self._alive(holder):
-                return holder
-            marker = self.path.with_name(f"{self.path.name}.{holder['id'][:16]}.dead")
-            try:
-                os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
-            except FileExistsError:
-                return holder
-            try:
-                if self._holder() != holder:
+            while not self._create(temporary):
+                holder = self._holder()
+                if holder is None:  # given back just now
+                    continue
+                if self._alive(holder) or not self._take_over(temporary, holder):
                     return holder
-                os.replace(temporary, self.path)
-            finally:
-                marker.unlink()
+                break
         finally:
             temporary.unlink(missing_ok=True)
         threading.Thread(target=self._beat, daemon=True).start()
         return None
+
+    def _create(self, temporary: Path) -> bool:
+        try:
+            os.link(temporary, self.path)
+        except FileExistsError:
+            return False
+        return True
+
+    def _take_over(self, temporary: Path, holder: Mapping[str, Any]) -> bool:
+        marker = self.path.with_name(f"{self.path.name}.{holder['id'][:16]}.dead")
+        try:
+            os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return False
+        try:
+            if self._holder() != holder:
+                return False
+            os.replace(temporary, self.path)
+        finally:
+            marker.unlink()
+        return True
 
     def release(self) -> None:
         """Give the lock back."""
@@ -167,14 +177,20 @@ class Lock:
             self.path.unlink(missing_ok=True)
 
     def _holder(self) -> dict[str, Any] | None:
-        with suppress(OSError, ValueError):
-            holder: dict[str, Any] = json.loads(self.path.read_text())
-            return holder
-        return None
+        """Who holds the lock, None if nobody does; of a lock that a crash of its host left empty, its age alone counts."""
+        try:
+            text = self.path.read_text(errors="replace")
+        except FileNotFoundError:
+            return None
+        try:
+            holder: dict[str, Any] = json.loads(text)
+        except ValueError:
+            return {"host": "an unknown host", "pid": "?", "born": None, "since": "an unknown time", "id": "unreadable"}
+        return holder
 
     def _alive(self, holder: Mapping[str, Any]) -> bool:
-        if holder["host"] == socket.gethostname():
-            return _born(holder["pid"]) == holder["born"] is not None
+        if holder["host"] == socket.gethostname() and holder["born"] is not None:
+            return _born(holder["pid"]) == holder["born"]
         with suppress(OSError):
             return time.time() - self.path.stat().st_mtime < DEAD_AFTER
         return True
@@ -186,9 +202,13 @@ class Lock:
 
 
 def _born(pid: int) -> int | None:
-    """When a process began, in clock ticks since boot, so that a reused number is not taken for its former owner."""
+    """When a process began, in clock ticks since boot, so that a reused number is not taken for its former owner.
+
+    None for one that has ended, even if its parent has not looked (in containers the first process often never does).
+    """
     with suppress(OSError):
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return int(fields[19]) if fields[0] not in "ZX" else None
     return None
 
 

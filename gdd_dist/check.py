@@ -22,7 +22,7 @@ def check(config: Config, manifest: Manifest, world: int) -> None:
         raise UserError(
             f"images are {manifest.height}x{manifest.width}; build the data set with --image-size to make them square"
         )
-    side_widths(manifest.height, config.gan.width, 1)
+    side_widths(manifest.height, config.gan.width, config.gan.patch)
     for name in (*config.teachers.architectures, config.matching.quick_student, *config.report.students):
         parse_classifier(name)
     check_ranks(config, world)

@@ -59,12 +59,6 @@ class Context:
         """Channel standard deviations of train, of pixels in [-1, 1]."""
         return [2 * s for s in self.manifest.std]
 
-    @property
-    def fill(self) -> list[float]:
-        """What augmentation uncovers: the mean colour, or black for single-channel images on a dark ground."""
-        dark = self.manifest.channels == 1 and self.manifest.mean[0] < 0.5
-        return [-1.0] if dark else self.mean
-
     def images(self, split: str) -> Images:
         """The split's images, opened once."""
         if split not in self._images:
@@ -104,7 +98,7 @@ class Context:
     def augment(self, images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
         """This run's augmentation of float images [B, C, H, W], replayed by ``draws`` [B, AUGMENT_DRAWS]."""
         loader = self.config.loader
-        return augment(images, draws.to(images.device), flip=loader.flip, ops=loader.augment, fill=self.fill)
+        return augment(images, draws.to(images.device), flip=loader.flip, ops=loader.augment, fill=self.mean)
 
     def checkpoints(self, directory: Path) -> Checkpoints:
         """Checkpoints of one loop."""

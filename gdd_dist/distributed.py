@@ -21,6 +21,7 @@ from sharding.errors import UserError
 
 _POLL = 0.002
 _A_YEAR = datetime.timedelta(days=365)
+_SOON = datetime.timedelta(seconds=10)
 
 
 class PeerError(Exception):
@@ -159,6 +160,24 @@ class World:
         if self.size > 1:
             self.barrier()
             dist.destroy_process_group()
+            self._leave_store()
+
+    def _leave_store(self) -> None:
+        """Rank 0 goes last: without torchrun it hosts the store, which others still read in that last barrier."""
+        deadline = time.monotonic() + self.timeout
+        here = self._store.add("left", 0 if self.is_main else 1)
+        while self.is_main and here < self.size - 1 and time.monotonic() < deadline:
+            time.sleep(_POLL)
+            here = self._store.add("left", 0)
+
+
+def claim_before_joining() -> bool:
+    """True for the first of the ranks that fail before they join the others (wrong settings, no data on this host)."""
+    try:
+        store, _, _ = next(iter(dist.rendezvous("env://", timeout=_SOON)))
+        return bool(store.add("failed", 1) == 1)
+    except (RuntimeError, ValueError):  # no store within reach
+        return int(os.environ.get("RANK", 0)) == 0
 
 
 def end_with(status: int) -> NoReturn:

@@ -42,23 +42,29 @@ class Engine(Protocol):
 
 
 class DDPEngine:
-    """torch's DDP over the world; the bare network when there is one rank.
+    """torch's DDP over the world; the bare network when there is one rank. ``example``: inputs of the right shapes.
 
-    find_unused_parameters: without it DDP rebuilds its buckets after the first backward, gloo then sums in another order,
-    and from three ranks on a resumed run differs in its last bits from an undisturbed one.
+    DDP orders its buckets anew after its first backward, gloo then sums in another order, and from three ranks on a resumed
+    run would differ in its last bits from an undisturbed one: a backward of nothing, first of all, settles the order for both.
     """
 
     def __init__(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, world: World, precision: str = "float32"
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        world: World,
+        precision: str,
+        example: tuple[Tensor, ...],
     ) -> None:
         self.module, self._optimizer, self._precision, self._device = module, optimizer, precision, world.device
-        devices = [world.local_rank] if world.device.type == "cuda" else None
-        self._wrapped: nn.Module | None = (
-            DistributedDataParallel(module, device_ids=devices, find_unused_parameters=True)
-            if world.size > 1
-            else module
-        )
         self._scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
+        self._wrapped: nn.Module | None = module
+        if world.size > 1:
+            devices = [world.local_rank] if world.device.type == "cuda" else None
+            self._wrapped = DistributedDataParallel(module, device_ids=devices)
+            (self(*example).sum() * 0).backward()
+            self(*example)  # the buckets are ordered as this forward begins
+            self._optimizer.zero_grad(set_to_none=True)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """Forward under autocast; float32 out."""

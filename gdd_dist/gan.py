@@ -61,9 +61,9 @@ def networks(ctx: Context) -> tuple[Generator, Discriminator]:
     g, seed = ctx.config.gan, ctx.config.step_seed("gan")
     shape: dict[str, Any] = {"classes": ctx.classes, "channels": ctx.manifest.channels, "size": ctx.manifest.height}
     with seeded(seed, "gan/generator"):
-        generator = Generator(**shape, latent=g.latent, width=g.width, blocks=g.blocks)
+        generator = Generator(**shape, latent=g.latent, width=g.width, blocks=g.blocks, patch=g.patch)
     with seeded(seed, "gan/discriminator"):
-        discriminator = Discriminator(**shape, width=g.d_width, blocks=g.d_blocks)
+        discriminator = Discriminator(**shape, width=g.d_width, blocks=g.d_blocks, patch=g.patch)
     return generator, discriminator
 
 
@@ -128,6 +128,7 @@ def run(ctx: Context, work: Path, provenance: dict[str, Any]) -> dict[str, Any]:
             monitor.picture("samples", sample_grid(ctx, nets.ema), step)
         monitor.advance(step + 1, images=g.batch)
         if checkpoints.due() and step + 1 < g.steps and world.is_main:
+            monitor.flush()
             checkpoints.save(step + 1, nets.state_dict())
     monitor.close()
     if world.is_main:

@@ -36,11 +36,12 @@ class LogitCache:
     def _open(path: Path, rows: int | None) -> np.ndarray:
         try:
             array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, EOFError) as e:
             raise UserError(f"{path} is damaged ({e}); remove its directory to compute it again") from e
-        if rows is not None and (array.ndim != 3 or array.shape[1] != rows):
+        if rows is not None and (array.ndim != 3 or array.shape[1] != rows or array.dtype != np.float16):
             raise UserError(
-                f"{path} has shape {array.shape}, expected {rows} rows; remove its directory to compute it again"
+                f"{path} holds {array.dtype} {array.shape}, expected float16 with {rows} rows; "
+                "remove its directory to compute it again"
             )
         return array
 

@@ -226,6 +226,7 @@ def run(
             monitor.scalars(step, {**world.mean(scalars), "lr": cosine(step, m.steps, m.lr, m.lr / 10)})
         monitor.advance(step + 1, images=m.batch)
         if state.checkpoints.due() and step + 1 < m.steps and world.is_main:
+            monitor.flush()
             state.save(step + 1)
     else:
         pause(m.steps)

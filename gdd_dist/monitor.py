@@ -26,6 +26,12 @@ def due(step: int, total: int, interval: int = 20) -> bool:
     return step < EVERY_STEP_UNTIL or step % interval == 0 or step == total - 1
 
 
+def write_text(directory: Path, name: str, text: str) -> None:
+    """Show ``text`` as it stands in TensorBoard, in place of what an earlier run wrote into ``directory``."""
+    with SummaryWriter(str(directory), purge_step=0) as writer:
+        writer.add_text(name, "".join(f"    {line}\n" for line in text.splitlines()), 0)
+
+
 class Monitor:
     """Scalars, pictures and progress of one step, from ``start`` (steps done) to ``total``. Silent on ranks other than 0.
 
@@ -61,11 +67,6 @@ class Monitor:
         if self._writer:
             self._writer.add_image(f"{self.step}/{name}", image, step, dataformats="HWC")
 
-    def text(self, name: str, text: str) -> None:
-        """Log a text as STEP/NAME."""
-        if self._writer:
-            self._writer.add_text(f"{self.step}/{name}", text)
-
     def advance(self, done: int, note: str = "", images: int = 0) -> None:
         """``done`` of ``total`` are done; ``note``: a few figures; ``images`` a unit: images per second go to TensorBoard too."""
         if not self._active:
@@ -88,8 +89,13 @@ class Monitor:
                 f"{self.step}: {done}/{self.total} {self.unit}s, {rate:.1f} {self.unit}s/s, {left:.0f} s left{', ' + note if note else ''}"
             )
 
+    def flush(self) -> None:
+        """Hand all points to the system: before a checkpoint, so that a resume from it leaves no gap in the curves."""
+        if self._writer:
+            self._writer.flush()
+
     def close(self) -> None:
-        """Flush."""
+        """Flush and end."""
         if self._bar is not None:
             self._bar.close()
         if self._writer:

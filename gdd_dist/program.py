@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import Callable
 
-from gdd_dist.distributed import PeerError, World, end_with, stop_with_parent
+from gdd_dist.distributed import PeerError, World, claim_before_joining, end_with, stop_with_parent
 from sharding.errors import UserError
 
 _PEER_FAULT = 5.0
@@ -28,16 +28,13 @@ def run_program(main: Callable[[list[str], Callable[[World], None]], None], argv
         main(argv, joined)
         if world is not None:
             world.close()
-    except (UserError, OSError, PeerError, RuntimeError, MemoryError) as e:
+    except Exception as e:
         end_with(report_failure(e, world, "--debug" in argv))
     except SystemExit as e:
         end_with(int(e.code or 0))
     except KeyboardInterrupt:
         sys.stderr.write("stopped: interrupted; the same command goes on from the last checkpoint\n")
         end_with(130)
-    except BaseException:
-        traceback.print_exc()
-        end_with(1)
     end_with(0)
 
 
@@ -49,7 +46,7 @@ def report_failure(fault: Exception, world: World | None, debug: bool) -> int:
     if not user and _is_peer_fault(fault, world):
         sys.stderr.write(f"stopped: rank {rank}, because another rank failed\n")
         return 2
-    mine = world.claim_failure() if world is not None else rank == 0 or size == 1
+    mine = world.claim_failure() if world is not None else size == 1 or claim_before_joining()
     if not mine:
         sys.stderr.write(f"stopped: rank {rank}, because another rank failed\n")
         time.sleep(_PEER_FAULT)  # torchrun blames, and reports, whoever is gone first

@@ -13,7 +13,7 @@ from gdd_dist.context import Context
 from gdd_dist.data.augment import AUGMENT_DRAWS
 from gdd_dist.data.loader import to_float
 from gdd_dist.data.order import dealt, uniform
-from gdd_dist.fit import accuracy, predict, sgd, train_step
+from gdd_dist.fit import accuracy, cosine, predict, sgd, train_step
 from gdd_dist.models.generator import Generator
 from gdd_dist.synthetic import draw
 
@@ -63,8 +63,9 @@ def student(ctx: Context, generator: Generator, j: int) -> tuple[float, float]:
         for k in range(steps):
             part = slice(k * m.quick_batch, (k + 1) * m.quick_batch)
             draws = uniform(seed, f"quick/{j}/augment", first + k, np.arange(m.quick_batch), AUGMENT_DRAWS)
+            lr = cosine(first + k, m.quick_steps, r.lr, 0.0)
             train_step(
-                net, optimizer, ctx.augment(images[part], torch.from_numpy(draws)), targets[part], r.lr, ctx.precision
+                net, optimizer, ctx.augment(images[part], torch.from_numpy(draws)), targets[part], lr, ctx.precision
             )
     labels = np.arange(FRESH_IMAGES) % ctx.classes
     fresh = draw(ctx, generator, labels, seed, f"quick/{j}/fresh", 0)

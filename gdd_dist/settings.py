@@ -97,6 +97,7 @@ class Gan:
     latent: int = setting(64, "numbers in a latent", low=1)
     width: int = setting(64, "channels of the generator's widest stage", low=4)
     blocks: int = setting(2, "residual blocks a stage", low=1)
+    patch: int = setting(1, "side of the pixel patches that both networks compute on; 2 quarters the cost", low=1)
     d_width: int = setting(64, "channels of the discriminator's widest stage", low=4)
     d_blocks: int = setting(2, "residual blocks a stage of the discriminator", low=1)
     lr: float = setting(2e-4, "learning rate of both networks at the start (Adam)", above=0)
@@ -241,9 +242,46 @@ class Config:
 
 
 # Full-scale settings. `digits` fits two CPU cores in minutes; the others are meant for GPUs (README, "What a run needs").
+_NATURAL: dict[str, Any] = {
+    "teachers.architectures": ["convnet", "resnet10", "resnet18"],
+    "teachers.epochs": 60,
+    "teachers.batch": 256,
+    "gan.steps": 40_000,
+    "gan.batch": 256,
+    "gan.width": 256,
+    "gan.d_width": 256,
+    "gan.ema_images": 200_000.0,
+    "gan.augment": "color_crop_cutout",
+    "gan.augment_p": 0.5,
+    "matching.steps": 5_000,
+    "matching.batch": 256,
+    "matching.ema_images": 50_000.0,
+    "matching.interval": 1_000,
+    "matching.quick_steps": 1_000,
+    "matching.quick_batch": 100,
+    "report.ipc": [1, 10, 50],
+    "report.students": ["convnet", "resnet18"],
+    "report.full_epochs": 60,
+}
 PRESETS: dict[str, dict[str, Any]] = {
-    "digits": {"precision": "float32", "loader.flip": False, "report.epochs": 400},
-    "cifar10": {},
-    "cifar100": {},
-    "tiny-imagenet": {},
+    "digits": {
+        "precision": "float32",
+        "loader.flip": False,
+        "teachers.architectures": ["convnet", "resnet10:16"],
+        "teachers.epochs": 15,
+        "teachers.batch": 64,
+        "gan.steps": 1000,
+        "gan.blocks": 1,
+        "gan.d_blocks": 1,
+        "gan.patch": 2,
+        "gan.lr": 1e-3,
+        "gan.lr_final": 1e-3,
+        "gan.augment": "crop_cutout",
+        "gan.augment_p": 1.0,
+        "report.epochs": 400,
+        "report.label_temperature": 2.0,
+    },
+    "cifar10": _NATURAL,
+    "cifar100": {**_NATURAL, "teachers.epochs": 100, "report.ipc": [1, 10]},
+    "tiny-imagenet": {**_NATURAL, "teachers.epochs": 100, "gan.steps": 60_000, "logits.views": 3, "report.ipc": [1, 10]},
 }

@@ -78,10 +78,17 @@ def run(ctx: Context, work: Path) -> dict[str, Any]:
         a: sum(p.numel() for p in ctx.classifier(a, 0, "cost").parameters()) for a in ctx.config.teachers.architectures
     }
     trainings.sort(key=lambda t: -costs[t.architecture])
+    logged = set()
     for job in ctx.world.queue(len(trainings)):
+        if not _record(work, trainings[job]).exists():
+            logged.add(trainings[job].index)
         done = train_one(ctx, trainings[job], work, monitor, done)
     ctx.world.barrier()
-    records = [r for t in sorted(trainings, key=lambda t: t.index) for r in read_json(_record(work, t))]
+    trained = {t: read_json(_record(work, t)) for t in sorted(trainings, key=lambda t: t.index)}
+    for training, result in trained.items():
+        if training.index not in logged:  # another rank's, or an interrupted run's
+            _log(monitor, training, result["curve"])
+    records = [r for result in trained.values() for r in result["teachers"]]
     if ctx.world.is_main:
         write_json(work / TEACHERS, {"format": "gdd-teachers/1", "teachers": records})
     for i, record in enumerate(records):
@@ -92,6 +99,13 @@ def run(ctx: Context, work: Path) -> dict[str, Any]:
 
 def _record(work: Path, training: Training) -> Path:
     return work / "checkpoints" / f"training-{training.index:03d}.json"
+
+
+def _log(monitor: Monitor, training: Training, curve: list[list[float]]) -> None:
+    """Points (step, loss, learning rate) of one training; all trainings have the same learning rates."""
+    for step, loss, lr in curve:
+        values = {f"loss/{training.architecture}/{training.seed}": loss}
+        monitor.scalars(int(step), values | ({"lr": lr} if training.index == 0 else {}))
 
 
 def train_one(ctx: Context, training: Training, work: Path, monitor: Monitor, done: int) -> int:
@@ -105,13 +119,14 @@ def train_one(ctx: Context, training: Training, work: Path, monitor: Monitor, do
     net = ctx.classifier(training.architecture, seed, training.purpose)
     optimizer = sgd(net, t.lr, t.momentum, t.weight_decay, nesterov=True)
     checkpoints = ctx.checkpoints(work / "checkpoints" / f"training-{training.index:03d}")
-    start, records = 0, []
+    start, records, curve = 0, [], []
     if (found := checkpoints.load()) is not None:
         start, state = found
         net.load_state_dict(state["net"])
         optimizer.load_state_dict(state["optimizer"])
-        records = state["records"]
+        records, curve = state["records"], state["curve"]
         ctx.resumed = True
+    _log(monitor, training, curve)
 
     def read(step: int) -> tuple[torch.Tensor, ...]:
         indices = order.batch(step)
@@ -124,16 +139,17 @@ def train_one(ctx: Context, training: Training, work: Path, monitor: Monitor, do
         lr = warmup_cosine(step, training.steps, t.lr)
         x = ctx.augment(to_float(batch, ctx.device), draws)
         loss = train_step(net, optimizer, x, labels.to(ctx.device), lr, ctx.precision)
-        if training.index == 0 and due(step, training.steps):
-            monitor.scalars(step, {"loss": float(loss), "lr": lr})
+        if due(step, training.steps):
+            curve.append([step, float(loss), lr])
+            _log(monitor, training, curve[-1:])
         if step + 1 in training.snapshots:
             records.append(_keep(ctx, net, training, step + 1, work))
         monitor.advance(min(done + step + 1, monitor.total), f"{training.architecture} seed {training.seed}")
         if checkpoints.due() and step + 1 < training.steps:
-            checkpoints.save(
-                step + 1, {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "records": records}
-            )
-    write_json(_record(work, training), records)
+            state = {"net": net.state_dict(), "optimizer": optimizer.state_dict()}
+            checkpoints.save(step + 1, {**state, "records": records, "curve": curve})
+    _record(work, training).parent.mkdir(exist_ok=True)
+    write_json(_record(work, training), {"teachers": records, "curve": curve})
     return done + training.steps
 
 

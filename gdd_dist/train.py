@@ -23,7 +23,7 @@ from gdd_dist.check import check
 from gdd_dist.context import Context
 from gdd_dist.distributed import World
 from gdd_dist.engines import resolve_precision
-from gdd_dist.monitor import say
+from gdd_dist.monitor import say, write_text
 from gdd_dist.plan import INPUTS, fingerprints
 from gdd_dist.program import run_program
 from gdd_dist.settings import STEPS, Config
@@ -79,7 +79,7 @@ def run(world: World, config: Config, preset: str, data: Path, out: Path) -> Non
     ctx = Context(config, world, data, manifest, store, out, precision)
     fps = fingerprints(config, manifest, precision)
     if world.is_main:
-        write_atomic(out / "config.yaml", configuration.to_yaml(config, preset).encode())
+        write_config(out, configuration.to_yaml(config, preset))
     last = STEPS.index(config.until)
     begin = time.monotonic()
     if config.verify:
@@ -93,6 +93,14 @@ def run(world: World, config: Config, preset: str, data: Path, out: Path) -> Non
         finish(ctx, fps)
 
 
+def write_config(out: Path, text: str) -> None:
+    """OUT/config.yaml, and the same in TensorBoard."""
+    path = out / "config.yaml"
+    if not path.exists() or path.read_text() != text:
+        write_text(out / "tensorboard" / "config", "config", text)
+        write_atomic(path, text.encode())
+
+
 def record(fp: str, status: str, seconds: float, images: int) -> dict[str, Any]:
     """A step's line in steps.json."""
     return {"fingerprint": fp, "status": status, "seconds": round(seconds, 2), "images_processed": images}
@@ -101,7 +109,8 @@ def record(fp: str, status: str, seconds: float, images: int) -> dict[str, Any]:
 def verify_inputs(ctx: Context, fps: Mapping[str, str], steps: tuple[str, ...]) -> None:
     """Hash every file that will be read, the ranks sharing the work; UserError names the first that is not as it was written."""
     shards = [info for split in ctx.manifest.splits.values() for info in split.shards]
-    files = [f for step in steps[1:] if ctx.store.finished(step, fps[step]) for f in ctx.store.files(step, fps[step])]
+    there = ctx.world.broadcast([step for step in steps[1:] if ctx.store.finished(step, fps[step])])
+    files = [f for step in there for f in ctx.store.files(step, fps[step])]
     mine = range(ctx.world.rank, len(shards) + len(files), ctx.world.size)
     for i in mine:
         if i < len(shards):

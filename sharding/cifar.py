@@ -116,12 +116,17 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
+def _dtype(description: str, *flags: int) -> "np.dtype[Any]":
+    """Stand in for numpy.dtype, which now warns of the flags 0 and 1 that pickles of python 2 hold."""
+    return np.dtype(description, *map(bool, flags))
+
+
 # numpy's own name for it is private and differs between versions; an array's reduction gives the function itself.
 _reconstruct: Any = np.empty(0).__reduce__()[0]
 _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
     ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
+    ("numpy", "dtype"): _dtype,
     ("_codecs", "encode"): _encode,
 }

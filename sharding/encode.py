@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -68,7 +69,7 @@ def write_shard(reader: Reader, task: ShardTask, tick: Tick) -> Written:
     index = np.empty((len(shard.samples), 3), np.int64)
     moments = Moments(target.channels) if shard.split == "train" else None
     with atomic_file(path) as stream:
-        writer = TarWriter(stream, user=OWNER, group=OWNER, mode=MODE, mtime=0, encoder=False)
+        writer = TarWriter(_Sink(stream), user=OWNER, group=OWNER, mode=MODE, mtime=0, encoder=False)
         for row, sample in enumerate(shard.samples):
             suffix, payload = _stored(reader, sample, target, moments)
             writer.write({"__key__": sample.key, "cls": str(sample.label).encode(), suffix: payload})
@@ -141,6 +142,17 @@ def _stored(reader: Reader, sample: Planned, target: Target, moments: Moments | 
         decode(payload, pixels)
         moments.add(pixels)
     return suffix, payload
+
+
+class _Sink:
+    """Takes what an abandoned tar writer still wants to write, when it is collected, after its file was closed."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+
+    def write(self, data: bytes) -> None:
+        if not self._stream.closed:
+            self._stream.write(data)
 
 
 def _padded(size: int) -> int:

@@ -9,6 +9,8 @@ scaling the short side (bicubic, antialiased) and cropping the centre.
 import hashlib
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,8 +73,7 @@ def inspect(item: Item) -> Seen:
         return Seen(digest, item.shape[0], item.shape[1], item.shape[2] == 1, "")
     # Pillow's plugins answer damaged files with exceptions of many types.
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with _strict_on_bombs():
             return _inspect(item, digest)
     except Exception as error:
         raise ValueError(_reason(error)) from error
@@ -142,7 +143,7 @@ def to_pixels(item: Item, target: Target) -> NDArray[np.uint8]:
     if isinstance(item, np.ndarray):
         image = Image.fromarray(item[:, :, 0] if item.shape[2] == 1 else item)
     else:
-        with Image.open(io.BytesIO(item), formats=FORMATS) as opened:
+        with _strict_on_bombs(), Image.open(io.BytesIO(item), formats=FORMATS) as opened:
             image = plain(opened)
     image = image.convert("L" if target.channels == 1 else "RGB")
     if image.size != (target.width, target.height):
@@ -162,6 +163,15 @@ def to_stored(item: Item, seen: Seen, target: Target) -> tuple[str, bytes]:
     stream = io.BytesIO()
     Image.fromarray(pixels[:, :, 0] if target.channels == 1 else pixels).save(stream, "PNG")
     return "png", stream.getvalue()
+
+
+@contextmanager
+def _strict_on_bombs() -> Iterator[None]:
+    """Refuse images whose size looks like an attack; say nothing of damaged metadata, which changes no pixel."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
 
 
 def _reason(error: Exception) -> str:

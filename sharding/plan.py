@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -58,10 +57,6 @@ class Options:
             raise UserError(f"--seed is {self.seed}; give 0 or more")
         if self.on_error not in ("stop", "skip"):
             raise UserError(f"--on-error is {self.on_error}; give stop or skip")
-
-    def cores(self) -> int:
-        """Return how many workers the build may use."""
-        return self.workers or len(os.sched_getaffinity(0))
 
 
 @dataclass(frozen=True, slots=True)

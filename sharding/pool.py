@@ -25,6 +25,11 @@ Tick = Callable[[int], None]
 POLL_S = 0.2
 
 
+def available_cores() -> int:
+    """Return the number of cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Pool:
     """Worker processes that live as long as the `with` block, and never longer than this process. One worker: none."""
 

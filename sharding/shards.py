@@ -2,7 +2,9 @@
 
 import io
 import mmap
+from bisect import bisect_right
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +37,7 @@ class Shards:
         self._infos = manifest.splits[split].shards
         self.shard_samples = tuple(info.samples for info in self._infos)
         self.samples = sum(self.shard_samples)
-        self._starts = np.concatenate([[0], np.cumsum(self.shard_samples)]).astype(np.int64)
+        self._starts = [0, *accumulate(self.shard_samples)]
         indexes = [read_index(self._directory, info, len(manifest.classes)) for info in self._infos]
         index = np.concatenate(indexes)
         self._offsets, self._sizes = index[:, 0].copy(), index[:, 1].copy()
@@ -51,8 +53,8 @@ class Shards:
         """Return (shard, row) of sample i, 0 ≤ i < samples. Raises IndexError outside."""
         if not 0 <= i < self.samples:
             raise IndexError(f"sample {i} of {self.samples}")
-        shard = int(np.searchsorted(self._starts, i, side="right")) - 1
-        return shard, i - int(self._starts[shard])
+        shard = bisect_right(self._starts, i) - 1
+        return shard, i - self._starts[shard]
 
     def payload(self, i: int) -> memoryview:
         """Return the bytes of encoded image i, a view into the memory map (no copy)."""

@@ -86,6 +86,8 @@ class Folder(Source):
         # A class may be called train as well: its directory then holds images, where a split's holds directories.
         where = {split: posixpath.join(root, split) for split in folders} or {"train": root}
         classes = tuple(tree.folders(where["train"]))
+        if not folders and set(classes) <= set(SPLITS):
+            classes = ()
         if len(classes) < 2:
             found = f"only the class {classes[0]}" if classes else "no directory of a class"
             raise UserError(f"{files.shown} holds {found}; lay it out as PATH/CLASS/IMAGE or PATH/train/CLASS/IMAGE")
@@ -134,7 +136,7 @@ def open_source(text: str, scratch: Path) -> Listing:
 
 
 def parse(text: str) -> type[Source]:
-    """Return the class of SOURCE. Raises UserError when there is none, or its PATH is missing."""
+    """Return the class of SOURCE. Raises UserError when there is none, or PATH is left out or does not exist."""
     kind, _, argument = text.partition(":")
     source = SOURCES.get(kind)
     if source is None:
@@ -142,6 +144,8 @@ def parse(text: str) -> type[Source]:
         raise UserError(f"unknown source {text!r}; give one of {known}")
     if ":" in source.usage and not argument:
         raise UserError(f"source {text!r} lacks its path; write {source.usage}")
+    if source.usage.endswith(":PATH") and not Path(argument).exists():
+        raise UserError(f"{argument} does not exist; check the path")
     return source
 
 

@@ -1,6 +1,5 @@
 """Is a data set on disk what its manifest says?"""
 
-import os
 import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from sharding.encode import Moments, mean_and_std
 from sharding.errors import UserError
 from sharding.manifest import Manifest, ShardInfo
-from sharding.pool import Pool, Tick
+from sharding.pool import Pool, Tick, available_cores
 from sharding.progress import Log, Progress
 from sharding.shards import decode, read_index, verify_shard
 
@@ -48,7 +47,7 @@ def verify(directory: Path | str, *, deep: bool = False, log: Log, bar: bool = F
     directory = Path(directory)
     manifest = Manifest.load(directory)
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+    with ThreadPoolExecutor(available_cores()) as threads:
         results = list(threads.map(lambda shard: _fault(directory, shard), shards))
     faults = [fault for fault in results if fault] + list(_strays(directory, shards))
     if deep and not faults:
@@ -78,7 +77,7 @@ def _strays(directory: Path, shards: list[ShardInfo]) -> Iterator[str]:
 def _deep(directory: Path, manifest: Manifest, log: Log, bar: bool) -> list[str]:
     tasks = [ShardTask(name, shard) for name, split in manifest.splits.items() for shard in split.shards]
     images = sum(split.samples for split in manifest.splits.values())
-    workers = min(len(os.sched_getaffinity(0)), len(tasks), -(-images // IMAGES_PER_WORKER))
+    workers = min(available_cores(), len(tasks), -(-images // IMAGES_PER_WORKER))
     with Pool(workers, (directory, manifest)) as pool, Progress("verifying", images, log=log, bar=bar) as progress:
         found = pool.map(check_shard, tasks, progress)
     faults = [fault for one in found for fault in one.faults]

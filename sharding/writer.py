@@ -20,7 +20,7 @@ from sharding.images import Seen
 from sharding.listing import SCRATCH, Listing
 from sharding.manifest import BUILD_FILE, FILE, SPLITS, Manifest, SplitInfo
 from sharding.plan import Options, Plan, check_splits, make_plan
-from sharding.pool import Pool
+from sharding.pool import Pool, available_cores
 from sharding.progress import Log, Progress
 from sharding.shards import verify_shard
 from sharding.sources import open_source, parse
@@ -51,7 +51,7 @@ def build(
     """
     options, log, dest = options or Options(), log or _silent, Path(dest)
     parse(source)
-    check_destination(dest)
+    check_destination(dest, source.partition(":")[2])
     work, fresh = dest / WORK, not dest.exists()
     work.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(work / "lock", f"another build is writing {dest}; wait for it"):
@@ -68,7 +68,7 @@ def _build(source: str, dest: Path, options: Options, log: Log, bar: bool) -> Bu
     check_splits(listing, options)
     versions = library_versions() | listing.versions
     images = sum(len(samples) for samples in listing.splits.values())
-    workers = min(options.cores(), images) if options.workers else min(options.cores(), -(-images // IMAGES_PER_WORKER))
+    workers = min(options.workers or available_cores(), images if options.workers else -(-images // IMAGES_PER_WORKER))
     with Pool(workers, listing.reader) as pool:
         with Progress("reading", images, log=log, bar=bar) as progress:
             seen, skipped = _inspect(pool, listing, options, progress, log)
@@ -118,8 +118,10 @@ def _write(pool: Pool, tasks: list[ShardTask], log: Log, bar: bool) -> list[Writ
     return [written or next(new) for written in done]
 
 
-def check_destination(dest: Path) -> None:
-    """Raise UserError when `dest` holds anything that no build of ours put there."""
+def check_destination(dest: Path, path: str) -> None:
+    """Raise UserError when `dest` lies in the source's directory or holds anything that no build of ours put there."""
+    if path and Path(path).is_dir() and dest.resolve().is_relative_to(Path(path).resolve()):
+        raise UserError(f"{dest} lies inside the source {path}; choose another DEST")
     if not dest.exists():
         return
     if not dest.is_dir():

@@ -37,7 +37,7 @@ class Images:
         budget: int | None = None,
     ) -> None:
         self.shards = Shards(data, manifest, split)
-        self.split = split
+        self._files = [data / info.file for info in manifest.splits[split].shards]
         self.labels = self.shards.labels
         self.shape = (manifest.height, manifest.width, manifest.channels)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode") if threads > 1 else None
@@ -84,7 +84,7 @@ class Images:
             except ValueError as e:
                 shard, row = self.shards.locate(i)
                 raise UserError(
-                    f"{self.split} shard {shard}, row {row}: {e}; rebuild the data set with python -m sharding build"
+                    f"{self._files[shard]}, row {row}: {e}; rebuild the data set with python -m sharding build"
                 ) from e
 
 

@@ -1,0 +1,153 @@
+"""The program that measures a finished run's generator at any budget: python -m gdd_dist.evaluate OUT --ipc 1 10 50."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from gdd_dist import config as configuration
+from gdd_dist.artifacts import CONTENTS, Store, read_json, write_json
+from gdd_dist.context import Context
+from gdd_dist.distributed import World
+from gdd_dist.engines import resolve_precision
+from gdd_dist.grading import evaluate, log_accuracies
+from gdd_dist.metrics import document
+from gdd_dist.networks import GENERATOR, read_network
+from gdd_dist.program import run_program
+from gdd_dist.rows import check, plan
+from gdd_dist.settings import Config
+from gdd_dist.tables import table
+from gdd_dist.verify import verify_inputs
+from sharding.errors import UserError
+from sharding.manifest import Manifest
+
+__all__ = ["check", "main"]
+
+FILE = "evaluate.json"
+_LISTS = ("ipc", "protocol", "labels", "students", "baselines")
+_NUMBERS = ("seeds", "epochs")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line. Settings that are not given are those of the run."""
+    p = _Parser(
+        prog="python -m gdd_dist.evaluate",
+        description="Train students on what a finished run's generator draws, and on what it is compared with; print the table and write "
+        f"OUT/{FILE}. Students that were trained before, by a report or by this, are not trained again. Alone or under torchrun.",
+    )
+    same = "default: as OUT was trained with"
+    p.add_argument("out", metavar="OUT", help="run directory of gdd_dist.train")
+    p.add_argument("--ipc", nargs="+", metavar="N", help=f"images per class, one or several; {same}")
+    p.add_argument(
+        "--protocol",
+        nargs="+",
+        metavar="NAME",
+        help=f"regenerate: a fresh set each epoch; fixed: one set drawn once; {same}",
+    )
+    p.add_argument(
+        "--labels", nargs="+", metavar="NAME", help=f"hard: the class; soft: mean of the teachers' softmax; {same}"
+    )
+    p.add_argument("--students", nargs="+", metavar="NAME", help=f"classifiers, NAME or NAME:WIDTH; {same}")
+    p.add_argument("--seeds", metavar="N", help=f"students a row; {same}")
+    p.add_argument(
+        "--baselines", nargs="+", metavar="NAME", help=f"rows beside the matched generator: real, gan, full; {same}"
+    )
+    p.add_argument("--epochs", metavar="N", help=f"epochs of a student, of IPC images of each class; {same}")
+    p.add_argument("--data", metavar="DIR", help="the data set, where it is no longer where OUT was trained with it")
+    p.add_argument(
+        "--device", default="auto", metavar="NAME", help="auto, cpu or cuda; default: auto, CUDA where there is one"
+    )
+    p.add_argument("--no-verify", action="store_true", help="do not hash the files that will be read")
+    p.add_argument("--debug", action="store_true", help="show tracebacks")
+    return p
+
+
+def settings(arguments: argparse.Namespace) -> Config:
+    """The run's settings with those of the command line in their place. Raises UserError for a directory that is no run."""
+    out = Path(arguments.out)
+    if not (out / "config.yaml").exists():
+        raise UserError(f"{out} is no run (config.yaml is missing); give the --out of a finished gdd_dist.train")
+    given = ["--config", str(out / "config.yaml"), "--out", str(out), "--device", arguments.device, "--verify", "true"]
+    for name in (*_LISTS, *_NUMBERS):
+        value = getattr(arguments, name)
+        if value is not None:
+            given += [f"--report.{name}", *([value] if isinstance(value, str) else value)]
+    given += ["--data", arguments.data] if arguments.data else []
+    given += ["--no-verify"] if arguments.no_verify else []
+    return configuration.parse(given).config
+
+
+def finished_steps(out: Path, manifest: Manifest) -> tuple[Store, dict[str, str]]:
+    """The store behind OUT/matching/latest, and the fingerprints of that generator, all it was made from, and "data".
+
+    Raises UserError when the run is not that far, lacks an input, or was made from other data.
+    """
+    directory = (out / "matching" / "latest").resolve()
+    if not (directory / CONTENTS).exists():
+        raise UserError(f"{out} holds no finished generator; run gdd_dist.train with --out {out} to its end first")
+    store = Store(directory.parent.parent)
+    made_from = read_json(directory / CONTENTS)["provenance"]["fingerprints"]
+    fps = {step: made_from[step] for step in ("teachers", "logits", "gan", "matching")}
+    if made_from["shards"] != manifest.fingerprint:
+        raise UserError(
+            f"the data set {manifest.name} {manifest.fingerprint} is not the one that {out} was trained on "
+            f"({made_from['shards']}); give that one with --data"
+        )
+    return store, {"data": manifest.fingerprint, **fps}
+
+
+def needed(config: Config, store: Store, fps: dict[str, str]) -> dict[str, Path]:
+    """The directory of every step that a row reads. Raises UserError when one is gone."""
+    steps = sorted({step for row in plan(config) for step in row.reads})
+    for step in steps:
+        if not store.finished(step, fps[step]):
+            raise UserError(
+                f"{store.path(step, fps[step])} is gone; run the same gdd_dist.train again to compute it anew"
+            )
+    return {step: store.path(step, fps[step]) for step in steps}
+
+
+def main(argv: Sequence[str], joined: Callable[[World], None]) -> None:
+    """Measure, print, write OUT/evaluate.json."""
+    config = settings(parser().parse_args(argv))
+    out = Path(config.out or ".")
+    data = Path(config.data) if config.data else out / "data"
+    manifest = Manifest.load(data)
+    check(config, manifest)
+    store, fps = finished_steps(out, manifest)
+    dirs = needed(config, store, fps)
+    world = World(config.device, config.timeout)
+    joined(world)
+    ctx = Context(config, world, data, manifest, store, out, resolve_precision(config.precision, world.device))
+    if config.verify:
+        verify_inputs(ctx, {step: fps[step] for step in dirs}, ("train", "test"))
+    results = measure(ctx, dirs, fps)
+    if world.is_main:
+        history = read_network(dirs["matching"] / GENERATOR)[1].get("history", [])
+        write_json(out / FILE, document(ctx, fps, history, results))
+        sys.stdout.write(f"\n{table(results)}\n\nwritten: {out / FILE}\n")
+
+
+def measure(ctx: Context, dirs: dict[str, Path], fps: dict[str, str]) -> list[dict[str, Any]]:
+    """All rows, watched."""
+    rows = len(plan(ctx.config))
+    monitor = ctx.monitor("evaluate", Path("students"), rows * ctx.config.report.seeds, unit="student")
+    results = evaluate(ctx, dirs, fps, monitor)
+    log_accuracies(monitor, results)
+    monitor.close()
+    return results
+
+
+if __name__ == "__main__":
+    torch.set_float32_matmul_precision("high")
+    run_program(main, sys.argv[1:])

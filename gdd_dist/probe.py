@@ -1,0 +1,134 @@
+"""What a step costs, from real steps on random weights: seconds, and the peak memory of this rank.
+
+All ranks measure at once, so that they share cores and links as in the run. A batch that would take too long here, or more
+memory than there is, is measured at two smaller sizes and continued along the line through them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import resource
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gdd_dist.data.loader import free_memory
+from gdd_dist.distributed import World
+
+LIMIT_SECONDS = 1.5
+"""A step that would take longer is measured with a smaller batch."""
+REPEAT_SECONDS = 0.2
+"""Short steps are repeated for about this long."""
+FIRST_BATCH, GROWTH = 2, 8
+CUDA_CONTEXT = 600 * 2**20
+"""What a CUDA process takes beside its tensors: context, cuBLAS and cuDNN handles."""
+
+Prepare = Callable[[int], Callable[[], object]]
+"""Batch → a step of that many images, to be called several times."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one step, or of several: seconds, and the peak memory in bytes of the process (CPU) or its device (CUDA)."""
+
+    seconds: float
+    memory: float
+
+
+class Meter:
+    """Measures steps. ``base``: memory of the process before any network, the highest of any rank."""
+
+    def __init__(self, world: World) -> None:
+        self._world, self._device = world, world.device
+        reset_peak(self._device)
+        self.base = peak_memory(self._device)
+        self.extrapolated = False
+        """Whether any figure stems from smaller batches."""
+
+    def __call__(self, prepare: Prepare, batch: int, unit: int = 1) -> Cost:
+        """The cost of one step of ``batch`` images of this rank; smaller batches are multiples of ``unit``. All ranks call it."""
+        points = [(size := min(batch, FIRST_BATCH * unit), self._measure(prepare(size)))]
+        while following := self._following(points, batch, unit):
+            points.append((following, self._measure(prepare(following))))
+        self.extrapolated |= points[-1][0] < batch
+        return continued(points, batch)
+
+    def _following(self, points: list[tuple[int, Cost]], batch: int, unit: int) -> int:
+        """The next batch to measure, 0 for none (rank 0 says)."""
+        size, last = points[-1]
+        if size == batch:
+            return 0
+        most = min(batch, GROWTH * size, int(size * LIMIT_SECONDS / max(last.seconds, 1e-9)))
+        if len(points) > 1:
+            a_image = continued(points, size + 1).memory - last.memory
+            most = min(most, size + int(self._room() / 2 / max(a_image, 1.0)))
+        if most < batch:
+            most = most // unit * unit
+            if len(points) == 1:
+                most = max(most, min(2 * size, batch))
+        chosen: int = self._world.broadcast(most if most == batch or most >= 2 * size else 0)
+        return chosen
+
+    def _room(self) -> int:
+        return torch.cuda.mem_get_info(self._device)[0] if self._device.type == "cuda" else free_memory()
+
+    def _measure(self, step: Callable[[], object]) -> Cost:
+        """The first step sets up what lasts (optimizer state, kernels); the following are timed."""
+        reset_peak(self._device)
+        step()
+        seconds = self._timed(step, 1)
+        again: int = self._world.broadcast(min(20, int(REPEAT_SECONDS / max(seconds, 1e-9))))
+        if again:
+            seconds = self._timed(step, again)
+        return Cost(max(self._world.gather(seconds)), max(self._world.gather(peak_memory(self._device))))
+
+    def _timed(self, step: Callable[[], object], times: int) -> float:
+        begin = time.perf_counter()
+        for _ in range(times):
+            step()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return (time.perf_counter() - begin) / times
+
+
+def continued(points: list[tuple[int, Cost]], batch: int) -> Cost:
+    """The cost at ``batch``: as measured, or on the line through the two largest batches measured."""
+    (b, high) = points[-1]
+    if b == batch or len(points) == 1:
+        return high
+    (a, low) = points[-2]
+    further = (batch - b) / (b - a)
+    rises = (max(0.0, high.seconds - low.seconds), max(0.0, high.memory - low.memory))
+    return Cost(high.seconds + further * rises[0], high.memory + further * rises[1])
+
+
+def reset_peak(device: torch.device) -> None:
+    """Give back what is free, and start the peak from what is left."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone; it keeps freed memory otherwise
+    if trim is not None:
+        trim(0)
+    with suppress(OSError):  # elsewhere the peak is that of the process since its start
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the peak since ``reset_peak``: resident set of this process, or tensors of the CUDA device and its context."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) + CUDA_CONTEXT
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024

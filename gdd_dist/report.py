@@ -1,0 +1,137 @@
+"""Step: the report. Students are trained, then what was measured becomes a table, a page and two pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gdd_dist import figures
+from gdd_dist.artifacts import read_json, write_json
+from gdd_dist.context import Context
+from gdd_dist.data.order import permutation
+from gdd_dist.grading import cached, evaluate, log_accuracies
+from gdd_dist.metrics import document, selected
+from gdd_dist.models.generator import Generator
+from gdd_dist.networks import GENERATOR, TEACHERS, load_generator_network, read_network
+from gdd_dist.page import page
+from gdd_dist.rows import VERSION as ROW_VERSION
+from gdd_dist.rows import jobs
+from gdd_dist.settings import Config
+from gdd_dist.synthetic import draw
+from gdd_dist.tables import table
+from sharding.files import write_atomic
+
+__all__ = ["VERSION", "run", "settings", "table"]
+
+VERSION = 1
+SAMPLE_CLASSES, SAMPLE_COLUMNS = 20, 8
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """What shapes the report's numbers."""
+    loader = config.shaping("loader")
+    return {
+        **config.shaping("report"),
+        "rows": ROW_VERSION,
+        "loader": {k: loader[k] for k in ("augment", "flip", "window")},
+    }
+
+
+def run(ctx: Context, work: Path, dirs: Mapping[str, Path], fingerprints: Mapping[str, str]) -> dict[str, Any]:
+    """Measure all rows; write metrics.json, report.md, samples.png and curves.png into ``work``.
+
+    ``dirs``: of the finished steps teachers, logits, gan and matching; ``fingerprints``: theirs and "data"'s.
+    All ranks call it. Returns the headline numbers.
+    """
+    students = jobs(ctx.config, ctx.manifest, ctx.precision, fingerprints)
+    _note_start(ctx, work, len(cached(ctx, students)))
+    monitor = ctx.monitor("report", work, len(students), unit="student")
+    results = evaluate(ctx, dirs, fingerprints, monitor)
+    if ctx.world.is_main:
+        history = read_network(dirs["matching"] / GENERATOR)[1].get("history", [])
+        metrics = document(ctx, fingerprints, history, results)
+        write_json(work / "metrics.json", metrics)
+        log_accuracies(monitor, results)
+        samples = samples_figure(ctx, dirs)
+        monitor.picture("samples", figures.pixels(samples), 0)
+        write_atomic(work / "samples.png", figures.png(samples))
+        curves = curves_figure(ctx, dirs, fingerprints, history, results)
+        write_atomic(work / "curves.png", figures.png(curves))
+        write_atomic(work / "report.md", page(ctx, fingerprints, metrics, history, steps(ctx)).encode())
+    monitor.close()
+    return {name: value for name, value in headline_numbers(results).items() if value is not None}
+
+
+def _note_start(ctx: Context, work: Path, known: int) -> None:
+    """Whether this goes on with a report that was killed: then more students are there than when it began."""
+    note = work / "checkpoints" / "start.json"
+    if ctx.world.is_main:
+        if note.exists():
+            ctx.resumed = known > read_json(note)["students"]
+        else:
+            note.parent.mkdir(parents=True, exist_ok=True)
+            write_json(note, {"students": known})
+
+
+def headline_numbers(results: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Mean accuracy in percent of the first row of each kind, and the matched row's ceiling share."""
+    first = {r["train_on"]: r for r in reversed(results)}
+    numbers: dict[str, float | None] = {kind: r["mean"] for kind, r in first.items()}
+    return numbers | {"ceiling_share": first["matched"]["ceiling_share"]}
+
+
+def steps(ctx: Context) -> dict[str, Any]:
+    """What steps.json says of this invocation's finished steps."""
+    path = ctx.out / "steps.json"
+    found: dict[str, Any] = read_json(path)["steps"] if path.exists() else {}
+    return found
+
+
+def samples_figure(ctx: Context, dirs: Mapping[str, Path]) -> figures.Figure:
+    """Real images, the GAN's and the matched generator's, a row for each class; the generators get the same latents."""
+    count = min(ctx.classes, SAMPLE_CLASSES)
+    classes = np.arange(count) * ctx.classes // count
+    generators = {
+        "GAN": load_generator_network(dirs["gan"] / GENERATOR)[0],
+        "matched": load_generator_network(dirs["matching"] / GENERATOR)[0],
+    }
+    panels = {"real": _real_samples(ctx, classes)}
+    panels |= {title: _drawn_samples(ctx, net, classes) for title, net in generators.items()}
+    return figures.samples_figure(panels, [ctx.manifest.classes[c] for c in classes])
+
+
+def _real_samples(ctx: Context, classes: np.ndarray) -> np.ndarray:
+    """uint8 [classes, columns, H, W, C] from train; white where a class has too few."""
+    images, seed = ctx.images("train"), ctx.config.step_seed("report")
+    m = ctx.manifest
+    out = np.full((len(classes), SAMPLE_COLUMNS, m.height, m.width, m.channels), 255, dtype=np.uint8)
+    for row, c in zip(out, classes.tolist(), strict=True):
+        members = np.flatnonzero(images.labels == c)
+        chosen = members[permutation(seed, "report/samples", c, len(members))[:SAMPLE_COLUMNS]]
+        row[: len(chosen)] = images.read(chosen).permute(0, 2, 3, 1).numpy()
+    return out
+
+
+def _drawn_samples(ctx: Context, generator: Generator, classes: np.ndarray) -> np.ndarray:
+    labels = np.repeat(classes, SAMPLE_COLUMNS)
+    net = ctx.watch(generator).eval()
+    images = draw(ctx, net, labels, ctx.config.step_seed("report"), "report/samples", 0).cpu().permute(0, 2, 3, 1)
+    return images.numpy().reshape(len(classes), SAMPLE_COLUMNS, *images.shape[1:])
+
+
+def curves_figure(
+    ctx: Context,
+    dirs: Mapping[str, Path],
+    fingerprints: Mapping[str, str],
+    history: Sequence[Mapping[str, Any]],
+    results: Sequence[Mapping[str, Any]],
+) -> figures.Figure:
+    """The page of curves, from the pool's list, this run's event files and the generator's history."""
+    logs = ctx.out / "tensorboard"
+    curves = {step: figures.read_curves(logs / step / fingerprints[step][:8]) for step in ("gan", "matching")}
+    kept = selected(history, ctx.config.matching.select)
+    teachers = read_json(dirs["teachers"] / TEACHERS)["teachers"]
+    return figures.curves_figure(teachers, curves, history, kept["step"] if kept else None, results)

@@ -1,0 +1,99 @@
+"""The table of rows, as plain text and as Markdown, and the sentence that sums it up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+COLUMNS = (
+    "train on",
+    "student",
+    "protocol",
+    "labels",
+    "IPC",
+    "steps",
+    "batch",
+    "images seen",
+    "distinct",
+    "accuracy %",
+    "ceiling share",
+)
+LEFT = 4
+"""Columns of words, aligned to the left; the others hold numbers."""
+NONE = "–"
+
+
+def accuracy(mean: float, std: float | None) -> str:
+    """Mean ± standard deviation, in percent."""
+    return f"{mean:.1f}" if std is None else f"{mean:.1f} ± {std:.1f}"
+
+
+def cells(r: Mapping[str, Any]) -> list[str]:
+    """A row's cells."""
+    share = r["ceiling_share"]
+    return [
+        r["train_on"],
+        r["student"],
+        r["protocol"] or NONE,
+        r["labels"],
+        NONE if r["ipc"] is None else str(r["ipc"]),
+        f"{r['optimizer_steps']:,}",
+        f"{r['batch']:,}",
+        f"{r['images_seen']:,}",
+        f"{r['distinct_images_seen']:,}",
+        accuracy(r["mean"], r["std"]),
+        NONE if share is None else f"{100 * share:.0f} %",
+    ]
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as plain text for a terminal; a blank line parts budgets."""
+    lines = [cells(r) for r in results]
+    widths = [max(len(line[i]) for line in (list(COLUMNS), *lines)) for i in range(len(COLUMNS))]
+
+    def aligned(line: Sequence[str]) -> str:
+        return "  ".join(
+            c.ljust(w) if i < LEFT else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
+        )
+
+    out, last = [aligned(COLUMNS), "  ".join("-" * w for w in widths)], None
+    for r, line in zip(results, lines, strict=True):
+        group = tuple(r[k] for k in ("student", "protocol", "labels", "ipc"))
+        out += ([""] if last not in (None, group) else []) + [aligned(line)]
+        last = group
+    return "\n".join(line.rstrip() for line in out)
+
+
+def markdown(header: Sequence[str], lines: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table; the first ``left`` columns are aligned to the left, the others to the right."""
+    rule = ["---" if i < left else "---:" for i in range(len(header))]
+    escaped = [[c.replace("|", "\\|") for c in line] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (list(header), rule, *escaped))
+
+
+def markdown_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as Markdown."""
+    return markdown(COLUMNS, [cells(r) for r in results], LEFT)
+
+
+def headline(results: Sequence[Mapping[str, Any]]) -> str:
+    """One or two sentences about the first matched row and its neighbours."""
+    first = next((r for r in results if r["train_on"] == "matched"), None)
+    if first is None:
+        return "No student was trained on the matched generator."
+    group = ("student", "protocol", "labels", "ipc")
+    near = {r["train_on"]: r for r in results if all(r[k] == first[k] for k in group)}
+    share = first["ceiling_share"]
+    text = (
+        f"A {first['student']} trained for {first['optimizer_steps']:,} steps of at most {first['batch']} images, on nothing "
+        f"but {first['ipc']} generated {'image' if first['ipc'] == 1 else 'images'} per class "
+        f"({'drawn anew each epoch' if first['protocol'] == 'regenerate' else 'drawn once'}, {first['labels']} labels), "
+        f"reaches **{accuracy(first['mean'], first['std'])} %** on the test set"
+    )
+    others = []
+    if "gan" in near:
+        others.append(f"{accuracy(near['gan']['mean'], near['gan']['std'])} % with the GAN before matching")
+    if "real" in near:
+        others.append(f"{accuracy(near['real']['mean'], near['real']['std'])} % with real images at the same budget")
+    text += (", against " + " and ".join(others) if others else "") + "."
+    return text + (f" That is {100 * share:.0f} % of the way from chance to the ceiling." if share is not None else "")

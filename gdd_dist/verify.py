@@ -1,0 +1,27 @@
+"""Hashing every file that a run will read, before it reads any, the ranks sharing the work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from gdd_dist.artifacts import verify_file
+from gdd_dist.context import Context
+from sharding.manifest import SPLITS
+from sharding.shards import verify_shard
+
+
+def verify_inputs(ctx: Context, steps: Mapping[str, str], splits: Sequence[str] = SPLITS) -> None:
+    """Check the shards of ``splits`` and the files of those of ``steps`` (step → fingerprint) that are finished.
+
+    Raises UserError that names the first file that is not as it was written. All ranks call it.
+    """
+    shards = [info for name in splits if name in ctx.manifest.splits for info in ctx.manifest.splits[name].shards]
+    done = [(step, fp) for step, fp in steps.items() if ctx.store.finished(step, fp)]
+    files = [(*f, ctx.store.path(step, fp)) for step, fp in done for f in ctx.store.files(step, fp)]
+    for i in range(ctx.world.rank, len(shards) + len(files), ctx.world.size):
+        if i < len(shards):
+            verify_shard(ctx.data, shards[i])
+        else:
+            path, size, sha256, directory = files[i - len(shards)]
+            verify_file(path, size, sha256, f"remove {directory} to compute it again")
+    ctx.world.barrier()
