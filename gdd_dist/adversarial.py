@@ -34,8 +34,9 @@ class Adversaries:
     def __init__(
         self, ctx: Context, generator: Generator, discriminator: Discriminator, betas: tuple[float, float]
     ) -> None:
-        self.generator, self.discriminator = ctx.watch(generator), ctx.watch(discriminator)
+        # Copied before it is watched: a copy keeps the hook, and would count twice.
         self.ema = ctx.watch(copy.deepcopy(generator)).eval().requires_grad_(False)
+        self.generator, self.discriminator = ctx.watch(generator), ctx.watch(discriminator)
         label = torch.zeros(1, dtype=torch.int64, device=ctx.device)
         self.g: Engine = self._engine(ctx, self.generator, betas, (label.new_zeros(1, generator.latent).float(), label))
         size, channels = ctx.manifest.height, ctx.manifest.channels
@@ -141,4 +142,4 @@ def mirrored(ctx: Context, images: Tensor, step: int, slots: np.ndarray, seed: i
     if not ctx.config.loader.flip:
         return images
     draws = torch.from_numpy(uniform(seed, purpose, step, slots, AUGMENT_DRAWS))
-    return augment(images, draws.to(images.device), flip=True, ops="none")
+    return augment(images, draws.to(images.device), flip=True, ops="none", fill=0.0)

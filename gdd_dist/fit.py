@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from gdd_dist.data.loader import Images, to_float
 from gdd_dist.engines import autocast
 
+PREDICT_BATCH = 500
+
 
 def sgd(net: nn.Module, lr: float, momentum: float, weight_decay: float, nesterov: bool = False) -> torch.optim.SGD:
     """SGD over all weights."""
@@ -50,7 +52,12 @@ def train_step(
 
 @torch.no_grad()
 def predict(
-    net: nn.Module, read: Callable[[np.ndarray], Tensor], n: int, device: torch.device, precision: str, batch: int = 500
+    net: nn.Module,
+    read: Callable[[np.ndarray], Tensor],
+    n: int,
+    device: torch.device,
+    precision: str,
+    batch: int = PREDICT_BATCH,
 ) -> Tensor:
     """Float32 logits [n, K] on the CPU of images 0 … n - 1; ``read(indices)`` gives uint8 [B, C, H, W]."""
     net.eval()

@@ -270,7 +270,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "teachers.architectures": ["convnet", "resnet10:16"],
         "teachers.epochs": 15,
         "teachers.batch": 64,
-        "gan.steps": 1000,
+        "gan.steps": 700,
         "gan.blocks": 1,
         "gan.d_blocks": 1,
         "gan.patch": 2,
@@ -283,5 +283,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "cifar10": _NATURAL,
     "cifar100": {**_NATURAL, "teachers.epochs": 100, "report.ipc": [1, 10]},
-    "tiny-imagenet": {**_NATURAL, "teachers.epochs": 100, "gan.steps": 60_000, "logits.views": 3, "report.ipc": [1, 10]},
+    "tiny-imagenet": {
+        **_NATURAL,
+        "teachers.epochs": 100,
+        "gan.steps": 60_000,
+        "logits.views": 3,
+        "report.ipc": [1, 10],
+    },
 }

@@ -12,6 +12,8 @@ from gdd_dist.data.order import normal
 from gdd_dist.engines import autocast
 from gdd_dist.models.generator import Generator
 
+DRAW_BATCH = 500
+
 
 @torch.no_grad()
 def draw(
@@ -21,7 +23,7 @@ def draw(
     seed: int,
     purpose: str,
     step: int,
-    batch: int = 500,
+    batch: int = DRAW_BATCH,
     slots: np.ndarray | None = None,
 ) -> Tensor:
     """uint8 images [n, C, H, W] on the device for labels int64 [n]; slot i is ``labels[i]``'s place, or ``slots[i]``."""

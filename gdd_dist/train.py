@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sharding.writer import build
 
 from gdd_dist import config as configuration
-from gdd_dist import gan, logits, matching, report, teachers
+from gdd_dist import dryrun, gan, logits, matching, report, teachers
 from gdd_dist.artifacts import Lock, Store, holding, link_latest, read_json, verify_file, write_json
 from gdd_dist.check import check
 from gdd_dist.context import Context
@@ -31,6 +30,7 @@ from sharding.errors import UserError
 from sharding.files import write_atomic
 from sharding.manifest import Manifest
 from sharding.shards import verify_shard
+from sharding.writer import build
 
 
 def main(argv: list[str], joined: Callable[[World], None]) -> None:
@@ -43,6 +43,9 @@ def main(argv: list[str], joined: Callable[[World], None]) -> None:
         return
     world = World(config.device, config.timeout)
     joined(world)
+    if command.dry_run:
+        dryrun.show(world, config)
+        return
     out = Path(config.out or ".")
     with run_lock(world, out):
         data = prepare_data(world, config, out)

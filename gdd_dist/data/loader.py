@@ -50,6 +50,11 @@ class Images:
     def __len__(self) -> int:
         return self.shards.samples
 
+    @property
+    def resident_bytes(self) -> int:
+        """Memory of the kept images once all have been read; 0 where none are kept."""
+        return 0 if self._kept is None else self._kept.nbytes
+
     def read(self, indices: np.ndarray, out: np.ndarray | None = None) -> Tensor:
         """Images by sample number, as a uint8 view [B, C, H, W] of ``out`` (uint8 [B, H, W, C]; fresh by default).
 

@@ -1,0 +1,293 @@
+"""--dry-run: what a run would do and need, step by step, without doing it and without writing to OUT or STORE.
+
+Counts follow from settings, manifest and what is finished already. Seconds and memory are measured here, on all ranks at once
+(see step_costs), at each rank's share of the batch.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from gdd_dist import logits, report, teachers
+from gdd_dist.artifacts import Store, read_json
+from gdd_dist.check import check
+from gdd_dist.context import Context
+from gdd_dist.distributed import World
+from gdd_dist.engines import resolve_precision
+from gdd_dist.grading import cached
+from gdd_dist.logit_cache import logit_file
+from gdd_dist.made_up import MadeUp
+from gdd_dist.networks import GENERATOR, TEACHERS
+from gdd_dist.pictures import GRID_CLASSES, GRID_COLUMNS
+from gdd_dist.plan import fingerprints
+from gdd_dist.probe import CUDA_CONTEXT, Meter
+from gdd_dist.quick import FRESH_IMAGES
+from gdd_dist.rows import Job, images_forwarded, jobs
+from gdd_dist.settings import STEPS, Config
+from gdd_dist.step_costs import StepCosts
+from sharding.manifest import FILE, Manifest
+from sharding.writer import build
+
+GAN_FORWARDS, ADVERSARIAL_FORWARDS = 6, 4
+"""Forwards of an image a step of the gan: generator twice, discriminator four times (which is what matching's adversarial term takes)."""
+PROVENANCE_BYTES, ENTRY_BYTES = 800, 125
+"""Of the provenance that a step records, and of a file in its list of files."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A step's line of the table. ``memory``: a rank's peak in bytes; ``tensors``: the part of it that a GPU would hold."""
+
+    step: str
+    status: str
+    steps: int = 0
+    images: int = 0
+    bytes: int = 0
+    memory: float = 0.0
+    tensors: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Left:
+    """What is left of a step. ``resumes``: a part of it is done; ``steps``: optimizer steps; ``images``: forwards."""
+
+    resumes: bool
+    steps: int
+    images: int
+
+
+def show(world: World, config: Config) -> None:
+    """Print the table. All ranks call it; raises UserError as the run would."""
+    out = Path(config.out or ".")
+    with tempfile.TemporaryDirectory(prefix="gdd-dry-run-") as scratch:
+        data, built = data_directory(config, out, Path(scratch))
+        manifest = Manifest.load(data)
+        check(config, manifest, world.size)
+        precision = resolve_precision(config.precision, world.device)
+        store = Store(Path(config.store) if config.store else out)
+        ctx = Context(config, world, data, manifest, store, out, precision)
+        fps = fingerprints(config, manifest, precision)
+        meter = Meter(world)
+        shards = sum(f.stat().st_size for f in data.rglob("*") if f.is_file()) if built else 0
+        lines = [Line("shards", "run" if built else "reused", bytes=shards), *estimate(ctx, fps, meter, Path(scratch))]
+        if world.is_main:
+            sys.stdout.write(f"{table(lines)}\n\n{notes(ctx, lines, meter)}\n")
+
+
+def data_directory(config: Config, out: Path, scratch: Path) -> tuple[Path, bool]:
+    """The data set, and whether the run will have to build it (then the digits are built in ``scratch``)."""
+    if config.data is not None:
+        return Path(config.data), False
+    if (out / "data" / FILE).exists():
+        return out / "data", False
+    build("digits", scratch / "data")
+    return scratch / "data", True
+
+
+def estimate(ctx: Context, fps: Mapping[str, str], meter: Meter, scratch: Path) -> list[Line]:
+    """The lines of all steps up to --until."""
+    wanted = STEPS[1 : STEPS.index(ctx.config.until) + 1]
+    todo = ctx.world.broadcast([s for s in wanted if not ctx.store.finished(s, fps[s])])
+    if not todo:
+        return [Line(step, "reused") for step in wanted]
+    made_up = MadeUp(ctx, scratch)
+    costs, lines = StepCosts(ctx, meter, made_up), []
+    for step in wanted:
+        if step in todo:
+            lines.append(measured(ctx, step, fps, meter, costs, made_up))
+        else:
+            lines.append(Line(step, "reused"))
+    return lines
+
+
+def measured(ctx: Context, step: str, fps: Mapping[str, str], meter: Meter, costs: StepCosts, made_up: MadeUp) -> Line:
+    """The line of a step that has to run."""
+    work = ctx.store.partial(step, fps[step])
+    sizes: dict[str, int] = {}
+    if step == "teachers":
+        trainings = trainings_left(ctx, work)
+        left, cost = teachers_left(ctx, trainings), costs.teachers(trainings)
+    elif step == "logits":
+        left = logits_left(ctx, work, made_up.pool)
+        cost = costs.logits(left.images)
+    elif step == "gan":
+        left, grids = gan_left(ctx, work)
+        cost = costs.gan(left.steps, grids)
+    elif step == "matching":
+        left, measurements = matching_left(ctx, work)
+        cost = costs.matching(left.steps, measurements, made_up.gan.parent / "matching")
+    else:
+        left, students = report_left(ctx, work, fps)
+        cost, sizes = costs.report(students, fps)
+    sizes = sizes or files(ctx, step, made_up)
+    written = sum(sizes.values()) + ENTRY_BYTES * len(sizes) + PROVENANCE_BYTES
+    tensors = cost.memory - meter.base
+    memory = cost.memory + (mapped(ctx, step, made_up) if ctx.device.type == "cpu" else 0)
+    status = "resumes" if left.resumes else "run"
+    return Line(step, status, left.steps, left.images, written, memory, tensors, cost.seconds)
+
+
+def steps_done(ctx: Context, directory: Path) -> int:
+    """The step that a checkpoint lets a loop go on from."""
+    found = ctx.checkpoints(directory).load()
+    return 0 if found is None else found[0]
+
+
+def trainings_left(ctx: Context, work: Path) -> list[tuple[teachers.Training, int]]:
+    """Trainings that are not done, and how many steps of each are."""
+    samples = ctx.images("train").shards.shard_samples
+    left = []
+    for one in teachers.pool(ctx.config, teachers.order_of(ctx.config, samples, "teacher").steps_per_epoch):
+        name = work / "checkpoints" / f"training-{one.index:03d}"
+        if not name.with_suffix(".json").exists():
+            left.append((one, steps_done(ctx, name)))
+    return left
+
+
+def teachers_left(ctx: Context, left: list[tuple[teachers.Training, int]]) -> Left:
+    """Each step forwards a batch, each snapshot val."""
+    t, val = ctx.config.teachers, len(ctx.images("val"))
+    steps = sum(one.steps - done for one, done in left)
+    snapshots = sum(mark > done for one, done in left for mark in one.snapshots)
+    resumes = len(left) < t.seeds * len(t.architectures) or any(done for _, done in left)
+    return Left(resumes, steps, steps * t.batch + snapshots * val)
+
+
+def logits_left(ctx: Context, work: Path, pool: int) -> Left:
+    """Each file takes every view of a shard's samples."""
+    counts = ctx.images("train").shards.shard_samples
+    todo = [n for t in range(pool) for s, n in enumerate(counts) if not logit_file(work, t, s).exists()]
+    return Left(len(todo) < pool * len(counts), 0, ctx.config.logits.views * sum(todo))
+
+
+def gan_left(ctx: Context, work: Path) -> tuple[Left, int]:
+    """What is left, and how many grids of samples of it."""
+    g, start = ctx.config.gan, steps_done(ctx, work / "checkpoints")
+    grids = sum((s + 1) % g.grid_interval == 0 or s == 0 for s in range(start, g.steps))
+    images = (g.steps - start) * GAN_FORWARDS * g.batch + grids * grid_images(ctx)
+    return Left(start > 0, g.steps - start, images), grids
+
+
+def matching_left(ctx: Context, work: Path) -> tuple[Left, int]:
+    """What is left, and how many measurements of it. A step forwards its batch through generator, teachers and discriminator."""
+    m, start = ctx.config.matching, steps_done(ctx, work / "checkpoints")
+    measurements = sum(s % m.interval == 0 for s in range(start, m.steps)) + 1
+    quick = 2 * m.quick_steps * m.quick_batch + 2 * FRESH_IMAGES + len(ctx.images("val"))
+    images = (m.steps - start) * (2 + (ADVERSARIAL_FORWARDS if m.lambda_adv else 0)) * m.batch
+    images += measurements * (m.quick_students * quick + grid_images(ctx))
+    return Left(start > 0, m.steps - start, images), measurements
+
+
+def report_left(ctx: Context, work: Path, fps: Mapping[str, str]) -> tuple[Left, list[Job]]:
+    """What is left, and its students. The pictures draw a few images from both generators."""
+    students = jobs(ctx.config, ctx.manifest, ctx.precision, {"data": fps["shards"], **fps})
+    known = cached(ctx, students)
+    left = [j for j in students if j.fingerprint not in known]
+    last, test = ctx.config.teachers.seeds * len(ctx.config.teachers.architectures), len(ctx.images("test"))
+    images = sum(images_forwarded(j, last, test) for j in left)
+    images += 2 * min(ctx.classes, report.SAMPLE_CLASSES) * report.SAMPLE_COLUMNS
+    note = work / "checkpoints" / "start.json"
+    resumes = note.exists() and len(known) > read_json(note)["students"]
+    return Left(resumes, sum(j.budget.optimizer_steps for j in left), images), left
+
+
+def grid_images(ctx: Context) -> int:
+    """Images of a grid of samples."""
+    return min(ctx.classes, GRID_CLASSES) * GRID_COLUMNS
+
+
+def files(ctx: Context, step: str, made_up: MadeUp) -> dict[str, int]:
+    """Name → bytes of what a step but the report leaves behind."""
+    meta = PROVENANCE_BYTES + len(json.dumps(ctx.manifest.classes))
+    if step == "teachers":
+        listed = read_json(made_up.teachers / TEACHERS)["teachers"]
+        sizes = {f"{i}": (made_up.teachers / r["file"]).stat().st_size for i, r in enumerate(listed)}
+        return {**sizes, TEACHERS: (made_up.teachers / TEACHERS).stat().st_size}
+    if step == "logits":
+        counts, classes = ctx.images("train").shards.shard_samples, ctx.classes
+        needed = logits.bytes_needed(counts, made_up.pool, ctx.config.logits.views, classes)
+        return {"all": needed + 2 * ENTRY_BYTES * made_up.pool * len(counts)}
+    sizes = {path.name: path.stat().st_size for path in made_up.gan.iterdir()}
+    if step == "gan":
+        return {**sizes, GENERATOR: sizes[GENERATOR] + meta}
+    measurements = ctx.config.matching.steps // ctx.config.matching.interval + 2
+    return {GENERATOR: sizes[GENERATOR] + meta + 100 * measurements}
+
+
+def mapped(ctx: Context, step: str, made_up: MadeUp) -> int:
+    """Host memory that fills as a step goes on: images kept once decoded, files mapped."""
+    splits = ("train", "val", "test") if step == "report" else ("train", "val")
+    size = sum(ctx.images(s).resident_bytes + sum(i.bytes for i in ctx.manifest.splits[s].shards) for s in splits)
+    if step == "matching":
+        counts = ctx.images("train").shards.shard_samples
+        cache = logits.bytes_needed(counts, made_up.pool, ctx.config.logits.views, ctx.classes)
+        size += min(cache, ctx.config.matching.steps * ctx.config.matching.batch // ctx.world.size * 2**16)
+    return size
+
+
+COLUMNS = ("step", "status", "optimizer steps", "images forwarded", "to write", "memory a rank", "time")
+
+
+def table(lines: list[Line]) -> str:
+    """The lines as plain text."""
+    total = Line(
+        "total",
+        "",
+        sum(line.steps for line in lines),
+        sum(line.images for line in lines),
+        sum(line.bytes for line in lines),
+        max(line.memory for line in lines),
+        seconds=sum(line.seconds for line in lines),
+    )
+    cells = [COLUMNS]
+    for line in (*lines, total):
+        numbers = (f"{line.steps:,}", f"{line.images:,}", size(line.bytes), size(line.memory), duration(line.seconds))
+        cells.append((line.step, line.status, *numbers))
+    widths = [max(len(row[i]) for row in cells) for i in range(len(COLUMNS))]
+    return "\n".join(
+        "  ".join(
+            c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    )
+
+
+def notes(ctx: Context, lines: list[Line], meter: Meter) -> str:
+    """How to read the table, and what a GPU would need."""
+    ranks = f"{ctx.world.size} rank{'s' if ctx.world.size > 1 else ''}"
+    text = [
+        f"Measured here on random weights: {ranks}, {ctx.device.type}, {ctx.precision}; nothing was written to {ctx.out}."
+    ]
+    if meter.extrapolated:
+        text.append("Batches too large or slow to try here were continued from two smaller ones.")
+    largest = max(lines, key=lambda line: line.tensors)
+    if ctx.device.type == "cpu" and largest.tensors > 0:
+        need = size(largest.tensors + CUDA_CONTEXT)
+        text.append(
+            f"On GPUs a rank would need about {need} of GPU memory in {ctx.precision} "
+            f"({largest.step}; {size(CUDA_CONTEXT)} of it for CUDA itself)."
+        )
+    return "\n".join(text)
+
+
+def size(n: float) -> str:
+    """Bytes in words."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if n >= scale:
+            return f"{n / scale:.1f} {unit}" if n < 100 * scale else f"{n / scale:.0f} {unit}"
+    return f"{n:.0f} B" if n else "0"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words."""
+    if seconds < 100:
+        return f"{seconds:.1f} s" if seconds else "0"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 360_000 else f"{seconds / 86400:.0f} days"

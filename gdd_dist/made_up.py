@@ -1,0 +1,100 @@
+"""Finished steps as the dry run needs them, made up: random weights, zero logits; and the files of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from gdd_dist import figures, report
+from gdd_dist.artifacts import read_json, write_json
+from gdd_dist.context import Context
+from gdd_dist.grading import summarise
+from gdd_dist.logit_cache import MEANS, logit_file
+from gdd_dist.metrics import document
+from gdd_dist.monitor import due
+from gdd_dist.networks import DISCRIMINATOR, GENERATOR, TEACHERS, save_network
+from gdd_dist.page import page
+from gdd_dist.rows import jobs, with_ceiling_shares
+from gdd_dist.trial_steps import adversaries, gan_step
+
+
+class MadeUp:
+    """Finished steps with random weights in ``directory``; logits are zeros that take no disk. Files have their true sizes."""
+
+    def __init__(self, ctx: Context, directory: Path) -> None:
+        self.teachers, self.logits, self.gan = (directory / name for name in ("teachers", "logits", "gan"))
+        for path in (self.teachers, self.logits, self.gan):
+            path.mkdir()
+        self._write_teachers(ctx)
+        self._write_logits(ctx)
+        self._write_gan(ctx)
+
+    def _write_teachers(self, ctx: Context) -> None:
+        """One file an architecture, which all its teachers share."""
+        t, records = ctx.config.teachers, []
+        for name in t.architectures:
+            meta = {"format": "gdd-classifier/1", "architecture": name, "data": ctx.manifest.fingerprint}
+            save_network(self.teachers / f"{name}.safetensors", ctx.classifier(name, 0, "dry-run"), meta)
+        for name in t.architectures * t.seeds:
+            for last in (False,) * (t.snapshots - 1) + (True,):
+                kept = {"seed": 0, "step": 10000, "snapshot": 0, "last": last, "val_accuracy": 61.25}
+                records.append({"file": f"{name}.safetensors", "architecture": name, **kept})
+        self.pool = len(records)
+        write_json(self.teachers / TEACHERS, {"teachers": records})
+
+    def _write_logits(self, ctx: Context) -> None:
+        views, classes, create = ctx.config.logits.views, ctx.classes, np.lib.format.open_memmap
+        for teacher in range(self.pool):
+            for shard, n in enumerate(ctx.images("train").shards.shard_samples):
+                path = logit_file(self.logits, teacher, shard)
+                path.parent.mkdir(exist_ok=True)
+                create(path, "w+", np.float16, (views, n, classes))
+        create(self.logits / MEANS, "w+", np.float32, (self.pool, views, classes, classes))
+
+    def _write_gan(self, ctx: Context) -> None:
+        nets = adversaries(ctx)
+        gan_step(ctx, nets)(1)()
+        save_network(self.gan / GENERATOR, nets.ema, {"format": "gdd-generator/1", "arch": nets.ema.arch})
+        meta = {"format": "gdd-discriminator/1", "arch": nets.discriminator.arch}
+        save_network(self.gan / DISCRIMINATOR, nets.discriminator, meta)
+        nets.save_discriminator_state(self.gan)
+        nets.close()
+
+    def dirs(self) -> dict[str, Path]:
+        """What the report reads."""
+        return {"teachers": self.teachers, "logits": self.logits, "gan": self.gan, "matching": self.gan}
+
+
+def report_files(ctx: Context, made_up: MadeUp, fps: Mapping[str, str]) -> dict[str, int]:
+    """Name → bytes of the files of a report whose figures are made up."""
+    rng, m = np.random.default_rng(0), ctx.config.matching
+    history = [
+        {"step": s, "val": float(rng.uniform(60, 90)), "stderr": 1.25, "gap": float(rng.normal())}
+        for s in (*range(0, m.steps, m.interval), m.steps)
+    ]
+    fps = {"data": fps["shards"], **fps}
+    students = jobs(ctx.config, ctx.manifest, ctx.precision, fps)
+    measured = {
+        j.fingerprint: (float(v), 12345) for j, v in zip(students, rng.uniform(60, 90, len(students)), strict=True)
+    }
+    results = with_ceiling_shares(summarise(students, measured), ctx.classes)
+    metrics = document(ctx, fps, history, results)
+    parts = {"gan": ("loss_g", "loss_d"), "matching": ("loss", "pair", "mean", "adv")}
+    curves = {}
+    for step, names in parts.items():
+        total = getattr(ctx.config, step).steps
+        logged = [s for s in range(total) if due(s, total)]
+        curves[step] = {f"{step}/{n}": (logged, rng.normal(size=len(logged)).tolist()) for n in names}
+    teachers = read_json(made_up.teachers / TEACHERS)["teachers"]
+    pictures = {
+        "samples.png": report.samples_figure(ctx, made_up.dirs()),
+        "curves.png": figures.curves_figure(teachers, curves, history, 0, results),
+    }
+    write_json(made_up.gan / "metrics.json", metrics)
+    return {
+        **{name: len(figures.png(figure)) for name, figure in pictures.items()},
+        "metrics.json": (made_up.gan / "metrics.json").stat().st_size,
+        "report.md": len(page(ctx, fps, metrics, history, {}).encode()) + 400,
+    }

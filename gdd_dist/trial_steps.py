@@ -1,0 +1,150 @@
+"""Each step's true training step as the dry run calls it: random weights, the first training images, any batch.
+
+Every function gives a Prepare: batch → a step of that many images of this rank, to be called several times.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gdd_dist import gan, matching
+from gdd_dist.adversarial import Adversaries, mirrored
+from gdd_dist.context import Context
+from gdd_dist.data.augment import AUGMENT_DRAWS
+from gdd_dist.data.loader import to_float
+from gdd_dist.data.order import normal, uniform
+from gdd_dist.engines import autocast
+from gdd_dist.fit import predict, sgd, train_step
+from gdd_dist.models.generator import Generator
+from gdd_dist.probe import Prepare
+from gdd_dist.students import Frozen
+from gdd_dist.synthetic import draw
+
+
+def adversaries(ctx: Context) -> Adversaries:
+    """The GAN's networks before the first step."""
+    g = ctx.config.gan
+    return Adversaries(ctx, *gan.networks(ctx), (g.beta1, g.beta2))
+
+
+def some_images(ctx: Context, n: int) -> tuple[Tensor, Tensor]:
+    """The first ``n`` training images (again from the start where there are fewer), uint8 [n, C, H, W], and labels."""
+    images = ctx.images("train")
+    indices = np.arange(n) % len(images)
+    return images.read(indices), torch.from_numpy(images.labels[indices]).to(ctx.device)
+
+
+def some_draws(n: int) -> Tensor:
+    """Augmentation draws of ``n`` images."""
+    return torch.from_numpy(uniform(0, "dry-run", 0, np.arange(n), AUGMENT_DRAWS))
+
+
+def gan_step(ctx: Context, nets: Adversaries) -> Prepare:
+    """A step of the gan."""
+
+    def prepare(n: int) -> Callable[[], object]:
+        batch, labels = some_images(ctx, n)
+        slots = np.arange(n) + ctx.world.rank * n
+        seed = ctx.config.step_seed("gan")
+
+        def step() -> object:
+            real = mirrored(ctx, to_float(batch, ctx.device), 0, slots, seed, "gan/flip")
+            return gan.train_step(ctx, nets, 0, slots, real, labels)
+
+        return step
+
+    return prepare
+
+
+def matching_step(ctx: Context, nets: Adversaries, matcher: matching.Matcher) -> Prepare:
+    """A step of matching; groups take the architectures in turn, as they do on the whole."""
+    m, t, world = ctx.config.matching, ctx.config.teachers, ctx.world
+    images = ctx.images("train")
+    last_of_each = np.arange(1, len(t.architectures) + 1) * t.snapshots - 1
+
+    def prepare(n: int) -> Callable[[], object]:
+        config = dataclasses.replace(ctx.config, matching=dataclasses.replace(m, batch=n * world.size))
+        views = min(m.views or matcher.cache.views, matcher.cache.views)
+        groups = matching.Dealer(config, images.labels, last_of_each, views).batch(0, world.rank, world.size)
+        turns = np.arange(len(groups.classes)) % len(last_of_each)
+        groups = dataclasses.replace(groups, teachers=last_of_each[turns])
+        logits = matcher.real_logits(groups)
+        real = images.read(groups.samples) if m.lambda_adv else torch.empty(0)
+        return lambda: matching.train_step(ctx, nets, matcher, 0, groups, logits, real)
+
+    return prepare
+
+
+def training(ctx: Context, name: str, nesterov: bool = False) -> Prepare:
+    """A training step of a classifier."""
+    r, net = ctx.config.report, ctx.classifier(name, 0, "dry-run")
+    optimizer = sgd(net, r.lr, r.momentum, r.weight_decay, nesterov)
+
+    def prepare(n: int) -> Callable[[], object]:
+        (batch, labels), draws = some_images(ctx, n), some_draws(n)
+
+        def step() -> object:
+            x = ctx.augment(to_float(batch, ctx.device), draws)
+            return train_step(net, optimizer, x, labels, r.lr, ctx.precision)
+
+        return step
+
+    return prepare
+
+
+def predicting(ctx: Context, net: nn.Module) -> Prepare:
+    """Measuring a classifier, one batch."""
+    read = ctx.images("train").read
+
+    def prepare(n: int) -> Callable[[], object]:
+        wrap = lambda indices: read(indices % len(ctx.images("train")))  # noqa: E731
+        return lambda: predict(net, wrap, n, ctx.device, ctx.precision, n)
+
+    return prepare
+
+
+def answering(ctx: Context, net: nn.Module) -> Prepare:
+    """A teacher's answer to an augmented view."""
+
+    def prepare(n: int) -> Callable[[], object]:
+        plain, draws = to_float(some_images(ctx, n)[0], ctx.device), some_draws(n)
+
+        @torch.no_grad()
+        def step() -> object:
+            with autocast(ctx.device, ctx.precision):
+                return net(ctx.augment(plain, draws)).float().cpu()
+
+        return step
+
+    return prepare
+
+
+def drawing(ctx: Context, generator: Generator) -> Prepare:
+    """Drawing images as a user gets them."""
+    return lambda n: lambda: draw(ctx, generator, np.arange(n) % ctx.classes, 0, "dry-run", 0, batch=n)
+
+
+def painting(ctx: Context, generator: Generator) -> Prepare:
+    """A grid of samples for TensorBoard, without its frame."""
+
+    def prepare(n: int) -> Callable[[], object]:
+        z = torch.from_numpy(normal(0, "dry-run", 0, np.arange(n), generator.latent)).to(ctx.device)
+        labels = (torch.arange(n) % ctx.classes).to(ctx.device)
+        return torch.no_grad()(lambda: generator(z, labels).cpu())
+
+    return prepare
+
+
+def labelling(ctx: Context, frozen: Frozen) -> Prepare:
+    """Soft labels of the report's students."""
+
+    def prepare(n: int) -> Callable[[], object]:
+        x = to_float(some_images(ctx, n)[0], ctx.device)
+        return lambda: frozen.soft_labels(x, ctx.config.report.label_temperature)
+
+    return prepare
