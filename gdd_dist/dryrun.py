@@ -128,7 +128,7 @@ def measured(ctx: Context, step: str, fps: Mapping[str, str], meter: Meter, cost
     sizes = sizes or files(ctx, step, made_up)
     written = sum(sizes.values()) + ENTRY_BYTES * len(sizes) + PROVENANCE_BYTES
     tensors = cost.memory - meter.base
-    memory = cost.memory + (mapped(ctx, step, made_up) if ctx.device.type == "cpu" else 0)
+    memory = cost.memory + (meter.files + mapped(ctx, step, made_up) if ctx.device.type == "cpu" else 0)
     status = "resumes" if left.resumes else "run"
     return Line(step, status, left.steps, left.images, written, memory, tensors, cost.seconds)
 

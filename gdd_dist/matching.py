@@ -128,7 +128,10 @@ class Matcher:
         return torch.from_numpy(out)
 
     def loss(self, images: Tensor, groups: Groups, real_logits: Tensor, draws: Tensor) -> dict[str, Tensor]:
-        """``pair``, ``mean`` and, where it has a weight, ``energy`` of float images [B, C, H, W], differentiable. A slot whose real view is plain stays plain itself."""
+        """``pair``, ``mean`` and, where it has a weight, ``energy`` of float images [B, C, H, W], differentiable.
+
+        A slot whose real view is plain stays plain itself.
+        """
         ctx, m = self._ctx, self._ctx.config.matching
         plain = torch.from_numpy(groups.views == 0).to(images.device)[:, None, None, None]
         seen = torch.where(plain, images, ctx.augment(images, draws))

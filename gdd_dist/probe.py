@@ -35,19 +35,19 @@ Prepare = Callable[[int], Callable[[], object]]
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one step, or of several: seconds, and the peak memory in bytes of the process (CPU) or its device (CUDA)."""
+    """Of one step, or of several: seconds, and the peak in bytes of what the process (CPU) or its device (CUDA) allocated."""
 
     seconds: float
     memory: float
 
 
 class Meter:
-    """Measures steps. ``base``: memory of the process before any network, the highest of any rank."""
+    """Measures steps. ``base``: memory before any network; ``files``: pages of files beside it."""
 
     def __init__(self, world: World) -> None:
         self._world, self._device = world, world.device
         reset_peak(self._device)
-        self.base = peak_memory(self._device)
+        self.base, self.files = peak_memory(self._device), file_pages(self._device)
         self.extrapolated = False
         """Whether any figure stems from smaller batches."""
 
@@ -123,12 +123,26 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes at the peak since ``reset_peak``: resident set of this process, or tensors of the CUDA device and its context."""
+    """Bytes at the peak since ``reset_peak``: what this process allocated, or tensors of the CUDA device and its context.
+
+    Pages of files (libraries, shards) are left out: the kernel drops and reads them again as it likes.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) + CUDA_CONTEXT
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    if peak := _status("VmHWM"):
+        return peak - _status("RssFile")
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
+
+
+def file_pages(device: torch.device) -> int:
+    """Bytes of files in this process's resident set; 0 where unknown, or where memory is a CUDA device's."""
+    return 0 if device.type == "cuda" else _status("RssFile")
+
+
+def _status(name: str) -> int:
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+    return 0

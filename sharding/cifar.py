@@ -72,7 +72,8 @@ class Archive:
         """Return one file of images."""
         content = self._load(file)
         pixels, labels = content.get("data"), content.get(self._variant.labels)
-        if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.ndim != 2:
+        pixels = pixels.values if isinstance(pixels, PickledArray) else None
+        if pixels is None or pixels.ndim != 2:
             raise self._malformed(file, "data is not an array of bytes")
         if pixels.shape[1] != PIXELS or not isinstance(labels, list) or len(labels) != len(pixels):
             raise self._malformed(file, f"it does not hold N rows of {PIXELS} bytes and N {self._variant.labels}")
@@ -99,14 +100,46 @@ class Archive:
 
 
 class RestrictedUnpickler(pickle.Unpickler):
-    """Unpickles numpy arrays and plain containers. Raises pickle.UnpicklingError for any other global name."""
+    """Unpickles arrays of bytes and plain containers. Raises pickle.UnpicklingError for any other global name.
+
+    The four names it knows are stand-ins: numpy's own functions, given a state that no numpy wrote, can end the process.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return one of the four allowed callables."""
+        """Return the stand-in of one of the four allowed names."""
         try:
             return _ALLOWED[module, name]
         except KeyError:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not allowed") from None
+
+
+class PickledArray:
+    """Stands for numpy.ndarray. `values` is uint8 of the pickled shape once the state is there."""
+
+    values: NDArray[np.uint8] | None = None
+
+    def __setstate__(self, state: Any) -> None:
+        """Take (version, shape, dtype, Fortran order, content)."""
+        _, shape, dtype, fortran, content = state
+        if not isinstance(dtype, PickledDtype) or dtype.description != "u1":
+            raise pickle.UnpicklingError("it holds an array of something other than bytes")
+        # Python 2 wrote byte strings, which are read as latin1 text.
+        data = content.encode("latin1") if isinstance(content, str) else bytes(content)
+        self.values = np.frombuffer(data, np.uint8).reshape(shape, order="F" if fortran else "C")
+
+
+class PickledDtype:
+    """Stands for numpy.dtype. Its state tells the byte order, and bytes have none."""
+
+    def __init__(self, description: str, *_: Any) -> None:
+        self.description = description
+
+    def __setstate__(self, state: Any) -> None:
+        """Ignore the state."""
+
+
+def _reconstruct(*_: Any) -> PickledArray:
+    return PickledArray()
 
 
 def _encode(text: str, encoding: str) -> bytes:
@@ -116,17 +149,10 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-def _dtype(description: str, *flags: int) -> "np.dtype[Any]":
-    """Stand in for numpy.dtype, which now warns of the flags 0 and 1 that pickles of python 2 hold."""
-    return np.dtype(description, *map(bool, flags))
-
-
-# numpy's own name for it is private and differs between versions; an array's reduction gives the function itself.
-_reconstruct: Any = np.empty(0).__reduce__()[0]
 _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
     ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): _dtype,
+    ("numpy", "ndarray"): PickledArray,
+    ("numpy", "dtype"): PickledDtype,
     ("_codecs", "encode"): _encode,
 }

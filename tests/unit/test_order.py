@@ -57,7 +57,8 @@ def test_every_sample_once_an_epoch_up_to_the_stated_remainder(order, epoch):
     first = epoch * order.steps_per_epoch
     seen = np.concatenate([order.batch(s) for s in range(first, first + order.steps_per_epoch)])
     assert len(np.unique(seen)) == len(seen) == order.samples - order.remainder
-    assert 0 <= seen.min() and seen.max() < order.samples
+    assert seen.min() >= 0
+    assert seen.max() < order.samples
     assert order.remainder < order.batch_size + order.streams
 
 
@@ -81,7 +82,12 @@ def test_epochs_differ_and_so_do_seeds():
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 2**31), st.integers(0, 2**40), st.lists(st.integers(0, 2**40), min_size=1, max_size=9), st.integers(1, 9))
+@given(
+    st.integers(0, 2**31),
+    st.integers(0, 2**40),
+    st.lists(st.integers(0, 2**40), min_size=1, max_size=9),
+    st.integers(1, 9),
+)
 def test_a_slots_noise_does_not_depend_on_the_other_slots(seed, step, slots, n):
     slots = np.array(slots)
     for draw in (uniform, normal):
@@ -115,7 +121,9 @@ def test_purposes_steps_and_seeds_are_independent_streams():
 def test_dealt_holds_every_number_once_per_block(n, start, count):
     sequence = dealt(0, "classes", np.arange(n * (start + count)), n).reshape(-1, n)
     assert (np.sort(sequence, axis=1) == np.arange(n)).all()
-    assert np.array_equal(dealt(0, "classes", np.arange(start, start + count), n), sequence.ravel()[start : start + count])
+    assert np.array_equal(
+        dealt(0, "classes", np.arange(start, start + count), n), sequence.ravel()[start : start + count]
+    )
 
 
 @settings(max_examples=60, deadline=None)
