@@ -57,16 +57,19 @@ class Checkpoints:
         self._cost = self._last - begin
 
     def _entries(self) -> list[dict[str, Any]]:
-        return list(read_json(self._pointer)["checkpoints"]) if self._pointer.exists() else []
+        """Newest first; none, and a word to the user, where the list is damaged."""
+        if not self._pointer.exists():
+            return []
+        try:
+            listed = read_json(self._pointer)["checkpoints"]
+            return [{k: entry[k] for k in ("step", "file", "bytes", "sha256")} for entry in listed]
+        except (UserError, KeyError, TypeError):
+            self._say(f"{self._pointer} is damaged: its checkpoints are lost, and the step starts over")
+            return []
 
     def load(self) -> tuple[int, dict[str, Any]] | None:
         """(steps done, state) of the newest whole checkpoint, on the CPU; None when there is none to go on from."""
-        try:
-            entries = self._entries()
-        except UserError as e:
-            self._say(f"checkpoint list unreadable, the step starts over: {e}")
-            return None
-        for entry in entries:
+        for entry in self._entries():
             path = self.directory / entry["file"]
             try:
                 verify_file(path, entry["bytes"], entry["sha256"], "going on from the one before")

@@ -54,6 +54,7 @@ def _parser() -> ArgumentParser:
         prog="gdd_dist.train",
         description="Distil a labelled image data set into a class-conditional generator. Start it with torchrun, or alone as one process.",
         default_env=False,
+        print_config=None,  # ours prints what --config reads back, the preset included
     )
     parser.add_argument(
         "--preset", default=None, help=f"settings to start from: {', '.join(PRESETS)}; default: by the data set"
@@ -110,7 +111,7 @@ def _canonical(argv: Sequence[str]) -> list[str]:
     for i, token in enumerate(argv):
         if token.startswith("--"):
             name, eq, value = token[2:].partition("=")
-            if name not in known and name.replace("-", "_") in known:
+            if name.replace("-", "_") in known:
                 name = name.replace("-", "_")
             if name not in known:
                 raise UserError(_unknown(name, known))
@@ -193,12 +194,13 @@ def parse(argv: Sequence[str]) -> Command:
     parser = _parser()
     from_file.pop("preset", None)
     parser.set_defaults({**PRESETS[preset], **from_file})
-    parsed = _parse_typed(parser, argv)
+    # jsonargparse has a --print_config of its own, which shows less: ours never reaches it.
+    parsed = _parse_typed(parser, [a for a in argv if a != "--print_config"])
     config = _build(parsed)
     if config.out is None:
         config = dataclasses.replace(config, out=f"runs/{preset}")
     validate(config)
-    return Command(config, preset, bool(parsed["print_config"]), bool(parsed["dry_run"]))
+    return Command(config, preset, "--print_config" in argv, bool(parsed["dry_run"]))
 
 
 def _parse_typed(parser: ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:

@@ -50,10 +50,10 @@ def samples_figure(panels: Mapping[str, np.ndarray], names: Sequence[str]) -> Fi
     """Panels side by side, title → uint8 images [classes, columns, H, W, C]; a row for each class."""
     first = next(iter(panels.values()))
     rows, columns, height = first.shape[:3]
-    inch = 0.42
-    label = 0.35 + 0.075 * max(len(n) for n in names)
-    width = label + len(panels) * (columns * inch + 0.25)
-    figure = Figure(figsize=(width, rows * inch + 0.45), dpi=max(DPI, int(np.ceil(height / inch))))
+    inch = 0.45
+    words = 0.2 + 0.075 * max(len(n) for n in names)
+    size = (words + len(panels) * (columns * inch + 0.15), rows * inch + 0.4)
+    figure = Figure(figsize=size, dpi=max(DPI, int(np.ceil(height / inch))), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for i, (axis, (title, images)) in enumerate(zip(axes, panels.items(), strict=True)):
         picture = mosaic(images)
@@ -65,9 +65,6 @@ def samples_figure(panels: Mapping[str, np.ndarray], names: Sequence[str]) -> Fi
         axis.tick_params(length=0)
         for spine in axis.spines.values():
             spine.set_visible(False)
-    figure.subplots_adjust(
-        left=label / width, right=1 - 0.1 / width, bottom=0.02, top=1 - 0.35 / (rows * inch + 0.45), wspace=0.04
-    )
     return figure
 
 
@@ -129,6 +126,9 @@ def _teachers(axis: Axes, teachers: Sequence[Mapping[str, Any]]) -> None:
                 *zip(*own, strict=True), "o-", ms=4, lw=1, color=CYCLE[i % len(CYCLE)], label=name if not seed else None
             )
     axis.set_xscale("log")
+    marks = sorted({t["step"] for t in teachers})
+    axis.set_xticks(marks, [f"{s:,}" for s in marks])
+    axis.minorticks_off()
     _titled(axis, "Teachers: snapshots on val", "step", "accuracy (%)", True)
     axis.legend(frameon=False, fontsize=9)
 

@@ -103,7 +103,7 @@ def evaluate(
     weights = costs(ctx, students, dirs.get("teachers"))
     todo = sorted((j for j in students if j.fingerprint not in known), key=lambda j: -weights[j.fingerprint])
     frozen, mine = Frozen(ctx, dirs), {}
-    monitor.advance(len(known))
+    monitor.already(len(known))
     for n in ctx.world.queue(len(todo)):
         mine[todo[n].fingerprint] = train_once(ctx, frozen, todo[n])
         if ctx.world.is_main:

@@ -24,12 +24,16 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit of the checkout this file is tracked in, with ``-dirty`` after it where tracked files differ; None if there is none."""
+    """The commit of the checkout this file is tracked in; None if there is none."""
     here = Path(__file__)
     if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:  # installed, maybe inside another checkout
         return None
-    head = _git(here.parent, "rev-parse", "--verify", "HEAD")
-    return head and head + ("-dirty" if _git(here.parent, "status", "--porcelain", "--untracked-files=no") else "")
+    return _git(here.parent, "rev-parse", "--verify", "HEAD")
+
+
+def changed() -> bool:
+    """Whether tracked files differ from that commit."""
+    return bool(commit() and _git(Path(__file__).parent, "status", "--porcelain", "--untracked-files=no"))
 
 
 def _git(directory: Path, *arguments: str) -> str | None:

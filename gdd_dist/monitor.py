@@ -51,6 +51,13 @@ class Monitor:
             if sys.stderr.isatty():
                 self._bar = tqdm(total=total, initial=start, desc=step, unit=unit, dynamic_ncols=True)
 
+    def already(self, done: int) -> None:
+        """``done`` units were there before this began: they count as done, but not in the rate."""
+        self._start = self._done = done
+        if self._bar is not None:
+            self._bar.initial = self._bar.n = done
+            self._bar.refresh()
+
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Log ``values`` as STEP/NAME."""
         if self._writer:

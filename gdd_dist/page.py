@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gdd_dist.context import Context
-from gdd_dist.metrics import selected
+from gdd_dist.metrics import changed, selected
 from gdd_dist.settings import SECTIONS
 from gdd_dist.tables import NONE, headline, markdown, markdown_table
 
@@ -18,7 +18,7 @@ def page(
     history: Sequence[Mapping[str, Any]],
     steps: Mapping[str, Any],
 ) -> str:
-    """The page as Markdown. ``metrics``: metrics.json's content; ``steps``: steps.json's, of this invocation, may be empty."""
+    """The page as Markdown. ``metrics``: metrics.json's content; ``steps``: steps.json's, of this invocation."""
     m = ctx.manifest
     shape = f"{m.height}×{m.width}, {m.channels} {'channel' if m.channels == 1 else 'channels'}"
     sizes = ", ".join(f"{name} {split.samples:,}" for name, split in m.splits.items())
@@ -34,7 +34,7 @@ def page(
         "## Matching",
         _matching(ctx, history),
         "## Where the time went",
-        _timings(ctx, steps),
+        _timings(steps),
         "## Settings",
         "```yaml\n" + _settings(ctx) + "\n```",
         "## Provenance",
@@ -87,15 +87,8 @@ def _matching(ctx: Context, history: Sequence[Mapping[str, Any]]) -> str:
     return text + "\n\n" + markdown(header, lines, left=0)
 
 
-def _timings(ctx: Context, steps: Mapping[str, Any]) -> str:
-    if not steps:
-        return "No timings: the steps were not run by `gdd_dist.train`."
-    lines = [
-        [name, s["status"], f"{s['seconds']:,.1f}", f"{s['images_processed']:,}"]
-        for name, s in steps.items()
-        if name != "report"
-    ]
-    lines.append(["report", "computed", NONE, f"{ctx.forwards:,} on rank 0"])
+def _timings(steps: Mapping[str, Any]) -> str:
+    lines = [[name, s["status"], f"{s['seconds']:,.1f}", f"{s['images_processed']:,}"] for name, s in steps.items()]
     text = markdown(("step", "status", "seconds", "images through a network"), lines, left=2)
     return text + "\n\nIn the invocation that wrote this page; a reused step was computed before."
 
@@ -122,7 +115,7 @@ def _provenance(fingerprints: Mapping[str, str], metrics: Mapping[str, Any]) -> 
     device = "" if h["device"] == "cpu" else f"{h['device']}; "
     lines = [[name, f"`{fp}`"] for name, fp in fingerprints.items()]
     lines += [
-        ["commit", f"`{metrics['commit']}`" if metrics["commit"] else NONE],
+        ["commit", f"`{metrics['commit']}`{', changed since' if changed() else ''}" if metrics["commit"] else NONE],
         ["hardware", f"{device}{h['cpu']}, {h['cores']} cores, {h['ranks']} {'rank' if h['ranks'] == 1 else 'ranks'}"],
         ["versions", ", ".join(f"{name} {number}" for name, number in v.items())],
     ]

@@ -25,7 +25,7 @@ LIMIT_SECONDS = 1.5
 """A step that would take longer is measured with a smaller batch."""
 REPEAT_SECONDS = 0.2
 """Short steps are repeated for about this long."""
-FIRST_BATCH, GROWTH = 2, 8
+FIRST_BATCH, GROWTH = 2, 32
 CUDA_CONTEXT = 600 * 2**20
 """What a CUDA process takes beside its tensors: context, cuBLAS and cuDNN handles."""
 
@@ -53,9 +53,9 @@ class Meter:
 
     def __call__(self, prepare: Prepare, batch: int, unit: int = 1) -> Cost:
         """The cost of one step of ``batch`` images of this rank; smaller batches are multiples of ``unit``. All ranks call it."""
-        points = [(size := min(batch, FIRST_BATCH * unit), self._measure(prepare(size)))]
-        while following := self._following(points, batch, unit):
-            points.append((following, self._measure(prepare(following))))
+        points = [(size := min(batch, FIRST_BATCH * unit), self._measure(prepare(size), size == batch))]
+        while size := self._following(points, batch, unit):
+            points.append((size, self._measure(prepare(size), size == batch)))
         self.extrapolated |= points[-1][0] < batch
         return continued(points, batch)
 
@@ -78,13 +78,13 @@ class Meter:
     def _room(self) -> int:
         return torch.cuda.mem_get_info(self._device)[0] if self._device.type == "cuda" else free_memory()
 
-    def _measure(self, step: Callable[[], object]) -> Cost:
-        """The first step sets up what lasts (optimizer state, kernels); the following are timed."""
+    def _measure(self, step: Callable[[], object], last: bool) -> Cost:
+        """The first step sets up what lasts (optimizer state, kernels); the second is timed, and more where it is short."""
         reset_peak(self._device)
         step()
         seconds = self._timed(step, 1)
-        again: int = self._world.broadcast(min(20, int(REPEAT_SECONDS / max(seconds, 1e-9))))
-        if again:
+        again = self._world.broadcast(min(20, int(REPEAT_SECONDS / max(seconds, 1e-9))))
+        if last and again:
             seconds = self._timed(step, again)
         return Cost(max(self._world.gather(seconds)), max(self._world.gather(peak_memory(self._device))))
 

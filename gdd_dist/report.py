@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,12 @@ def run(ctx: Context, work: Path, dirs: Mapping[str, Path], fingerprints: Mappin
     ``dirs``: of the finished steps teachers, logits, gan and matching; ``fingerprints``: theirs and "data"'s.
     All ranks call it. Returns the headline numbers.
     """
+    begin = time.monotonic()
     students = jobs(ctx.config, ctx.manifest, ctx.precision, fingerprints)
     _note_start(ctx, work, len(cached(ctx, students)))
     monitor = ctx.monitor("report", work, len(students), unit="student")
     results = evaluate(ctx, dirs, fingerprints, monitor)
+    forwarded = ctx.world.sum(ctx.forwards)
     if ctx.world.is_main:
         history = read_network(dirs["matching"] / GENERATOR)[1].get("history", [])
         metrics = document(ctx, fingerprints, history, results)
@@ -60,7 +63,9 @@ def run(ctx: Context, work: Path, dirs: Mapping[str, Path], fingerprints: Mappin
         write_atomic(work / "samples.png", figures.png(samples))
         curves = curves_figure(ctx, dirs, fingerprints, history, results)
         write_atomic(work / "curves.png", figures.png(curves))
-        write_atomic(work / "report.md", page(ctx, fingerprints, metrics, history, steps(ctx)).encode())
+        own = {"status": status(ctx), "seconds": time.monotonic() - begin, "images_processed": forwarded}
+        timings = {**earlier_steps(ctx), "report": own}
+        write_atomic(work / "report.md", page(ctx, fingerprints, metrics, history, timings).encode())
     monitor.close()
     return {name: value for name, value in headline_numbers(results).items() if value is not None}
 
@@ -83,11 +88,16 @@ def headline_numbers(results: Sequence[Mapping[str, Any]]) -> dict[str, float | 
     return numbers | {"ceiling_share": first["matched"]["ceiling_share"]}
 
 
-def steps(ctx: Context) -> dict[str, Any]:
-    """What steps.json says of this invocation's finished steps."""
+def status(ctx: Context) -> str:
+    """The report's own status, as steps.json will say it."""
+    return "resumed" if ctx.resumed else "computed"
+
+
+def earlier_steps(ctx: Context) -> dict[str, Any]:
+    """What steps.json says of the steps before this one, in this invocation."""
     path = ctx.out / "steps.json"
     found: dict[str, Any] = read_json(path)["steps"] if path.exists() else {}
-    return found
+    return {name: record for name, record in found.items() if name != "report"}
 
 
 def samples_figure(ctx: Context, dirs: Mapping[str, Path]) -> figures.Figure:
@@ -98,7 +108,7 @@ def samples_figure(ctx: Context, dirs: Mapping[str, Path]) -> figures.Figure:
         "GAN": load_generator_network(dirs["gan"] / GENERATOR)[0],
         "matched": load_generator_network(dirs["matching"] / GENERATOR)[0],
     }
-    panels = {"real": _real_samples(ctx, classes)}
+    panels = {"real (train)": _real_samples(ctx, classes)}
     panels |= {title: _drawn_samples(ctx, net, classes) for title, net in generators.items()}
     return figures.samples_figure(panels, [ctx.manifest.classes[c] for c in classes])
 

@@ -137,6 +137,11 @@ class Matching:
     temperature: float = setting(2.0, "softmax temperature of skd and kd", above=0)
     lambda_pair: float = setting(1.0, "weight of the pair loss", low=0)
     lambda_mean: float = setting(0.1, "weight of the class-mean loss", low=0)
+    lambda_energy: float = setting(
+        0.0,
+        "weight of the energy distance between the standardized logits of a group and of real images; needs groups of 2 or more",
+        low=0,
+    )
     lambda_adv: float = setting(
         0.1, "weight of the adversarial loss; the discriminator trains on unless it is 0", low=0
     )
@@ -270,7 +275,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "teachers.architectures": ["convnet", "resnet10:16"],
         "teachers.epochs": 15,
         "teachers.batch": 64,
-        "gan.steps": 700,
+        "gan.steps": 500,
         "gan.blocks": 1,
         "gan.d_blocks": 1,
         "gan.patch": 2,
@@ -278,6 +283,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "gan.lr_final": 1e-3,
         "gan.augment": "crop_cutout",
         "gan.augment_p": 1.0,
+        "matching.interval": 300,
+        "matching.quick_steps": 150,
+        "matching.quick_batch": 32,
         "report.epochs": 400,
         "report.label_temperature": 2.0,
     },

@@ -48,8 +48,9 @@ def main(argv: list[str], joined: Callable[[World], None]) -> None:
         return
     out = Path(config.out or ".")
     with run_lock(world, out):
-        data = prepare_data(world, config, out)
-        run(world, config, command.preset, data, out)
+        begin = time.monotonic()
+        data, status = prepare_data(world, config, out)
+        run(world, config, command.preset, data, out, (status, time.monotonic() - begin))
 
 
 def run_lock(world: World, out: Path) -> Any:
@@ -63,18 +64,18 @@ def run_lock(world: World, out: Path) -> Any:
     return holding(Lock(out / "run.lock"), busy) if world.is_main else _nothing()
 
 
-def prepare_data(world: World, config: Config, out: Path) -> Path:
-    """The data directory; without --data the digits are built in OUT/data on first use."""
+def prepare_data(world: World, config: Config, out: Path) -> tuple[Path, str]:
+    """The data directory and its status; without --data the digits are built in OUT/data on first use."""
     if config.data is not None:
-        return Path(config.data)
-    if world.is_main:
-        build("digits", out / "data")
-    world.barrier()
-    return out / "data"
+        return Path(config.data), "reused"
+    reused = world.broadcast(build("digits", out / "data").reused if world.is_main else None)
+    return out / "data", "reused" if reused else "computed"
 
 
-def run(world: World, config: Config, preset: str, data: Path, out: Path) -> None:
-    """All steps up to --until."""
+def run(
+    world: World, config: Config, preset: str, data: Path, out: Path, shards: tuple[str, float] = ("reused", 0.0)
+) -> None:
+    """All steps up to --until. ``shards``: status and seconds of the data set so far."""
     manifest = Manifest.load(data)
     precision = resolve_precision(config.precision, world.device)
     check(config, manifest, world.size)
@@ -87,9 +88,12 @@ def run(world: World, config: Config, preset: str, data: Path, out: Path) -> Non
     begin = time.monotonic()
     if config.verify:
         verify_inputs(ctx, fps, STEPS[: last + 1])
-    records = {"shards": record(fps["shards"], "reused", time.monotonic() - begin, 0)}
-    for step in STEPS[1 : last + 1]:
-        records[step] = run_step(ctx, step, fps)
+    records = {}
+    for step in STEPS[: last + 1]:
+        if step == "shards":
+            records[step] = record(fps[step], shards[0], shards[1] + time.monotonic() - begin, 0)
+        else:
+            records[step] = run_step(ctx, step, fps)
         if world.is_main:
             write_json(out / "steps.json", {"format": "gdd-steps/1", "steps": records})
     if world.is_main and config.until == "report":

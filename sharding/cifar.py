@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import pickletools
 import posixpath
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ class Archive:
         if member is None:
             raise UserError(f"{self._files.shown} lacks {file}; get the archive again")
         try:
-            content = RestrictedUnpickler(io.BytesIO(self._files.read(member)), encoding="latin1").load()
+            content = unpickle(self._files.read(member))
         # A damaged pickle can raise nearly anything, MemoryError and IndexError included.
         except Exception as error:
             raise self._malformed(file, str(error) or type(error).__name__) from None
@@ -99,10 +100,23 @@ class Archive:
         return UserError(f"{file} in {self._files.shown} is malformed ({reason}); get the archive again")
 
 
+def unpickle(data: bytes) -> Any:
+    """Read a pickle of arrays of bytes and plain containers; byte strings of python 2 come as text.
+
+    Raises pickle.UnpicklingError for what is not allowed, and nearly anything for what is damaged.
+    """
+    for opcode, argument, _ in pickletools.genops(data):
+        # Some opcodes reserve as much memory as a number in the file says.
+        greedy = opcode.name == "LONG_BINPUT" and (argument or 0) > len(data)
+        if opcode.name not in _OPCODES or greedy:
+            raise pickle.UnpicklingError(f"it uses the opcode {opcode.name}, which is not allowed")
+    return RestrictedUnpickler(io.BytesIO(data), encoding="latin1").load()
+
+
 class RestrictedUnpickler(pickle.Unpickler):
     """Unpickles arrays of bytes and plain containers. Raises pickle.UnpicklingError for any other global name.
 
-    The four names it knows are stand-ins: numpy's own functions, given a state that no numpy wrote, can end the process.
+    The four names it knows are stand-ins: numpy's own functions, given a state that no numpy wrote, can crash.
     """
 
     def find_class(self, module: str, name: str) -> Any:
@@ -149,6 +163,13 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
+# What python 2 and 3 write, at protocols 2 to 4, for dictionaries of numbers, text, lists and arrays.
+_OPCODE_NAMES = """
+PROTO FRAME STOP MARK EMPTY_DICT EMPTY_LIST EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS SETITEM SETITEMS
+BININT BININT1 BININT2 LONG1 NONE NEWTRUE NEWFALSE BINUNICODE SHORT_BINUNICODE BINSTRING SHORT_BINSTRING
+BINBYTES SHORT_BINBYTES GLOBAL STACK_GLOBAL REDUCE BUILD BINPUT LONG_BINPUT BINGET LONG_BINGET MEMOIZE
+"""
+_OPCODES = frozenset(_OPCODE_NAMES.split())
 _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
     ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy._core.multiarray", "_reconstruct"): _reconstruct,

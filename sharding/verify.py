@@ -113,7 +113,7 @@ def check_shard(shared: tuple[Path, Manifest], task: ShardTask, tick: Tick) -> F
 
 
 def _samples(path: Path) -> Iterator[tuple[int, int, int]]:
-    """Yield offset, size and label of each sample, as the tar itself tells them. Raises ValueError for another layout."""
+    """Yield offset, size and label of each sample, as the tar tells them. Raises ValueError for another layout."""
     with tarfile.open(path, "r:") as archive:
         members = iter(archive)
         for label in members:

@@ -205,7 +205,7 @@ def library_versions() -> dict[str, str]:
 
 
 def _clean(dest: Path, fresh: bool) -> None:
-    """Remove temporary files; of an unfinished build keep the records of its shards, of one that never began nothing."""
+    """Remove temporary files; of an unfinished build keep the records of shards, of one that never began nothing."""
     work = dest / WORK
     if (dest / BUILD_FILE).exists() and not (dest / FILE).exists():
         for name in SCRATCH:

@@ -1,4 +1,3 @@
-import io
 import os
 import pickle
 import pickletools
@@ -11,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_sharding_support import contents, to_tar
 
-from sharding.cifar import RestrictedUnpickler
+from sharding.cifar import unpickle
 from sharding.errors import UserError
 from sharding.manifest import Manifest
 from sharding.plan import Options
@@ -71,7 +70,7 @@ def test_the_published_archive_is_read_pixel_by_pixel(tmp_path, kind):
 
 
 def python_2_batch(data: np.ndarray, labels: list[int]) -> bytes:
-    """The opcodes that python 2 wrote: byte strings (T, U), not bytes through _codecs.encode; dtype flags as numbers."""
+    """The opcodes that python 2 wrote: byte strings (T, U), not bytes through _codecs; dtype flags as numbers."""
     array = (
         b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tU\x01btR"
         + b"(K\x01(J"
@@ -144,6 +143,14 @@ def test_a_pickle_that_asks_for_anything_else_is_refused(tmp_path, monkeypatch, 
     assert not (tmp_path / "d").exists()
 
 
+@pytest.mark.parametrize(
+    "body", [b"r\xff\xff\xff\x7f", b"\x96" + b"\xff" * 7 + b"\x0f", b"\x8e" + b"\xff" * 7 + b"\x0f", b"\x97"]
+)
+def test_a_pickle_that_would_fill_the_memory_is_refused(body):
+    with pytest.raises((pickle.UnpicklingError, ValueError)):
+        unpickle(b"\x80\x05N" + body + b".")
+
+
 def test_what_published_pickles_ask_for_is_allowed():
     asked = set()
     for data in published(2).values():
@@ -202,7 +209,7 @@ def test_damaged_pickles_run_nothing_and_raise_an_exception_or_give_plain_values
     for _ in range(data.draw(st.integers(1, 3))):
         pickled[data.draw(st.integers(0, len(pickled) - 1))] = data.draw(st.integers(0, 255))
     try:
-        value = RestrictedUnpickler(io.BytesIO(bytes(pickled)), encoding="latin1").load()
+        value = unpickle(bytes(pickled))
     except Exception:
         return
     assert not callable(value) or value.__module__ == "sharding.cifar"

@@ -147,7 +147,10 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path):
     folder = write_folder(tmp_path / "s", {"a": 60, "b": 60})
     arguments = command("build", f"folder:{folder}", tmp_path / "d", "--test-fraction", "0.2", "--workers", "1")
     # No file may grow beyond 40 KB: the train shard does.
-    script = "import resource, os, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (40960, 40960)); os.execv(sys.argv[1], sys.argv[1:])"
+    script = (
+        "import resource, os, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (40960, 40960)); "
+        "os.execv(sys.argv[1], sys.argv[1:])"
+    )
     limited = [arguments[0], "-c", script, *arguments]
     failed = subprocess.run(limited, env=environment(), capture_output=True, text=True, check=False, timeout=60)
     assert failed.returncode == 2

@@ -1,0 +1,91 @@
+"""One command, all steps; the same command again, nothing (design 5.5)."""
+
+import json
+import shutil
+from pathlib import Path
+
+import hooks
+import pytest
+import ranks
+
+STEPS = ["shards", "teachers", "logits", "gan", "matching", "report"]
+
+
+def rows(out: Path) -> dict[str, str]:
+    """File name → what the student was trained on, of every student that was ever trained."""
+    return {p.name: json.loads(p.read_text())["train_on"] for p in (out / "report" / "rows").glob("*.json")}
+
+
+def test_one_process_computes_every_step_and_ends_with_the_table(reported):
+    assert list(reported.steps) == STEPS
+    assert {s: r["status"] for s, r in reported.steps.items()} == {"shards": "reused"} | dict.fromkeys(
+        STEPS[1:], "computed"
+    )
+    assert all(reported.steps[s]["images_processed"] > 0 for s in STEPS[1:])
+    for step in STEPS[1:]:
+        link = reported.out / step / "latest"
+        assert not link.readlink().is_absolute()
+        assert link.resolve() == reported.out / step / reported.steps[step]["fingerprint"]
+    latest = reported.out / "report" / "latest"
+    assert {"metrics.json", "report.md", "samples.png", "curves.png"} <= {p.name for p in latest.iterdir()}
+    assert {r["train_on"] for r in json.loads((latest / "metrics.json").read_text())["results"]} == {
+        "full",
+        "real",
+        "gan",
+        "matched",
+    }
+    assert not list(reported.out.rglob("*.partial"))
+    assert not list(reported.out.rglob("*.lock"))
+    assert not list(reported.out.rglob("*.tmp"))
+
+
+def test_two_ranks_compute_every_step_and_rank_0_prints_the_table(tiny, tmp_path):
+    ended = ranks.start(tmp_path / "out", tiny, 2).wait()
+    assert ended.codes == [0, 0], ended.text
+    assert "ceiling share" in ended.out[0]
+    assert f"report: {tmp_path}/out/report/latest/report.md" in ended.out[0]
+    assert ended.out[1] == ""
+    assert {r["status"] for s, r in ranks.steps(tmp_path / "out").items() if s != "shards"} == {"computed"}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_same_command_again_forwards_no_image(reported, tmp_path, size):
+    out = shutil.copytree(reported.out, tmp_path / "out", symlinks=True)
+    before = {p: p.stat().st_mtime_ns for s in STEPS for p in (out / s).rglob("*") if p.is_file()}
+    ended = ranks.start(out, reported.argv, size, before=hooks.no_forward).wait()
+    assert ended.codes == [0] * size, ended.text
+    assert "ceiling share" in ended.out[0]
+    found = ranks.steps(out)
+    assert list(found) == STEPS
+    assert {(r["status"], r["images_processed"]) for r in found.values()} == {("reused", 0)}
+    assert before == {p: p.stat().st_mtime_ns for s in STEPS for p in (out / s).rglob("*") if p.is_file()}
+
+
+def test_a_changed_temperature_runs_matching_and_the_rows_that_read_it_and_nothing_else(reported, tmp_path):
+    out = shutil.copytree(reported.out, tmp_path / "out", symlinks=True)
+    known = rows(out)
+    found = ranks.train(out, [*reported.argv, "--matching.temperature", "4"])
+    assert {s: r["status"] for s, r in found.items()} == dict.fromkeys(STEPS[:4], "reused") | dict.fromkeys(
+        STEPS[4:], "computed"
+    )
+    assert [found[s]["images_processed"] for s in STEPS[:4]] == [0] * 4
+    assert found["matching"]["fingerprint"] != reported.steps["matching"]["fingerprint"]
+    new = {name: train_on for name, train_on in rows(out).items() if name not in known}
+    assert set(new.values()) == {"matched"}
+    assert len(new) == list(known.values()).count("matched")
+
+
+def test_what_only_says_where_or_how_fast_changes_no_fingerprint(reported, tmp_path):
+    out = tmp_path / "elsewhere"
+    argv = [*reported.argv, "--store", str(reported.out), "--loader.resident", "none", "--loader.prefetch", "1"]
+    found = ranks.train(out, [*argv, "--checkpoint_seconds", "0", "--logits.batch", "7", "--timeout", "99"])
+    assert {r["status"] for r in found.values()} == {"reused"}
+    assert (out / "matching" / "latest").resolve().parent == reported.out / "matching"
+
+
+def test_the_digits_are_built_in_out_on_first_use(tmp_path):
+    out = tmp_path / "out"
+    found = ranks.train(out, ["--until", "shards"], 2)
+    assert [(s, r["status"]) for s, r in found.items()] == [("shards", "computed")]
+    assert (out / "data" / "manifest.json").exists()
+    assert ranks.train(out, ["--until", "shards"])["shards"]["status"] == "reused"

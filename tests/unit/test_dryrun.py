@@ -1,0 +1,163 @@
+"""--dry-run against the run that follows: what is run and reused, images, bytes, memory."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from gdd_dist import config as configuration
+from gdd_dist import dryrun, train
+from gdd_dist.artifacts import read_json
+from gdd_dist.checkpoint import Checkpoints
+from gdd_dist.distributed import World
+from gdd_dist.dryrun import Line
+from gdd_dist.probe import Cost, Meter, continued, file_pages, peak_memory, reset_peak
+from gdd_dist.step_costs import makespan
+
+STATUS = {"run": "computed", "reused": "reused", "resumes": "resumed"}
+CPU = torch.device("cpu")
+
+
+def predicted(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, Line]:
+    """The table that --dry-run prints, step → line."""
+    lines: list[Line] = []
+    monkeypatch.setattr(dryrun, "table", lambda found: lines.extend(found) or "")
+    train.main([*argv, "--dry-run"], lambda world: None)
+    return {line.step: line for line in lines}
+
+
+def happened(
+    argv: list[str], out: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[dict, dict[str, int], dict[str, int]]:
+    """steps.json, and what each step wrote and took (resident memory at its peak), in bytes."""
+    memory, inner = {}, train.run_step
+
+    def run_step(ctx, step, fps):
+        reset_peak(ctx.device)
+        record = inner(ctx, step, fps)
+        memory[step] = peak_memory(ctx.device) + file_pages(ctx.device)
+        return record
+
+    monkeypatch.setattr(train, "run_step", run_step)
+    train.main(argv, lambda world: None)
+    steps = read_json(out / "steps.json")["steps"]
+    written = {
+        step: sum(f.stat().st_size for f in (out / step / record["fingerprint"]).rglob("*") if f.is_file())
+        for step, record in steps.items()
+        if step != "shards"
+    }
+    return steps, written, memory
+
+
+def files(directory: Path) -> set[Path]:
+    return set(directory.rglob("*")) if directory.exists() else set()
+
+
+def compare(argv: list[str], out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run does what --dry-run said, which itself did nothing."""
+    before = files(out)
+    said = predicted(argv, monkeypatch)
+    assert files(out) == before
+    steps, written, memory = happened(argv, out, monkeypatch)
+    assert {step: STATUS[line.status] for step, line in said.items()} == {s: r["status"] for s, r in steps.items()}
+    assert {step: line.images for step, line in said.items()} == {s: r["images_processed"] for s, r in steps.items()}
+    for step, line in said.items():
+        if line.status == "reused":
+            assert (line.steps, line.bytes, line.memory, line.seconds) == (0, 0, 0, 0)
+        else:
+            assert line.bytes == pytest.approx(written[step], rel=0.1), step
+            assert line.memory == pytest.approx(memory[step], rel=0.25), step
+
+
+def test_what_it_says_is_what_the_run_does(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    argv = [*tiny, "--out", str(out), "--gan.grid_interval", "5"]
+    compare([*argv, "--until", "gan"], out, monkeypatch)
+    compare(argv, out, monkeypatch)
+
+
+def test_a_killed_gan_counts_what_is_left(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    argv = [*tiny, "--out", str(out), "--until", "gan", "--checkpoint_seconds", "0"]
+    save = Checkpoints.save
+
+    def save_and_die(self: Checkpoints, step: int, state: dict) -> None:
+        save(self, step, state)
+        if "g" in state and step == 7:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            train.main(argv, lambda world: None)
+    said = predicted(argv, monkeypatch)
+    assert [said[s].status for s in ("teachers", "logits", "gan")] == ["reused", "reused", "resumes"]
+    assert (said["gan"].steps, said["gan"].images) == (5, 5 * 6 * 16)
+    train.main(argv, lambda world: None)
+    gan = read_json(out / "steps.json")["steps"]["gan"]
+    assert (gan["status"], gan["images_processed"]) == ("resumed", said["gan"].images)
+
+
+def test_without_data_the_digits_are_built_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    argv = ["--out", str(out), "--until", "shards"]
+    assert predicted(argv, monkeypatch)["shards"].status == "run"
+    assert not out.exists()
+    train.main(argv, lambda world: None)
+    assert predicted(argv, monkeypatch)["shards"].status == "reused"
+
+
+def test_the_last_line_says_what_a_gpu_needs(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train.main([*tiny, "--out", str(tmp_path / "out"), "--until", "teachers", "--dry-run"], lambda world: None)
+    text = capsys.readouterr().out
+    assert text.startswith("step ")
+    assert "GPU memory" in text.splitlines()[-1]
+
+
+class Slow:
+    """A step that claims to take a second an image, and a mebibyte beside three."""
+
+    def __init__(self, meter: Meter, monkeypatch: pytest.MonkeyPatch, second: float) -> None:
+        self.batches: list[int] = []
+        monkeypatch.setattr(meter, "_measure", lambda size, last: Cost(0.5 + second * size, (3 + size) * 2**20))
+
+    def __call__(self, n: int) -> int:
+        self.batches.append(n)
+        return n
+
+
+@pytest.mark.parametrize(("second", "largest"), [(1e-6, 256), (0.1, 12), (10.0, 8)])
+def test_slow_batches_are_continued_along_a_line(second: float, largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    meter = Meter(World("cpu"))
+    step = Slow(meter, monkeypatch, second)
+    cost = meter(step, 256, unit=2)
+    assert cost.seconds == pytest.approx(0.5 + second * 256)
+    assert cost.memory == pytest.approx(259 * 2**20)
+    assert max(step.batches) <= max(largest, 8)
+    assert all(b % 2 == 0 for b in step.batches)
+    assert meter.extrapolated == (step.batches[-1] < 256)
+
+
+def test_a_line_never_falls() -> None:
+    assert continued([(2, Cost(2.0, 50.0)), (4, Cost(1.0, 40.0))], 100) == Cost(1.0, 40.0)
+    assert continued([(7, Cost(2.0, 50.0))], 7) == Cost(2.0, 50.0)
+
+
+def test_memory_that_was_given_back_leaves_the_peak() -> None:
+    reset_peak(CPU)
+    before = peak_memory(CPU)
+    block = torch.ones(30_000_000)
+    assert peak_memory(CPU) - before == pytest.approx(120e6, rel=0.1)
+    del block
+    if os.path.exists("/proc/self/clear_refs"):
+        reset_peak(CPU)
+        assert peak_memory(CPU) - before < 60e6
+
+
+def test_the_longest_jobs_start_first() -> None:
+    assert makespan([1, 1, 1, 3], 2) == 3
+    assert makespan([2, 2, 2], 2) == 4
+    assert makespan([], 3) == 0

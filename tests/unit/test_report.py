@@ -1,0 +1,185 @@
+"""The report: metrics.json, report.md, two pictures; what the table and the headline say."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from students import HISTORY, Made, make, settings
+
+from gdd_dist import figures, report
+from gdd_dist.metrics import selected, shortcut_gap
+from gdd_dist.settings import Config, Matching
+from gdd_dist.tables import headline, markdown, table
+
+
+def row(train_on: str, mean: float, **changed: Any) -> dict[str, Any]:
+    return {
+        "train_on": train_on,
+        "student": "convnet",
+        "protocol": "regenerate",
+        "labels": "hard",
+        "ipc": 1,
+        "optimizer_steps": 400,
+        "batch": 10,
+        "images_seen": 4000,
+        "distinct_images_seen": 4000,
+        "mean": mean,
+        "std": 0.5,
+        "seeds": [0, 1],
+        "accuracies": [mean - 0.35, mean + 0.35],
+        "ceiling_share": (mean - 10) / 87,
+        **changed,
+    }
+
+
+ROWS = [
+    row("full", 98.5, protocol=None, ipc=None, ceiling_share=None, std=None),
+    row("real", 97.0),
+    row("gan", 85.0),
+    row("matched", 93.0),
+]
+
+
+@pytest.fixture(scope="module")
+def made(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return make(tmp_path_factory.mktemp("report") / "out", digits)
+
+
+@pytest.fixture(scope="module")
+def written(made: Made) -> Path:
+    """The directory that the step leaves."""
+    work = made.out / "report" / "fedcba9876543210.partial"
+    work.mkdir(parents=True)
+    numbers = report.run(made.context(settings()), work, made.dirs, made.fingerprints)
+    assert set(numbers) == {"full", "real", "gan", "matched", "ceiling_share"}
+    return work
+
+
+def test_the_table_shows_budget_deviation_and_ceiling_share() -> None:
+    lines = table(ROWS).splitlines()
+    assert lines[0].split() == (
+        "train on student protocol labels IPC steps batch images seen distinct accuracy % ceiling share".split()
+    )
+    matched = next(line for line in lines if line.startswith("matched"))
+    assert matched.split() == "matched convnet regenerate hard 1 400 10 4,000 4,000 93.0 ± 0.5 95 %".split()
+    full = next(line for line in lines if line.startswith("full"))
+    assert full.split()[-2:] == ["98.5", "–"]
+    assert len({len(line) for line in lines if line and "–" not in line}) == 1
+
+
+def test_the_headline_compares_rows_of_one_budget() -> None:
+    text = headline(ROWS)
+    assert "**93.0 ± 0.5 %**" in text
+    assert "85.0 ± 0.5 % with the GAN before matching" in text
+    assert "97.0 ± 0.5 % with real images at the same budget" in text
+    assert "95 % of the way" in text
+    alone = headline([row("matched", 93.0, ceiling_share=None)])
+    assert "against" not in alone
+    assert "way from" not in alone
+
+
+def test_markdown_keeps_a_bar_inside_a_cell() -> None:
+    assert markdown(("a", "b"), [("x|y", "1")]).splitlines()[2] == "| x\\|y | 1 |"
+
+
+def test_best_keeps_the_first_best_interval_and_last_the_last() -> None:
+    tied = [*HISTORY, {**HISTORY[1], "step": 15}]
+    assert selected(tied, "best") == HISTORY[1]
+    assert selected(tied, "last") == tied[-1]
+    assert selected([], "best") is None
+    assert shortcut_gap(HISTORY, "best") == {"gan": 9.0, "matched": 8.0, "selected_step": 5}
+    assert shortcut_gap([], "best") is None
+
+
+def test_settings_name_what_shapes_the_report_and_no_matching_setting() -> None:
+    config = dataclasses.replace(settings(), matching=Matching(temperature=4.0))
+    assert report.settings(config) == report.settings(settings())
+    assert report.settings(Config()) != report.settings(settings())
+
+
+def test_metrics_hold_what_the_format_names(written: Path, made: Made) -> None:
+    text = (written / "metrics.json").read_text()
+    metrics = json.loads(text)
+    assert list(metrics) == (
+        "format fingerprints hardware versions commit verified classes shortcut_gap results".split()
+    )
+    assert metrics["format"] == "gdd-report/1"
+    assert metrics["fingerprints"] == {
+        "data": made.manifest.fingerprint,
+        "teachers": made.fingerprints["teachers"],
+        "logits": made.fingerprints["logits"],
+        "generator": made.fingerprints["matching"],
+    }
+    assert metrics["verified"] is True
+    assert metrics["classes"] == [str(i) for i in range(10)]
+    assert len(metrics["results"]) == 13
+
+
+def test_no_path_of_this_machine_is_written(written: Path, made: Made) -> None:
+    for name in ("metrics.json", "report.md"):
+        text = (written / name).read_text()
+        for path in (made.out, made.data, Path.home(), Path(report.__file__).parent):
+            assert str(path) not in text
+
+
+def test_the_page_holds_rows_history_settings_and_timings(written: Path, made: Made) -> None:
+    text = (written / "report.md").read_text()
+    for row_name in ("| full |", "| real |", "| gan |", "| matched |"):
+        assert row_name in text
+    assert "| 5 | 60.0 | 1.0 | 8.0 | kept |" in text
+    assert "| gan | computed | 1.5 | 10 |" in text
+    assert "| report | computed |" in text
+    assert "temperature: 2.0" in text
+    assert made.fingerprints["matching"] in text
+    assert "hashed first" in text
+    assert "no-verify" not in text
+
+
+def test_the_page_says_that_nothing_was_hashed(written: Path, made: Made, tmp_path: Path) -> None:
+    config = dataclasses.replace(settings(), verify=False)
+    ctx = made.context(config)
+    report.run(ctx, tmp_path, made.dirs, made.fingerprints)
+    assert "were not hashed (`--no-verify`)" in (tmp_path / "report.md").read_text()
+    assert json.loads((tmp_path / "metrics.json").read_text())["verified"] is False
+    # Every student was there already: only the pictures' images were drawn.
+    assert ctx.forwards == 2 * 10 * report.SAMPLE_COLUMNS
+
+
+def test_a_killed_report_says_that_it_was_resumed(made: Made, tmp_path: Path) -> None:
+    config, work = settings(baselines=("gan",), labels=("hard",)), tmp_path / "work"
+    first = made.context(config, tmp_path)
+    report._note_start(first, work, 1)
+    assert not first.resumed
+    again = made.context(config, tmp_path)
+    report._note_start(again, work, 1)
+    assert not again.resumed
+    report._note_start(again, work, 2)
+    assert again.resumed
+
+
+def test_the_pictures_are_pictures(written: Path) -> None:
+    for name in ("samples.png", "curves.png"):
+        with Image.open(written / name) as image:
+            pixels = np.asarray(image.convert("L"))
+            assert min(image.size) > 400
+            assert pixels.std() > 10
+
+
+def test_curves_are_drawn_without_event_files_history_or_some_rows() -> None:
+    teachers = [{"architecture": "convnet", "seed": 0, "step": 5, "val_accuracy": 50.0}]
+    bare = figures.curves_figure(teachers, {}, [], None, [row("matched", 93.0, std=None)])
+    assert figures.pixels(bare).shape[2] == 3
+
+
+def test_a_mosaic_keeps_pixels_and_parts_images_with_white() -> None:
+    images = np.arange(2 * 3 * 2 * 2, dtype=np.uint8).reshape(2, 3, 2, 2, 1)
+    picture = figures.mosaic(images)
+    assert picture.shape == (5, 8, 1)
+    assert (picture[2] == 255).all()
+    assert (picture[3:5, 6:8] == images[1, 2]).all()
