@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -39,7 +40,7 @@ def options() -> Iterator[tuple[str, type, dataclasses.Field[Any]]]:
         owner: Any = Config if section is None else type(getattr(Config(), section))
         hints = get_type_hints(owner)
         for f in dataclasses.fields(owner):
-            if f.name not in SECTIONS:
+            if section is not None or f.name not in SECTIONS:
                 yield (f.name if section is None else f"{section}.{f.name}"), hints[f.name], f
 
 
@@ -170,6 +171,26 @@ def _read_file(path: str) -> dict[str, Any]:
     return flat
 
 
+def _as_typed(flat: Mapping[str, Any], path: str) -> list[str]:
+    """A file's settings as a command line, so that both are read, and refused, alike."""
+    argv: list[str] = []
+    for name, hint, _ in options():
+        if name not in flat:
+            continue
+        value, several = flat[name], _item_type(hint)[1]
+        if value is None:
+            if type(None) not in get_args(hint):
+                raise UserError(f"{name} in {path} is empty; give a value or leave it out")
+            continue
+        if isinstance(value, list) and not several:
+            raise UserError(f"{name} in {path} is a list; give one value")
+        items = [
+            str(v).lower() if isinstance(v, bool) else str(v) for v in (value if isinstance(value, list) else [value])
+        ]
+        argv += [f"--{name}", *items] if several else [f"--{name}={items[0]}"]
+    return argv
+
+
 def _preset_of_data(data: str | None) -> str:
     if data is None:
         return "digits"
@@ -184,26 +205,26 @@ def parse(argv: Sequence[str]) -> Command:
     """Parse and validate a command line. Raises UserError; SystemExit(0) after --help."""
     argv = _canonical(argv)
     from_file = _read_file(path) if (path := _last(argv, "config")) else {}
-    data = _last(argv, "data") or from_file.get("data")
-    preset = _last(argv, "preset") or from_file.get("preset") or _preset_of_data(data)
+    typed = _as_typed(from_file, path or "")
+    preset = _last(argv, "preset") or str(from_file.get("preset") or _preset_of_data(_last([*typed, *argv], "data")))
     if preset not in PRESETS:
         near = difflib.get_close_matches(preset, PRESETS, n=1)
         raise UserError(
             f"unknown preset {preset}; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(PRESETS)}")
         )
     parser = _parser()
-    from_file.pop("preset", None)
-    parser.set_defaults({**PRESETS[preset], **from_file})
-    # jsonargparse has a --print_config of its own, which shows less: ours never reaches it.
-    parsed = _parse_typed(parser, [a for a in argv if a != "--print_config"])
+    parser.set_defaults(PRESETS[preset])
+    if typed:
+        _parse_typed(parser, typed, f" in {path}")
+    parsed = _parse_typed(parser, [*typed, *argv])
     config = _build(parsed)
     if config.out is None:
         config = dataclasses.replace(config, out=f"runs/{preset}")
     validate(config)
-    return Command(config, preset, "--print_config" in argv, bool(parsed["dry_run"]))
+    return Command(config, preset, bool(parsed["print_config"]), bool(parsed["dry_run"]))
 
 
-def _parse_typed(parser: ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
+def _parse_typed(parser: ArgumentParser, argv: Sequence[str], where: str = "") -> dict[str, Any]:
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
@@ -212,7 +233,8 @@ def _parse_typed(parser: ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
         if not e.code:
             raise
         reason = stderr.getvalue().rpartition("error:")[2].strip().rstrip(".")
-        raise UserError(f"{reason}; see --help") from None
+        reason = re.sub(r'Parser key "([^"]+)":', r"--\1:", re.sub(r"<class '(\w+)'>", r"\1", reason))
+        raise UserError(f"{reason}{where}; see --help") from None
     return _flatten(namespace.as_dict())
 
 

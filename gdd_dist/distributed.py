@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
@@ -195,11 +196,19 @@ def stop_with_parent(rank: int) -> None:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
 
-    def handler(_signal: int, _frame: Any) -> None:
+    # A handler waits while the main thread is inside a collective, and torchrun kills after 30 s: so a thread listens.
+    told, tell = os.pipe()
+    os.set_blocking(tell, False)
+
+    def listen() -> None:
+        while os.read(told, 1)[0] != signal.SIGTERM:
+            pass
         os.write(2, f"stopped: rank {rank} ended by SIGTERM\n".encode())
         os._exit(143)
 
-    signal.signal(signal.SIGTERM, handler)
+    threading.Thread(target=listen, daemon=True).start()
+    signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+    signal.signal(signal.SIGTERM, lambda _signal, _frame: None)
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)

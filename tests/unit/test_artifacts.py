@@ -161,7 +161,9 @@ def test_a_waiting_block_begins_when_the_holder_is_done(tmp_path):
         assert told[0]["pid"] == os.getpid()
 
 
-HOLD = "import sys; from gdd_dist.artifacts import Lock; from pathlib import Path; Lock(Path(sys.argv[1])).try_acquire()"
+HOLD = (
+    "import sys; from gdd_dist.artifacts import Lock; from pathlib import Path; Lock(Path(sys.argv[1])).try_acquire()"
+)
 
 
 def left_by(path, **changes):

@@ -65,8 +65,10 @@ def test_a_file_may_name_the_preset_and_the_command_line_another(tmp_path):
 def test_every_section_has_its_settings_and_no_name_is_there_twice():
     names = [name for name, _, _ in options()]
     assert len(names) == len(set(names))
+    fields = {f"{s}.{f.name}" for s in SECTIONS for f in dataclasses.fields(getattr(Config(), s))}
+    assert {n for n in names if "." in n} == fields
     assert {n.partition(".")[0] for n in names if "." in n} == set(SECTIONS)
-    assert not {"data", *STEPS} & (set(SECTIONS) - set(STEPS))
+    assert "data" not in SECTIONS
     fixed = "seed precision teachers.epochs gan.steps gan.batch matching.steps matching.batch report.ipc report.seeds"
     assert {*fixed.split(), "report.students", *(f"{s}.seed" for s in STEPS[1:])} <= set(names)
 
@@ -106,13 +108,12 @@ def command_lines(draw):
     return argv
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(command_lines())
 def test_what_print_config_prints_reads_back_as_the_same_settings(tmp_path_factory, argv):
     try:
         command = parse(argv)
-    except UserError as e:  # two settings that exclude each other
-        assert "change" in str(e) or "give" in str(e) or "use" in str(e)
+    except UserError:  # two settings that exclude each other
         return
     file = tmp_path_factory.mktemp("config") / "printed.yaml"
     file.write_text(to_yaml(command.config, command.preset))
@@ -125,6 +126,13 @@ def test_several_values_and_one():
     assert parse(["--report.ipc", "1", "10", "--seed", "1"]).config.report.ipc == (1, 10)
     assert parse(["--report.ipc", "5"]).config.report.ipc == (5,)
     assert parse(["--report.ipc=5"]).config.report.ipc == (5,)
+
+
+def test_a_file_may_write_numbers_as_people_do(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("gan: {lr: 1e-3, steps: 12}\nloader: {flip: no}\nmatching: {seed: null}\n")
+    config = parse(["--config", str(file)]).config
+    assert (config.gan.lr, config.gan.steps, config.loader.flip, config.matching.seed) == (1e-3, 12, False, None)
 
 
 def test_one_value_in_a_file_stands_for_a_list_of_one(tmp_path):

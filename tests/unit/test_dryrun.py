@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from gdd_dist import config as configuration
 from gdd_dist import dryrun, train
 from gdd_dist.artifacts import read_json
 from gdd_dist.checkpoint import Checkpoints

@@ -115,4 +115,4 @@ def test_golden_batch():
     assert [batch.classes.tolist(), batch.teachers.tolist(), batch.samples.tolist(), batch.views.tolist()] == GOLDEN
 
 
-GOLDEN = None
+GOLDEN = [[1, 2, 0, 0], [1, 2, 0, 1], [13, 1, 14, 5, 9, 6, 12, 6], [1, 1, 0, 1, 1, 0, 1, 1]]

@@ -1,0 +1,109 @@
+"""What only the real torchrun shows: statuses, one error line, and that its ranks end with it."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import ranks
+
+LONG_GAN = ["--gan.steps", "400", "--until", "gan"]
+
+
+def rank_pids(launcher: int) -> dict[int, int]:
+    """Rank → process id of the ranks that a torchrun has started."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                environment = (entry / "environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if parent == launcher:
+                found |= {int(v[5:]): int(entry.name) for v in environment if v.startswith(b"RANK=")}
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_for(condition, timeout=120.0):
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, "what the test waited for never came"
+        time.sleep(0.02)
+
+
+def steps_done(out: Path) -> int:
+    """The step of the gan's newest checkpoint."""
+    for path in out.glob("gan/*.partial/checkpoints/latest.json"):
+        return json.loads(path.read_text())["checkpoints"][0]["step"]
+    return 0
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_killed_rank_and_a_killed_torchrun_leave_nobody_behind_and_the_same_command_goes_on(
+    undisturbed, tmp_path, size
+):
+    out = undisturbed.copy(tmp_path / "out", "teachers", "logits")
+    argv = [*undisturbed.argv, *LONG_GAN, "--out", str(out)]
+
+    with ranks.torchrun(size, argv) as job:
+        wait_for(lambda: steps_done(out) >= 5)
+        pids = rank_pids(job.pid)
+        assert sorted(pids) == list(range(size))
+        os.kill(pids[size - 1], signal.SIGKILL)
+        begin = time.monotonic()
+        text, _ = job.communicate(timeout=60)
+        assert time.monotonic() - begin < 25  # SIGTERM is enough: torchrun would kill after 30 s
+    assert job.returncode == 1
+    assert not any(line.startswith("error:") for line in text.splitlines()), text
+    assert text.count("stopped: rank") == size - 1, text
+    assert not any(alive(pid) for pid in pids.values())
+
+    done = steps_done(out)
+    with ranks.torchrun(size, argv) as job:
+        wait_for(lambda: steps_done(out) >= done + 5)
+        pids = rank_pids(job.pid)
+        job.kill()
+        job.wait()
+    wait_for(lambda: not any(alive(pid) for pid in pids.values()), timeout=10)
+
+    with ranks.torchrun(size, argv) as job:
+        text, _ = job.communicate(timeout=240)
+    assert job.returncode == 0, text
+    assert ranks.steps(out)["gan"]["status"] == "resumed"
+
+
+def test_a_fault_is_one_error_line_and_a_failing_status(undisturbed, digits, tmp_path):
+    data = shutil.copytree(digits, tmp_path / "data")
+    shard = data / "train" / "000001.tar"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with ranks.torchrun(2, [*undisturbed.argv, "--data", str(data), "--out", str(tmp_path / "out")]) as job:
+        text, _ = job.communicate(timeout=120)
+    assert job.returncode != 0
+    errors = [line for line in text.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1, text
+    assert str(shard) in errors[0]
+    assert "exitcode  : 2" in text
+
+
+@pytest.mark.slow
+def test_twenty_of_twenty_finished_runs_leave_with_0(undisturbed, tmp_path):
+    store = undisturbed.copy(tmp_path / "store", "teachers", "logits")
+    for seed in range(20):
+        out = tmp_path / f"out-{seed}"
+        argv = [*undisturbed.argv, "--store", str(store), "--out", str(out), "--gan.seed", str(seed)]
+        with ranks.torchrun(4, argv) as job:
+            text, _ = job.communicate(timeout=300)
+        assert job.returncode == 0, text
+        assert ranks.steps(out)["matching"]["status"] == "computed"
+        assert "terminate called" not in text

@@ -1,0 +1,80 @@
+"""Wrong use gives one clear line and status 2, from however many ranks, and starts nothing."""
+
+from pathlib import Path
+
+import pytest
+import ranks
+import yaml
+
+
+def tree(out: Path) -> set[str]:
+    return {p.name for p in out.rglob("*")} if out.exists() else set()
+
+
+CASES = {
+    "missing data directory": (["--data", "/nowhere/digits"], "/nowhere/digits"),
+    "missing data directory with a preset": (["--data", "/nowhere/digits", "--preset", "digits"], "/nowhere/digits"),
+    "unknown preset": (["--preset", "cifar"], "did you mean cifar10?"),
+    "unknown setting": (["--matching.temprature", "2"], "did you mean --matching.temperature?"),
+    "negative temperature": (["--matching.temperature", "-2"], "--matching.temperature"),
+    "more images than the class has": (["--report.ipc", "5000"], "--report.ipc"),
+    "deepspeed": (["--engine", "deepspeed"], "--engine"),
+    "unknown classifier": (["--report.students", "convent"], "convnet"),
+    "streams that do not divide the batch": (["--loader.streams", "3"], "--loader.streams"),
+    "a batch larger than the data": (["--teachers.batch", "5000", "--until", "teachers"], "--teachers.batch"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_wrong_use_is_one_line(tiny, tmp_path, case):
+    argv, says = CASES[case]
+    line = ranks.refused(tmp_path / "out", [*tiny, *argv])
+    assert says in line
+    assert ";" in line
+    assert not tree(tmp_path / "out") & {"teachers", "logits", "gan"} or case == "a batch larger than the data"
+
+
+@pytest.mark.parametrize(
+    ("size", "argv", "says"),
+    [
+        (3, [], ["3 ranks do not divide the 16 streams", "1, 2, 4, 8 or 16"]),
+        (4, ["--gan.batch", "2"], ["--gan.batch 2 is smaller than the 4 ranks"]),
+        (4, ["--matching.batch", "8", "--matching.group", "4"], ["4 ranks do not divide the 2 groups", "1 or 2"]),
+    ],
+)
+def test_ranks_that_do_not_fit_are_told_which_do(tiny, tmp_path, size, argv, says):
+    line = ranks.refused(tmp_path / "out", [*tiny, *argv], size)
+    assert all(text in line for text in says)
+
+
+def test_help_and_print_config_work_on_any_number_of_ranks(tiny, tmp_path):
+    ended = ranks.start(tmp_path / "out", ["--help"]).wait()
+    assert ended.codes == [0]
+    assert "--matching.temperature" in ended.out[0]
+    ended = ranks.start(tmp_path / "out", [*tiny, "--seed", "7", "--print_config"], 2).wait()
+    assert ended.codes == [0, 0]
+    assert ended.out[1] == ""
+    assert yaml.safe_load(ended.out[0])["seed"] == 7
+    assert not (tmp_path / "out").exists()
+    file = tmp_path / "printed.yaml"
+    file.write_text(ended.out[0])
+    again = ranks.start(tmp_path / "out", ["--config", str(file), "--print_config"]).wait()
+    assert again.out[0] == ended.out[0]
+
+
+@pytest.mark.skipif("os.geteuid() == 0", reason="root may write anywhere")
+def test_an_out_that_cannot_be_written_is_named(tiny, tmp_path):
+    (tmp_path / "closed").mkdir(mode=0o500)
+    assert str(tmp_path / "closed") in ranks.refused(tmp_path / "closed" / "out", tiny)
+
+
+def test_an_out_that_is_a_file_is_named(tiny, tmp_path):
+    (tmp_path / "out").write_text("")
+    assert str(tmp_path / "out") in ranks.refused(tmp_path / "out", tiny)
+
+
+def test_debug_shows_the_traceback(tiny, tmp_path):
+    ended = ranks.start(tmp_path / "out", [*tiny, "--engine", "deepspeed", "--debug"]).wait()
+    assert ended.codes == [2]
+    assert "Traceback" in ended.err[0]
+    assert len(ended.errors) == 1

@@ -1,0 +1,214 @@
+"""Ranks agree, share work, stop together, and say what went wrong once."""
+
+import errno
+import os
+import time
+
+import numpy as np
+import pytest
+import ranks
+import torch
+
+from gdd_dist.distributed import PeerError, World
+from gdd_dist.program import describe, run_program
+from sharding.errors import UserError
+
+SIZE = 4
+
+
+def agree(rank):
+    world = World("cpu")
+    found = {
+        "rank": (world.rank, world.size, world.is_main),
+        "gather": world.gather({"rank": rank, "text": "ä", "none": None}),
+        "again": [world.gather(rank * 10 + i) for i in range(3)],
+        "broadcast": world.broadcast([1.5, "main"] if rank == 0 else "not this"),
+        "sum": world.sum(2**rank),
+        "mean": world.mean({"a": torch.tensor(float(rank)), "b": torch.tensor(1.0)}),
+        "any": [world.any(rank == 2), world.any(False)],
+    }
+    taken = []
+    for job in world.queue(20):
+        time.sleep(0.01 if rank else 0.05)
+        taken.append(job)
+    found["queue"] = taken
+    found["empty"] = list(world.queue(0))
+    found["next"] = list(world.queue(3))
+    time.sleep(0.2 * (rank == 3))  # a busy rank may take as long as it needs
+    world.barrier()
+    world.close()
+    return found
+
+
+@pytest.fixture(scope="module")
+def agreed(tmp_path_factory):
+    return ranks.call(tmp_path_factory.mktemp("agree"), SIZE, agree)
+
+
+def test_each_rank_knows_its_place(agreed):
+    assert [f["rank"] for f in agreed] == [(r, SIZE, r == 0) for r in range(SIZE)]
+
+
+def test_gather_gives_every_rank_the_same_values_in_rank_order(agreed):
+    expected = [{"rank": r, "text": "ä", "none": None} for r in range(SIZE)]
+    assert all(f["gather"] == expected for f in agreed)
+    assert all(f["again"] == [[r * 10 + i for r in range(SIZE)] for i in range(3)] for f in agreed)
+
+
+def test_broadcast_gives_rank_0s_value_and_sum_adds(agreed):
+    assert all(f["broadcast"] == [1.5, "main"] for f in agreed)
+    assert all(f["sum"] == 15 for f in agreed)
+
+
+def test_mean_and_any_reduce_tensors(agreed):
+    assert all(f["mean"] == {"a": 1.5, "b": 1.0} for f in agreed)
+    assert all(f["any"] == [True, False] for f in agreed)
+
+
+def test_the_queue_gives_each_job_once_and_more_to_the_faster(agreed):
+    assert sorted(j for f in agreed for j in f["queue"]) == list(range(20))
+    assert sorted(j for f in agreed for j in f["next"]) == [0, 1, 2]
+    assert all(f["empty"] == [] for f in agreed)
+    assert len(agreed[0]["queue"]) < 10
+
+
+def test_one_process_waits_for_nobody():
+    world = World("cpu")
+    torch.set_num_threads(1)
+    assert (world.gather(3), world.broadcast("x"), world.sum(5), world.any(True)) == ([3], "x", 5, True)
+    assert list(world.queue(3)) == [0, 1, 2]
+    assert world.mean({"a": torch.tensor(2.0)}) == {"a": 2.0}
+    assert world.claim_failure()
+    assert not world.failed()
+    world.close()
+
+
+def one_fails(rank):
+    world = World("cpu")
+    begin = time.monotonic()
+    if rank == 2:
+        time.sleep(0.3)
+        return {"claims": [world.claim_failure(), world.claim_failure()], "peer": False, "took": 0.0}
+    try:
+        if rank == 0:
+            time.sleep(0.6)
+            for _ in world.queue(5):
+                pass
+        else:
+            world.barrier()
+        peer = False
+    except PeerError:
+        peer = True
+    took = time.monotonic() - begin
+    claims = [world.claim_failure()]
+    time.sleep(1.0 if rank == 0 else 0.0)  # rank 0 hosts the store here
+    return {"claims": claims, "peer": peer, "took": took}
+
+
+def test_when_a_rank_fails_the_others_stop_and_only_the_first_may_report(tmp_path):
+    found = ranks.call(tmp_path, SIZE, one_fails)
+    assert [c for f in found for c in f["claims"]].count(True) == 1
+    assert found[2]["claims"] == [True, False]
+    assert [f["peer"] for f in found] == [True, True, False, True]
+    assert all(f["took"] < 30 for f in found)
+
+
+def fault(kind):
+    return {
+        "user": UserError("it is wrong; mend it"),
+        "disk": OSError(errno.ENOSPC, "No space left on device", "/some/file"),
+        "bug": KeyError("surprise"),
+        "native": RuntimeError("CUDA says no"),
+    }[kind]
+
+
+def program(rank, kind, failing, joins):
+    """A program of which some ranks fail, before or after all have joined, while the others wait."""
+
+    def main(argv, joined):
+        if rank in failing and not joins:
+            raise fault(kind)
+        world = World("cpu")
+        joined(world)
+        if rank in failing:
+            raise fault(kind)
+        world.barrier()
+
+    run_program(main, [])
+
+
+@pytest.mark.parametrize(("kind", "status"), [("user", 2), ("disk", 2), ("bug", 1), ("native", 1)])
+def test_a_fault_of_one_rank_is_said_once_and_nobody_hangs(tmp_path, kind, status):
+    ended = ranks.launch(tmp_path, 3, program, (kind, [1], True)).wait(60)
+    assert ended.codes == [2, status, 2], ended.text
+    assert len(ended.errors) == 1
+    assert describe(fault(kind)) in ended.errors[0]
+    assert ("Traceback" in ended.err[1]) == (kind in ("bug", "native"))
+    assert all("stopped:" in ended.err[r] for r in (0, 2))
+
+
+@pytest.mark.parametrize("joins", [False, True])
+def test_a_fault_that_all_ranks_find_is_said_once(tmp_path, joins):
+    ended = ranks.launch(tmp_path, 3, program, ("user", [0, 1, 2], joins)).wait(60)
+    assert ended.codes == [2, 2, 2], ended.text
+    assert ended.errors == ["error: it is wrong; mend it"]
+
+
+def test_a_fault_that_one_host_alone_finds_before_it_joins_is_said(tmp_path):
+    ended = ranks.launch(tmp_path, 3, program, ("user", [2], False)).wait_as_torchrun(60)
+    assert ended.codes[2] == 2
+    assert ended.errors == ["error: it is wrong; mend it"]
+    assert all("stopped:" in ended.err[r] for r in (0, 1))
+
+
+def finished(rank):
+    def main(argv, joined):
+        world = World("cpu")
+        joined(world)
+        torch.distributed.all_reduce(torch.ones(3))
+
+    run_program(main, [])
+
+
+def test_ranks_that_are_done_leave_with_0_though_rank_0_hosts_the_store(tmp_path):
+    for i in range(3):
+        ended = ranks.launch(tmp_path / str(i), SIZE, finished, ()).wait(60)
+        assert ended.codes == [0] * SIZE, ended.text
+        assert not any(ended.err)
+
+
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (errno.ENOSPC, "free some space"),
+        (errno.EROFS, "make it writable"),
+        (errno.EACCES, "permissions"),
+        (errno.EIO, "mend it"),
+    ],
+)
+def test_a_fault_of_the_system_is_one_line_with_file_and_remedy(number, says):
+    text = describe(OSError(number, os.strerror(number), "/a/b"))
+    assert text.startswith(f"/a/b: {os.strerror(number)}; ")
+    assert says in text
+
+
+def test_a_message_of_several_lines_becomes_one():
+    assert describe(RuntimeError("one\n  two\n")) == "one two"
+    assert describe(MemoryError()) == "MemoryError"
+
+
+def test_cuda_that_is_not_there_is_a_fault_of_the_user():
+    if torch.cuda.is_available():
+        pytest.skip("there is CUDA")
+    with pytest.raises(UserError, match="--device cpu"):
+        World("cuda")
+
+
+def test_threads_are_a_share_of_the_cores(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    threads = [World("cpu").threads]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
+    threads.append(World("cpu").threads)
+    torch.set_num_threads(1)
+    assert threads == [len(os.sched_getaffinity(0)), max(1, len(os.sched_getaffinity(0)) // 64)]
+    assert np.all(np.array(threads) >= 1)
