@@ -41,6 +41,7 @@ class _Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     """The command line. Settings that are not given are those of the run."""
     p = _Parser(
+        allow_abbrev=False,
         prog="python -m gdd_dist.evaluate",
         description="Train students on what a finished run's generator draws, and on what it is compared with; print the table and write "
         f"OUT/{FILE}. Students that were trained before, by a report or by this, are not trained again. Alone or under torchrun.",

@@ -11,11 +11,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 COLORS = {"real": "#4c9f70", "gan": "#8a8f98", "matched": "#c8553d", "full": "#3d6fa5"}
 CYCLE = ("#3d6fa5", "#c8553d", "#4c9f70", "#8a6fb0", "#b08a3d", "#8a8f98")
 DPI = 120
+LONGEST_NAME = 24
+SHORT_BAR = 25.0
+"""Percent up to which a bar is too short for its label."""
 
 Curves = dict[str, tuple[list[int], list[float]]]
 """Tag → (steps, values)."""
@@ -50,10 +54,12 @@ def samples_figure(panels: Mapping[str, np.ndarray], names: Sequence[str]) -> Fi
     """Panels side by side, title → uint8 images [classes, columns, H, W, C]; a row for each class."""
     first = next(iter(panels.values()))
     rows, columns, height = first.shape[:3]
+    names = [n if len(n) <= LONGEST_NAME else n[: LONGEST_NAME - 1] + "…" for n in names]
     inch = 0.45
-    words = 0.2 + 0.075 * max(len(n) for n in names)
-    size = (words + len(panels) * (columns * inch + 0.15), rows * inch + 0.4)
-    figure = Figure(figsize=size, dpi=max(DPI, int(np.ceil(height / inch))), layout="constrained")
+    words = 0.3 + 0.08 * max(len(n) for n in names)
+    size = (words + len(panels) * (columns * inch + 0.15), rows * inch + 0.6)
+    layout = ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.06)
+    figure = Figure(figsize=size, dpi=max(DPI, int(np.ceil(height / inch))), layout=layout)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for i, (axis, (title, images)) in enumerate(zip(axes, panels.items(), strict=True)):
         picture = mosaic(images)
@@ -194,7 +200,9 @@ def _accuracies(axis: Axes, results: Sequence[Mapping[str, Any]]) -> None:
     for r in rows:
         y = groups.index((r["protocol"], r["labels"])) + (kinds.index(r["train_on"]) - (len(kinds) - 1) / 2) * height
         axis.barh(y, r["mean"], height * 0.92, xerr=r["std"] or 0.0, color=COLORS[r["train_on"]], error_kw={"lw": 1})
-        axis.text(1, y, f"{r['train_on']} {r['mean']:.1f}", va="center", fontsize=8, color="white")
+        long = r["mean"] > SHORT_BAR
+        place, color = (1, "white") if long else (r["mean"] + (r["std"] or 0.0) + 1, "#333333")
+        axis.text(place, y, f"{r['train_on']} {r['mean']:.1f}", va="center", fontsize=8, color=color)
     for r in results:
         if r["train_on"] == "full" and r["student"] == rows[0]["student"]:
             axis.axvline(r["mean"], color=COLORS["full"], lw=1.2, ls="--", label=f"all real data {r['mean']:.1f}")

@@ -6,12 +6,13 @@ memory than there is, is measured at two smaller sizes and continued along the l
 
 from __future__ import annotations
 
+import bisect
 import ctypes
 import gc
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch
 from gdd_dist.data.loader import free_memory
 from gdd_dist.distributed import World
 
-LIMIT_SECONDS = 1.5
+LIMIT_SECONDS = 0.75
 """A step that would take longer is measured with a smaller batch."""
 REPEAT_SECONDS = 0.2
 """Short steps are repeated for about this long."""
@@ -41,6 +42,27 @@ class Cost:
     memory: float
 
 
+class Curve:
+    """Costs by batch, from those measured: (batch, cost), ascending."""
+
+    def __init__(self, points: Sequence[tuple[int, Cost]]) -> None:
+        self._points = points
+
+    def at(self, batch: float) -> Cost:
+        """As measured, or on the line through the two nearest batches; it never falls beyond the largest."""
+        batches = [b for b, _ in self._points]
+        if len(self._points) == 1 or batch <= batches[0]:
+            return self._points[0][1]
+        upper = min(bisect.bisect_left(batches, batch), len(batches) - 1)
+        (a, low), (b, high) = self._points[upper - 1], self._points[upper]
+        share = (batch - a) / (b - a)
+        rises = high.seconds - low.seconds, high.memory - low.memory
+        if batch > b:
+            rises = max(0.0, rises[0]), max(0.0, rises[1])
+            return Cost(high.seconds + (share - 1) * rises[0], high.memory + (share - 1) * rises[1])
+        return Cost(low.seconds + share * rises[0], low.memory + share * rises[1])
+
+
 class Meter:
     """Measures steps. ``base``: memory before any network; ``files``: pages of files beside it."""
 
@@ -51,13 +73,14 @@ class Meter:
         self.extrapolated = False
         """Whether any figure stems from smaller batches."""
 
-    def __call__(self, prepare: Prepare, batch: int, unit: int = 1) -> Cost:
-        """The cost of one step of ``batch`` images of this rank; smaller batches are multiples of ``unit``. All ranks call it."""
-        points = [(size := min(batch, FIRST_BATCH * unit), self._measure(prepare(size), size == batch))]
+    def __call__(self, prepare: Prepare, batch: int, unit: int = 1) -> Curve:
+        """The cost of one step of up to ``batch`` images of this rank; smaller batches are multiples of ``unit``. All ranks call it."""
+        size = min(batch, max(unit, FIRST_BATCH))
+        points = [(size, self._measure(prepare(size), size == batch))]
         while size := self._following(points, batch, unit):
             points.append((size, self._measure(prepare(size), size == batch)))
         self.extrapolated |= points[-1][0] < batch
-        return continued(points, batch)
+        return Curve(points)
 
     def _following(self, points: list[tuple[int, Cost]], batch: int, unit: int) -> int:
         """The next batch to measure, 0 for none (rank 0 says)."""
@@ -66,7 +89,7 @@ class Meter:
             return 0
         most = min(batch, GROWTH * size, int(size * LIMIT_SECONDS / max(last.seconds, 1e-9)))
         if len(points) > 1:
-            a_image = continued(points, size + 1).memory - last.memory
+            a_image = Curve(points).at(size + 1).memory - last.memory
             most = min(most, size + int(self._room() / 2 / max(a_image, 1.0)))
         if most < batch:
             most = most // unit * unit
@@ -95,17 +118,6 @@ class Meter:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return (time.perf_counter() - begin) / times
-
-
-def continued(points: list[tuple[int, Cost]], batch: int) -> Cost:
-    """The cost at ``batch``: as measured, or on the line through the two largest batches measured."""
-    (b, high) = points[-1]
-    if b == batch or len(points) == 1:
-        return high
-    (a, low) = points[-2]
-    further = (batch - b) / (b - a)
-    rises = (max(0.0, high.seconds - low.seconds), max(0.0, high.memory - low.memory))
-    return Cost(high.seconds + further * rises[0], high.memory + further * rises[1])
 
 
 def reset_peak(device: torch.device) -> None:

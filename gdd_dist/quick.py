@@ -13,12 +13,13 @@ from gdd_dist.context import Context
 from gdd_dist.data.augment import AUGMENT_DRAWS
 from gdd_dist.data.loader import to_float
 from gdd_dist.data.order import dealt, uniform
-from gdd_dist.fit import accuracy, cosine, predict, sgd, train_step
+from gdd_dist.fit import accuracy, predict, sgd, train_step
 from gdd_dist.models.generator import Generator
 from gdd_dist.synthetic import draw
 
 FRESH_IMAGES = 500
 CHUNK = 20
+READINGS = 5
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ def student(ctx: Context, generator: Generator, j: int) -> tuple[float, float]:
     m, r, seed = ctx.config.matching, ctx.config.report, ctx.config.step_seed("matching")
     net = ctx.classifier(m.quick_student, seed, f"quick/{j}")
     optimizer = sgd(net, r.lr, r.momentum, r.weight_decay)
+    scores: list[float] = []
     for first in range(0, m.quick_steps, CHUNK):
         steps = min(CHUNK, m.quick_steps - first)
         places = np.arange(first * m.quick_batch, (first + steps) * m.quick_batch)
@@ -63,12 +65,19 @@ def student(ctx: Context, generator: Generator, j: int) -> tuple[float, float]:
         for k in range(steps):
             part = slice(k * m.quick_batch, (k + 1) * m.quick_batch)
             draws = uniform(seed, f"quick/{j}/augment", first + k, np.arange(m.quick_batch), AUGMENT_DRAWS)
-            lr = cosine(first + k, m.quick_steps, r.lr, 0.0)
-            train_step(
-                net, optimizer, ctx.augment(images[part], torch.from_numpy(draws)), targets[part], lr, ctx.precision
-            )
+            x = ctx.augment(images[part], torch.from_numpy(draws))
+            train_step(net, optimizer, x, targets[part], r.lr, ctx.precision)
+            if first + k + 1 in measured_after(m.quick_steps):
+                scores.append(accuracy(net, ctx.images("val"), ctx.device, ctx.precision))
     labels = np.arange(FRESH_IMAGES) % ctx.classes
     fresh = draw(ctx, generator, labels, seed, f"quick/{j}/fresh", 0)
     logits = predict(net, lambda indices: fresh[torch.from_numpy(indices)], FRESH_IMAGES, ctx.device, ctx.precision)
     on_fresh = 100.0 * float((logits.argmax(1).numpy() == labels).mean())
-    return accuracy(net, ctx.images("val"), ctx.device, ctx.precision), on_fresh
+    return float(np.mean(scores)), on_fresh
+
+
+def measured_after(steps: int) -> set[int]:
+    """After which steps a quick student is measured: five times in its last fifth, the end included, since at a constant
+    learning rate one reading is noisy.
+    """
+    return {steps - round(k * steps / 25) for k in range(READINGS)}

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from gdd_dist import matching
 from gdd_dist.context import Context
+from gdd_dist.counts import quick_looks
 from gdd_dist.fit import PREDICT_BATCH
 from gdd_dist.made_up import MadeUp, report_files
 from gdd_dist.pictures import GRID_CLASSES, GRID_COLUMNS
-from gdd_dist.probe import Cost, Meter, peak_memory, reset_peak
+from gdd_dist.probe import Cost, Curve, Meter, peak_memory, reset_peak
 from gdd_dist.quick import CHUNK, FRESH_IMAGES
 from gdd_dist.rows import GENERATORS, Job
 from gdd_dist.students import CHUNK_IMAGES, TEACHER_BATCH, Frozen
@@ -28,58 +29,61 @@ from gdd_dist.trial_steps import (
     labelling,
     matching_step,
     painting,
-    predicting,
+    small_group,
     training,
 )
 
 
 class StepCosts:
-    """Measures on demand; figures that several steps need are measured once. All ranks call it alike."""
+    """Measures on demand. All ranks call it alike."""
 
     def __init__(self, ctx: Context, meter: Meter, made_up: MadeUp) -> None:
         self._ctx, self._meter, self._made_up = ctx, meter, made_up
+        self._answers: dict[str, Curve] = {}
 
-    def _train(self, name: str, batch: int) -> Cost:
+    def _train(self, name: str, batch: int) -> Curve:
         return self._meter(training(self._ctx, name), batch)
 
-    def _predict(self, name: str, images: int) -> tuple[float, float]:
-        """(seconds of measuring a classifier on ``images``, memory)."""
-        batch = min(PREDICT_BATCH, images)
-        cost = self._meter(predicting(self._ctx, self._ctx.classifier(name, 0, "dry-run")), batch)
-        return cost.seconds * images / batch, cost.memory
+    def _answer(self, name: str) -> Curve:
+        """A teacher's forward, by batch; measured once."""
+        if name not in self._answers:
+            largest = max(PREDICT_BATCH, self._ctx.config.logits.batch)
+            net = self._ctx.classifier(name, 0, "dry-run")
+            self._answers[name] = self._meter(answering(self._ctx, net), min(largest, len(self._ctx.images("train"))))
+        return self._answers[name]
 
     def teachers(self, left: Sequence[tuple[Training, int]]) -> Cost:
         """``left``: trainings, and how many of their steps are done."""
-        t, seconds, memory = self._ctx.config.teachers, {}, [0.0]
-        val = len(self._ctx.images("val"))
+        t, costs, val = self._ctx.config.teachers, {}, len(self._ctx.images("val"))
         for name in dict.fromkeys(one.architecture for one, _ in left):
-            step, (look, most) = self._train(name, t.batch), self._predict(name, val)
-            seconds[name] = (step.seconds, look)
-            memory += [step.memory, most]
+            costs[name] = self._train(name, t.batch).at(t.batch), in_batches(self._answer(name), val, PREDICT_BATCH)
         spent = []
         for one, done in left:
-            step_seconds, look = seconds[one.architecture]
+            step, look = costs[one.architecture]
             marks = sum(mark > done for mark in one.snapshots)
-            spent.append((one.steps - done) * step_seconds + marks * look)
-        return Cost(makespan(spent, self._ctx.world.size), max(memory))
+            spent.append((one.steps - done) * step.seconds + marks * look.seconds)
+        return Cost(
+            makespan(spent, self._ctx.world.size), max((c.memory for pair in costs.values() for c in pair), default=0)
+        )
 
     def logits(self, images: int) -> Cost:
         """``images``: forwards that are left, of all teachers alike."""
-        ctx, t, v = self._ctx, self._ctx.config.teachers, self._ctx.config.logits
+        ctx, names, views = self._ctx, self._ctx.config.teachers.architectures, self._ctx.config.logits.views
         most = max(ctx.images("train").shards.shard_samples)
-        batch, costs = min(v.batch, most), []
-        for name in t.architectures:
-            costs.append(self._meter(answering(ctx, ctx.classifier(name, 0, "dry-run").eval()), batch))
-        a_batch = sum(c.seconds for c in costs) / len(costs)
-        file = 2 * v.views * most * ctx.classes  # as it is filled, as a file in memory, as its bytes
-        return Cost(images / batch * a_batch / ctx.world.size, max(c.memory for c in costs) + 3 * file)
+        costs = [
+            in_batches(self._answer(name), images / len(names), min(ctx.config.logits.batch, most)) for name in names
+        ]
+        file = 2 * views * most * ctx.classes
+        copies = 3  # as it is filled, as a file in memory, as the bytes of that file
+        return Cost(sum(c.seconds for c in costs) / ctx.world.size, max(c.memory for c in costs) + copies * file)
 
     def gan(self, steps: int, grids: int) -> Cost:
         """``steps``, ``grids``: what is left of them."""
         ctx = self._ctx
-        nets = adversaries(ctx)
-        step = self._meter(gan_step(ctx, nets), ctx.config.gan.batch // ctx.world.size)
-        grid = self._meter(painting(ctx, nets.ema), min(ctx.classes, GRID_CLASSES) * GRID_COLUMNS)
+        nets, share = adversaries(ctx), ctx.config.gan.batch // ctx.world.size
+        step = self._meter(gan_step(ctx, nets), share).at(share)
+        images = min(ctx.classes, GRID_CLASSES) * GRID_COLUMNS
+        grid = self._meter(painting(ctx, nets.ema), images).at(images)
         nets.close()
         return Cost(steps * step.seconds + grids * grid.seconds, max(step.memory, grid.memory))
 
@@ -88,41 +92,54 @@ class StepCosts:
         ctx, m, made_up = self._ctx, self._ctx.config.matching, self._made_up
         matcher = matching.Matcher(ctx, made_up.teachers, made_up.logits)
         nets = matching.Run(ctx, work, made_up.gan).nets
-        unit = m.group * len(ctx.config.teachers.architectures)
-        step = self._meter(matching_step(ctx, nets, matcher), m.batch // ctx.world.size, unit)
-        student = self._train(m.quick_student, m.quick_batch)
-        look, memory = self._predict(m.quick_student, len(ctx.images("val")) + FRESH_IMAGES)
+        share, unit = m.batch // ctx.world.size, small_group(m.group) * len(ctx.config.teachers.architectures)
+        step = self._meter(matching_step(ctx, nets, matcher), share, unit).at(share)
+        student = self._train(m.quick_student, m.quick_batch).at(m.quick_batch)
+        net = ctx.classifier(m.quick_student, 0, "dry-run")
+        look = in_batches(self._meter(answering(ctx, net), PREDICT_BATCH), quick_looks(ctx), PREDICT_BATCH)
         batch = min(DRAW_BATCH, CHUNK * m.quick_batch)
-        drawn = self._meter(drawing(ctx, nets.ema), batch)
-        images = m.quick_steps * m.quick_batch + FRESH_IMAGES
-        quick = m.quick_steps * student.seconds + images / batch * drawn.seconds + look
+        drawn = in_batches(
+            self._meter(drawing(ctx, nets.ema), batch), m.quick_steps * m.quick_batch + FRESH_IMAGES, batch
+        )
         nets.close()
         turns = -(-m.quick_students // ctx.world.size)
-        most = max(step.memory, student.memory, memory, drawn.memory)
-        return Cost(steps * step.seconds + measurements * turns * quick, most)
+        quick = turns * (m.quick_steps * student.seconds + drawn.seconds + look.seconds)
+        memory = max(c.memory for c in (step, student, drawn, look))
+        return Cost(steps * step.seconds + measurements * quick, memory)
 
     def report(self, left: Sequence[Job], fps: Mapping[str, str]) -> tuple[Cost, dict[str, int]]:
         """``left``: students not yet trained. Returns the sizes of its files too."""
-        frozen = Frozen(self._ctx, self._made_up.dirs())
-        look = {name: self._predict(name, len(self._ctx.images("test"))) for name in {j.row.student: 0 for j in left}}
-        steps = {key: self._train(*key) for key in dict.fromkeys((j.row.student, j.budget.batch) for j in left)}
-        label, paint = Cost(0.0, 0.0), Cost(0.0, 0.0)
+        ctx = self._ctx
+        frozen, test = Frozen(ctx, self._made_up.dirs()), len(ctx.images("test"))
+        label = paint = Curve([(1, Cost(0.0, 0.0))])
         if any(j.row.labels == "soft" for j in left):
-            label = self._meter(labelling(self._ctx, frozen), TEACHER_BATCH)
+            label = self._meter(labelling(ctx, frozen), TEACHER_BATCH)
         if any(j.row.train_on in GENERATORS for j in left):
-            paint = self._meter(drawing(self._ctx, frozen.generator("gan")), min(DRAW_BATCH, CHUNK_IMAGES))
-        spent = []
+            paint = self._meter(drawing(ctx, frozen.generator("gan")), min(DRAW_BATCH, CHUNK_IMAGES))
+        largest: dict[str, int] = {}
         for j in left:
-            b, step = j.budget, steps[j.row.student, j.budget.batch]
-            seconds = b.images_seen / b.batch * step.seconds + look[j.row.student][0]
-            seconds += (j.row.labels == "soft") * b.images_seen / TEACHER_BATCH * label.seconds
-            seconds += (j.row.train_on in GENERATORS) * b.distinct_images_seen / DRAW_BATCH * paint.seconds
-            spent.append(seconds)
-        reset_peak(self._ctx.device)
-        files = report_files(self._ctx, self._made_up, fps)
-        peaks = [float(peak_memory(self._ctx.device)), label.memory, paint.memory]
-        peaks += [c.memory for c in steps.values()] + [memory for _, memory in look.values()]
-        return Cost(makespan(spent, self._ctx.world.size), max(peaks)), files
+            largest[j.row.student] = max(largest.get(j.row.student, 0), j.budget.batch)
+        trained = {name: self._train(name, batch) for name, batch in largest.items()}
+        spent, memory = [], [0.0]
+        for j in left:
+            b = j.budget
+            parts = [in_batches(trained[j.row.student], b.images_seen, b.batch)]
+            parts.append(in_batches(self._answer(j.row.student), test, PREDICT_BATCH))
+            if j.row.labels == "soft":
+                parts.append(in_batches(label, b.images_seen, TEACHER_BATCH))
+            if j.row.train_on in GENERATORS:
+                parts.append(in_batches(paint, b.distinct_images_seen, min(DRAW_BATCH, CHUNK_IMAGES)))
+            spent.append(sum(c.seconds for c in parts))
+            memory += [c.memory for c in parts]
+        reset_peak(ctx.device)
+        files = report_files(ctx, self._made_up, fps)
+        return Cost(makespan(spent, ctx.world.size), max(*memory, peak_memory(ctx.device))), files
+
+
+def in_batches(curve: Curve, images: float, batch: int) -> Cost:
+    """The cost of ``images`` in batches: all their seconds, the peak of one."""
+    one = curve.at(min(batch, images))
+    return Cost(one.seconds * images / min(batch, images), one.memory) if images else Cost(0.0, 0.0)
 
 
 def makespan(seconds: Sequence[float], ranks: int) -> float:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import datetime
 import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +14,20 @@ import torch
 
 from gdd_dist import config as configuration
 from gdd_dist import dryrun, gan, logits, matching, report, teachers
-from gdd_dist.artifacts import Lock, Store, holding, link_latest, read_json, verify_file, write_json
+from gdd_dist.artifacts import Lock, Store, holding, link_latest, read_json, write_json
 from gdd_dist.check import check
 from gdd_dist.context import Context
 from gdd_dist.distributed import World
 from gdd_dist.engines import resolve_precision
+from gdd_dist.metrics import commit, versions
 from gdd_dist.monitor import say, write_text
 from gdd_dist.plan import INPUTS, fingerprints
 from gdd_dist.program import run_program
 from gdd_dist.settings import STEPS, Config
+from gdd_dist.verify import verify_inputs
 from sharding.errors import UserError
 from sharding.files import write_atomic
 from sharding.manifest import Manifest
-from sharding.shards import verify_shard
 from sharding.writer import build
 
 
@@ -87,7 +85,7 @@ def run(
     last = STEPS.index(config.until)
     begin = time.monotonic()
     if config.verify:
-        verify_inputs(ctx, fps, STEPS[: last + 1])
+        verify_inputs(ctx, {step: fps[step] for step in STEPS[1 : last + 1]})
     records = {}
     for step in STEPS[: last + 1]:
         if step == "shards":
@@ -111,22 +109,6 @@ def write_config(out: Path, text: str) -> None:
 def record(fp: str, status: str, seconds: float, images: int) -> dict[str, Any]:
     """A step's line in steps.json."""
     return {"fingerprint": fp, "status": status, "seconds": round(seconds, 2), "images_processed": images}
-
-
-def verify_inputs(ctx: Context, fps: Mapping[str, str], steps: tuple[str, ...]) -> None:
-    """Hash every file that will be read, the ranks sharing the work; UserError names the first that is not as it was written."""
-    shards = [info for split in ctx.manifest.splits.values() for info in split.shards]
-    there = ctx.world.broadcast([step for step in steps[1:] if ctx.store.finished(step, fps[step])])
-    files = [f for step in there for f in ctx.store.files(step, fps[step])]
-    mine = range(ctx.world.rank, len(shards) + len(files), ctx.world.size)
-    for i in mine:
-        if i < len(shards):
-            verify_shard(ctx.data, shards[i])
-        else:
-            path, size, sha256 = files[i - len(shards)]
-            directory = path.relative_to(ctx.store.root).parts[:2]
-            verify_file(path, size, sha256, f"remove {ctx.store.root.joinpath(*directory)} to compute it again")
-    ctx.world.barrier()
 
 
 def run_step(ctx: Context, step: str, fps: Mapping[str, str]) -> dict[str, Any]:
@@ -187,28 +169,15 @@ def compute(ctx: Context, step: str, fps: Mapping[str, str]) -> None:
 
 def provenance(ctx: Context, fps: Mapping[str, str]) -> dict[str, Any]:
     """What made a file: fingerprints, settings that shaped it, commit, versions."""
-    packages = ("torch", "torchvision", "numpy", "gdd_dist")
     return {
         "fingerprints": dict(fps),
         "data": ctx.manifest.name,
         "precision": ctx.precision,
         "seed": ctx.config.seed,
         "commit": commit(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
+        "versions": versions(),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-
-
-def commit() -> str | None:
-    """The commit of the checkout this runs from, if it is one."""
-    try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-        )
-    except OSError:
-        return None
-    return done.stdout.strip() or None
 
 
 def finish(ctx: Context, fps: Mapping[str, str]) -> None:

@@ -19,7 +19,7 @@ from gdd_dist.data.augment import AUGMENT_DRAWS
 from gdd_dist.data.loader import to_float
 from gdd_dist.data.order import normal, uniform
 from gdd_dist.engines import autocast
-from gdd_dist.fit import predict, sgd, train_step
+from gdd_dist.fit import sgd, train_step
 from gdd_dist.models.generator import Generator
 from gdd_dist.probe import Prepare
 from gdd_dist.students import Frozen
@@ -62,22 +62,30 @@ def gan_step(ctx: Context, nets: Adversaries) -> Prepare:
 
 
 def matching_step(ctx: Context, nets: Adversaries, matcher: matching.Matcher) -> Prepare:
-    """A step of matching; groups take the architectures in turn, as they do on the whole."""
+    """A step of matching. Groups take the teachers in turn, architectures first; in less than the whole batch they are small."""
     m, t, world = ctx.config.matching, ctx.config.teachers, ctx.world
-    images = ctx.images("train")
-    last_of_each = np.arange(1, len(t.architectures) + 1) * t.snapshots - 1
+    images, views = ctx.images("train"), min(m.views or matcher.cache.views, matcher.cache.views)
+    by_training = np.arange(t.seeds * len(t.architectures)) * t.snapshots
+    teachers = (by_training + np.arange(t.snapshots)[::-1, None]).ravel()
+    if m.teachers == "last":
+        teachers = teachers[: len(by_training)]
 
     def prepare(n: int) -> Callable[[], object]:
-        config = dataclasses.replace(ctx.config, matching=dataclasses.replace(m, batch=n * world.size))
-        views = min(m.views or matcher.cache.views, matcher.cache.views)
-        groups = matching.Dealer(config, images.labels, last_of_each, views).batch(0, world.rank, world.size)
-        turns = np.arange(len(groups.classes)) % len(last_of_each)
-        groups = dataclasses.replace(groups, teachers=last_of_each[turns])
+        group = m.group if n * world.size == m.batch else small_group(m.group)
+        config = dataclasses.replace(ctx.config, matching=dataclasses.replace(m, batch=n * world.size, group=group))
+        groups = matching.Dealer(config, images.labels, teachers, views).batch(0, world.rank, world.size)
+        turns = np.arange(len(groups.classes)) % len(teachers)
+        groups = dataclasses.replace(groups, teachers=teachers[turns])
         logits = matcher.real_logits(groups)
         real = images.read(groups.samples) if m.lambda_adv else torch.empty(0)
         return lambda: matching.train_step(ctx, nets, matcher, 0, groups, logits, real)
 
     return prepare
+
+
+def small_group(group: int) -> int:
+    """Slots of a group in a batch that only serves to be continued from."""
+    return min(2, group)
 
 
 def training(ctx: Context, name: str, nesterov: bool = False) -> Prepare:
@@ -97,19 +105,9 @@ def training(ctx: Context, name: str, nesterov: bool = False) -> Prepare:
     return prepare
 
 
-def predicting(ctx: Context, net: nn.Module) -> Prepare:
-    """Measuring a classifier, one batch."""
-    read = ctx.images("train").read
-
-    def prepare(n: int) -> Callable[[], object]:
-        wrap = lambda indices: read(indices % len(ctx.images("train")))  # noqa: E731
-        return lambda: predict(net, wrap, n, ctx.device, ctx.precision, n)
-
-    return prepare
-
-
 def answering(ctx: Context, net: nn.Module) -> Prepare:
-    """A teacher's answer to an augmented view."""
+    """A classifier's answer to augmented images: what caching logits takes, and measuring on a split, all but the augmentation."""
+    net.eval()
 
     def prepare(n: int) -> Callable[[], object]:
         plain, draws = to_float(some_images(ctx, n)[0], ctx.device), some_draws(n)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import ranks
 
-LONG_GAN = ["--gan.steps", "400", "--until", "gan"]
+LONG_GAN = ["--gan.steps", "150", "--until", "gan"]
 
 
 def rank_pids(launcher: int) -> dict[int, int]:

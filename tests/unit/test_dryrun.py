@@ -11,7 +11,7 @@ from gdd_dist.artifacts import read_json
 from gdd_dist.checkpoint import Checkpoints
 from gdd_dist.distributed import World
 from gdd_dist.dryrun import Line
-from gdd_dist.probe import Cost, Meter, continued, file_pages, peak_memory, reset_peak
+from gdd_dist.probe import Cost, Curve, Meter, file_pages, peak_memory, reset_peak
 from gdd_dist.step_costs import makespan
 
 STATUS = {"run": "computed", "reused": "reused", "resumes": "resumed"}
@@ -116,33 +116,28 @@ def test_the_last_line_says_what_a_gpu_needs(
     assert "GPU memory" in text.splitlines()[-1]
 
 
-class Slow:
-    """A step that claims to take a second an image, and a mebibyte beside three."""
-
-    def __init__(self, meter: Meter, monkeypatch: pytest.MonkeyPatch, second: float) -> None:
-        self.batches: list[int] = []
-        monkeypatch.setattr(meter, "_measure", lambda size, last: Cost(0.5 + second * size, (3 + size) * 2**20))
-
-    def __call__(self, n: int) -> int:
-        self.batches.append(n)
-        return n
-
-
-@pytest.mark.parametrize(("second", "largest"), [(1e-6, 256), (0.1, 12), (10.0, 8)])
-def test_slow_batches_are_continued_along_a_line(second: float, largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("second", "unit", "tried"), [(1e-6, 2, 256), (0.1, 6, 6), (10.0, 2, 4)])
+def test_slow_batches_are_continued_along_a_line(
+    second: float, unit: int, tried: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[int] = []
     meter = Meter(World("cpu"))
-    step = Slow(meter, monkeypatch, second)
-    cost = meter(step, 256, unit=2)
+    monkeypatch.setattr(meter, "_measure", lambda size, last: Cost(0.5 + second * size, (3 + size) * 2**20))
+    cost = meter(lambda n: batches.append(n) or n, 256, unit).at(256)
     assert cost.seconds == pytest.approx(0.5 + second * 256)
     assert cost.memory == pytest.approx(259 * 2**20)
-    assert max(step.batches) <= max(largest, 8)
-    assert all(b % 2 == 0 for b in step.batches)
-    assert meter.extrapolated == (step.batches[-1] < 256)
+    assert batches[-1] >= tried
+    assert all(b % unit == 0 for b in batches[:-1])
+    assert meter.extrapolated == (batches[-1] < 256)
 
 
-def test_a_line_never_falls() -> None:
-    assert continued([(2, Cost(2.0, 50.0)), (4, Cost(1.0, 40.0))], 100) == Cost(1.0, 40.0)
-    assert continued([(7, Cost(2.0, 50.0))], 7) == Cost(2.0, 50.0)
+def test_costs_between_and_beyond_what_was_measured() -> None:
+    curve = Curve([(2, Cost(1.0, 50.0)), (4, Cost(2.0, 40.0))])
+    assert curve.at(1) == curve.at(2) == Cost(1.0, 50.0)
+    assert curve.at(3) == Cost(1.5, 45.0)
+    assert curve.at(4) == Cost(2.0, 40.0)
+    assert curve.at(10) == Cost(5.0, 40.0)
+    assert Curve([(7, Cost(2.0, 50.0))]).at(9) == Cost(2.0, 50.0)
 
 
 def test_memory_that_was_given_back_leaves_the_peak() -> None:

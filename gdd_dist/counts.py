@@ -1,0 +1,113 @@
+"""What is left of each step: optimizer steps and images forwarded, from settings, manifest and what an interrupted run kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from gdd_dist import report, teachers
+from gdd_dist.artifacts import read_json
+from gdd_dist.context import Context
+from gdd_dist.grading import cached
+from gdd_dist.logit_cache import logit_file
+from gdd_dist.pictures import GRID_CLASSES, GRID_COLUMNS
+from gdd_dist.quick import FRESH_IMAGES, measured_after
+from gdd_dist.rows import Job, images_forwarded, jobs
+
+GAN_FORWARDS, ADVERSARIAL_FORWARDS = 6, 4
+"""Forwards of an image a step of the gan: generator twice, discriminator four times (which is what matching's adversarial term takes)."""
+SETTLING_FORWARDS = 4
+"""Images that a rank forwards as two engines settle the order of their buckets, where there are several ranks."""
+
+
+@dataclass(frozen=True)
+class Left:
+    """What is left of a step. ``resumes``: a part of it is done; ``steps``: optimizer steps; ``images``: forwards."""
+
+    resumes: bool
+    steps: int
+    images: int
+
+
+def steps_done(ctx: Context, directory: Path) -> int:
+    """The step that a checkpoint lets a loop go on from."""
+    found = ctx.checkpoints(directory).load()
+    return 0 if found is None else found[0]
+
+
+def trainings_left(ctx: Context, work: Path) -> list[tuple[teachers.Training, int]]:
+    """Trainings that are not done, and how many steps of each are."""
+    samples = ctx.images("train").shards.shard_samples
+    left = []
+    for one in teachers.pool(ctx.config, teachers.order_of(ctx.config, samples, "teacher").steps_per_epoch):
+        name = work / "checkpoints" / f"training-{one.index:03d}"
+        if not name.with_suffix(".json").exists():
+            left.append((one, steps_done(ctx, name)))
+    return left
+
+
+def teachers_left(ctx: Context, left: list[tuple[teachers.Training, int]]) -> Left:
+    """Each step forwards a batch, each snapshot val."""
+    t, val = ctx.config.teachers, len(ctx.images("val"))
+    steps = sum(one.steps - done for one, done in left)
+    snapshots = sum(mark > done for one, done in left for mark in one.snapshots)
+    resumes = len(left) < t.seeds * len(t.architectures) or any(done for _, done in left)
+    return Left(resumes, steps, steps * t.batch + snapshots * val)
+
+
+def logits_left(ctx: Context, work: Path, pool: int) -> Left:
+    """Each file takes every view of a shard's samples."""
+    counts = ctx.images("train").shards.shard_samples
+    todo = [n for t in range(pool) for s, n in enumerate(counts) if not logit_file(work, t, s).exists()]
+    return Left(len(todo) < pool * len(counts), 0, ctx.config.logits.views * sum(todo))
+
+
+def gan_left(ctx: Context, work: Path) -> tuple[Left, int]:
+    """What is left, and how many grids of samples of it."""
+    g, start = ctx.config.gan, steps_done(ctx, work / "checkpoints")
+    grids = sum((s + 1) % g.grid_interval == 0 or s == 0 for s in range(start, g.steps))
+    images = (g.steps - start) * GAN_FORWARDS * g.batch + grids * grid_images(ctx) + settling(ctx)
+    return Left(start > 0, g.steps - start, images), grids
+
+
+def matching_left(ctx: Context, work: Path) -> tuple[Left, int]:
+    """What is left, and how many measurements of it. A step forwards its batch through generator, teachers and discriminator."""
+    m, start = ctx.config.matching, steps_done(ctx, work / "checkpoints")
+    measurements = sum(s % m.interval == 0 for s in range(start, m.steps)) + 1
+    quick = (
+        2 * m.quick_steps * m.quick_batch
+        + 2 * FRESH_IMAGES
+        + len(measured_after(m.quick_steps)) * len(ctx.images("val"))
+    )
+    images = (m.steps - start) * (2 + (ADVERSARIAL_FORWARDS if m.lambda_adv else 0)) * m.batch
+    images += measurements * (m.quick_students * quick + grid_images(ctx)) + settling(ctx)
+    return Left(start > 0, m.steps - start, images), measurements
+
+
+def quick_looks(ctx: Context) -> int:
+    """Images that a quick student is measured on, fresh ones included."""
+    return FRESH_IMAGES + len(measured_after(ctx.config.matching.quick_steps)) * len(ctx.images("val"))
+
+
+def report_left(ctx: Context, work: Path, fps: Mapping[str, str]) -> tuple[Left, list[Job]]:
+    """What is left, and its students. The pictures draw a few images from both generators."""
+    students = jobs(ctx.config, ctx.manifest, ctx.precision, {"data": fps["shards"], **fps})
+    known = cached(ctx, students)
+    left = [j for j in students if j.fingerprint not in known]
+    last, test = ctx.config.teachers.seeds * len(ctx.config.teachers.architectures), len(ctx.images("test"))
+    images = sum(images_forwarded(j, last, test) for j in left)
+    images += 2 * min(ctx.classes, report.SAMPLE_CLASSES) * report.SAMPLE_COLUMNS
+    note = work / "checkpoints" / "start.json"
+    resumes = note.exists() and len(known) > read_json(note)["students"]
+    return Left(resumes, sum(j.budget.optimizer_steps for j in left), images), left
+
+
+def settling(ctx: Context) -> int:
+    """Images that the engines of a step forward before it begins."""
+    return SETTLING_FORWARDS * ctx.world.size if ctx.world.size > 1 else 0
+
+
+def grid_images(ctx: Context) -> int:
+    """Images of a grid of samples."""
+    return min(ctx.classes, GRID_CLASSES) * GRID_COLUMNS
