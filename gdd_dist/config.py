@@ -268,8 +268,6 @@ def validate(config: Config) -> None:
         raise UserError(
             f"--matching.batch {config.matching.batch} is not a multiple of --matching.group {config.matching.group}; change one of them"
         )
-    if config.matching.lambda_energy and config.matching.group < 2:
-        raise UserError("--matching.lambda_energy needs groups of two or more; raise --matching.group or set it to 0")
 
 
 def _check(name: str, value: Any, meta: Mapping[str, Any]) -> None:

@@ -99,7 +99,7 @@ def curves_figure(
     grid = figure.subplots(2, 3)
     _teachers(grid[0, 0], teachers)
     _losses(grid[0, 1], "GAN: losses", curves.get("gan", {}), ("gan/loss_g", "gan/loss_d"))
-    tags = ("matching/loss", "matching/pair", "matching/mean", "matching/energy", "matching/adv")
+    tags = ("matching/loss", "matching/pair", "matching/mean", "matching/adv")
     _losses(grid[0, 2], "Matching: loss and its parts, unweighted", curves.get("matching", {}), tags)
     _history(grid[1, 0], history, kept)
     _gap(grid[1, 1], history, kept)

@@ -45,26 +45,6 @@ def mean_logit(class_mean: Tensor, fake_logits: Tensor) -> Tensor:
     return distance.sum(-1).mean()
 
 
-def energy(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """Energy distance of standardized logits in groups that share class and teacher, [G, n, C] each; mean over groups.
-
-    2 E|r - f| - E|r - r'| - E|f - f'| (Szekely & Rizzo 2013), unbiased: a pair of the same side has two different members. Zero
-    only where both sides have one distribution, so unlike `skd`, whose best answer to every image is the class's average
-    one, it asks for the spread of the class too. Needs n >= 2.
-    """
-    real, fake = standardize(real_logits), standardize(fake_logits)
-    return (2 * _distances(real, fake).mean((1, 2)) - _self_distance(real) - _self_distance(fake)).mean()
-
-
-def _distances(a: Tensor, b: Tensor) -> Tensor:
-    return (a[:, :, None] - b[:, None, :]).square().sum(-1).add(_EPSILON).sqrt()
-
-
-def _self_distance(a: Tensor) -> Tensor:
-    n = a.shape[1]
-    return (_distances(a, a).sum((1, 2)) - n * _EPSILON**0.5) / (n * (n - 1))
-
-
 def relativistic_discriminator(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
     """Mean softplus(-(D(real) - D(fake))) over pairs that share a class (R3GAN, Huang et al. 2024). [B] each."""
     return F.softplus(fake_scores.float() - real_scores.float()).mean()

@@ -128,7 +128,7 @@ class Matcher:
         return torch.from_numpy(out)
 
     def loss(self, images: Tensor, groups: Groups, real_logits: Tensor, draws: Tensor) -> dict[str, Tensor]:
-        """``pair``, ``mean`` and, where it has a weight, ``energy`` of float images [B, C, H, W], differentiable.
+        """``pair`` and ``mean`` of float images [B, C, H, W], differentiable.
 
         A slot whose real view is plain stays plain itself.
         """
@@ -150,10 +150,7 @@ class Matcher:
         )
         means = self._means[torch.from_numpy(groups.teachers), torch.from_numpy(groups.classes)]
         by_group = logits.view(len(groups.classes), n, -1)
-        parts = {"pair": pair, "mean": losses.mean_logit(means, by_group)}
-        if m.lambda_energy:
-            parts["energy"] = losses.energy(real_logits.view_as(by_group), by_group)
-        return parts
+        return {"pair": pair, "mean": losses.mean_logit(means, by_group)}
 
 
 class Run:
@@ -275,8 +272,6 @@ def train_step(
     def total(images: Tensor) -> Tensor:
         parts = matcher.loss(images, groups, real_logits, draws)
         loss = m.lambda_pair * parts["pair"] + m.lambda_mean * parts["mean"]
-        if m.lambda_energy:
-            loss = loss + m.lambda_energy * parts["energy"]
         if real is not None:
             through = augmentation(ctx, seed, "matching/augment/g", step, slots)
             parts["adv"] = nets.generator_loss(real, images, labels, through)

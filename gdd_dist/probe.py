@@ -75,6 +75,7 @@ class Meter:
 
     def __call__(self, prepare: Prepare, batch: int, unit: int = 1) -> Curve:
         """The cost of one step of up to ``batch`` images of this rank; smaller batches are multiples of ``unit``. All ranks call it."""
+        gc.collect()  # networks of earlier measurements; too slow to do before each
         size = min(batch, max(unit, FIRST_BATCH))
         points = [(size, self._measure(prepare(size), size == batch))]
         while size := self._following(points, batch, unit):
@@ -87,10 +88,14 @@ class Meter:
         size, last = points[-1]
         if size == batch:
             return 0
-        most = min(batch, GROWTH * size, int(size * LIMIT_SECONDS / max(last.seconds, 1e-9)))
-        if len(points) > 1:
-            a_image = Curve(points).at(size + 1).memory - last.memory
-            most = min(most, size + int(self._room() / 2 / max(a_image, 1.0)))
+        if len(points) == 1:
+            most = int(size * LIMIT_SECONDS / max(last.seconds, 1e-9))
+        else:
+            one_more = Curve(points).at(size + 1)
+            in_time = (LIMIT_SECONDS - last.seconds) / max(one_more.seconds - last.seconds, 1e-9)
+            in_memory = self._room() / 2 / max(one_more.memory - last.memory, 1.0)
+            most = size + int(min(in_time, in_memory))
+        most = min(most, batch, GROWTH * size)
         if most < batch:
             most = most // unit * unit
             if len(points) == 1:
@@ -122,7 +127,6 @@ class Meter:
 
 def reset_peak(device: torch.device) -> None:
     """Give back what is free, and start the peak from what is left."""
-    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

@@ -137,11 +137,6 @@ class Matching:
     temperature: float = setting(2.0, "softmax temperature of skd and kd", above=0)
     lambda_pair: float = setting(1.0, "weight of the pair loss", low=0)
     lambda_mean: float = setting(0.1, "weight of the class-mean loss", low=0)
-    lambda_energy: float = setting(
-        0.0,
-        "weight of the energy distance between the standardized logits of a group and of real images; needs groups of 2 or more",
-        low=0,
-    )
     lambda_adv: float = setting(
         0.1, "weight of the adversarial loss; the discriminator trains on unless it is 0", low=0
     )
@@ -275,17 +270,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "teachers.architectures": ["convnet", "resnet10:16"],
         "teachers.epochs": 15,
         "teachers.batch": 64,
-        "gan.steps": 600,
+        "gan.steps": 500,
         "gan.blocks": 1,
         "gan.d_blocks": 1,
         "gan.patch": 2,
-        "gan.lr": 5e-4,
-        "gan.lr_final": 2e-4,
-        "gan.gamma": 3.0,
-        "gan.gamma_final": 1.0,
-        "gan.augment": "none",
+        "gan.lr": 1e-3,
+        "gan.lr_final": 1e-3,
+        "gan.augment": "crop_cutout",
+        "gan.augment_p": 1.0,
         "matching.steps": 400,
-        "matching.gamma": 1.0,
         "matching.interval": 200,
         "matching.quick_student": "convnet",
         "matching.quick_steps": 400,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hooks
 import pytest
 import ranks
 import torch
@@ -60,10 +61,10 @@ def tiny(digits: Path) -> list[str]:
 
 @pytest.fixture(scope="session")
 def undisturbed(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """Four ranks up to matching, never interrupted, with a checkpoint at every step."""
+    """Four ranks up to matching, never interrupted, with a checkpoint at every step, and no look at the test split."""
     out = tmp_path_factory.mktemp("undisturbed") / "out"
     argv = [*tiny, "--until", "matching", "--checkpoint_seconds", "0"]
-    return Finished(out, argv, ranks.train(out, argv, 4))
+    return Finished(out, argv, ranks.train(out, argv, 4, before=hooks.no_test_data))
 
 
 @pytest.fixture(scope="session")

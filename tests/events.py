@@ -16,6 +16,16 @@ def points(directory: Path) -> dict[str, list[tuple[int, float]]]:
     return dict(found)
 
 
+def others(directory: Path) -> dict[str, set[str]]:
+    """Kind (images, histograms, tensors) → tags that are there."""
+    found = defaultdict(set)
+    for run in {p.parent for p in directory.rglob("events.out.tfevents.*")}:
+        for kind, tags in EventAccumulator(str(run)).Reload().Tags().items():
+            if isinstance(tags, list):
+                found[kind] |= set(tags)
+    return dict(found)
+
+
 def scalars(directory: Path) -> dict[str, dict[int, float]]:
     """Tag → step → value; fails where a step has two points."""
     found = points(directory)

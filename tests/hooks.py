@@ -13,13 +13,24 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from gdd_dist import gan, logits, matching, teachers
+from gdd_dist import gan, grading, logits, matching, teachers
 from gdd_dist.adversarial import Adversaries
 from gdd_dist.artifacts import read_json
 from gdd_dist.context import Context
 from gdd_dist.models.classifiers import Classifier
 from gdd_dist.models.discriminator import Discriminator
 from gdd_dist.models.generator import Generator
+
+
+def no_test_data(rank: int) -> None:
+    """From now on the test split may not be opened."""
+    inner = Context.images
+
+    def images(self: Context, split: str) -> Any:
+        assert split != "test", "the test split was opened"
+        return inner(self, split)
+
+    Context.images = images
 
 
 def no_forward(rank: int) -> None:
@@ -83,6 +94,18 @@ def die_in_logits(rank: int, marker: Path, files: int) -> None:
         inner(path, values)
 
     logits._write = write
+
+
+def die_in_report(rank: int, marker: Path, students: int) -> None:
+    """SIGKILL one rank once so many students are trained."""
+    inner = grading.save_record
+
+    def save_record(path: Path, *args: Any) -> None:
+        if len(list(path.parent.glob("*.json"))) >= students:
+            _die_once(marker)
+        inner(path, *args)
+
+    grading.save_record = save_record
 
 
 def _die_once(marker: Path) -> None:

@@ -1,7 +1,9 @@
 """kill -9 at any time, the same command again: the same weights, bit for bit (design 5.4). Four ranks: two cannot show it."""
 
 import functools
+import json
 import signal
+import time
 from pathlib import Path
 
 import hooks
@@ -96,6 +98,32 @@ def test_after_a_kill_the_same_command_ends_with_the_same_weights(undisturbed, t
             assert two[tag].keys() == one[tag].keys(), tag
 
 
+def test_an_interrupted_run_may_go_on_with_another_number_of_ranks(undisturbed, tmp_path):
+    store = undisturbed.copy(tmp_path / "out", "teachers", "logits")
+    argv = [*undisturbed.argv, "--until", "gan"]
+    killed(store, argv, at_sixty_percent("gan", tmp_path), whole=True)
+    found = ranks.train(store, argv, 2)
+    assert found["gan"]["status"] == "resumed"
+    assert found["gan"]["fingerprint"] == undisturbed.steps["gan"]["fingerprint"]
+    one, two = (scalars(out / "tensorboard" / "gan") for out in (undisturbed.out, store))
+    for tag in ("gan/loss_g", "gan/loss_d"):
+        assert list(two[tag]) == list(range(12))
+        assert list(two[tag].values()) == pytest.approx(list(one[tag].values()), rel=1e-4)
+
+
+def test_after_a_kill_in_the_report_students_that_were_trained_are_not_trained_again(reported, tmp_path):
+    out = reported.copy(tmp_path / "out", *STEPS)
+    hook = functools.partial(hooks.die_in_report, marker=tmp_path / "dead", students=16)  # of 26
+    job = ranks.start(out, reported.argv, 2, before=hook)
+    job.until(lambda: any(p.exitcode == -signal.SIGKILL for p in job.processes))
+    assert not job.wait_as_torchrun().errors
+    found = ranks.train(out, reported.argv, 2)
+    assert found["report"]["status"] == "resumed"
+    assert 0 < found["report"]["images_processed"] < 0.7 * reported.steps["report"]["images_processed"]
+    one, two = (json.loads((o / "report" / "latest" / "metrics.json").read_text()) for o in (reported.out, out))
+    assert two["results"] == one["results"]  # by one process and by two ranks
+
+
 def test_a_lost_part_of_the_state_would_be_noticed(undisturbed, tmp_path):
     """The negative control: without the optimizers' moments the resumed weights differ."""
     store = undisturbed.copy(tmp_path / "out", "teachers", "logits")
@@ -114,8 +142,8 @@ def test_killed_again_and_again_at_any_time_it_ends_with_the_same_weights(undist
     out = tmp_path / "out"
     for step in STEPS:
         job = ranks.start(out, undisturbed.argv, SIZE)
-        job.until(lambda s=step: bool(list((out / s).glob("*.partial"))))
-        signal.sigtimedwait([], delay)
+        job.until(lambda s=step: (out / s).exists())
+        time.sleep(delay)
         job.send(signal.SIGKILL)
         job.wait()
     assert_same_numbers(undisturbed, out, ranks.train(out, undisturbed.argv, SIZE))

@@ -7,6 +7,9 @@ from pathlib import Path
 import hooks
 import pytest
 import ranks
+from events import others, scalars
+
+from gdd_dist.networks import read_network
 
 STEPS = ["shards", "teachers", "logits", "gan", "matching", "report"]
 
@@ -89,3 +92,32 @@ def test_the_digits_are_built_in_out_on_first_use(tmp_path):
     assert [(s, r["status"]) for s, r in found.items()] == [("shards", "computed")]
     assert (out / "data" / "manifest.json").exists()
     assert ranks.train(out, ["--until", "shards"])["shards"]["status"] == "reused"
+
+
+def test_a_generator_says_what_made_it(reported):
+    for step in ("gan", "matching"):
+        meta = read_network(reported.out / step / "latest" / "generator.safetensors")[1]
+        made = meta["provenance"]
+        assert meta["classes"] == [str(n) for n in range(10)]
+        assert made["fingerprints"].items() >= {s: reported.steps[s]["fingerprint"] for s in STEPS[:5]}.items()
+        assert {"torch", "numpy", "gdd_dist"} <= set(made["versions"])
+        assert made.keys() >= {"commit", "seed", "precision", "created", "data"}
+    assert len(meta["history"]) == 3  # matching: at 0, 6 and 12 steps
+
+
+def test_tensorboard_shows_each_step(reported):
+    """Losses, learning rates, speed, accuracies, logits, pictures, the settings; each point once."""
+    found = scalars(reported.out / "tensorboard")
+    assert found.keys() >= {
+        *(f"gan/{n}" for n in ("loss_g", "loss_d", "lr", "images_per_second")),
+        *(f"matching/{n}" for n in ("loss", "pair", "lr", "val_accuracy", "shortcut_gap", "images_per_second")),
+        *(f"teachers/{n}" for n in ("loss/convnet:8/0", "loss/convnet:8/1", "lr", "val_accuracy")),
+    }
+    assert any(tag.startswith("report/accuracy") for tag in found)
+    assert list(found["matching/loss"]) == list(found["gan/loss_g"]) == list(range(12))
+    assert list(found["matching/val_accuracy"]) == [0, 6, 12]
+    assert len(found["teachers/val_accuracy"]) == 4
+    tags = others(reported.out / "tensorboard")
+    assert tags["images"] >= {"gan/samples", "matching/samples"}
+    assert "logits/teacher_logits" in tags["histograms"]
+    assert "config/text_summary" in tags["tensors"]

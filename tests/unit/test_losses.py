@@ -50,19 +50,6 @@ def np_mean_logit(class_mean: Array, fake: Array) -> float:
     return total / len(fake)
 
 
-def np_energy(real: Array, fake: Array) -> float:
-    total = 0.0
-    for r, f in zip(np_standardize(real), np_standardize(fake), strict=True):
-        n = len(r)
-        across = np.mean([np.linalg.norm(a - b) for a in r for b in f])
-        within = [
-            sum(np.linalg.norm(s[i] - s[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
-            for s in (r, f)
-        ]
-        total += 2 * across - within[0] - within[1]
-    return float(total / len(real))
-
-
 def arrays(*shapes: tuple[int, ...]) -> list[Array]:
     rng = np.random.default_rng(3)
     return [rng.normal(0.5, 3.0, shape) for shape in shapes]
@@ -80,10 +67,8 @@ def finite_differences(function: Callable[[Array], float], at: Array, step: floa
 REAL, FAKE = arrays((6, 10), (6, 10))
 MEAN, GROUPS = arrays((3, 10), (3, 4, 10))
 ONE_EACH = GROUPS[:, :1]
-_, REAL_GROUPS = arrays((9, 9), (3, 4, 10))  # offset: no member of one side is a member of the other
 
 CASES: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[Array], float], Array]] = {
-    "energy": (lambda f: losses.energy(torch.tensor(REAL_GROUPS), f), lambda f: np_energy(REAL_GROUPS, f), GROUPS),
     "skd-1": (lambda f: losses.skd(torch.tensor(REAL), f, 1.0), lambda f: np_skd(REAL, f, 1.0), FAKE),
     "skd-2": (lambda f: losses.skd(torch.tensor(REAL), f, 2.0), lambda f: np_skd(REAL, f, 2.0), FAKE),
     "skd-4": (lambda f: losses.skd(torch.tensor(REAL), f, 4.0), lambda f: np_skd(REAL, f, 4.0), FAKE),
