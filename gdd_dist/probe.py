@@ -1,7 +1,8 @@
 """What a step costs, from real steps on random weights: seconds, and the peak memory of this rank.
 
 All ranks measure at once, so that they share cores and links as in the run. A batch that would take too long here, or more
-memory than there is, is measured at two smaller sizes and continued along the line through them.
+memory than there is, is measured at two smaller sizes and continued along the line through them. On a CPU, whose allocator and
+kernels blur the memory of small batches, that line is the one of the tensors, which is exact.
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ import gc
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from gdd_dist.data.loader import free_memory
 from gdd_dist.distributed import World
@@ -27,6 +32,8 @@ LIMIT_SECONDS = 0.75
 REPEAT_SECONDS = 0.2
 """Short steps are repeated for about this long."""
 FIRST_BATCH, GROWTH = 2, 32
+CPU_BLUR = 1.5
+"""Bytes that a step takes on a CPU for a byte of tensors: scratch memory of kernels, gaps in the heap; 1.2 to 2.0 were seen."""
 CUDA_CONTEXT = 600 * 2**20
 """What a CUDA process takes beside its tensors: context, cuBLAS and cuDNN handles."""
 
@@ -36,17 +43,27 @@ Prepare = Callable[[int], Callable[[], object]]
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one step, or of several: seconds, and the peak in bytes of what the process (CPU) or its device (CUDA) allocated."""
+    """Of one step, or of several: seconds, and the peak in bytes of what the process (CPU) or its device (CUDA) allocated.
+
+    ``tensors``: of networks, optimizers and tensors alone, which is what a GPU would hold.
+    """
 
     seconds: float
     memory: float
+    tensors: float = 0.0
+
+    @staticmethod
+    def peak(costs: Iterable[Cost], seconds: float) -> Cost:
+        """The highest memory of several, and ``seconds``."""
+        found = list(costs)
+        return Cost(seconds, max((c.memory for c in found), default=0.0), max((c.tensors for c in found), default=0.0))
 
 
 class Curve:
-    """Costs by batch, from those measured: (batch, cost), ascending."""
+    """Costs by batch, from those measured: (batch, cost), ascending. ``blur``: bytes that the process takes for a byte of tensors."""
 
-    def __init__(self, points: Sequence[tuple[int, Cost]]) -> None:
-        self._points = points
+    def __init__(self, points: Sequence[tuple[int, Cost]], blur: float = 1.0) -> None:
+        self._points, self._blur = points, blur
 
     def at(self, batch: float) -> Cost:
         """As measured, or on the line through the two nearest batches; it never falls beyond the largest."""
@@ -55,12 +72,12 @@ class Curve:
             return self._points[0][1]
         upper = min(bisect.bisect_left(batches, batch), len(batches) - 1)
         (a, low), (b, high) = self._points[upper - 1], self._points[upper]
-        share = (batch - a) / (b - a)
-        rises = high.seconds - low.seconds, high.memory - low.memory
+        seconds, memory, tensors = (getattr(high, n) - getattr(low, n) for n in ("seconds", "memory", "tensors"))
         if batch > b:
-            rises = max(0.0, rises[0]), max(0.0, rises[1])
-            return Cost(high.seconds + (share - 1) * rises[0], high.memory + (share - 1) * rises[1])
-        return Cost(low.seconds + share * rises[0], low.memory + share * rises[1])
+            seconds, tensors = max(0.0, seconds), max(0.0, tensors)
+            memory = self._blur * tensors
+        more = (batch - b) / (b - a)
+        return Cost(high.seconds + more * seconds, high.memory + more * memory, high.tensors + more * tensors)
 
 
 class Meter:
@@ -70,6 +87,7 @@ class Meter:
         self._world, self._device = world, world.device
         reset_peak(self._device)
         self.base, self.files = peak_memory(self._device), file_pages(self._device)
+        self._blur = 1.0 if self._device.type == "cuda" else CPU_BLUR
         self.extrapolated = False
         """Whether any figure stems from smaller batches."""
 
@@ -81,7 +99,7 @@ class Meter:
         while size := self._following(points, batch, unit):
             points.append((size, self._measure(prepare(size), size == batch)))
         self.extrapolated |= points[-1][0] < batch
-        return Curve(points)
+        return Curve(points, self._blur)
 
     def _following(self, points: list[tuple[int, Cost]], batch: int, unit: int) -> int:
         """The next batch to measure, 0 for none (rank 0 says)."""
@@ -91,7 +109,7 @@ class Meter:
         if len(points) == 1:
             most = int(size * LIMIT_SECONDS / max(last.seconds, 1e-9))
         else:
-            one_more = Curve(points).at(size + 1)
+            one_more = Curve(points, self._blur).at(size + 1)
             in_time = (LIMIT_SECONDS - last.seconds) / max(one_more.seconds - last.seconds, 1e-9)
             in_memory = self._room() / 2 / max(one_more.memory - last.memory, 1.0)
             most = size + int(min(in_time, in_memory))
@@ -109,12 +127,15 @@ class Meter:
     def _measure(self, step: Callable[[], object], last: bool) -> Cost:
         """The first step sets up what lasts (optimizer state, kernels); the second is timed, and more where it is short."""
         reset_peak(self._device)
+        held = peak_memory(self._device) - self.base
         step()
         seconds = self._timed(step, 1)
         again = self._world.broadcast(min(20, int(REPEAT_SECONDS / max(seconds, 1e-9))))
         if last and again:
             seconds = self._timed(step, again)
-        return Cost(max(self._world.gather(seconds)), max(self._world.gather(peak_memory(self._device))))
+        memory = peak_memory(self._device)
+        tensors = memory if self._device.type == "cuda" else held + tensors_of(step)
+        return Cost(*(max(self._world.gather(value)) for value in (seconds, memory, tensors)))
 
     def _timed(self, step: Callable[[], object], times: int) -> float:
         begin = time.perf_counter()
@@ -123,6 +144,43 @@ class Meter:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return (time.perf_counter() - begin) / times
+
+
+def tensors_of(step: Callable[[], object]) -> int:
+    """Bytes of all tensors that a step makes, at their peak."""
+    with _Tensors() as found:
+        step()
+    return found.peak
+
+
+class _Tensors(TorchDispatchMode):
+    """Follows storages from the operation that makes them to their end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in given and storage._cdata not in self._alive:
+                    self._follow(storage)
+        return out
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+
+        def gone(_reference: object) -> None:
+            self._alive.pop(key, None)
+            self.now -= size
+
+        self._alive[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
 
 
 def reset_peak(device: torch.device) -> None:
