@@ -4,7 +4,6 @@ import errno
 import os
 import time
 
-import numpy as np
 import pytest
 import ranks
 import torch
@@ -205,10 +204,21 @@ def test_cuda_that_is_not_there_is_a_fault_of_the_user():
 
 
 def test_threads_are_a_share_of_the_cores(monkeypatch):
+    cores = len(os.sched_getaffinity(0))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     threads = [World("cpu").threads]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
     threads.append(World("cpu").threads)
     torch.set_num_threads(1)
-    assert threads == [len(os.sched_getaffinity(0)), max(1, len(os.sched_getaffinity(0)) // 64)]
-    assert np.all(np.array(threads) >= 1)
+    assert threads == [cores, max(1, cores // 64)]
+
+
+def test_a_user_may_ask_for_fewer_threads_but_what_torchrun_sets_is_not_asking(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    alone = World("cpu").threads
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    under_torchrun = World("cpu").threads
+    torch.set_num_threads(1)
+    assert (alone, under_torchrun) == (1, len(os.sched_getaffinity(0)))
