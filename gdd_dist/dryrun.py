@@ -35,7 +35,7 @@ PROVENANCE_BYTES, ENTRY_BYTES = 800, 125
 
 @dataclass(frozen=True)
 class Line:
-    """A step's line of the table. ``memory``: a rank's peak in bytes; ``tensors``: the part of it that a GPU would hold."""
+    """A step's line of the table. ``memory``: a rank's peak in bytes; ``on_gpu``: the part of it that a GPU would hold."""
 
     step: str
     status: str
@@ -43,7 +43,7 @@ class Line:
     images: int = 0
     bytes: int = 0
     memory: float = 0.0
-    tensors: float = 0.0
+    on_gpu: float = 0.0
     seconds: float = 0.0
 
 
@@ -112,10 +112,9 @@ def measured(ctx: Context, step: str, fps: Mapping[str, str], meter: Meter, cost
         cost, sizes = costs.report(students, fps)
     sizes = sizes or files(ctx, step, made_up)
     written = sum(sizes.values()) + ENTRY_BYTES * len(sizes) + PROVENANCE_BYTES
-    tensors = cost.memory - meter.base
     memory = cost.memory + (meter.files + mapped(ctx, step, made_up) if ctx.device.type == "cpu" else 0)
     status = "resumes" if left.resumes else "run"
-    return Line(step, status, left.steps, left.images, written, memory, tensors, cost.seconds)
+    return Line(step, status, left.steps, left.images, written, memory, cost.on_gpu, cost.seconds)
 
 
 def files(ctx: Context, step: str, made_up: MadeUp) -> dict[str, int]:
@@ -176,15 +175,17 @@ def table(lines: list[Line]) -> str:
 
 def notes(ctx: Context, lines: list[Line], meter: Meter) -> str:
     """How to read the table, and what a GPU would need."""
+    if all(line.status == "reused" for line in lines):
+        return "Every step is finished: a run would reuse them all."
     ranks = f"{ctx.world.size} rank{'s' if ctx.world.size > 1 else ''}"
     text = [
         f"Measured here on random weights: {ranks}, {ctx.device.type}, {ctx.precision}; nothing was written to {ctx.out}."
     ]
     if meter.extrapolated:
         text.append("Batches too large or slow to try here were continued from two smaller ones.")
-    largest = max(lines, key=lambda line: line.tensors)
-    if ctx.device.type == "cpu" and largest.tensors > 0:
-        need = size(largest.tensors + CUDA_CONTEXT)
+    largest = max(lines, key=lambda line: line.on_gpu)
+    if ctx.device.type == "cpu" and largest.on_gpu > 0:
+        need = size(largest.on_gpu + CUDA_CONTEXT)
         text.append(
             f"On GPUs a rank would need about {need} of GPU memory in {ctx.precision} "
             f"({largest.step}; {size(CUDA_CONTEXT)} of it for CUDA itself)."

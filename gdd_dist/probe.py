@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from gdd_dist.data.loader import free_memory
 from gdd_dist.distributed import World
 
-LIMIT_SECONDS = 0.75
+LIMIT_SECONDS = 1.0
 """A step that would take longer is measured with a smaller batch."""
 REPEAT_SECONDS = 0.2
 """Short steps are repeated for about this long."""
@@ -45,18 +45,25 @@ Prepare = Callable[[int], Callable[[], object]]
 class Cost:
     """Of one step, or of several: seconds, and the peak in bytes of what the process (CPU) or its device (CUDA) allocated.
 
-    ``tensors``: of networks, optimizers and tensors alone, which is what a GPU would hold.
+    ``held``: networks and optimizers; ``tensors``: what a step makes beside them, at its peak. A GPU would hold both.
     """
 
     seconds: float
     memory: float
     tensors: float = 0.0
+    held: float = 0.0
+
+    @property
+    def on_gpu(self) -> float:
+        """Bytes that a GPU would hold."""
+        return self.held + self.tensors
 
     @staticmethod
     def peak(costs: Iterable[Cost], seconds: float) -> Cost:
         """The highest memory of several, and ``seconds``."""
-        found = list(costs)
-        return Cost(seconds, max((c.memory for c in found), default=0.0), max((c.tensors for c in found), default=0.0))
+        found = [Cost(0.0, 0.0), *costs]
+        largest = max(found, key=lambda c: c.on_gpu)
+        return Cost(seconds, max(c.memory for c in found), largest.tensors, largest.held)
 
 
 class Curve:
@@ -66,7 +73,11 @@ class Curve:
         self._points, self._blur = points, blur
 
     def at(self, batch: float) -> Cost:
-        """As measured, or on the line through the two nearest batches; it never falls beyond the largest."""
+        """As measured, or on the line through the two nearest batches.
+
+        Beyond the largest that line never falls, and an image takes between half and all of the seconds it took there: in so
+        short a time another process on this machine can turn the line any way.
+        """
         batches = [b for b, _ in self._points]
         if len(self._points) == 1 or batch <= batches[0]:
             return self._points[0][1]
@@ -74,10 +85,14 @@ class Curve:
         (a, low), (b, high) = self._points[upper - 1], self._points[upper]
         seconds, memory, tensors = (getattr(high, n) - getattr(low, n) for n in ("seconds", "memory", "tensors"))
         if batch > b:
-            seconds, tensors = max(0.0, seconds), max(0.0, tensors)
+            an_image = high.seconds / b
+            seconds = min(max(seconds, 0.5 * an_image * (b - a)), an_image * (b - a))
+            tensors = max(0.0, tensors)
             memory = self._blur * tensors
         more = (batch - b) / (b - a)
-        return Cost(high.seconds + more * seconds, high.memory + more * memory, high.tensors + more * tensors)
+        return Cost(
+            high.seconds + more * seconds, high.memory + more * memory, high.tensors + more * tensors, high.held
+        )
 
 
 class Meter:
@@ -134,8 +149,8 @@ class Meter:
         if last and again:
             seconds = self._timed(step, again)
         memory = peak_memory(self._device)
-        tensors = memory if self._device.type == "cuda" else held + tensors_of(step)
-        return Cost(*(max(self._world.gather(value)) for value in (seconds, memory, tensors)))
+        tensors = memory - held if self._device.type == "cuda" else tensors_of(step)
+        return Cost(*(max(self._world.gather(value)) for value in (seconds, memory, tensors, held)))
 
     def _timed(self, step: Callable[[], object], times: int) -> float:
         begin = time.perf_counter()

@@ -5,6 +5,7 @@ Seconds are those of the whole step on all ranks; memory is a rank's peak. Nothi
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -62,9 +63,7 @@ class StepCosts:
             step, look = costs[one.architecture]
             marks = sum(mark > done for mark in one.snapshots)
             spent.append((one.steps - done) * step.seconds + marks * look.seconds)
-        return Cost(
-            makespan(spent, self._ctx.world.size), max((c.memory for pair in costs.values() for c in pair), default=0)
-        )
+        return Cost.peak((c for pair in costs.values() for c in pair), makespan(spent, self._ctx.world.size))
 
     def logits(self, images: int) -> Cost:
         """``images``: forwards that are left, of all teachers alike."""
@@ -75,7 +74,8 @@ class StepCosts:
         ]
         file = 2 * views * most * ctx.classes
         copies = 3  # as it is filled, as a file in memory, as the bytes of that file
-        return Cost(sum(c.seconds for c in costs) / ctx.world.size, max(c.memory for c in costs) + copies * file)
+        most_of_all = Cost.peak(costs, sum(c.seconds for c in costs) / ctx.world.size)
+        return dataclasses.replace(most_of_all, memory=most_of_all.memory + copies * file)
 
     def gan(self, steps: int, grids: int) -> Cost:
         """``steps``, ``grids``: what is left of them."""
@@ -85,7 +85,7 @@ class StepCosts:
         images = min(ctx.classes, GRID_CLASSES) * GRID_COLUMNS
         grid = self._meter(painting(ctx, nets.ema), images).at(images)
         nets.close()
-        return Cost(steps * step.seconds + grids * grid.seconds, max(step.memory, grid.memory))
+        return Cost.peak((step, grid), steps * step.seconds + grids * grid.seconds)
 
     def matching(self, steps: int, measurements: int, work: Path) -> Cost:
         """``steps``, ``measurements``: what is left of them."""
@@ -104,8 +104,7 @@ class StepCosts:
         nets.close()
         turns = -(-m.quick_students // ctx.world.size)
         quick = turns * (m.quick_steps * student.seconds + drawn.seconds + look.seconds)
-        memory = max(c.memory for c in (step, student, drawn, look))
-        return Cost(steps * step.seconds + measurements * quick, memory)
+        return Cost.peak((step, student, drawn, look), steps * step.seconds + measurements * quick)
 
     def report(self, left: Sequence[Job], fps: Mapping[str, str]) -> tuple[Cost, dict[str, int]]:
         """``left``: students not yet trained. Returns the sizes of its files too."""
@@ -120,7 +119,7 @@ class StepCosts:
         for j in left:
             largest[j.row.student] = max(largest.get(j.row.student, 0), j.budget.batch)
         trained = {name: self._train(name, batch) for name, batch in largest.items()}
-        spent, memory = [], [0.0]
+        spent, costs = [], []
         for j in left:
             b = j.budget
             parts = [in_batches(trained[j.row.student], b.images_seen, b.batch)]
@@ -130,16 +129,19 @@ class StepCosts:
             if j.row.train_on in GENERATORS:
                 parts.append(in_batches(paint, b.distinct_images_seen, min(DRAW_BATCH, CHUNK_IMAGES)))
             spent.append(sum(c.seconds for c in parts))
-            memory += [c.memory for c in parts]
+            costs += parts
         reset_peak(ctx.device)
         files = report_files(ctx, self._made_up, fps)
-        return Cost(makespan(spent, ctx.world.size), max(*memory, peak_memory(ctx.device))), files
+        costs.append(Cost(0.0, peak_memory(ctx.device)))
+        return Cost.peak(costs, makespan(spent, ctx.world.size)), files
 
 
 def in_batches(curve: Curve, images: float, batch: int) -> Cost:
     """The cost of ``images`` in batches: all their seconds, the peak of one."""
+    if not images:
+        return Cost(0.0, 0.0)
     one = curve.at(min(batch, images))
-    return Cost(one.seconds * images / min(batch, images), one.memory) if images else Cost(0.0, 0.0)
+    return dataclasses.replace(one, seconds=one.seconds * images / min(batch, images))
 
 
 def makespan(seconds: Sequence[float], ranks: int) -> float:

@@ -143,6 +143,7 @@ def labelling(ctx: Context, frozen: Frozen) -> Prepare:
 
     def prepare(n: int) -> Callable[[], object]:
         x = to_float(some_images(ctx, n)[0], ctx.device)
+        frozen.soft_labels(x[:1], 1.0)  # loads the teachers
         return lambda: frozen.soft_labels(x, ctx.config.report.label_temperature)
 
     return prepare

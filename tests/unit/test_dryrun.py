@@ -11,7 +11,7 @@ from gdd_dist.artifacts import read_json
 from gdd_dist.checkpoint import Checkpoints
 from gdd_dist.distributed import World
 from gdd_dist.dryrun import Line
-from gdd_dist.probe import Cost, Curve, Meter, file_pages, peak_memory, reset_peak
+from gdd_dist.probe import CPU_BLUR, Cost, Curve, Meter, file_pages, peak_memory, reset_peak, tensors_of
 from gdd_dist.step_costs import makespan
 
 STATUS = {"run": "computed", "reused": "reused", "resumes": "resumed"}
@@ -122,22 +122,40 @@ def test_slow_batches_are_continued_along_a_line(
 ) -> None:
     batches: list[int] = []
     meter = Meter(World("cpu"))
-    monkeypatch.setattr(meter, "_measure", lambda size, last: Cost(0.5 + second * size, (3 + size) * 2**20))
+    monkeypatch.setattr(meter, "_measure", lambda size, last: Cost(0.5 + second * size, 5.0, size * 2**20))
     cost = meter(lambda n: batches.append(n) or n, 256, unit).at(256)
     assert cost.seconds == pytest.approx(0.5 + second * 256)
-    assert cost.memory == pytest.approx(259 * 2**20)
+    assert cost.tensors == pytest.approx(256 * 2**20)
+    assert cost.memory == pytest.approx(5 + CPU_BLUR * (256 - batches[-1]) * 2**20)
     assert batches[-1] >= tried
     assert all(b % unit == 0 for b in batches[:-1])
     assert meter.extrapolated == (batches[-1] < 256)
 
 
 def test_costs_between_and_beyond_what_was_measured() -> None:
-    curve = Curve([(2, Cost(1.0, 50.0)), (4, Cost(2.0, 40.0))])
-    assert curve.at(1) == curve.at(2) == Cost(1.0, 50.0)
-    assert curve.at(3) == Cost(1.5, 45.0)
-    assert curve.at(4) == Cost(2.0, 40.0)
-    assert curve.at(10) == Cost(5.0, 40.0)
+    curve = Curve([(2, Cost(1.0, 50.0, 7.0)), (4, Cost(2.0, 40.0, 8.0, 90.0))], blur=3.0)
+    assert curve.at(1) == curve.at(2) == Cost(1.0, 50.0, 7.0)
+    assert curve.at(3) == Cost(1.5, 45.0, 7.5, 90.0)
+    assert curve.at(4) == Cost(2.0, 40.0, 8.0, 90.0)
+    assert curve.at(10) == Cost(5.0, 49.0, 11.0, 90.0)
     assert Curve([(7, Cost(2.0, 50.0))]).at(9) == Cost(2.0, 50.0)
+    noisy = Curve([(2, Cost(1.0, 50.0, 7.0)), (4, Cost(0.5, 40.0, 6.0))])
+    assert noisy.at(12) == Cost(1.0, 40.0, 6.0)
+
+
+def test_tensors_are_followed_to_their_end() -> None:
+    kept = torch.zeros(1000)
+
+    def step() -> None:
+        a = kept + 1  # 4,000 bytes
+        b = a * a  # 8,000
+        del a
+        b.add_(1).view(10, 100)  # no more
+        c = b + 1  # 8,000
+        del b, c
+        kept.mul_(2)
+
+    assert tensors_of(step) == 8000
 
 
 def test_memory_that_was_given_back_leaves_the_peak() -> None:
