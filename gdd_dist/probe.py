@@ -33,7 +33,7 @@ REPEAT_SECONDS = 0.2
 """Short steps are repeated for about this long."""
 FIRST_BATCH, GROWTH = 2, 32
 CPU_BLUR = 1.5
-"""Bytes that a step takes on a CPU for a byte of tensors: scratch memory of kernels, gaps in the heap; 1.2 to 2.0 were seen."""
+"""Bytes that a step takes on a CPU for one of tensors (scratch of kernels, gaps in the heap); 1.0 to 2.2 were seen."""
 CUDA_CONTEXT = 600 * 2**20
 """What a CUDA process takes beside its tensors: context, cuBLAS and cuDNN handles."""
 

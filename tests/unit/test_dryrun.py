@@ -76,26 +76,29 @@ def test_what_it_says_is_what_the_run_does(tiny: list[str], tmp_path: Path, monk
     compare(argv, out, monkeypatch)
 
 
-def test_a_killed_gan_counts_what_is_left(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("step", "state"), [("teachers", "net"), ("gan", "g"), ("matching", "nets")])
+def test_a_killed_step_counts_what_is_left(
+    step: str, state: str, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
-    argv = [*tiny, "--out", str(out), "--until", "gan", "--checkpoint_seconds", "0"]
+    argv = [*tiny, "--out", str(out), "--until", step, "--checkpoint_seconds", "0"]
     save = Checkpoints.save
 
-    def save_and_die(self: Checkpoints, step: int, state: dict) -> None:
-        save(self, step, state)
-        if "g" in state and step == 7:
+    def save_and_die(self: Checkpoints, done: int, saved: dict[str, object]) -> None:
+        save(self, done, saved)
+        if state in saved and done == 7:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "save", save_and_die)
         with pytest.raises(KeyboardInterrupt):
             train.main(argv, lambda world: None)
-    said = predicted(argv, monkeypatch)
-    assert [said[s].status for s in ("teachers", "logits", "gan")] == ["reused", "reused", "resumes"]
-    assert (said["gan"].steps, said["gan"].images) == (5, 5 * 6 * 16)
+    left = predicted(argv, monkeypatch)[step]
+    assert left.status == "resumes"
+    assert left.steps == {"teachers": 36 - 7, "gan": 5, "matching": 5}[step]
     train.main(argv, lambda world: None)
-    gan = read_json(out / "steps.json")["steps"]["gan"]
-    assert (gan["status"], gan["images_processed"]) == ("resumed", said["gan"].images)
+    record = read_json(out / "steps.json")["steps"][step]
+    assert (record["status"], record["images_processed"]) == ("resumed", left.images)
 
 
 def test_without_data_the_digits_are_built_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
