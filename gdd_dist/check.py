@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from gdd_dist import evaluate
-from gdd_dist.data.order import default_streams
+from gdd_dist import rows
 from gdd_dist.models.classifiers import parse_classifier
 from gdd_dist.models.residual import side_widths
 from gdd_dist.settings import Config
@@ -26,7 +25,7 @@ def check(config: Config, manifest: Manifest, world: int) -> None:
     for name in (*config.teachers.architectures, config.matching.quick_student, *config.report.students):
         parse_classifier(name)
     check_ranks(config, world)
-    evaluate.check(config, manifest)
+    rows.check(config, manifest)
 
 
 def check_ranks(config: Config, world: int) -> None:
@@ -36,7 +35,7 @@ def check_ranks(config: Config, world: int) -> None:
             raise UserError(
                 f"--{name}.batch {batch} is smaller than the {world} ranks; use at most {batch} ranks or a larger batch"
             )
-    streams = config.loader.streams or default_streams(config.gan.batch)
+    streams = config.loader.streams_of(config.gan.batch)
     if config.gan.batch % streams:
         raise UserError(
             f"--loader.streams {streams} does not divide --gan.batch {config.gan.batch}; change one of them"

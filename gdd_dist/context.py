@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,12 +14,13 @@ from gdd_dist.artifacts import Store
 from gdd_dist.checkpoint import Checkpoints
 from gdd_dist.data.augment import augment
 from gdd_dist.data.loader import Images
-from gdd_dist.data.order import permutation
+from gdd_dist.data.order import Order, permutation
 from gdd_dist.distributed import World
 from gdd_dist.models.classifiers import Classifier, build_classifier
 from gdd_dist.monitor import Monitor, say
 from gdd_dist.networks import Teacher
 from gdd_dist.settings import Config
+from sharding.errors import UserError
 from sharding.manifest import Manifest
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -108,6 +110,16 @@ class Context:
         """The monitor of a step that works in ``work``."""
         directory = self.out / "tensorboard" / step / work.name[:8]
         return Monitor(directory, step, total, start=start, unit=unit, active=self.world.is_main)
+
+
+def train_order(config: Config, step: str, shard_samples: Sequence[int], purpose: str) -> Order:
+    """The order in which ``step`` sees train, in batches of its ``batch``. Raises UserError when that does not fit."""
+    batch = getattr(config, step).batch
+    streams, window = config.loader.streams_of(batch), config.loader.window
+    try:
+        return Order(tuple(shard_samples), batch, streams, config.step_seed(step), purpose, window)
+    except ValueError as e:
+        raise UserError(f"--{step}.batch: {e}; make it smaller") from e
 
 
 class seeded:

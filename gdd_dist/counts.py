@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gdd_dist import report, teachers
 from gdd_dist.artifacts import read_json
-from gdd_dist.context import Context
+from gdd_dist.context import Context, train_order
 from gdd_dist.grading import cached
 from gdd_dist.logit_cache import logit_file
 from gdd_dist.pictures import GRID_CLASSES, GRID_COLUMNS
@@ -40,7 +40,7 @@ def trainings_left(ctx: Context, work: Path) -> list[tuple[teachers.Training, in
     """Trainings that are not done, and how many steps of each are."""
     samples = ctx.images("train").shards.shard_samples
     left = []
-    for one in teachers.pool(ctx.config, teachers.order_of(ctx.config, samples, "teacher").steps_per_epoch):
+    for one in teachers.pool(ctx.config, train_order(ctx.config, "teachers", samples, "teacher").steps_per_epoch):
         name = work / "checkpoints" / f"training-{one.index:03d}"
         if not name.with_suffix(".json").exists():
             left.append((one, steps_done(ctx, name)))

@@ -67,12 +67,9 @@ class World:
         """CPU threads of this rank: its share of the cores it may use; fewer where OMP_NUM_THREADS says so."""
         share = max(1, len(os.sched_getaffinity(0)) // self.local_size)
         asked = os.environ.get("OMP_NUM_THREADS", "")
-        # torchrun sets it to 1 where the user has not, which says nothing of what he wants.
-        return (
-            min(share, int(asked))
-            if asked.isdigit() and int(asked) > 0 and "TORCHELASTIC_RUN_ID" not in os.environ
-            else share
-        )
+        if "TORCHELASTIC_RUN_ID" in os.environ or not asked.isdigit() or int(asked) == 0:
+            return share  # torchrun sets it to 1 where the user has not, which says nothing of what he wants
+        return min(share, int(asked))
 
     @property
     def is_main(self) -> bool:

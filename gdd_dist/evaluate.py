@@ -26,8 +26,6 @@ from gdd_dist.verify import verify_inputs
 from sharding.errors import UserError
 from sharding.manifest import Manifest
 
-__all__ = ["check", "main"]
-
 FILE = "evaluate.json"
 _LISTS = ("ipc", "protocol", "labels", "students", "baselines")
 _NUMBERS = ("seeds", "epochs")

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from gdd_dist.adversarial import Adversaries, augmentation, ema_decay, mirrored
-from gdd_dist.context import Context, seeded
+from gdd_dist.context import Context, seeded, train_order
 from gdd_dist.data.loader import prefetch, to_float
-from gdd_dist.data.order import Order, balanced_rows, default_streams, normal
+from gdd_dist.data.order import balanced_rows, normal
 from gdd_dist.engines import image_gradient
 from gdd_dist.fit import cosine
 from gdd_dist.models.discriminator import Discriminator
@@ -21,7 +21,6 @@ from gdd_dist.monitor import due
 from gdd_dist.networks import DISCRIMINATOR, GENERATOR, save_network
 from gdd_dist.pictures import sample_grid
 from gdd_dist.settings import Config, Gan
-from sharding.errors import UserError
 
 VERSION = 1
 
@@ -41,14 +40,7 @@ class Sampling:
             ends = np.cumsum(shard_samples)
             shards = np.searchsorted(ends, self._rows, side="right")
             shard_samples = tuple(np.bincount(shards, minlength=len(shard_samples)).tolist())
-        batch = config.gan.batch
-        streams = config.loader.streams or default_streams(batch)
-        try:
-            self.order = Order(
-                shard_samples, batch, streams, config.step_seed("gan"), "gan/order", config.loader.window
-            )
-        except ValueError as e:
-            raise UserError(f"--gan.batch: {e}; make it smaller") from e
+        self.order = train_order(config, "gan", shard_samples, "gan/order")
 
     def batch(self, step: int, rank: int, world: int) -> np.ndarray:
         """Sample numbers of this rank's slots, int64."""

@@ -28,6 +28,7 @@ from sharding.files import write_atomic
 
 VERSION = 1
 LIST = "logits.json"
+NPY_HEADER = 128
 
 
 def settings(config: Config) -> dict[str, Any]:
@@ -37,9 +38,13 @@ def settings(config: Config) -> dict[str, Any]:
 
 def bytes_needed(shard_samples: Sequence[int], teachers: int, views: int, classes: int) -> int:
     """Bytes of all logit files and class means, headers included."""
-    header = 128
-    means = teachers * views * classes * classes * 4 + header
-    return teachers * sum(2 * views * n * classes + header for n in shard_samples) + means
+    means = teachers * views * classes * classes * 4 + NPY_HEADER
+    return teachers * sum(file_bytes(n, views, classes) for n in shard_samples) + means
+
+
+def file_bytes(samples: int, views: int, classes: int) -> int:
+    """Bytes of one logit file."""
+    return 2 * views * samples * classes + NPY_HEADER
 
 
 def view_draws(seed: int, view: int, samples: np.ndarray) -> np.ndarray:
@@ -55,7 +60,7 @@ def run(ctx: Context, work: Path, teachers_dir: Path) -> dict[str, Any]:
     todo = [(t, s) for t, s in jobs if not logit_file(work, t.index, s).exists()]
     todo = ctx.world.broadcast([[t.index, s] for t, s in todo])
     ctx.resumed |= len(todo) < len(jobs)
-    _check_space(ctx, work, sum(2 * views * counts[s] * ctx.classes + 128 for _, s in todo))
+    _check_space(ctx, work, sum(file_bytes(counts[s], views, ctx.classes) for _, s in todo))
     monitor = ctx.monitor("logits", work, len(jobs), start=len(jobs) - len(todo), unit="file")
     net: tuple[int, Classifier] | None = None
     for n, job in enumerate(ctx.world.queue(len(todo))):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,9 +64,20 @@ class Groups:
     slots: np.ndarray
 
     @property
+    def size(self) -> int:
+        """n."""
+        return len(self.slots) // len(self.classes)
+
+    @property
     def labels(self) -> np.ndarray:
         """Class of each slot, int64 [B]."""
-        return np.repeat(self.classes, len(self.slots) // len(self.classes))
+        return np.repeat(self.classes, self.size)
+
+    def by_teacher(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Each teacher of the batch with the places of its slots, int64."""
+        by_slot = np.repeat(self.teachers, self.size)
+        for teacher in np.unique(self.teachers):
+            yield int(teacher), np.flatnonzero(by_slot == teacher)
 
 
 class Dealer:
@@ -119,12 +130,9 @@ class Matcher:
 
     def real_logits(self, groups: Groups) -> Tensor:
         """The cache's side of each pair, float32 [B, C]."""
-        n = len(groups.slots) // len(groups.classes)
         out = np.empty((len(groups.slots), self._ctx.classes), dtype=np.float32)
-        by_slot = np.repeat(groups.teachers, n)
-        for t in np.unique(groups.teachers):
-            here = by_slot == t
-            out[here] = self.cache.take(int(t), groups.samples[here], groups.views[here])
+        for teacher, here in groups.by_teacher():
+            out[here] = self.cache.take(teacher, groups.samples[here], groups.views[here])
         return torch.from_numpy(out)
 
     def loss(self, images: Tensor, groups: Groups, real_logits: Tensor, draws: Tensor) -> dict[str, Tensor]:
@@ -135,13 +143,11 @@ class Matcher:
         ctx, m = self._ctx, self._ctx.config.matching
         plain = torch.from_numpy(groups.views == 0).to(images.device)[:, None, None, None]
         seen = torch.where(plain, images, ctx.augment(images, draws))
-        n = len(groups.slots) // len(groups.classes)
-        by_slot = np.repeat(groups.teachers, n)
         logits = images.new_zeros(len(images), ctx.classes)
-        for t in np.unique(groups.teachers):
-            here = torch.from_numpy(np.flatnonzero(by_slot == t)).to(images.device)
+        for teacher, places in groups.by_teacher():
+            here = torch.from_numpy(places).to(images.device)
             with autocast(ctx.device, ctx.precision):
-                answer = self._nets[int(t)](seen[here])
+                answer = self._nets[teacher](seen[here])
             logits = logits.index_copy(0, here, answer.float())
         pair = (
             losses.dim(real_logits, logits)
@@ -149,7 +155,7 @@ class Matcher:
             else getattr(losses, m.loss)(real_logits, logits, m.temperature)
         )
         means = self._means[torch.from_numpy(groups.teachers), torch.from_numpy(groups.classes)]
-        by_group = logits.view(len(groups.classes), n, -1)
+        by_group = logits.view(len(groups.classes), groups.size, -1)
         return {"pair": pair, "mean": losses.mean_logit(means, by_group)}
 
 

@@ -55,7 +55,7 @@ def student(ctx: Context, generator: Generator, j: int) -> tuple[float, float]:
     m, r, seed = ctx.config.matching, ctx.config.report, ctx.config.step_seed("matching")
     net = ctx.classifier(m.quick_student, seed, f"quick/{j}")
     optimizer = sgd(net, r.lr, r.momentum, r.weight_decay)
-    scores: list[float] = []
+    scores, readings = list[float](), measured_after(m.quick_steps)
     for first in range(0, m.quick_steps, CHUNK):
         steps = min(CHUNK, m.quick_steps - first)
         places = np.arange(first * m.quick_batch, (first + steps) * m.quick_batch)
@@ -67,7 +67,7 @@ def student(ctx: Context, generator: Generator, j: int) -> tuple[float, float]:
             draws = uniform(seed, f"quick/{j}/augment", first + k, np.arange(m.quick_batch), AUGMENT_DRAWS)
             x = ctx.augment(images[part], torch.from_numpy(draws))
             train_step(net, optimizer, x, targets[part], r.lr, ctx.precision)
-            if first + k + 1 in measured_after(m.quick_steps):
+            if first + k + 1 in readings:
                 scores.append(accuracy(net, ctx.images("val"), ctx.device, ctx.precision))
     labels = np.arange(FRESH_IMAGES) % ctx.classes
     fresh = draw(ctx, generator, labels, seed, f"quick/{j}/fresh", 0)

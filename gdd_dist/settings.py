@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from gdd_dist.data.order import default_streams
+
 STEPS = ("shards", "teachers", "logits", "gan", "matching", "report")
 SECTIONS = ("loader", "teachers", "logits", "gan", "matching", "report")
 
@@ -53,6 +55,10 @@ class Loader:
         choices=("auto", "none", "ram"),
         where=True,
     )
+
+    def streams_of(self, batch: int) -> int:
+        """The canonical streams of a global batch."""
+        return self.streams or default_streams(batch)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,15 @@ import numpy as np
 import torch
 
 from gdd_dist.artifacts import read_json, write_json
-from gdd_dist.context import Context
+from gdd_dist.context import Context, train_order
 from gdd_dist.data.augment import AUGMENT_DRAWS
 from gdd_dist.data.loader import prefetch, to_float
-from gdd_dist.data.order import Order, default_streams, uniform
+from gdd_dist.data.order import uniform
 from gdd_dist.fit import accuracy, sgd, train_step, warmup_cosine
 from gdd_dist.models.classifiers import Classifier
 from gdd_dist.monitor import Monitor, due
 from gdd_dist.networks import TEACHERS, save_network
 from gdd_dist.settings import Config
-from sharding.errors import UserError
 
 VERSION = 1
 
@@ -47,16 +45,6 @@ class Training:
         return f"teacher/{self.architecture}/{self.seed}"
 
 
-def order_of(config: Config, shard_samples: Sequence[int], training: str) -> Order:
-    """The order in which one training sees train. Raises UserError when a batch exceeds it."""
-    batch = config.teachers.batch
-    try:
-        streams = config.loader.streams or default_streams(batch)
-        return Order(tuple(shard_samples), batch, streams, config.step_seed("teachers"), training, config.loader.window)
-    except ValueError as e:
-        raise UserError(f"--teachers.batch: {e}; make it smaller") from e
-
-
 def pool(config: Config, steps_per_epoch: int) -> list[Training]:
     """All trainings. Snapshots stand at 1, 1/3, 1/9, … of a training: early ones teach coarse structure."""
     t = config.teachers
@@ -69,7 +57,7 @@ def pool(config: Config, steps_per_epoch: int) -> list[Training]:
 def run(ctx: Context, work: Path) -> dict[str, Any]:
     """Train the pool into ``work``: teacher-NNN.safetensors and teachers.json. Returns what the step's record says."""
     images = ctx.images("train")
-    per_epoch = order_of(ctx.config, images.shards.shard_samples, "teacher").steps_per_epoch
+    per_epoch = train_order(ctx.config, "teachers", images.shards.shard_samples, "teacher").steps_per_epoch
     trainings = pool(ctx.config, per_epoch)
     monitor = ctx.monitor("teachers", work, sum(t.steps for t in trainings) // ctx.world.size or 1)
     done = 0
@@ -115,7 +103,7 @@ def train_one(ctx: Context, training: Training, work: Path, monitor: Monitor, do
         return done + training.steps
     seed, t = ctx.config.step_seed("teachers"), ctx.config.teachers
     images = ctx.images("train")
-    order = order_of(ctx.config, images.shards.shard_samples, training.purpose)
+    order = train_order(ctx.config, "teachers", images.shards.shard_samples, training.purpose)
     net = ctx.classifier(training.architecture, seed, training.purpose)
     optimizer = sgd(net, t.lr, t.momentum, t.weight_decay, nesterov=True)
     checkpoints = ctx.checkpoints(work / "checkpoints" / f"training-{training.index:03d}")

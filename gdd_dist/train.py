@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def main(argv: list[str], joined: Callable[[World], None]) -> None:
         run(world, config, command.preset, data, out, (status, time.monotonic() - begin))
 
 
-def run_lock(world: World, out: Path) -> Any:
+def run_lock(world: World, out: Path) -> AbstractContextManager[None]:
     """Rank 0 holds OUT; a second job on it is refused."""
 
     def busy(holder: Mapping[str, Any]) -> None:
@@ -59,7 +60,7 @@ def run_lock(world: World, out: Path) -> Any:
             f"{out} is in use by process {holder['pid']} on {holder['host']} since {holder['since']}; wait for it, or choose another --out"
         )
 
-    return holding(Lock(out / "run.lock"), busy) if world.is_main else _nothing()
+    return holding(Lock(out / "run.lock"), busy) if world.is_main else nullcontext()
 
 
 def prepare_data(world: World, config: Config, out: Path) -> tuple[Path, str]:
@@ -118,7 +119,7 @@ def run_step(ctx: Context, step: str, fps: Mapping[str, str]) -> dict[str, Any]:
     with step_lock(ctx, step, fp):
         if not ctx.world.broadcast(ctx.store.finished(step, fp)):
             compute(ctx, step, fps)
-            status = "resumed" if ctx.world.broadcast(ctx.resumed) or any(ctx.world.gather(ctx.resumed)) else "computed"
+            status = "resumed" if any(ctx.world.gather(ctx.resumed)) else "computed"
     if ctx.world.is_main:
         link_latest(ctx.out, step, ctx.store.path(step, fp))
         say(f"{step}: {status} {fp} ({time.monotonic() - begin:.1f} s)")
@@ -126,10 +127,10 @@ def run_step(ctx: Context, step: str, fps: Mapping[str, str]) -> dict[str, Any]:
     return record(fp, status, time.monotonic() - begin, images)
 
 
-def step_lock(ctx: Context, step: str, fp: str) -> Any:
+def step_lock(ctx: Context, step: str, fp: str) -> AbstractContextManager[None]:
     """Rank 0 holds the artifact while it is being written; another run that needs it waits."""
     if not ctx.world.is_main or ctx.store.finished(step, fp):
-        return _nothing()
+        return nullcontext()
     told = False
 
     def busy(holder: Mapping[str, Any]) -> None:
@@ -191,14 +192,6 @@ def finish(ctx: Context, fps: Mapping[str, str]) -> None:
     sys.stdout.write(
         f"generator: {ctx.out}/matching/latest/generator.safetensors\nTensorBoard: tensorboard --logdir {ctx.out}/tensorboard\n"
     )
-
-
-class _nothing:
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_args: object) -> None:
-        return None
 
 
 if __name__ == "__main__":

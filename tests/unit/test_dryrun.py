@@ -53,7 +53,7 @@ def files(directory: Path) -> set[Path]:
     return set(directory.rglob("*")) if directory.exists() else set()
 
 
-def compare(argv: list[str], out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def assert_it_does_what_was_said(argv: list[str], out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run does what --dry-run said, which itself did nothing."""
     before = files(out)
     said = predicted(argv, monkeypatch)
@@ -72,8 +72,8 @@ def compare(argv: list[str], out: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_what_it_says_is_what_the_run_does(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     argv = [*tiny, "--out", str(out), "--gan.grid_interval", "5"]
-    compare([*argv, "--until", "gan"], out, monkeypatch)
-    compare(argv, out, monkeypatch)
+    assert_it_does_what_was_said([*argv, "--until", "gan"], out, monkeypatch)
+    assert_it_does_what_was_said(argv, out, monkeypatch)
 
 
 @pytest.mark.parametrize(("step", "state"), [("teachers", "net"), ("gan", "g"), ("matching", "nets")])
