@@ -23,6 +23,8 @@ from gdd_dist.settings import Config
 from sharding.errors import UserError
 from sharding.manifest import Manifest
 
+CACHE = "cache"
+"""Directory in STORE of what is kept only to be faster."""
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -39,6 +41,8 @@ class Context:
     precision: str
     forwards: int = 0
     resumed: bool = False
+    keeps: bool = True
+    """Whether decoded images may be kept in STORE/cache."""
     _images: dict[str, Images] = field(default_factory=dict)
 
     @property
@@ -65,8 +69,15 @@ class Context:
         """The split's images, opened once."""
         if split not in self._images:
             loader = self.config.loader
-            threads = loader.threads or self.world.threads
-            self._images[split] = Images(self.data, self.manifest, split, threads=threads, resident=loader.resident)
+            self._images[split] = Images(
+                self.data,
+                self.manifest,
+                split,
+                threads=loader.threads or self.world.threads,
+                resident=loader.resident,
+                cache=self.store.root / CACHE if self.keeps else None,
+                device=self.device,
+            )
         return self._images[split]
 
     def watch(self, network: Network) -> Network:
