@@ -77,7 +77,7 @@ def run(
     """All steps up to --until. ``shards``: status and seconds of the data set so far."""
     manifest = Manifest.load(data)
     precision = resolve_precision(config.precision, world.device)
-    check(config, manifest, world.size)
+    check(config, manifest, world.size, world.device)
     store = Store(Path(config.store) if config.store else out)
     ctx = Context(config, world, data, manifest, store, out, precision)
     fps = fingerprints(config, manifest, precision)
