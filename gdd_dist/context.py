@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,7 +30,10 @@ Network = TypeVar("Network", bound=nn.Module)
 
 @dataclass
 class Context:
-    """A run as its steps see it. ``forwards``: images that went through a network on this rank, in this invocation."""
+    """A run as its steps see it. ``forwards``: images that went through a network on this rank, in this invocation.
+
+    ``on_interval``: what a search is told by matching (`matching.OnInterval`).
+    """
 
     config: Config
     world: World
@@ -43,6 +46,7 @@ class Context:
     resumed: bool = False
     keeps: bool = True
     """Whether decoded images may be kept in STORE/cache."""
+    on_interval: Callable[[int, nn.Module, Any], bool] | None = None
     _images: dict[str, Images] = field(default_factory=dict)
 
     @property
