@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ray.tune
+import torch
 
 from gdd_dist import config as configuration
 from gdd_dist.artifacts import Lock, holding
@@ -41,7 +42,12 @@ def run(command: Command) -> None:
         data = Path(search.config.data) if search.config.data else out / "data"
         if search.config.data is None:
             build("digits", data)
-        check(search.config, Manifest.load(data), search.options.ranks_per_trial)
+        check(
+            search.config,
+            Manifest.load(data),
+            search.options.ranks_per_trial,
+            torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        )
         record = Record(out.resolve())
         if command.resume:
             _say_what_is_there(search, record)
