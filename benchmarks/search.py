@@ -47,7 +47,9 @@ def through_search(out: Path, args: argparse.Namespace) -> tuple[float, float]:
     search = parse([*own, *args.settings]).search
     build("digits", out / "data")
     check(search.config, Manifest.load(out / "data"), 1)
-    config = dataclasses.replace(search.config, data=str(out.resolve() / "data"), store=str(out.resolve()), device="cpu")
+    config = dataclasses.replace(
+        search.config, data=str(out.resolve() / "data"), store=str(out.resolve()), device="cpu"
+    )
     base, record = Job(config, search.preset, 1, 1.0, 0.0), Record(out.resolve())
     with cluster.cluster(None):
         base = dataclasses.replace(base, config=shared.settle_precision(base))
