@@ -14,9 +14,10 @@ from typing import Any, get_args, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser
 
+from gdd_dist.data.remote import Cache, open_data, read_manifest
 from gdd_dist.settings import PRESETS, SECTIONS, Config
 from sharding.errors import UserError
-from sharding.manifest import Manifest
+from sharding.plan import parse_size
 
 _FLAGS = {
     "print_config": "print every setting as YAML and exit",
@@ -194,7 +195,7 @@ def _as_typed(flat: Mapping[str, Any], path: str) -> list[str]:
 def _preset_of_data(data: str | None) -> str:
     if data is None:
         return "digits"
-    manifest = Manifest.load(Path(data))
+    manifest = read_manifest(data)
     if manifest.name in PRESETS:
         return manifest.name
     size = max(manifest.height, manifest.width)
@@ -252,6 +253,13 @@ def _build(parsed: Mapping[str, Any]) -> Config:
     return Config(**values[""], **sections)
 
 
+def data_directory(config: Config) -> Path | None:
+    """Where --data lies on this host, a mirror if it is remote; None where it is not given."""
+    loader = config.loader
+    cache = Cache.of(loader.cache_dir, loader.cache_limit, loader.patience)
+    return None if config.data is None else open_data(config.data, cache)
+
+
 def validate(config: Config) -> None:
     """Raise UserError for the first setting outside its bounds."""
     for name, _, f in options():
@@ -264,6 +272,7 @@ def validate(config: Config) -> None:
     for name in ("loader.augment", "gan.augment"):
         section, _, leaf = name.partition(".")
         _check_augment(name, getattr(getattr(config, section), leaf))
+    parse_size(config.loader.cache_limit)
     if config.matching.batch % config.matching.group:
         raise UserError(
             f"--matching.batch {config.matching.batch} is not a multiple of --matching.group {config.matching.group}; change one of them"

@@ -120,7 +120,7 @@ def main(argv: Sequence[str], joined: Callable[[World], None]) -> None:
     """Measure, print, write OUT/evaluate.json."""
     config = settings(parser().parse_args(argv))
     out = Path(config.out or ".")
-    data = Path(config.data) if config.data else out / "data"
+    data = configuration.data_directory(config) or out / "data"
     manifest = Manifest.load(data)
     check(config, manifest)
     store, fps = finished_steps(out, manifest)

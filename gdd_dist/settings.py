@@ -57,6 +57,12 @@ class Loader:
         where=True,
     )
 
+    cache_dir: str = setting("", "where shards of a remote --data are kept; default ~/.cache/gdd_dist/data", where=True)
+    cache_limit: str = setting("50GB", "bytes that they may take in all, as 50GB", where=True)
+    patience: float = setting(
+        300.0, "seconds for which the store of a remote --data may fail before the run ends", low=0, where=True
+    )
+
     def streams_of(self, batch: int) -> int:
         """The canonical streams of a global batch."""
         return self.streams or default_streams(batch)
@@ -202,7 +208,7 @@ class Config:
 
     data: str | None = setting(
         None,
-        "data set directory made by `python -m sharding build`; without it the digits are built in OUT/data",
+        "data set directory made by `python -m sharding build`, or its URL (s3://, gs://, https://); without it the digits are built in OUT/data",
         where=True,
     )
     out: str | None = setting(None, "run directory; default runs/PRESET", where=True)

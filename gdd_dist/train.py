@@ -65,8 +65,8 @@ def run_lock(world: World, out: Path) -> AbstractContextManager[None]:
 
 def prepare_data(world: World, config: Config, out: Path) -> tuple[Path, str]:
     """The data directory and its status; without --data the digits are built in OUT/data on first use."""
-    if config.data is not None:
-        return Path(config.data), "reused"
+    if (data := configuration.data_directory(config)) is not None:
+        return data, "reused"
     reused = world.broadcast(build("digits", out / "data").reused if world.is_main else None)
     return out / "data", "reused" if reused else "computed"
 

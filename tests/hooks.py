@@ -22,6 +22,11 @@ from gdd_dist.models.discriminator import Discriminator
 from gdd_dist.models.generator import Generator
 
 
+def environment(rank: int, values: dict[str, str]) -> None:
+    """Set environment variables."""
+    os.environ.update(values)
+
+
 def no_test_data(rank: int) -> None:
     """From now on the test split may not be opened."""
     inner = Context.images

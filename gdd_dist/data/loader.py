@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gdd_dist.data.batches import Buffers, PinnedBuffers, Workers
 from gdd_dist.data.batches import prefetch as prefetch
+from gdd_dist.data.remote import mirror_of
 from gdd_dist.data.resident import Decoded, fits
 from sharding.errors import UserError
 from sharding.manifest import Manifest
@@ -37,7 +38,12 @@ class Images:
         cache: Path | None = None,
         device: torch.device | None = None,
     ) -> None:
-        self.shards = Shards(data, manifest, split)
+        self._mirror = mirror_of(data)
+        if self._mirror is None:
+            self.shards = Shards(data, manifest, split)
+        else:
+            self.shards = Shards(data, manifest, split, self._mirror.open, self._mirror.open_shards)
+        self._infos = manifest.splits[split].shards
         self.labels = self.shards.labels
         self.shape = (manifest.height, manifest.width, manifest.channels)
         self._files = [data / info.file for info in manifest.splits[split].shards]
@@ -72,6 +78,7 @@ class Images:
             return self._on_device[rows].permute(0, 3, 1, 2)
         batch, out = self._buffers.take((len(indices), *self.shape))
         if self._kept is None:
+            self._ahead()
             self._pool.share(self._decode, indices, out)
         else:
             self._pool.share(self._copy, indices, out)
@@ -97,7 +104,14 @@ class Images:
             else:
                 self._kept = kept
 
+    def _ahead(self) -> None:
+        """Before the first image is decoded: download what else will be."""
+        if self._mirror is not None and self._infos:
+            infos, self._infos = self._infos, ()
+            self._mirror.all_ahead(infos)
+
     def _decode_rows(self, indices: np.ndarray, out: np.ndarray, cores: Workers) -> None:
+        self._ahead()
         cores.share(self._decode, indices, out)
 
     def _copy(self, indices: np.ndarray, out: np.ndarray) -> None:
