@@ -57,11 +57,14 @@ class Cache:
         return Cache(Path(directory) if directory else home / "gdd_dist" / "data", parse_size(limit), patience)
 
 
-@cache
-def read_manifest(data: str, patience: float = 60.0) -> Manifest:
+def read_manifest(data: str) -> Manifest:
     """The manifest of a directory or a URL; of a URL once in a process, so that it cannot change under a run."""
-    if not is_remote(data):
-        return Manifest.load(data)
+    return remote_manifest(data) if is_remote(data) else Manifest.load(data)
+
+
+@cache
+def remote_manifest(data: str, patience: float = 60.0) -> Manifest:
+    """The manifest of a URL. ``patience``: seconds for which the store may fail."""
     return parse_manifest(Source(data, patience).content(FILE), f"{data}/{FILE}")
 
 

@@ -14,7 +14,7 @@ import stores
 import torch
 
 from gdd_dist.data.loader import Images
-from gdd_dist.data.remote import Cache, is_remote, mirror_of, open_data, read_manifest
+from gdd_dist.data.remote import Cache, is_remote, mirror_of, open_data, read_manifest, remote_manifest
 from sharding.errors import UserError
 from sharding.manifest import Manifest
 from sharding.plan import Options
@@ -52,7 +52,7 @@ def here(store, monkeypatch):
     store.log.clear()
     store.faults.clear()
     store.delay = 0.0
-    for known in (read_manifest, open_data):
+    for known in (remote_manifest, open_data):
         known.cache_clear()
     return store
 
