@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import simplejpeg
 import torch
 from torch import Tensor
 
@@ -121,10 +122,15 @@ class Images:
         np.take(self._kept, indices, axis=0, out=out, mode="clip")  # "raise" would copy twice
 
     def _decode(self, indices: np.ndarray, out: np.ndarray) -> None:
-        place = 0
+        place, space = 0, "GRAY" if self.shape[2] == 1 else "RGB"
         try:
-            for place, payload in enumerate(self.shards.payloads(indices)):
-                decode(payload, out[place])
+            for payload, image in zip(self.shards.payloads(indices), out, strict=True):
+                # Without a look at the header first, 2 of 25 microseconds: one too large for the row is refused, not decoded.
+                if payload[0] != 0xFF:
+                    decode(payload, image)
+                elif simplejpeg.decode_jpeg(payload, space, False, False, 0, 0, 1, image).shape != self.shape:
+                    raise ValueError("a JPEG of another size than the data set's")
+                place += 1
         except ValueError as e:
             shard, row = self.shards.locate(int(indices[place]))
             raise UserError(
