@@ -132,6 +132,8 @@ class DeepSpeedEngine:
         """Mean gradients over ranks and micro-batches."""
         if self._done:
             self._engine.step()  # tells DeepSpeed of the micro-batch before; the last one's is told by ``step``
+        # What DeepSpeed's own forward would do: without it ZeRO 3 forgets all micro-batches but the last.
+        getattr(self._optimizer, "clear_backward_seen_flag", lambda: None)()
         self._engine.backward(self._scale.scale(loss))
         self._done += 1
 

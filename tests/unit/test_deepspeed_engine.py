@@ -144,9 +144,7 @@ def test_a_state_goes_on_at_another_number_of_ranks(ddp, tmp_path, kind, size):
         assert close(one["losses"], ddp["losses"][HALF:], 1e-5)
 
 
-@pytest.mark.parametrize(
-    "kind", ["ddp", 2, pytest.param(0, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("kind", ["ddp", 3, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 2))])
 def test_micro_batches_give_the_whole_batchs_numbers(ddp, tmp_path, kind):
     found = ranks.call(tmp_path, 2, whole, kind, "float32", 2)[0]
     for name, expected in ddp["weights"].items():
