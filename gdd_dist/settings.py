@@ -48,11 +48,12 @@ class Loader:
     )
     flip: bool = setting(True, "mirror images at random; never for digits or text")
     threads: int = setting(0, "decoding threads of a rank; 0: its share of the cores", low=0, where=True)
-    prefetch: int = setting(2, "batches read ahead", low=1, high=64, where=True)
+    prefetch: int = setting(2, "batches read ahead, as far as they fit 256 MiB", low=1, high=64, where=True)
     resident: str = setting(
         "auto",
-        "keep decoded images in memory; auto: when they take less than 1/8 of the free memory of a rank's share",
-        choices=("auto", "none", "ram"),
+        "where decoded images stay: nowhere; in a file in STORE/cache, which all ranks of a host map; on the device; auto: the fastest "
+        "that has room (a quarter of its free memory)",
+        choices=("auto", "none", "ram", "device"),
         where=True,
     )
 

@@ -1,5 +1,7 @@
 """What workers do: look at images, and write one shard."""
 
+from __future__ import annotations
+
 import io
 import json
 import zlib
@@ -12,7 +14,7 @@ import numpy as np
 
 from sharding.archives import Member
 from sharding.errors import UserError
-from sharding.files import atomic_file, sha256_file, write_atomic
+from sharding.files import atomic_file, link_atomic, sha256_file, write_atomic
 from sharding.images import Seen, Target, digest_of, inspect, to_stored
 from sharding.listing import Reader
 from sharding.manifest import ShardInfo
@@ -60,23 +62,11 @@ def inspect_all(reader: Reader, members: Sequence[Member], tick: Tick) -> list[S
 
 
 def write_shard(reader: Reader, task: ShardTask, tick: Tick) -> Written:
-    """Write a shard's tar, its index, then its record, each whole or not at all."""
-    # Imported here, where worker processes have kept torch out; see pool.py.
-    from webdataset.writer import TarWriter
-
-    shard, target = task.shard, task.target
-    path = task.directory / shard.file
-    index = np.empty((len(shard.samples), 3), np.int64)
-    moments = Moments(target.channels) if shard.split == "train" else None
-    with atomic_file(path) as stream:
-        writer = TarWriter(_Sink(stream), user=OWNER, group=OWNER, mode=MODE, mtime=0, encoder=False)
-        for row, sample in enumerate(shard.samples):
-            suffix, payload = _stored(reader, sample, target, moments)
-            writer.write({"__key__": sample.key, "cls": str(sample.label).encode(), suffix: payload})
-            # Members are written in alphabetical order: the image, after cls, ends where the archive now ends.
-            index[row] = writer.tarstream.offset - _padded(len(payload)), len(payload), sample.label
-            tick(1)
-        writer.close()
+    """Write a shard's tar, or a link to the tar that holds it, its index, then its record, each whole or not at all."""
+    shard, path = task.shard, task.directory / task.shard.file
+    moments = Moments(task.target.channels) if shard.split == "train" else None
+    write = _write_tar if shard.tar is None else _link_tar
+    index = write(reader, task, moments, tick)
     buffer = io.BytesIO()
     np.save(buffer, index)
     index_path = path.with_suffix(".npy")
@@ -85,6 +75,36 @@ def write_shard(reader: Reader, task: ShardTask, tick: Tick) -> Written:
     written = Written(info, *(moments.sums() if moments else ((), ())))
     write_atomic(task.record, json.dumps(asdict(written)).encode())
     return written
+
+
+def _link_tar(reader: Reader, task: ShardTask, moments: Moments | None, tick: Tick) -> np.ndarray:
+    """Link to the tar and return the index of the shard's samples in it, int64 [samples, 3]."""
+    shard, path = task.shard, task.directory / task.shard.file
+    assert shard.tar is not None
+    for sample in shard.samples:
+        _stored(reader, sample, task.target, moments)
+        tick(1)
+    link_atomic(path, shard.tar)
+    return np.array([(s.member.offset, s.member.size, s.label) for s in shard.samples], np.int64)
+
+
+def _write_tar(reader: Reader, task: ShardTask, moments: Moments | None, tick: Tick) -> np.ndarray:
+    """Write the tar and return its index, int64 [samples, 3]."""
+    # Imported here, where worker processes have kept torch out; see pool.py.
+    from webdataset.writer import TarWriter
+
+    shard, target = task.shard, task.target
+    index = np.empty((len(shard.samples), 3), np.int64)
+    with atomic_file(task.directory / shard.file) as stream:
+        writer = TarWriter(_Sink(stream), user=OWNER, group=OWNER, mode=MODE, mtime=0, encoder=False)
+        for row, sample in enumerate(shard.samples):
+            suffix, payload = _stored(reader, sample, target, moments)
+            writer.write({"__key__": sample.key, "cls": str(sample.label).encode(), suffix: payload})
+            # Members are written in alphabetical order: the image, after cls, ends where the archive now ends.
+            index[row] = writer.tarstream.offset - _padded(len(payload)), len(payload), sample.label
+            tick(1)
+        writer.close()
+    return index
 
 
 def finished_shard(task: ShardTask) -> Written | None:
