@@ -15,6 +15,7 @@ from gdd_dist.checkpoint import Checkpoints
 from gdd_dist.data.augment import augment
 from gdd_dist.data.loader import Images
 from gdd_dist.data.order import Order, permutation
+from gdd_dist.disks import Disks
 from gdd_dist.distributed import World
 from gdd_dist.models.classifiers import Classifier, build_classifier
 from gdd_dist.monitor import Monitor, say
@@ -44,6 +45,7 @@ class Context:
     precision: str
     forwards: int = 0
     resumed: bool = False
+    disks: Disks = field(default_factory=Disks)
     keeps: bool = True
     """Whether decoded images may be kept in STORE/cache."""
     on_interval: Callable[[int, nn.Module, Any], bool] | None = None

@@ -23,6 +23,7 @@ from gdd_dist.engines import autocast
 from gdd_dist.loss_scale import LossScale
 from sharding.errors import UserError
 
+ALIGNED = 1024
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -50,13 +51,14 @@ def import_deepspeed(device: torch.device) -> Any:
 def engine_config(given: Mapping[str, Any], numel: int, accumulate: int) -> dict[str, Any]:
     """The configuration of one network of ``numel`` weights, from what the user's file says.
 
-    Buckets, by default 500 million numbers whatever the network, are no larger than the network.
+    Buckets, by default 500 million numbers whatever the network, are no larger than the network (rounded up: NCCL's alignment).
     """
+    bucket = -(-numel // ALIGNED) * ALIGNED
     zero = {
         "stage": 1,
         "memory_efficient_linear": False,
-        "reduce_bucket_size": numel,
-        "allgather_bucket_size": numel,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
         **given.get("zero_optimization", {}),
     }
     return {
@@ -86,7 +88,8 @@ class DeepSpeedEngine:
         accumulate: int = 1,
     ) -> None:
         deepspeed = import_deepspeed(world.device)
-        if not dist.is_initialized():  # one process alone
+        if not dist.is_initialized():  # one process alone, without a launcher
+            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         self.module, self._world, self._precision = module, world, precision
         self._parameters: list[Any] = list(module.parameters())  # DeepSpeed adds attributes to them

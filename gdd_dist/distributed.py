@@ -35,7 +35,9 @@ class World:
     def __init__(self, device: str = "auto", timeout: float = 600.0) -> None:
         env = os.environ
         self.rank, self.size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
-        self.local_rank, self.local_size = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
+        self.local_rank = int(env.get("LOCAL_RANK", 0))
+        # deepspeed's launcher has a name of its own for it
+        self.local_size = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", 1)))
         self.timeout = timeout
         self.device = self._pick_device(device)
         self._store: Any = None

@@ -99,6 +99,7 @@ def run(ctx: Context, work: Path, provenance: dict[str, Any]) -> dict[str, Any]:
     g, world, images = ctx.config.gan, ctx.world, ctx.images("train")
     sampling = Sampling(ctx.config, images.labels, images.shards.shard_samples, ctx.classes)
     nets = Adversaries(ctx, *networks(ctx), (g.beta1, g.beta2))
+    ctx.disks.mirror(work / "checkpoints", ["*"])
     checkpoints = ctx.checkpoints(work / "checkpoints")
     start = 0
     if (found := checkpoints.load()) is not None:

@@ -57,6 +57,7 @@ def run(ctx: Context, work: Path, teachers_dir: Path) -> dict[str, Any]:
     teachers, images = read_teachers(teachers_dir), ctx.images("train")
     counts, views = images.shards.shard_samples, ctx.config.logits.views
     jobs = [(t, s) for t in teachers for s in range(len(counts))]
+    ctx.disks.share(work, ["*.npy"])
     todo = [(t, s) for t, s in jobs if not logit_file(work, t.index, s).exists()]
     todo = ctx.world.broadcast([[t.index, s] for t, s in todo])
     ctx.resumed |= len(todo) < len(jobs)
@@ -70,6 +71,7 @@ def run(ctx: Context, work: Path, teachers_dir: Path) -> dict[str, Any]:
         _write(logit_file(work, index, shard), answer(ctx, net[1], shard))
         monitor.advance(min(len(jobs) - len(todo) + (n + 1) * ctx.world.size, len(jobs)))
     ctx.world.barrier()
+    ctx.disks.share(work, ["*.npy"])
     if ctx.world.is_main:
         _finish(ctx, work, teachers, jobs, monitor.histogram)
     monitor.close()

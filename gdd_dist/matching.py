@@ -107,6 +107,7 @@ class Run:
         self.nets.load_discriminator_state(gan_dir)
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Tensor] = {}
+        ctx.disks.mirror(work / "checkpoints", ["*"])
         self.checkpoints = ctx.checkpoints(work / "checkpoints")
         self.start = 0
         if (found := self.checkpoints.load()) is not None:

@@ -21,6 +21,7 @@ from gdd_dist.networks import TEACHERS, save_network
 from gdd_dist.settings import Config
 
 VERSION = 1
+FINISHED = ("training-*.json", "teacher-*.safetensors")
 
 
 def settings(config: Config) -> dict[str, Any]:
@@ -67,11 +68,13 @@ def run(ctx: Context, work: Path) -> dict[str, Any]:
     }
     trainings.sort(key=lambda t: -costs[t.architecture])
     logged = set()
+    ctx.disks.share(work, FINISHED)
     for job in ctx.world.queue(len(trainings)):
         if not _record(work, trainings[job]).exists():
             logged.add(trainings[job].index)
         done = train_one(ctx, trainings[job], work, monitor, done)
     ctx.world.barrier()
+    ctx.disks.share(work, FINISHED)
     trained = {t: read_json(_record(work, t)) for t in sorted(trainings, key=lambda t: t.index)}
     for training, result in trained.items():
         if training.index not in logged:  # another rank's, or an interrupted run's

@@ -18,6 +18,7 @@ from gdd_dist import dryrun, gan, logits, matching, report, teachers
 from gdd_dist.artifacts import Lock, Store, holding, link_latest, read_json, write_json
 from gdd_dist.check import check
 from gdd_dist.context import Context
+from gdd_dist.disks import Disks
 from gdd_dist.distributed import World
 from gdd_dist.engines import resolve_precision
 from gdd_dist.metrics import commit, versions
@@ -28,6 +29,7 @@ from gdd_dist.settings import STEPS, Config
 from gdd_dist.verify import verify_inputs
 from sharding.errors import UserError
 from sharding.files import write_atomic
+from sharding.manifest import FILE as MANIFEST
 from sharding.manifest import Manifest
 from sharding.writer import build
 
@@ -68,7 +70,23 @@ def prepare_data(world: World, config: Config, out: Path) -> tuple[Path, str]:
     if config.data is not None:
         return Path(config.data), "reused"
     reused = world.broadcast(build("digits", out / "data").reused if world.is_main else None)
+    if world.local_rank == 0 and not (out / "data" / MANIFEST).exists():  # a host with a disk of its own
+        build("digits", out / "data")
+    world.barrier()
     return out / "data", "reused" if reused else "computed"
+
+
+def find_disks(ctx: Context) -> Disks:
+    """Who shares rank 0's disk. Raises UserError where hosts have different data."""
+    known = ctx.world.gather(ctx.manifest.fingerprint)
+    if other := [r for r, fp in enumerate(known) if fp != known[0]]:
+        raise UserError(
+            f"{ctx.data} differs between hosts (ranks 0 and {other[0]}); copy the same data set to all of them"
+        )
+    disks = Disks(ctx.world, ctx.store.root)
+    if ctx.world.is_main and not disks.shared:
+        say(f"{len(disks.apart)} ranks do not see {ctx.store.root} of rank 0: finished files are sent to their hosts")
+    return disks
 
 
 def run(
@@ -86,6 +104,7 @@ def run(
     check(config, manifest, world.size, world.device)
     store = Store(Path(config.store) if config.store else out)
     ctx = Context(config, world, data, manifest, store, out, precision, on_interval=on_interval)
+    ctx.disks = find_disks(ctx)
     fps = fingerprints(config, manifest, precision)
     if world.is_main:
         write_config(out, configuration.to_yaml(config, preset))
@@ -126,6 +145,8 @@ def run_step(ctx: Context, step: str, fps: Mapping[str, str]) -> dict[str, Any]:
         if not ctx.world.broadcast(ctx.store.finished(step, fp)):
             compute(ctx, step, fps)
             status = "resumed" if any(ctx.world.gather(ctx.resumed)) else "computed"
+    if step != "report":
+        ctx.disks.bring(ctx.store, step, fp)
     if ctx.world.is_main:
         link_latest(ctx.out, step, ctx.store.path(step, fp))
         say(f"{step}: {status} {fp} ({time.monotonic() - begin:.1f} s)")

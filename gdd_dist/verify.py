@@ -21,10 +21,13 @@ def verify_inputs(ctx: Context, steps: Mapping[str, str], splits: Sequence[str] 
     files = [(*f, ctx.store.path(step, fp)) for step, fp in done for f in ctx.store.files(step, fp)]
     if ctx.config.loader.resident != "none":
         files += decoded_files(ctx.store.root / CACHE, ctx.manifest, splits)
-    for i in range(ctx.world.rank, len(shards) + len(files), ctx.world.size):
+    world = ctx.world
+    # Where hosts have their own disks, each looks after its own.
+    first, every = (world.rank, world.size) if ctx.disks.shared else (world.local_rank, world.local_size)
+    for i in range(first, len(shards) + len(files), every):
         if i < len(shards):
             verify_shard(ctx.data, shards[i])
         else:
             path, size, sha256, directory = files[i - len(shards)]
             verify_file(path, size, sha256, f"remove {directory} to compute it again")
-    ctx.world.barrier()
+    world.barrier()
