@@ -9,7 +9,9 @@ import copy
 import json
 import os
 import re
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import jsonschema
@@ -152,3 +154,49 @@ def test_the_ray_cluster_file_fits_rays_schema():
 def test_the_readme_names_every_launcher():
     text = (FOLDER / "README.md").read_text()
     assert [p.name for p in FOLDER.iterdir() if p.name not in text and p.name != "README.md"] == []
+
+
+STUBS = {
+    "scontrol": 'if [ "$1" = show ]; then echo node1; else echo "$@" >> calls; kill -KILL $PPID; fi',
+    "scancel": 'echo "$@" >> calls; kill -TERM "$(cat step)"',
+    "srun": 'trap "exit 1" TERM; echo $$ > step; echo "$@" > called; for _ in $(seq 1 200); do sleep 0.05; done',
+}
+
+
+@pytest.fixture
+def batch(tmp_path):
+    """Starts slurm.sbatch with SLURM's programs replaced by stubs that write down how they were called."""
+    for name, body in STUBS.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+
+    def start(srun=None, **env):
+        if srun is not None:
+            (tmp_path / "srun").write_text(f"#!/usr/bin/env bash\n{srun}\n")
+        slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4"}
+        path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DATA": "/d", "OUT": "/o"}
+        command = [str(FOLDER / "slurm.sbatch"), "--seed", "3"]
+        return subprocess.Popen(command, cwd=tmp_path, env=os.environ | slurm | path | env)
+
+    return start
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=["time is nearly over", "preempted"])
+def test_slurm_queues_a_job_again_that_had_to_stop(batch, tmp_path, number):
+    job = batch()
+    end = time.monotonic() + 30
+    while not (tmp_path / "called").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    job.send_signal(number)
+    job.wait(timeout=30)
+    assert (tmp_path / "calls").read_text().split("\n")[:2] == ["--signal=TERM 7.0", "requeue 7"]
+    called = (tmp_path / "called").read_text()
+    assert "--nnodes=2 --nproc_per_node=4" in called
+    assert "--rdzv_endpoint=node1:20007" in called
+    assert called.strip().endswith("-m gdd_dist.train --data /d --out /o --seed 3")
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_slurm_does_not_queue_a_job_again_that_ended_by_itself(batch, tmp_path, status):
+    assert batch(srun=f"exit {status}").wait(timeout=30) == status
+    assert not (tmp_path / "calls").exists()
