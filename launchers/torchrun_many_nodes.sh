@@ -17,11 +17,20 @@ set -euo pipefail
 BIN=${BIN:-.venv/bin}
 gpus=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
 RANKS=${RANKS:-$((gpus > 0 ? gpus : 2))}
+where=()
 if [[ -n ${IFACE:-} ]]; then
     export GLOO_SOCKET_IFNAME=$IFACE NCCL_SOCKET_IFNAME=$IFACE
+    address=$(ip -4 -o addr show dev "$IFACE" | awk '{split($4, a, "/"); print a[1]; exit}')
+    where=(--local_addr="$address")
+fi
+# torchrun knows itself by its own name alone: tell it whether HEAD is one of this host's addresses.
+head_address=$(getent ahostsv4 "${HEAD%:*}" | awk '{print $1; exit}')
+is_host=0
+if [[ $head_address == 127.* || " $(hostname -I) " == *" $head_address "* ]]; then
+    is_host=1
 fi
 
-exec "$BIN/torchrun" --nnodes="$NODES" --nproc_per_node="$RANKS" --max_restarts="${RESTARTS:-3}" \
+exec "$BIN/torchrun" --nnodes="$NODES" --nproc_per_node="$RANKS" --max_restarts="${RESTARTS:-3}" "${where[@]}" \
     --rdzv_backend=c10d --rdzv_endpoint="$HEAD" --rdzv_id="${JOB:-gdd}" \
-    --rdzv_conf="join_timeout=${JOIN_SECONDS:-900}" -m gdd_dist.train \
+    --rdzv_conf="join_timeout=${JOIN_SECONDS:-900},is_host=$is_host" -m gdd_dist.train \
     ${DATA:+--data "$DATA"} --out "${OUT:-runs/mine}" "$@"
