@@ -84,6 +84,11 @@ class Context:
             )
         return self._images[split]
 
+    def say(self, line: str) -> None:
+        """A line for the user, from rank 0; none when it is empty."""
+        if line and self.world.is_main:
+            say(line)
+
     def watch(self, network: Network) -> Network:
         """Put a network on the device and count the images it forwards."""
 
@@ -117,9 +122,12 @@ class Context:
         loader = self.config.loader
         return augment(images, draws.to(images.device), flip=loader.flip, ops=loader.augment, fill=self.mean)
 
-    def checkpoints(self, directory: Path) -> Checkpoints:
-        """Checkpoints of one loop."""
-        return Checkpoints(directory, self.config.checkpoint_seconds, say)
+    def checkpoints(self, directory: Path, together: bool = False) -> Checkpoints:
+        """Checkpoints of one loop, which the ranks run ``together`` or each for itself."""
+        keep, seconds = self.config.checkpoints_kept, self.config.checkpoint_seconds
+        if not together:
+            return Checkpoints(directory, seconds, say, keep)
+        return Checkpoints(directory, seconds, self.say, keep, self.world.gather)
 
     def monitor(self, step: str, work: Path, total: int, *, start: int = 0, unit: str = "step") -> Monitor:
         """The monitor of a step that works in ``work``."""

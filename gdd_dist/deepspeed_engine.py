@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from gdd_dist.distributed import World
 from gdd_dist.engines import autocast
+from gdd_dist.finite import poisoned
 from gdd_dist.loss_scale import LossScale
 from sharding.errors import UserError
 
@@ -132,20 +133,26 @@ class DeepSpeedEngine:
         """Mean gradients over ranks and micro-batches."""
         if self._done:
             self._engine.step()  # tells DeepSpeed of the micro-batch before; the last one's is told by ``step``
-        self._engine.backward(self._scale.scale(loss))
+        self._engine.backward(self._scale.scale(poisoned(loss)))
         self._done += 1
 
-    def step(self, lr: float) -> None:
-        """Step, then clear gradients. Under fp16 DeepSpeed itself skips a step whose gradients overflowed on any rank."""
+    def step(self, lr: float) -> bool:
+        """Step, then clear gradients. From stage 1 on DeepSpeed itself skips a step whose gradients are not finite on any rank.
+
+        A loss scale that is still being sought skips steps too; that is no fault.
+        """
+        sought = self._scale.sought
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        if not self._stage and self._scale.enabled:
+        if not self._stage:
             self._scale.drop_overflow(self._parameters)
         self._engine.step()
         if self._stage:
             self._scale.overflow = bool(self._optimizer.overflow)
+        moved = not self._scale.overflow
         self._scale.update()
         self._done = 0
+        return moved or sought
 
     def gathered(self) -> AbstractContextManager[Sequence[Tensor]]:
         """All weights, whole, to be read inside the context. All ranks enter it."""

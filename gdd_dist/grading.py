@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from gdd_dist.artifacts import Lock, fingerprint, holding, read_json, write_json
+from gdd_dist.artifacts import fingerprint, read_json, write_json
 from gdd_dist.context import Context
+from gdd_dist.locks import Lock, holding
 from gdd_dist.models.classifiers import build_classifier
 from gdd_dist.monitor import Monitor, say
 from gdd_dist.networks import read_teachers
@@ -120,7 +121,7 @@ def train_once(ctx: Context, frozen: Frozen, job: Job) -> Measured:
     path = record_path(ctx, job)
 
     def busy(_holder: Mapping[str, Any]) -> None:
-        return None
+        ctx.world.check_stop()
 
     with holding(Lock(path.with_suffix(".lock")), busy):
         measured = load_record(path, job)

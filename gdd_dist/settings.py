@@ -223,13 +223,19 @@ class Config:
         1, "micro-batches that a rank's share of a gan or matching step is cut into, to save memory", low=1, where=True
     )
     device: str = setting("auto", "auto: CUDA where there is one", choices=("auto", "cpu", "cuda"), where=True)
-    timeout: float = setting(600.0, "seconds after which a silent peer counts as gone", above=0, where=True)
+    timeout: float = setting(
+        600.0,
+        "seconds without a sign of life after which a rank counts as gone, however busy it may be while it gives them",
+        above=0,
+        where=True,
+    )
     checkpoint_seconds: float = setting(
         10.0,
         "seconds between checkpoints at least; stretched so that saving takes at most 3 %; 0: every step",
         low=0,
         where=True,
     )
+    checkpoints_kept: int = setting(3, "newest checkpoints of a loop that are kept", low=1, where=True)
     verify: bool = setting(True, "hash every file that will be read before the first step", where=True)
     debug: bool = setting(False, "show tracebacks", where=True)
     seed: int = setting(0, "seed of every step", low=0)

@@ -22,6 +22,7 @@ def verify_inputs(ctx: Context, steps: Mapping[str, str], splits: Sequence[str] 
     if ctx.config.loader.resident != "none":
         files += decoded_files(ctx.store.root / CACHE, ctx.manifest, splits)
     for i in range(ctx.world.rank, len(shards) + len(files), ctx.world.size):
+        ctx.world.check_stop()
         if i < len(shards):
             verify_shard(ctx.data, shards[i])
         else:

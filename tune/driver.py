@@ -13,8 +13,8 @@ import ray.tune
 import torch
 
 from gdd_dist import config as configuration
-from gdd_dist.artifacts import Lock, holding
 from gdd_dist.check import check
+from gdd_dist.locks import Lock, holding
 from gdd_dist.monitor import say
 from sharding.errors import UserError
 from sharding.files import write_atomic
