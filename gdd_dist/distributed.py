@@ -9,6 +9,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +52,11 @@ class World:
             self._store.clone(), self.rank, self.size, self.timeout, lambda: self.step, self.claim_failure
         )
         self.barrier()
-        if self.local_size == self.size and _loopback_is_up():
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all on this host: nobody else needs to reach the ranks
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         limit = datetime.timedelta(seconds=max(_COLLECTIVE, self.timeout))
-        dist.init_process_group(
-            backend, store=dist.PrefixStore("gdd", self._store), rank=self.rank, world_size=self.size, timeout=limit
-        )
+        store = dist.PrefixStore("gdd", self._store)
+        with _on_loopback(self.local_size == self.size):
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=limit)
 
     def _pick_device(self, device: str) -> torch.device:
         if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
@@ -255,6 +254,20 @@ class World:
         while self.is_main and here < self.size - 1 and time.monotonic() < deadline:
             time.sleep(_POLL)
             here = self._store.add("left", 0)
+
+
+@contextmanager
+def _on_loopback(wanted: bool) -> Iterator[None]:
+    """Ranks that are all on this host listen on loopback alone, unless the user has chosen an interface."""
+    name = "GLOO_SOCKET_IFNAME"
+    if not wanted or name in os.environ or not _loopback_is_up():
+        yield
+        return
+    os.environ[name] = "lo"
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def _loopback_is_up() -> bool:

@@ -26,10 +26,13 @@ class Preempted(Exception):
 
 
 class Asked:
-    """Whether this job was asked to stop. ``number``: the signal, 0 while none came; ``heard``: set when one did."""
+    """Whether this job was asked to stop. ``number``: the signal, 0 while none came; ``heard``: set when one did.
+
+    ``patient``: there is something to save, so that a signal does not end this process at once.
+    """
 
     def __init__(self) -> None:
-        self.number, self.agreed, self.grace = 0, False, GRACE
+        self.number, self.agreed, self.grace, self.patient = 0, False, GRACE, False
         self.heard = threading.Event()
         self.wake: Callable[[], object] = lambda: None
 
@@ -84,9 +87,13 @@ def listen(rank: int) -> None:
     signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
     asked.wake = lambda: os.write(tell, b"\0")
     for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda _signal, _frame: None)
+        signal.signal(number, _handler)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _end_with_parent()
+
+
+def _handler(_number: int, _frame: object) -> None:
+    """The thread does what there is to do."""
 
 
 def _hear(told: int, rank: int) -> None:
@@ -107,7 +114,9 @@ def _hear(told: int, rank: int) -> None:
             deadline = time.monotonic() + asked.grace
         elif number == signal.SIGINT:  # the main thread hears it too, unless it is inside a collective
             interrupted, deadline = True, time.monotonic() + 2.0
-        elif number in (signal.SIGTERM, signal.SIGUSR1):
+        elif number in (signal.SIGTERM, signal.SIGUSR1) and signal.getsignal(number) is _handler:
+            if not asked.patient:
+                end_with(128 + number, f"stopped: rank {rank}, by {signal.Signals(number).name}; nothing had begun")
             if asked.number:
                 end_with(128 + number, f"stopped: rank {rank}, {_SECOND_SIGNAL}")
             deadline = time.monotonic() + asked.grace

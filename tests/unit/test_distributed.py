@@ -2,7 +2,11 @@
 
 import errno
 import os
+import signal
+import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import ranks
@@ -255,3 +259,53 @@ def test_a_silence_is_counted_in_the_time_of_who_listens():
     assert watch.look({1: b"a", 2: b"x"}, 1.0) == {1: 1.0, 2: 0.0}
     assert watch.look({1: b"a", 2: b"x"}, 500.0) == {1: 3.0, 2: 2.0}  # it was the listener who slept
     assert watch.look({1: b"b", 2: b"x"}, 1.0) == {1: 0.0, 2: 3.0}
+
+
+def listens(rank):
+    """Addresses that this rank's own sockets listen on, and not the store's, which torchrun hosts elsewhere."""
+    before = listening()
+    world = World("cpu")
+    world.mean({"a": torch.tensor(1.0)})
+    found = listening()
+    world.close()
+    return {"all": sorted(found), "new": sorted(found - before if rank else set())}
+
+
+def listening():
+    """Hexadecimal addresses that this process listens on."""
+    inodes = set()
+    for path in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):
+            inodes.add(os.readlink(path))
+    rows = [
+        line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/self/net/{name}").read_text().splitlines()[1:]
+    ]
+    return {row[1].rpartition(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in inodes}
+
+
+def test_ranks_of_one_host_listen_on_loopback_alone(tmp_path):
+    found = ranks.call(tmp_path, 2, listens)
+    assert set(found[1]["new"]) <= {"0100007F", "00000000000000000000000001000000"}
+    assert found[1]["new"], found
+
+
+def waits(rank, folder, handler):
+    def main(argv, joined):
+        if handler:  # as Ray does
+            signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(7))
+        (folder / "there").touch()
+        time.sleep(60)
+
+    run_program(main, [])
+
+
+@pytest.mark.parametrize(("handler", "status"), [(False, 143), (True, 7)], ids=["", "a library has its own handler"])
+def test_a_signal_before_there_is_anything_to_save_ends_at_once(tmp_path, handler, status):
+    job = ranks.launch(tmp_path, 1, waits, (tmp_path, handler))
+    job.until((tmp_path / "there").exists)
+    begin = time.monotonic()
+    job.send(signal.SIGTERM)
+    ended = job.wait(30)
+    assert ended.codes == [status], ended.text
+    assert time.monotonic() - begin < 8
+    assert ("stopped: rank 0, by SIGTERM" in ended.err[0]) == (not handler)
