@@ -48,6 +48,7 @@ def test_a_stopped_rank_ends_the_job_and_is_named_with_its_step(undisturbed, tmp
     ranks.train(out, [*undisturbed.argv, "--until", step], 2)  # the lock of the dead is no hindrance
 
 
+@pytest.mark.slow
 def test_without_torchrun_a_stopped_rank_0_takes_the_store_with_it_and_the_others_still_end(undisturbed, tmp_path):
     out = undisturbed.copy(tmp_path / "out", "teachers", "logits")
     hook = functools.partial(hooks.signal_in, where="gan.train_step", call=2, number=signal.SIGSTOP, victim=0)
@@ -61,8 +62,8 @@ def test_without_torchrun_a_stopped_rank_0_takes_the_store_with_it_and_the_other
 
 
 def test_a_busy_rank_is_waited_for_however_long_it_takes(undisturbed, tmp_path):
-    hook = functools.partial(hooks.busy_in, where="teachers.train_step", call=3, seconds=9, victim=1)
-    found = ranks.train(tmp_path / "out", [*undisturbed.argv, *TIMEOUT, "--until", "teachers"], 2, before=hook)
+    hook = functools.partial(hooks.busy_in, where="teachers.train_step", call=3, seconds=6, victim=1)
+    found = ranks.train(tmp_path / "out", [*undisturbed.argv, "--timeout", "3", "--until", "teachers"], 2, before=hook)
     assert found["teachers"]["status"] == "computed"
 
 

@@ -107,6 +107,7 @@ def test_twenty_of_twenty_finished_runs_leave_with_0(undisturbed, tmp_path):
         assert "terminate called" not in text
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_0_ends_the_job_and_is_named(undisturbed, tmp_path):
     out = undisturbed.copy(tmp_path / "out", "teachers", "logits")
     argv = [*undisturbed.argv, *LONG_GAN, "--timeout", "4", "--out", str(out)]
