@@ -97,7 +97,7 @@ def describe(fault: Exception) -> str:
             errno.EFBIG: "raise the limit on the size of files (ulimit -f) and run the same command again",
             **dict.fromkeys((errno.ENOENT, errno.EIO, errno.ESTALE, errno.ENOTCONN), _GONE),
         }
-        name = f"{fault.filename}: " if fault.filename else ""
+        name = f"{os.fsdecode(fault.filename)}: " if isinstance(fault.filename, (str, bytes)) else ""
         return redact(
             f"{name}{fault.strerror or fault}; {remedies.get(fault.errno or 0, 'mend it and run the same command again')}"
         )

@@ -201,6 +201,10 @@ def test_a_fault_of_the_system_is_one_line_with_file_and_remedy(number, says):
     assert says in text
 
 
+def test_a_file_that_a_library_names_in_bytes_is_named_as_any_other():
+    assert describe(OSError(errno.EIO, "gone", b"/a/b")).startswith("/a/b: gone; ")
+
+
 def test_a_message_of_several_lines_becomes_one():
     assert describe(RuntimeError("one\n  two\n")) == "one two"
     assert describe(MemoryError()) == "MemoryError"
