@@ -37,7 +37,7 @@ class Running:
         """All it has said."""
         return "\n".join(f.read_text() for f in self._files)
 
-    def until(self, condition: Callable[[], bool], timeout: float = 240) -> None:
+    def until(self, condition: Callable[[], bool], timeout: float = 900) -> None:
         """Wait for a condition while the search runs."""
         end = time.monotonic() + timeout
         while not condition():
@@ -46,7 +46,7 @@ class Running:
                 pytest.fail(f"what the test waited for never came\n{self.text()}")
             time.sleep(0.02)
 
-    def wait(self, timeout: float = 300) -> int:
+    def wait(self, timeout: float = 900) -> int:
         """Its exit status."""
         try:
             return self.process.wait(timeout)

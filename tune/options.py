@@ -29,7 +29,7 @@ METRICS = {
 }
 FILE = "search.yaml"
 _FORMAT = "gdd-search/1"
-_REFUSED = ("until", "print_config", "print-config", "dry_run", "dry-run", "deepspeed_config", "deepspeed-config")
+_REFUSED = ("until", "print_config", "print-config", "dry_run", "dry-run")
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
