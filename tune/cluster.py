@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -48,6 +49,7 @@ class Node:
 def cluster(address: str | None, debug: bool = False) -> Iterator[list[Node]]:
     """A local Ray or a connection to a running cluster; left, or ended with all it runs, at the end. ``debug``: show its workers' output."""
     _start(address, debug)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put a handler of its own there
     try:
         yield nodes()
     finally:
