@@ -146,7 +146,7 @@ def listening(pids: set[int]) -> set[str]:
     return found
 
 
-def gone(pids: set[int], timeout: float = 60) -> set[int]:
+def gone(pids: set[int], timeout: float = 240) -> set[int]:
     """Those of these processes that are still there after a while."""
     end = time.monotonic() + timeout
     while (left := {p for p in pids if _lives(p)}) and time.monotonic() < end:

@@ -245,7 +245,6 @@ def test_killed_it_goes_on_where_it_was_and_reads_no_test_data(tiny, digits, tmp
     open_ = [p.name for p in (out / "trials").iterdir() if p.name not in ended and len(progress(out, p.name)) >= 3]
     assert ended
     assert open_
-    assert not gone(processes)
     written = {p: p.stat().st_mtime_ns for name in ended for p in (out / "trials" / name).rglob("*") if p.is_file()}
     for path in (out / "ray").glob("*/*.pkl"):
         path.write_bytes(path.read_bytes()[:-20])
@@ -262,6 +261,7 @@ def test_killed_it_goes_on_where_it_was_and_reads_no_test_data(tiny, digits, tmp
         if found[name]["status"] == "finished":
             assert steps(out, name)["matching"]["status"] == "resumed"
             assert_same_as_undisturbed(out, name, tmp_path / f"alone-{name}")
+    assert not gone(processes)  # Ray's agents look for their raylet now and then only
 
 
 def assert_same_as_undisturbed(out: Path, name: str, alone: Path) -> None:
