@@ -264,6 +264,20 @@ def test_killed_it_goes_on_where_it_was_and_reads_no_test_data(tiny, digits, tmp
     assert not gone(processes)  # Ray's agents look for their raylet now and then only
 
 
+@pytest.mark.slow
+def test_out_of_time_it_keeps_what_it_has_and_resume_does_the_rest(tiny, tmp_path):
+    argv = [*tiny, *SLOW, "--trials", "3", "--scheduler", "fifo", "--final-seeds", "0"]
+    out = tmp_path / "out"
+    assert "no trial has finished" in refused(out, [*argv, "--time-budget", "1s"])
+    begun = {p.name for p in (out / "trials").iterdir()}
+    assert begun
+    assert not outcomes(out)
+    search(out, [*argv, "--resume"])
+    assert {line["status"] for line in outcomes(out).values()} == {"finished"}
+    assert len(outcomes(out)) == 3
+    assert begun <= outcomes(out).keys()
+
+
 def assert_same_as_undisturbed(out: Path, name: str, alone: Path) -> None:
     """A trial that was interrupted gives the weights that the trainer gives in one go."""
     trial = out / "trials" / name

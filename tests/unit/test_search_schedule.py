@@ -183,7 +183,7 @@ def test_what_was_saved_is_counted(a_record):
     text = page.cost(a_search(a_record), a_record, list(a_record.outcomes().values()))
     assert "| shards, teachers, logits, GAN, once | 0.50 |" in text
     assert "| saved by reuse | 1.50 |" in text  # four trials, one of which would have had to compute them anyway
-    assert "| 1 trials stopped" in text
+    assert "| 1 trial stopped" in text
 
 
 def test_the_hparams_page_needs_no_second_look(a_record):
