@@ -100,7 +100,7 @@ def steps(out: Path, trial: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-def assert_shared(out: Path, computed: bool = True) -> None:
+def assert_shared(out: Path) -> None:
     """Teachers, logits and GAN were computed once, by nobody but the shared job."""
     for trial in (out / "trials").glob("*/steps.json"):
         found = steps(out, trial.parent.name)
