@@ -93,9 +93,7 @@ class Context:
 
     def teacher(self, teacher: Teacher) -> Classifier:
         """A trained teacher, frozen, in evaluation mode."""
-        net = self.classifier(teacher.architecture, 0, "teacher")
-        net.load_state_dict(teacher.weights())
-        return net.eval().requires_grad_(False)
+        return self.watch(teacher.load(self.manifest.channels, self.manifest.height, self.classes))
 
     def augment(self, images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
         """This run's augmentation of float images [B, C, H, W], replayed by ``draws`` [B, AUGMENT_DRAWS]."""

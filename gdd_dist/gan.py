@@ -128,6 +128,7 @@ def run(ctx: Context, work: Path, provenance: dict[str, Any]) -> dict[str, Any]:
             "format": "gdd-generator/1",
             "arch": nets.ema.arch,
             "classes": list(ctx.manifest.classes),
+            "normalization": {"range": [-1, 1], "mean": ctx.mean, "std": ctx.std},  # of train's pixels in that range
             "provenance": provenance,
         }
         save_network(work / GENERATOR, nets.ema, meta)

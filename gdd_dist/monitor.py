@@ -35,11 +35,12 @@ def write_text(directory: Path, name: str, text: str) -> None:
 class Monitor:
     """Scalars, pictures and progress of one step, from ``start`` (steps done) to ``total``. Silent on ranks other than 0.
 
-    ``directory`` is this step's own: after a resume, points of ``start`` and later that an interrupted run wrote are purged.
+    ``directory`` is this step's own (None: no TensorBoard): after a resume, points of ``start`` and later that an
+    interrupted run wrote are purged.
     """
 
     def __init__(
-        self, directory: Path, step: str, total: int, *, start: int = 0, unit: str = "step", active: bool = True
+        self, directory: Path | None, step: str, total: int, *, start: int = 0, unit: str = "step", active: bool = True
     ) -> None:
         self.step, self.total, self.unit, self._active = step, total, unit, active
         self._begin = self._line = time.monotonic()
@@ -47,7 +48,8 @@ class Monitor:
         self._writer: SummaryWriter | None = None
         self._bar: tqdm[Any] | None = None
         if active:
-            self._writer = SummaryWriter(str(directory), purge_step=start)
+            if directory is not None:
+                self._writer = SummaryWriter(str(directory), purge_step=start)
             if sys.stderr.isatty():
                 self._bar = tqdm(total=total, initial=start, desc=step, unit=unit, dynamic_ncols=True)
 

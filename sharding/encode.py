@@ -3,8 +3,8 @@
 import io
 import json
 import zlib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,6 +21,7 @@ from sharding.pool import Tick
 from sharding.shards import decode, verify_shard
 
 OWNER, MODE = "gdd", 0o444
+_BLOCK = 512
 
 
 @dataclass(frozen=True)
@@ -61,30 +62,51 @@ def inspect_all(reader: Reader, members: Sequence[Member], tick: Tick) -> list[S
 
 def write_shard(reader: Reader, task: ShardTask, tick: Tick) -> Written:
     """Write a shard's tar, its index, then its record, each whole or not at all."""
-    # Imported here, where worker processes have kept torch out; see pool.py.
-    from webdataset.writer import TarWriter
-
     shard, target = task.shard, task.target
-    path = task.directory / shard.file
-    index = np.empty((len(shard.samples), 3), np.int64)
     moments = Moments(target.channels) if shard.split == "train" else None
-    with atomic_file(path) as stream:
-        writer = TarWriter(_Sink(stream), user=OWNER, group=OWNER, mode=MODE, mtime=0, encoder=False)
-        for row, sample in enumerate(shard.samples):
+
+    def samples() -> Iterator[Stored]:
+        for sample in shard.samples:
             suffix, payload = _stored(reader, sample, target, moments)
-            writer.write({"__key__": sample.key, "cls": str(sample.label).encode(), suffix: payload})
-            # Members are written in alphabetical order: the image, after cls, ends where the archive now ends.
-            index[row] = writer.tarstream.offset - _padded(len(payload)), len(payload), sample.label
+            yield Stored(sample.key, sample.label, suffix, payload)
             tick(1)
-        writer.close()
-    buffer = io.BytesIO()
-    np.save(buffer, index)
-    index_path = path.with_suffix(".npy")
-    write_atomic(index_path, buffer.getvalue())
-    info = ShardInfo(shard.file, len(index), path.stat().st_size, sha256_file(path), sha256_file(index_path))
+
+    info = write_tar(task.directory, shard.file, samples())
     written = Written(info, *(moments.sums() if moments else ((), ())))
     write_atomic(task.record, json.dumps(asdict(written)).encode())
     return written
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A sample as it goes into a tar: ``KEY.cls``, ``KEY.suffix``, and ``extras``, members whose names sort after those."""
+
+    key: str
+    label: int
+    suffix: str
+    payload: bytes
+    extras: Mapping[str, bytes] = field(default_factory=dict)
+
+
+def write_tar(directory: Path, file: str, samples: Iterable[Stored]) -> ShardInfo:
+    """Write ``directory/file``, a WebDataset tar, and its index, each whole or not at all; the same bytes every time."""
+    # Imported here, where worker processes have kept torch out; see pool.py.
+    from webdataset.writer import TarWriter
+
+    path, rows = directory / file, []
+    with atomic_file(path) as stream:
+        writer = TarWriter(_Sink(stream), user=OWNER, group=OWNER, mode=MODE, mtime=0, encoder=False)
+        for s in samples:
+            writer.write({"__key__": s.key, "cls": str(s.label).encode(), s.suffix: s.payload, **s.extras})
+            # Members are written in alphabetical order: the image comes after cls and before the extras.
+            after = sum(_BLOCK + _padded(len(extra)) for extra in s.extras.values())
+            rows.append((writer.tarstream.offset - after - _padded(len(s.payload)), len(s.payload), s.label))
+        writer.close()
+    buffer = io.BytesIO()
+    np.save(buffer, np.array(rows, np.int64).reshape(-1, 3))
+    index_path = path.with_suffix(".npy")
+    write_atomic(index_path, buffer.getvalue())
+    return ShardInfo(file, len(rows), path.stat().st_size, sha256_file(path), sha256_file(index_path))
 
 
 def finished_shard(task: ShardTask) -> Written | None:
@@ -156,4 +178,4 @@ class _Sink:
 
 
 def _padded(size: int) -> int:
-    return -(-size // 512) * 512
+    return -(-size // _BLOCK) * _BLOCK

@@ -17,6 +17,8 @@ from sharding.progress import Log, Progress
 from sharding.shards import decode, read_index, verify_shard
 
 IMAGES_PER_WORKER = 2000
+# Soft labels of an exported set stand beside the image.
+EXTRA = ".soft.npy"
 # Decoders of other versions may round differently.
 TOLERANCE = 1e-3
 
@@ -115,7 +117,7 @@ def check_shard(shared: tuple[Path, Manifest], task: ShardTask, tick: Tick) -> F
 def _samples(path: Path) -> Iterator[tuple[int, int, int]]:
     """Yield offset, size and label of each sample, as the tar tells them. Raises ValueError for another layout."""
     with tarfile.open(path, "r:") as archive:
-        members = iter(archive)
+        members = iter([info for info in archive if not info.name.endswith(EXTRA)])
         for label in members:
             image = next(members, None)
             stream = archive.extractfile(label)

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gdd_dist.data.pixels import to_float as to_float
+from gdd_dist.data.pixels import to_uint8 as to_uint8
 from sharding.errors import UserError
 from sharding.manifest import Manifest
 from sharding.shards import Shards, decode
@@ -97,16 +99,6 @@ def free_memory() -> int:
     """Bytes of memory that this host can still give, divided by the ranks that share it."""
     pages = os.sysconf("SC_AVPHYS_PAGES") if hasattr(os, "sysconf") else 0
     return int(pages * os.sysconf("SC_PAGE_SIZE")) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def to_float(images: Tensor, device: torch.device) -> Tensor:
-    """uint8 [B, C, H, W] → float32 in [-1, 1] on ``device``."""
-    return images.to(device, non_blocking=True).contiguous().float().mul_(1 / 127.5).sub_(1)
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Float in [-1, 1] → uint8, rounded."""
-    return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def prefetch(read: Callable[[int], Batch], start: int, stop: int, ahead: int) -> Iterator[Batch]:

@@ -63,7 +63,14 @@ def make(out: Path, data: Path) -> Made:
         elif step != "logits":
             with seeded(0, step):
                 net = Generator(classes=len(manifest.classes), channels=1, size=manifest.height, width=16)
-            save_network(work / GENERATOR, net, {"format": "gdd-generator/1", "arch": net.arch, "history": HISTORY})
+            meta = {
+                "format": "gdd-generator/1",
+                "arch": net.arch,
+                "classes": list(manifest.classes),
+                "history": HISTORY,
+            }
+            provenance = {"data": manifest.name, "fingerprints": made_from}
+            save_network(work / GENERATOR, net, {**meta, "provenance": provenance})
         link_latest(out, step, store.finish(step, fps[step], {"provenance": {"fingerprints": made_from}}))
     config = dataclasses.replace(settings(), data=str(data), out=str(out))
     (out / "config.yaml").write_text(configuration.to_yaml(config, "digits"))
