@@ -148,6 +148,11 @@ class Lock:
         threading.Thread(target=self._beat, daemon=True).start()
         return None
 
+    def holder(self) -> dict[str, Any] | None:
+        """The living holder {host, pid, since, id}, None if there is none; takes nothing."""
+        holder = self._holder()
+        return holder if holder is not None and self._alive(holder) else None
+
     def _create(self, temporary: Path) -> bool:
         try:
             os.link(temporary, self.path)

@@ -48,20 +48,30 @@ def cells(r: Mapping[str, Any]) -> list[str]:
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
     """The rows as plain text for a terminal; a blank line parts budgets."""
-    lines = [cells(r) for r in results]
-    widths = [max(len(line[i]) for line in (list(COLUMNS), *lines)) for i in range(len(COLUMNS))]
-
-    def aligned(line: Sequence[str]) -> str:
-        return "  ".join(
-            c.ljust(w) if i < LEFT else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
-        )
-
-    out, last = [aligned(COLUMNS), "  ".join("-" * w for w in widths)], None
-    for r, line in zip(results, lines, strict=True):
+    lines = [list(COLUMNS), *(cells(r) for r in results)]
+    rule = ["-" * width for width in _widths(lines)]
+    header, rule_line, *body = aligned([lines[0], rule, *lines[1:]], LEFT)
+    out, last = [header, rule_line], None
+    for r, line in zip(results, body, strict=True):
         group = tuple(r[k] for k in ("student", "protocol", "labels", "ipc"))
-        out += ([""] if last not in (None, group) else []) + [aligned(line)]
+        out += ([""] if last not in (None, group) else []) + [line]
         last = group
-    return "\n".join(line.rstrip() for line in out)
+    return "\n".join(out)
+
+
+def aligned(lines: Sequence[Sequence[str]], left: int) -> list[str]:
+    """Lines of plain text whose cells stand below each other; the first ``left`` columns are aligned to the left."""
+    widths = _widths(lines)
+
+    def one(line: Sequence[str]) -> str:
+        pairs = enumerate(zip(line, widths, strict=True))
+        return "  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in pairs).rstrip()
+
+    return [one(line) for line in lines]
+
+
+def _widths(lines: Sequence[Sequence[str]]) -> list[int]:
+    return [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
 
 
 def markdown(header: Sequence[str], lines: Iterable[Sequence[str]], left: int = 1) -> str:

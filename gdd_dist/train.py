@@ -25,6 +25,7 @@ from gdd_dist.monitor import say, write_text
 from gdd_dist.plan import INPUTS, fingerprints
 from gdd_dist.program import run_program
 from gdd_dist.settings import STEPS, Config
+from gdd_dist.users import note_user
 from gdd_dist.verify import verify_inputs
 from sharding.errors import UserError
 from sharding.files import write_atomic
@@ -83,6 +84,7 @@ def run(
     fps = fingerprints(config, manifest, precision)
     if world.is_main:
         write_config(out, configuration.to_yaml(config, preset))
+        note_user(store.root, out)
     last = STEPS.index(config.until)
     begin = time.monotonic()
     if config.verify:
