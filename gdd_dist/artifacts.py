@@ -29,9 +29,14 @@ def fingerprint(parts: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def json_bytes(value: Any) -> bytes:
+    """JSON as all files here hold it."""
+    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON whole or not at all."""
-    write_atomic(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+    write_atomic(path, json_bytes(value))
 
 
 def read_json(path: Path) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from gdd_dist import report, teachers
+from gdd_dist import evidence, report, teachers
 from gdd_dist.artifacts import read_json
 from gdd_dist.context import Context, train_order
 from gdd_dist.grading import cached
@@ -97,7 +97,7 @@ def report_left(ctx: Context, work: Path, fps: Mapping[str, str]) -> tuple[Left,
     left = [j for j in students if j.fingerprint not in known]
     last, test = ctx.config.teachers.seeds * len(ctx.config.teachers.architectures), len(ctx.images("test"))
     images = sum(images_forwarded(j, last, test) for j in left)
-    images += 2 * min(ctx.classes, report.SAMPLE_CLASSES) * report.SAMPLE_COLUMNS
+    images += 2 * min(ctx.classes, report.SAMPLE_CLASSES) * report.SAMPLE_COLUMNS + evidence.forwards(ctx)
     note = work / "checkpoints" / "start.json"
     resumes = note.exists() and len(known) > read_json(note)["students"]
     return Left(resumes, sum(j.budget.optimizer_steps for j in left), images), left

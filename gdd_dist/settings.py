@@ -193,6 +193,9 @@ class Report:
     label_temperature: float = setting(1.0, "temperature of soft labels", above=0)
     full_epochs: int = setting(30, "epochs of the full-data students", low=1)
     full_lr: float = setting(0.01, "learning rate of the full-data students (constant)", above=0)
+    ars: bool = setting(
+        True, "also train the fixed rows of real and matched images without augmentation, for DD-Ranking's ARS"
+    )
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gdd_dist import confusion
+from gdd_dist.confusion import Measured
 from gdd_dist.context import Context
 from gdd_dist.data.augment import AUGMENT_DRAWS
 from gdd_dist.data.loader import prefetch, to_float
 from gdd_dist.data.order import dealt, uniform
 from gdd_dist.engines import autocast
-from gdd_dist.fit import accuracy, sgd, train_step
+from gdd_dist.fit import predict, sgd, train_step
 from gdd_dist.models.classifiers import Classifier
 from gdd_dist.models.generator import Generator
 from gdd_dist.networks import GENERATOR, load_generator_network, read_teachers
@@ -125,8 +127,8 @@ class Sets:
         return self._fetch(places // self.images * self.images + members), members // self._ipc
 
 
-def train(ctx: Context, frozen: Frozen, job: Job) -> tuple[float, int]:
-    """Train one student from its first weights on. Returns (accuracy on test in percent, distinct images seen)."""
+def train(ctx: Context, frozen: Frozen, job: Job) -> tuple[Measured, np.ndarray]:
+    """Train one student from its first weights on. Returns its result and its confusion matrix on test, int64 [K, K]."""
     seed = ctx.config.step_seed("report")
     net = ctx.classifier(job.row.student, seed, f"report/{job.row.student}/{job.seed}")
     if job.row.ipc is None:
@@ -134,7 +136,10 @@ def train(ctx: Context, frozen: Frozen, job: Job) -> tuple[float, int]:
     else:
         distinct = job.budget.distinct_images_seen
         _fit_sets(ctx, net, frozen, job)
-    return accuracy(net, ctx.images("test"), ctx.device, ctx.precision), distinct
+    test = ctx.images("test")
+    answers = predict(net, test.read, len(test), ctx.device, ctx.precision).argmax(1).numpy()
+    matrix = confusion.confusion(test.labels, answers, ctx.classes)
+    return Measured(confusion.accuracy(matrix), confusion.balanced(matrix), distinct), matrix
 
 
 def _fit_sets(ctx: Context, net: Classifier, frozen: Frozen, job: Job) -> None:
@@ -148,7 +153,8 @@ def _fit_sets(ctx: Context, net: Classifier, frozen: Frozen, job: Job) -> None:
         places = np.arange(ends[0], ends[-1])
         images, labels = sets.take(places)
         draws = torch.from_numpy(uniform(seed, f"{sets.purpose}/augment", 0, places, AUGMENT_DRAWS))
-        x = ctx.augment(to_float(images, ctx.device), draws)
+        plain = to_float(images, ctx.device)
+        x = ctx.augment(plain, draws) if job.row.augmented else plain
         y = torch.from_numpy(labels).to(ctx.device)
         if job.row.labels == "soft":
             y = frozen.soft_labels(x, r.label_temperature)

@@ -21,6 +21,7 @@ COLUMNS = (
 LEFT = 4
 """Columns of words, aligned to the left; the others hold numbers."""
 NONE = "–"
+BALANCED_TOLERANCE = 1e-6
 
 
 def accuracy(mean: float, std: float | None) -> str:
@@ -75,15 +76,40 @@ def _widths(lines: Sequence[Sequence[str]]) -> list[int]:
 
 
 def markdown(header: Sequence[str], lines: Iterable[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table; the first ``left`` columns are aligned to the left, the others to the right."""
+    """A Markdown table; the first ``left`` columns are aligned to the left, the others to the right.
+
+    A name that holds HTML or a bar stays a name.
+    """
     rule = ["---" if i < left else "---:" for i in range(len(header))]
-    escaped = [[c.replace("|", "\\|") for c in line] for line in lines]
+    escaped = [[c.replace("<", "&lt;").replace("|", "\\|") for c in line] for line in lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in (list(header), rule, *escaped))
 
 
 def markdown_table(results: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as Markdown."""
-    return markdown(COLUMNS, [cells(r) for r in results], LEFT)
+    """The rows as Markdown, with the columns that these rows have a use for."""
+    extras = {
+        "balanced %": [r.get("balanced_mean") for r in results],
+        "LRS": [r.get("lrs") for r in results],
+        "ARS": [r.get("ars") for r in results],
+    }
+    if not any(differs(r) for r in results):
+        del extras["balanced %"]
+    chosen = {name: values for name, values in extras.items() if any(v is not None for v in values)}
+    formats = {"balanced %": "{:.1f}"}
+    more = [
+        [
+            NONE if values[i] is None else formats.get(name, "{:.3f}").format(values[i])
+            for name, values in chosen.items()
+        ]
+        for i in range(len(results))
+    ]
+    return markdown((*COLUMNS, *chosen), [cells(r) + m for r, m in zip(results, more, strict=True)], LEFT)
+
+
+def differs(r: Mapping[str, Any]) -> bool:
+    """Whether classes of unequal size in test make balanced accuracy another figure."""
+    balanced = r.get("balanced_mean")
+    return balanced is not None and abs(balanced - r["mean"]) > BALANCED_TOLERANCE
 
 
 def headline(results: Sequence[Mapping[str, Any]]) -> str:

@@ -151,7 +151,7 @@ def compute(ctx: Context, step: str, fps: Mapping[str, str]) -> None:
     work = ctx.store.partial(step, fps[step])
     work.mkdir(parents=True, exist_ok=True)
     ctx.world.barrier()
-    dirs = {name: ctx.store.path(name, fps[name]) for name in INPUTS[step] if name != "shards"}
+    begin, dirs = time.monotonic(), {name: ctx.store.path(name, fps[name]) for name in INPUTS[step] if name != "shards"}
     origin = provenance(ctx, fps)
     if step == "teachers":
         info = teachers.run(ctx, work)
@@ -164,9 +164,10 @@ def compute(ctx: Context, step: str, fps: Mapping[str, str]) -> None:
     else:
         dirs["logits"] = ctx.store.path("logits", fps["logits"])
         info = report.run(ctx, work, dirs, {"data": fps["shards"], **{k: v for k, v in fps.items() if k in dirs}})
-    ctx.world.barrier()
+    images = ctx.world.sum(ctx.forwards)
+    cost = {"seconds": round(time.monotonic() - begin, 2), "images_processed": images, "ranks": ctx.world.size}
     if ctx.world.is_main:
-        ctx.store.finish(step, fps[step], {"info": info, "provenance": origin})
+        ctx.store.finish(step, fps[step], {"info": info, "provenance": origin, "cost": cost})
     ctx.world.barrier()
 
 
@@ -189,7 +190,7 @@ def finish(ctx: Context, fps: Mapping[str, str]) -> None:
     results = read_json(directory / "metrics.json")["results"]
     latest = ctx.out / "report" / "latest"
     sys.stdout.write(
-        f"\n{report.table(results)}\n\nreport: {latest}/report.md\npictures: {latest}/samples.png {latest}/curves.png\n"
+        f"\n{report.table(results)}\n\nreport: {latest}/report.md\npage: {latest}/report.html (the same with its pictures, in one file)\n"
     )
     sys.stdout.write(
         f"generator: {ctx.out}/matching/latest/generator.safetensors\nTensorBoard: tensorboard --logdir {ctx.out}/tensorboard\n"
