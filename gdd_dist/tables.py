@@ -21,6 +21,7 @@ COLUMNS = (
 LEFT = 4
 """Columns of words, aligned to the left; the others hold numbers."""
 NONE = "–"
+SCORES = ("balanced %", "LRS", "ARS")
 BALANCED_TOLERANCE = 1e-6
 
 
@@ -86,24 +87,19 @@ def markdown(header: Sequence[str], lines: Iterable[Sequence[str]], left: int = 
 
 
 def markdown_table(results: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as Markdown, with the columns that these rows have a use for."""
-    extras = {
-        "balanced %": [r.get("balanced_mean") for r in results],
-        "LRS": [r.get("lrs") for r in results],
-        "ARS": [r.get("ars") for r in results],
-    }
+    """The rows as Markdown, with the columns that these rows have a use for; figures first, so that a narrow screen shows them."""
+    lines = [dict(zip(COLUMNS, cells(r), strict=True)) | scores(r) for r in results]
+    unused = {name for name in SCORES if all(line[name] == NONE for line in lines)}
     if not any(differs(r) for r in results):
-        del extras["balanced %"]
-    chosen = {name: values for name, values in extras.items() if any(v is not None for v in values)}
-    formats = {"balanced %": "{:.1f}"}
-    more = [
-        [
-            NONE if values[i] is None else formats.get(name, "{:.3f}").format(values[i])
-            for name, values in chosen.items()
-        ]
-        for i in range(len(results))
-    ]
-    return markdown((*COLUMNS, *chosen), [cells(r) + m for r, m in zip(results, more, strict=True)], LEFT)
+        unused.add("balanced %")
+    order = [c for c in (*COLUMNS[: LEFT + 1], *COLUMNS[-2:], *SCORES, *COLUMNS[LEFT + 1 : -2]) if c not in unused]
+    return markdown(order, [[line[c] for c in order] for line in lines], LEFT)
+
+
+def scores(r: Mapping[str, Any]) -> dict[str, str]:
+    """The cells of a row that not every table has."""
+    found = {"balanced %": r.get("balanced_mean"), "LRS": r.get("lrs"), "ARS": r.get("ars")}
+    return {k: NONE if v is None else f"{v:.1f}" if k == "balanced %" else f"{v:.3f}" for k, v in found.items()}
 
 
 def differs(r: Mapping[str, Any]) -> bool:

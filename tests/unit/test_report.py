@@ -151,7 +151,10 @@ def test_the_page_holds_rows_history_settings_and_timings(written: Path, made: M
     assert "| report | computed |" in text
     for heading in ("Rows", "Classes", "Training", "How a teacher answers", "Does it memorise?", "How to reproduce it"):
         assert f"## {heading}" in text
-    assert "LRS | ARS |" in text.splitlines()[text.splitlines().index("## Rows") + 2]
+    assert (
+        "| IPC | accuracy % | ceiling share | balanced % | LRS | ARS | steps |"
+        in text.splitlines()[text.splitlines().index("## Rows") + 2]
+    )
     assert "temperature: 2.0" in text
     assert made.fingerprints["matching"] in text
     assert "hashed first" in text
