@@ -6,7 +6,7 @@ import copy
 import io
 import math
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ from gdd_dist import losses
 from gdd_dist.context import Context
 from gdd_dist.data.augment import AUGMENT_DRAWS, augment
 from gdd_dist.data.order import uniform
-from gdd_dist.engines import DDPEngine, Engine, autocast
+from gdd_dist.engine_choice import build_engine
+from gdd_dist.engines import Engine, autocast
 from gdd_dist.models.discriminator import Discriminator
 from gdd_dist.models.generator import Generator
+from gdd_dist.networks import DISCRIMINATOR, save_network
 from sharding.errors import UserError
 from sharding.files import write_atomic
 
@@ -38,23 +40,30 @@ class Adversaries:
         self.ema = ctx.watch(copy.deepcopy(generator)).eval().requires_grad_(False)
         self.generator, self.discriminator = ctx.watch(generator), ctx.watch(discriminator)
         label = torch.zeros(1, dtype=torch.int64, device=ctx.device)
-        self.g: Engine = self._engine(ctx, self.generator, betas, (label.new_zeros(1, generator.latent).float(), label))
+        latent = label.new_zeros(1, generator.latent).float()
+        self.g: Engine = build_engine(ctx, self.generator, _adam(generator, betas), (latent, label))
         size, channels = ctx.manifest.height, ctx.manifest.channels
         image = label.new_zeros(1, channels, size, size).float()
-        self.d: Engine = self._engine(ctx, self.discriminator, betas, (image, label))
+        self.d: Engine = build_engine(ctx, self.discriminator, _adam(discriminator, betas), (image, label))
         self._ctx = ctx
 
-    @staticmethod
-    def _engine(
-        ctx: Context, net: torch.nn.Module, betas: tuple[float, float], example: tuple[Tensor, Tensor]
-    ) -> Engine:
-        optimizer = torch.optim.Adam(net.parameters(), lr=1e-4, betas=betas)
-        return DDPEngine(net, optimizer, ctx.world, ctx.precision, example)
+    def micro_batches(self, slots: int) -> list[slice]:
+        """This rank's ``slots`` of a step, cut into the micro-batches that the engines were made for."""
+        share = slots // self._ctx.config.accumulate
+        return [slice(i, i + share) for i in range(0, slots, share)]
 
     @torch.no_grad()
     def update_ema(self, decay: float) -> None:
         """ema ← decay · ema + (1 - decay) · generator."""
-        torch._foreach_lerp_(list(self.ema.parameters()), [p.detach() for p in self.generator.parameters()], 1 - decay)
+        with self.g.gathered() as weights:
+            torch._foreach_lerp_(list(self.ema.parameters()), [p.detach() for p in weights], 1 - decay)
+
+    @torch.no_grad()
+    def draw(self, z: Tensor, labels: Tensor) -> Tensor:
+        """The generator's images as its engine draws them, without a graph; float32."""
+        with autocast(self._ctx.device, self._ctx.precision):
+            images: Tensor = self.generator(z, labels)
+        return images.float()
 
     def train_discriminator(
         self, real: Tensor, fake: Tensor, labels: Tensor, gamma: float, augment: Augmentation, lr: float
@@ -63,14 +72,20 @@ class Adversaries:
 
         Both sides pass through ``augment``, real first. float [B, C, H, W] in [-1, 1]. Returns the scalars to log.
         """
-        real, fake = augment(real).detach().requires_grad_(), augment(fake.detach()).detach().requires_grad_()
+        real, fake = augment(real).detach(), augment(fake.detach()).detach()
+        parts = self.micro_batches(len(labels))
+        scalars = mean_scalars([self._discriminator_backward(real[p], fake[p], labels[p], gamma) for p in parts])
+        self.d.step(lr)
+        return scalars
+
+    def _discriminator_backward(self, real: Tensor, fake: Tensor, labels: Tensor, gamma: float) -> dict[str, Tensor]:
+        real, fake = real.requires_grad_(), fake.requires_grad_()
         # Two forwards, one double backward: what both DDP and DeepSpeed get right.
         real_scores, fake_scores = self.d(real, labels), self.d(fake, labels)
         loss = losses.relativistic_discriminator(real_scores, fake_scores)
         gradients = torch.autograd.grad([real_scores.sum() + fake_scores.sum()], [real, fake], create_graph=True)
         r1, r2 = losses.zero_centred_penalty(gradients[0]), losses.zero_centred_penalty(gradients[1])
         self.d.backward(loss + 0.5 * gamma * (r1 + r2))
-        self.d.step(lr)
         return {
             "loss_d": loss.detach(),
             "r1": r1.detach(),
@@ -89,8 +104,14 @@ class Adversaries:
             scores: Tensor = self.discriminator(images, labels)
         return scores.float()
 
+    def agree(self, due: bool) -> bool:
+        """Whether this rank joins a checkpoint now. Rank 0 says when; where states are spread over ranks, all must join."""
+        world = self._ctx.world
+        mine = due and world.is_main
+        return world.mean({"due": torch.tensor(float(mine))})["due"] > 0 if self.g.collective else mine
+
     def state_dict(self) -> dict[str, Any]:
-        """All that a checkpoint needs."""
+        """All that a checkpoint needs; whole on rank 0."""
         return {"g": self.g.state_dict(), "d": self.d.state_dict(), "ema": self.ema.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -99,14 +120,18 @@ class Adversaries:
         self.d.load_state_dict(state["d"])
         self.ema.load_state_dict(state["ema"])
 
-    def save_discriminator_state(self, directory: Path) -> None:
-        """The discriminator's engine state, so that matching goes on with it."""
-        buffer = io.BytesIO()
-        torch.save(self.d.state_dict(), buffer)
-        write_atomic(directory / DISCRIMINATOR_STATE, buffer.getvalue())
+    def save_discriminator(self, directory: Path, write: bool) -> None:
+        """The discriminator, and its engine's state, so that matching goes on with it. All ranks call it, some write."""
+        state = self.d.state_dict()
+        if write:
+            meta = {"format": "gdd-discriminator/1", "arch": self.discriminator.arch}
+            save_network(directory / DISCRIMINATOR, state["module"], meta)
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            write_atomic(directory / DISCRIMINATOR_STATE, buffer.getvalue())
 
     def load_discriminator_state(self, directory: Path) -> None:
-        """What ``save_discriminator_state`` wrote. Raises UserError naming a damaged file."""
+        """What ``save_discriminator`` wrote. Raises UserError naming a damaged file."""
         path = directory / DISCRIMINATOR_STATE
         try:
             self.d.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -117,6 +142,15 @@ class Adversaries:
         """Free the engines."""
         self.g.close()
         self.d.close()
+
+
+def _adam(net: torch.nn.Module, betas: tuple[float, float]) -> torch.optim.Adam:
+    return torch.optim.Adam(net.parameters(), lr=1e-4, betas=betas)
+
+
+def mean_scalars(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The means over equal micro-batches."""
+    return parts[0] if len(parts) == 1 else {k: torch.stack([p[k] for p in parts]).mean(0) for k in parts[0]}
 
 
 def ema_decay(batch: int, half_life: float, images_seen: float = math.inf) -> float:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from gdd_dist import rows
+import torch
+
+from gdd_dist import deepspeed_config, rows
+from gdd_dist.deepspeed_engine import import_deepspeed
 from gdd_dist.models.classifiers import parse_classifier
 from gdd_dist.models.residual import side_widths
 from gdd_dist.settings import Config
@@ -10,10 +13,9 @@ from sharding.errors import UserError
 from sharding.manifest import Manifest
 
 
-def check(config: Config, manifest: Manifest, world: int) -> None:
+def check(config: Config, manifest: Manifest, world: int, device: torch.device) -> None:
     """Raise UserError for the first thing that does not fit."""
-    if config.engine == "deepspeed":
-        raise UserError("--engine deepspeed is not in this version; use --engine ddp")
+    check_engine(config, device)
     for split in ("train", "val", "test"):
         if split not in manifest.splits:
             raise UserError(f"the data set has no {split} split; build it with python -m sharding build")
@@ -49,6 +51,23 @@ def check_ranks(config: Config, world: int) -> None:
         raise UserError(
             f"{world} ranks do not divide the {groups} groups of --matching.batch {config.matching.batch}; use {_divisors(groups)} ranks"
         )
+    for share, of in (
+        (config.gan.batch // world, "images of a gan step"),
+        (groups // world, "groups of a matching step"),
+    ):
+        if share % config.accumulate:
+            raise UserError(
+                f"--accumulate {config.accumulate} does not divide a rank's {share} {of}; use {_divisors(share)}"
+            )
+
+
+def check_engine(config: Config, device: torch.device) -> None:
+    """DeepSpeed must be there, and its file must hold nothing that changes numbers."""
+    if config.engine == "deepspeed":
+        import_deepspeed(device)
+        deepspeed_config.read(config.deepspeed_config)
+    elif config.deepspeed_config is not None:
+        raise UserError("--deepspeed-config needs --engine deepspeed; give both or neither")
 
 
 def _divisors(n: int) -> str:

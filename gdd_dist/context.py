@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,12 +23,17 @@ from gdd_dist.settings import Config
 from sharding.errors import UserError
 from sharding.manifest import Manifest
 
+CACHE = "cache"
+"""Directory in STORE of what is kept only to be faster."""
 Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclass
 class Context:
-    """A run as its steps see it. ``forwards``: images that went through a network on this rank, in this invocation."""
+    """A run as its steps see it. ``forwards``: images that went through a network on this rank, in this invocation.
+
+    ``on_interval``: what a search is told by matching (`matching.OnInterval`).
+    """
 
     config: Config
     world: World
@@ -39,6 +44,9 @@ class Context:
     precision: str
     forwards: int = 0
     resumed: bool = False
+    keeps: bool = True
+    """Whether decoded images may be kept in STORE/cache."""
+    on_interval: Callable[[int, nn.Module, Any], bool] | None = None
     _images: dict[str, Images] = field(default_factory=dict)
 
     @property
@@ -65,8 +73,15 @@ class Context:
         """The split's images, opened once."""
         if split not in self._images:
             loader = self.config.loader
-            threads = loader.threads or self.world.threads
-            self._images[split] = Images(self.data, self.manifest, split, threads=threads, resident=loader.resident)
+            self._images[split] = Images(
+                self.data,
+                self.manifest,
+                split,
+                threads=loader.threads or self.world.threads,
+                resident=loader.resident,
+                cache=self.store.root / CACHE if self.keeps else None,
+                device=self.device,
+            )
         return self._images[split]
 
     def watch(self, network: Network) -> Network:

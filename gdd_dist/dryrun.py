@@ -53,10 +53,10 @@ def show(world: World, config: Config) -> None:
     with tempfile.TemporaryDirectory(prefix="gdd-dry-run-") as scratch:
         data, built = data_directory(config, out, Path(scratch))
         manifest = Manifest.load(data)
-        check(config, manifest, world.size)
+        check(config, manifest, world.size, world.device)
         precision = resolve_precision(config.precision, world.device)
         store = Store(Path(config.store) if config.store else out)
-        ctx = Context(config, world, data, manifest, store, out, precision)
+        ctx = Context(config, world, data, manifest, store, out, precision, keeps=False)
         fps = fingerprints(config, manifest, precision)
         meter = Meter(world)
         shards = sum(f.stat().st_size for f in data.rglob("*") if f.is_file()) if built else 0

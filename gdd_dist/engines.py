@@ -1,4 +1,4 @@
-"""DDP behind the small interface that steps use; DeepSpeed will stand behind the same one. An engine owns backward and step.
+"""DDP behind the small interface that steps use; DeepSpeed stands behind the same one. An engine owns backward and step.
 
 Losses know no engine: the gradient of a loss with respect to the *images* is taken outside (``image_gradient``), then sent
 back through the generator's engine with ``engine.backward((images * gradient).sum())``.
@@ -7,7 +7,7 @@ back through the generator's engine with ``engine.backward((images * gradient).s
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -18,9 +18,14 @@ from gdd_dist.distributed import World
 
 
 class Engine(Protocol):
-    """One network with its optimizer on all ranks. Gradients are means over ranks."""
+    """One network with its optimizer on all ranks. Gradients are means over ranks, and over the micro-batches of a step.
+
+    A step is as many pairs of forward and ``backward`` as the engine was made for (``accumulate``), then ``step``.
+    """
 
     module: nn.Module
+    collective: bool
+    """Whether all ranks must call ``weights`` and ``state_dict`` together."""
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """Forward for a backward to come."""
@@ -31,11 +36,17 @@ class Engine(Protocol):
     def step(self, lr: float) -> None:
         """One optimizer step at this learning rate; clears gradients."""
 
+    def gathered(self) -> contextlib.AbstractContextManager[Sequence[Tensor]]:
+        """All weights in the network's order, whole, to be read inside the context. All ranks enter it."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """Whole weights and buffers on the CPU."""
+
     def state_dict(self) -> dict[str, Any]:
-        """Network and optimizer, for a checkpoint."""
+        """Network and optimizer, for a checkpoint that any engine on any number of ranks can load; whole on rank 0."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What ``state_dict`` gave."""
+        """What an engine's ``state_dict`` gave on rank 0. All ranks call it."""
 
     def close(self) -> None:
         """Free what holds on to the process group."""
@@ -45,8 +56,10 @@ class DDPEngine:
     """torch's DDP over the world; the bare network when there is one rank. ``example``: inputs of the right shapes.
 
     DDP orders its buckets anew after its first backward, gloo then sums in another order, and from three ranks on a resumed
-    run would differ in its last bits from an undisturbed one: a backward of nothing, first of all, settles the order for both.
+    run would differ in its last bits from an undisturbed one: backwards of nothing, first of all, settle the order for both.
     """
+
+    collective = False
 
     def __init__(
         self,
@@ -55,27 +68,35 @@ class DDPEngine:
         world: World,
         precision: str,
         example: tuple[Tensor, ...],
+        accumulate: int = 1,
     ) -> None:
         self.module, self._optimizer, self._precision, self._device = module, optimizer, precision, world.device
+        self._accumulate, self._done = accumulate, 0
         self._scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
         self._wrapped: nn.Module | None = module
         if world.size > 1:
             devices = [world.local_rank] if world.device.type == "cuda" else None
             self._wrapped = DistributedDataParallel(module, device_ids=devices)
-            (self(*example).sum() * 0).backward()
-            self(*example)  # the buckets are ordered as this forward begins
+            for _ in range(2):  # the buckets are ordered as the second forward begins
+                (self._forward(*example).sum() * 0).backward()
             self._optimizer.zero_grad(set_to_none=True)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """Forward under autocast; float32 out."""
+        """Forward under autocast; float32 out. Gradients of all micro-batches but a step's last stay on this rank."""
+        waits = self._done < self._accumulate - 1 and isinstance(self._wrapped, DistributedDataParallel)
+        with self._wrapped.no_sync() if waits else contextlib.nullcontext():  # type: ignore[union-attr, operator]
+            return self._forward(*inputs)
+
+    def _forward(self, *inputs: Tensor) -> Tensor:
         assert self._wrapped is not None
         with autocast(self._device, self._precision):
             out: Tensor = self._wrapped(*inputs)
         return out.float()
 
     def backward(self, loss: Tensor) -> None:
-        """Mean gradients over ranks."""
-        self._scaler.scale(loss).backward()
+        """Mean gradients over ranks and micro-batches."""
+        self._scaler.scale(loss / self._accumulate if self._accumulate > 1 else loss).backward()
+        self._done += 1
 
     def step(self, lr: float) -> None:
         """Step, then clear gradients."""
@@ -84,6 +105,15 @@ class DDPEngine:
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
+        self._done = 0
+
+    def gathered(self) -> contextlib.AbstractContextManager[Sequence[Tensor]]:
+        """The weights as they are."""
+        return contextlib.nullcontext(list(self.module.parameters()))
+
+    def weights(self) -> dict[str, Tensor]:
+        """Copies on the CPU."""
+        return cpu_state(self.module)
 
     def state_dict(self) -> dict[str, Any]:
         """Network, optimizer, loss scale."""
@@ -102,6 +132,11 @@ class DDPEngine:
     def close(self) -> None:
         """Drop the wrapper, whose reducer holds the process group."""
         self._wrapped = None
+
+
+def cpu_state(net: nn.Module) -> dict[str, Tensor]:
+    """Weights and buffers, contiguous copies on the CPU."""
+    return {k: v.detach().cpu().contiguous().clone() for k, v in net.state_dict().items()}
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:

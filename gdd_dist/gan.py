@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gdd_dist.adversarial import Adversaries, augmentation, ema_decay, mirrored
+from gdd_dist.adversarial import Adversaries, augmentation, ema_decay, mean_scalars, mirrored
 from gdd_dist.context import Context, seeded, train_order
 from gdd_dist.data.loader import prefetch, to_float
 from gdd_dist.data.order import balanced_rows, normal
@@ -18,7 +19,7 @@ from gdd_dist.fit import cosine
 from gdd_dist.models.discriminator import Discriminator
 from gdd_dist.models.generator import Generator
 from gdd_dist.monitor import due
-from gdd_dist.networks import DISCRIMINATOR, GENERATOR, save_network
+from gdd_dist.networks import GENERATOR, save_network
 from gdd_dist.pictures import sample_grid
 from gdd_dist.settings import Config, Gan
 
@@ -74,13 +75,16 @@ def train_step(
     scalars = nets.train_discriminator(
         real, fake, labels, gamma, augmentation(ctx, seed, "gan/augment/d", step, slots), lr
     )
-    fake = nets.g(latents("gan/z/g"), labels)
-    seen_through = augmentation(ctx, seed, "gan/augment/g", step, slots)
-    loss, gradient = image_gradient(lambda x: nets.generator_loss(real, x, labels, seen_through), fake)
-    nets.g.backward((fake * gradient).sum())
+    z, parts = latents("gan/z/g"), []
+    for p in nets.micro_batches(len(slots)):
+        fake, seen_through = nets.g(z[p], labels[p]), augmentation(ctx, seed, "gan/augment/g", step, slots[p])
+        part_loss = partial(nets.generator_loss, real[p], labels=labels[p], augment=seen_through)
+        loss, gradient = image_gradient(part_loss, fake)
+        nets.g.backward((fake * gradient).sum())
+        parts.append({"loss_g": loss})
     nets.g.step(lr)
     nets.update_ema(ema_decay(g.batch, g.ema_images, (step + 1) * g.batch))
-    return {"loss_g": loss, **scalars}
+    return {**mean_scalars(parts), **scalars}
 
 
 def penalty(g: Gan, step: int) -> float:
@@ -119,10 +123,13 @@ def run(ctx: Context, work: Path, provenance: dict[str, Any]) -> dict[str, Any]:
         if world.is_main and ((step + 1) % g.grid_interval == 0 or step == 0):
             monitor.picture("samples", sample_grid(ctx, nets.ema), step)
         monitor.advance(step + 1, images=g.batch)
-        if checkpoints.due() and step + 1 < g.steps and world.is_main:
-            monitor.flush()
-            checkpoints.save(step + 1, nets.state_dict())
+        if step + 1 < g.steps and nets.agree(checkpoints.due()):
+            state = nets.state_dict()
+            if world.is_main:
+                monitor.flush()
+                checkpoints.save(step + 1, state)
     monitor.close()
+    nets.save_discriminator(work, world.is_main)
     if world.is_main:
         meta = {
             "format": "gdd-generator/1",
@@ -132,9 +139,5 @@ def run(ctx: Context, work: Path, provenance: dict[str, Any]) -> dict[str, Any]:
             "provenance": provenance,
         }
         save_network(work / GENERATOR, nets.ema, meta)
-        save_network(
-            work / DISCRIMINATOR, nets.discriminator, {"format": "gdd-discriminator/1", "arch": nets.discriminator.arch}
-        )
-        nets.save_discriminator_state(work)
     nets.close()
     return {}

@@ -16,7 +16,7 @@ from gdd_dist.evidence import collect
 from gdd_dist.grading import summarise
 from gdd_dist.logit_cache import MEANS, logit_file
 from gdd_dist.monitor import due
-from gdd_dist.networks import DISCRIMINATOR, GENERATOR, TEACHERS, save_network
+from gdd_dist.networks import GENERATOR, TEACHERS, save_network
 from gdd_dist.rows import jobs, with_ceiling_shares
 from gdd_dist.settings import STEPS
 from gdd_dist.trial_steps import adversaries, gan_step
@@ -57,11 +57,9 @@ class MadeUp:
 
     def _write_gan(self, ctx: Context) -> None:
         nets = adversaries(ctx)
-        gan_step(ctx, nets)(1)()
+        gan_step(ctx, nets)(ctx.config.accumulate)()
         save_network(self.gan / GENERATOR, nets.ema, {"format": "gdd-generator/1", "arch": nets.ema.arch})
-        meta = {"format": "gdd-discriminator/1", "arch": nets.discriminator.arch}
-        save_network(self.gan / DISCRIMINATOR, nets.discriminator, meta)
-        nets.save_discriminator_state(self.gan)
+        nets.save_discriminator(self.gan, write=True)
         nets.close()
 
     def dirs(self) -> dict[str, Path]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,19 @@ import torch
 from torch import Tensor
 
 from gdd_dist import losses
-from gdd_dist.adversarial import Adversaries, augmentation, ema_decay, mirrored
+from gdd_dist.adversarial import Adversaries, augmentation, ema_decay, mean_scalars, mirrored
 from gdd_dist.context import Context
 from gdd_dist.data.augment import AUGMENT_DRAWS
 from gdd_dist.data.loader import prefetch, to_float
-from gdd_dist.data.order import dealt, normal, uniform
-from gdd_dist.engines import autocast, image_gradient
+from gdd_dist.data.order import normal, uniform
+from gdd_dist.dealer import Dealer, Groups
+from gdd_dist.engines import autocast, cpu_state, image_gradient
 from gdd_dist.fit import cosine
 from gdd_dist.logit_cache import LogitCache
 from gdd_dist.monitor import Monitor, due, say
 from gdd_dist.networks import (
     DISCRIMINATOR,
     GENERATOR,
-    cpu_state,
     load_discriminator_network,
     load_generator_network,
     read_teachers,
@@ -50,71 +51,6 @@ def settings(config: Config) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class Groups:
-    """One rank's part of a global batch. G groups of n slots, B = G·n slots in group order.
-
-    ``classes``, ``teachers``: int64 [G], the teachers as numbers in the cache; ``samples``, ``views``: int64 [B], the real side of each pair.
-    """
-
-    classes: np.ndarray
-    teachers: np.ndarray
-    samples: np.ndarray
-    views: np.ndarray
-    slots: np.ndarray
-
-    @property
-    def size(self) -> int:
-        """n."""
-        return len(self.slots) // len(self.classes)
-
-    @property
-    def labels(self) -> np.ndarray:
-        """Class of each slot, int64 [B]."""
-        return np.repeat(self.classes, self.size)
-
-    def by_teacher(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Each teacher of the batch with the places of its slots, int64."""
-        by_slot = np.repeat(self.teachers, self.size)
-        for teacher in np.unique(self.teachers):
-            yield int(teacher), np.flatnonzero(by_slot == teacher)
-
-
-class Dealer:
-    """Which class, teacher, real sample and view stand in which slot: a function of (seed, step, slot)."""
-
-    def __init__(self, config: Config, labels: np.ndarray, teachers: np.ndarray, views: int) -> None:
-        m = config.matching
-        self._seed, self._n, self._groups, self._teachers, self._views = (
-            config.step_seed("matching"),
-            m.group,
-            m.batch // m.group,
-            teachers,
-            views,
-        )
-        self._present = np.unique(labels)
-        self._members = {int(c): np.flatnonzero(labels == c) for c in self._present}
-
-    def batch(self, step: int, rank: int = 0, world: int = 1) -> Groups:
-        """This rank's groups of global batch ``step``: classes and teachers come evenly, each class's samples once before any twice."""
-        seed, n, share = self._seed, self._n, self._groups // world
-        groups = np.arange(rank * share, (rank + 1) * share)
-        places = step * self._groups + groups
-        count = len(self._present)
-        classes = self._present[dealt(seed, "matching/class", places, count)]
-        teachers = self._teachers[dealt(seed, "matching/teacher", places, len(self._teachers))]
-        samples = []
-        for place, c in zip(places.tolist(), classes.tolist(), strict=True):
-            members = self._members[c]
-            turn = place // count  # how many groups of this class came before
-            samples.append(
-                members[dealt(seed, f"matching/sample/{c}", np.arange(turn * n, (turn + 1) * n), len(members))]
-            )
-        slots = np.arange(rank * share * n, (rank + 1) * share * n)
-        views = (uniform(seed, "matching/view", step, slots, 1)[:, 0] * self._views).astype(np.int64)
-        return Groups(classes, teachers, np.concatenate(samples), views, slots)
-
-
 class Matcher:
     """The loss of a batch of generated images, from frozen teachers and the cache."""
 
@@ -127,6 +63,14 @@ class Matcher:
         views = min(m.views or self.cache.views, self.cache.views)
         self._means = torch.from_numpy(self.cache.class_means[:, :views].mean(1)).to(ctx.device)
         self.dealer = Dealer(ctx.config, images.labels, np.array([t.index for t in chosen]), views)
+        self.answers: tuple[Tensor, Tensor] | None = None
+        """Teacher logits of the last batch, real and generated, float32 [B, C]."""
+
+    def log(self, monitor: Monitor, step: int) -> None:
+        """Histograms of both sides' standardized answers: matching lays one on the other."""
+        if self.answers is not None and self._ctx.world.is_main:
+            for name, logits in zip(("real", "generated"), self.answers, strict=True):
+                monitor.histogram(f"teacher_answers/{name}", losses.standardize(logits).cpu().numpy(), step)
 
     def real_logits(self, groups: Groups) -> Tensor:
         """The cache's side of each pair, float32 [B, C]."""
@@ -149,6 +93,7 @@ class Matcher:
             with autocast(ctx.device, ctx.precision):
                 answer = self._nets[teacher](seen[here])
             logits = logits.index_copy(0, here, answer.float())
+        self.answers = real_logits, logits.detach()
         pair = (
             losses.dim(real_logits, logits)
             if m.loss == "dim"
@@ -163,7 +108,7 @@ class Run:
     """The state of the step: networks, measurements so far, the best generator among them."""
 
     def __init__(self, ctx: Context, work: Path, gan_dir: Path) -> None:
-        gan = ctx.config.gan
+        gan, self.main = ctx.config.gan, ctx.world.is_main
         generator, self.meta = load_generator_network(gan_dir / GENERATOR)
         self.nets = Adversaries(
             ctx, generator, load_discriminator_network(gan_dir / DISCRIMINATOR), (gan.beta1, gan.beta2)
@@ -180,8 +125,10 @@ class Run:
             ctx.resumed = True
 
     def save(self, step: int) -> None:
-        """A checkpoint as of after ``step`` steps."""
-        self.checkpoints.save(step, {"nets": self.nets.state_dict(), "history": self.history, "best": self.best})
+        """A checkpoint as of after ``step`` steps, written by rank 0."""
+        state = {"nets": self.nets.state_dict(), "history": self.history, "best": self.best}
+        if self.main:
+            self.checkpoints.save(step, state)
 
     def measure(self, ctx: Context, step: int, monitor: Monitor) -> Measured:
         """Quick students on val, once per interval; keeps the generator where it is the best so far."""
@@ -232,10 +179,12 @@ def run(
         if step % m.interval == 0 and pause(step):
             break
         scalars = train_step(ctx, state.nets, matcher, step, groups, real_logits, real)
+        if step % m.interval == 0 or step == m.steps - 1:
+            matcher.log(monitor, step)
         if due(step, m.steps):
             monitor.scalars(step, {**world.mean(scalars), "lr": cosine(step, m.steps, m.lr, m.lr / 10)})
         monitor.advance(step + 1, images=m.batch)
-        if state.checkpoints.due() and step + 1 < m.steps and world.is_main:
+        if step + 1 < m.steps and state.nets.agree(state.checkpoints.due()):
             monitor.flush()
             state.save(step + 1)
     else:
@@ -269,24 +218,49 @@ def train_step(
     draws = torch.from_numpy(uniform(seed, "matching/augment", step, slots, AUGMENT_DRAWS))
     real_logits = real_logits.to(ctx.device)
     scalars: dict[str, Tensor] = {}
-    fake = nets.g(z, labels)
+    cuts = nets.micro_batches(len(slots))
+    # In one piece, the generator's one forward serves the discriminator too.
+    fake = nets.g(z, labels) if len(cuts) == 1 else None
     real = mirrored(ctx, to_float(real_uint8, ctx.device), step, slots, seed, "matching/flip") if m.lambda_adv else None
     if real is not None:
         through = augmentation(ctx, seed, "matching/augment/d", step, slots)
-        scalars |= nets.train_discriminator(real, fake, labels, m.gamma, through, m.lr_d)
+        seen = nets.draw(z, labels) if fake is None else fake
+        scalars |= nets.train_discriminator(real, seen, labels, m.gamma, through, m.lr_d)
 
-    def total(images: Tensor) -> Tensor:
-        parts = matcher.loss(images, groups, real_logits, draws)
-        loss = m.lambda_pair * parts["pair"] + m.lambda_mean * parts["mean"]
-        if real is not None:
-            through = augmentation(ctx, seed, "matching/augment/g", step, slots)
-            parts["adv"] = nets.generator_loss(real, images, labels, through)
-            loss = loss + m.lambda_adv * parts["adv"]
-        scalars.update({k: v.detach() for k, v in parts.items()})
-        return loss
-
-    loss, gradient = image_gradient(total, fake)
-    nets.g.backward((fake * gradient).sum())
+    parts = []
+    for i, p in enumerate(cuts):
+        images = nets.g(z[p], labels[p]) if fake is None else fake
+        side = Side(groups.part(i, len(cuts)), real_logits[p], draws[p], labels[p], None if real is None else real[p])
+        of_part: dict[str, Tensor] = {}
+        loss, gradient = image_gradient(partial(total_loss, ctx, nets, matcher, step, side, into=of_part), images)
+        nets.g.backward((images * gradient).sum())
+        parts.append({"loss": loss, **of_part})
     nets.g.step(cosine(step, m.steps, m.lr, m.lr / 10))
     nets.update_ema(ema_decay(m.batch, m.ema_images))
-    return {"loss": loss, **scalars}
+    return {**mean_scalars(parts), **scalars}
+
+
+@dataclass(frozen=True)
+class Side:
+    """What a micro-batch of generated images is compared with: groups, real logits [B, C], draws, labels [B], real images."""
+
+    groups: Groups
+    real_logits: Tensor
+    draws: Tensor
+    labels: Tensor
+    real: Tensor | None
+
+
+def total_loss(
+    ctx: Context, nets: Adversaries, matcher: Matcher, step: int, side: Side, images: Tensor, into: dict[str, Tensor]
+) -> Tensor:
+    """L_G of float images [B, C, H, W]; its terms go to ``into``."""
+    m, seed = ctx.config.matching, ctx.config.step_seed("matching")
+    terms = matcher.loss(images, side.groups, side.real_logits, side.draws)
+    loss = m.lambda_pair * terms["pair"] + m.lambda_mean * terms["mean"]
+    if side.real is not None:
+        through = augmentation(ctx, seed, "matching/augment/g", step, side.groups.slots)
+        terms["adv"] = nets.generator_loss(side.real, images, side.labels, through)
+        loss = loss + m.lambda_adv * terms["adv"]
+    into.update({k: v.detach() for k, v in terms.items()})
+    return loss

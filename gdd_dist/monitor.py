@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from gdd_dist.board import hparams, scalar
 
 EVERY_STEP_UNTIL = 20
 LINE_SECONDS = 10.0
@@ -64,7 +67,14 @@ class Monitor:
         """Log ``values`` as STEP/NAME."""
         if self._writer:
             for name, value in values.items():
-                self._writer.add_scalar(f"{self.step}/{name}", value, step)
+                self._writer._get_file_writer().add_summary(scalar(f"{self.step}/{name}", value), step)
+
+    def hparams(self, settings: Mapping[str, Any], results: Mapping[str, float]) -> None:
+        """The run's settings (flat) and what came of them, for TensorBoard's HPARAMS page."""
+        if self._writer:
+            for summary in hparams(settings, results):
+                self._writer._get_file_writer().add_summary(summary)
+            self.scalars(0, {f"result/{name}": value for name, value in results.items()})
 
     def histogram(self, name: str, values: np.ndarray, step: int) -> None:
         """Log a histogram as STEP/NAME."""

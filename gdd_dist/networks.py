@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from gdd_dist.artifacts import read_json
+from gdd_dist.engines import cpu_state
 from gdd_dist.models.classifiers import Classifier, build_classifier
 from gdd_dist.models.discriminator import Discriminator
 from gdd_dist.models.generator import Generator
@@ -25,14 +26,10 @@ GENERATOR = "generator.safetensors"
 DISCRIMINATOR = "discriminator.safetensors"
 
 
-def cpu_state(net: nn.Module) -> dict[str, Tensor]:
-    """Weights and buffers, contiguous copies on the CPU."""
-    return {k: v.detach().cpu().contiguous().clone() for k, v in net.state_dict().items()}
-
-
-def save_network(path: Path, net: nn.Module, meta: Mapping[str, Any]) -> None:
-    """Write weights and metadata (JSON values) as safetensors, whole or not at all."""
-    write_atomic(path, save(cpu_state(net), metadata={k: json.dumps(v, sort_keys=True) for k, v in meta.items()}))
+def save_network(path: Path, net: nn.Module | dict[str, Tensor], meta: Mapping[str, Any]) -> None:
+    """Write weights (a network's, or whole ones on the CPU) and metadata (JSON values) as safetensors, whole or not at all."""
+    weights = cpu_state(net) if isinstance(net, nn.Module) else net
+    write_atomic(path, save(weights, metadata={k: json.dumps(v, sort_keys=True) for k, v in meta.items()}))
 
 
 def read_network(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

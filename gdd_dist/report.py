@@ -23,7 +23,7 @@ from gdd_dist.networks import GENERATOR, TEACHERS, load_generator_network, read_
 from gdd_dist.page import page
 from gdd_dist.rows import VERSION as ROW_VERSION
 from gdd_dist.rows import jobs
-from gdd_dist.settings import Config
+from gdd_dist.settings import SECTIONS, Config
 from gdd_dist.synthetic import draw
 from gdd_dist.tables import table
 from sharding.files import write_atomic
@@ -68,8 +68,9 @@ def run(ctx: Context, work: Path, dirs: Mapping[str, Path], fingerprints: Mappin
         shown = {"samples.png": samples, "curves.png": curves}
         for name, content in documents(ctx, fingerprints, history, results, evidence, shown, costs).items():
             write_atomic(work / name, content)
+        monitor.hparams(flat_settings(ctx.config), kept_numbers(results))
     monitor.close()
-    return {name: value for name, value in headline_numbers(results).items() if value is not None}
+    return kept_numbers(results)
 
 
 def documents(
@@ -110,6 +111,17 @@ def headline_numbers(results: Sequence[Mapping[str, Any]]) -> dict[str, float | 
     first = {r["train_on"]: r for r in reversed(results)}
     numbers: dict[str, float | None] = {kind: r["mean"] for kind, r in first.items()}
     return numbers | {"ceiling_share": first["matched"]["ceiling_share"]}
+
+
+def kept_numbers(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Those headline numbers that there are."""
+    return {name: value for name, value in headline_numbers(results).items() if value is not None}
+
+
+def flat_settings(config: Config) -> dict[str, Any]:
+    """SECTION.NAME → value of every setting that shapes numbers."""
+    own = {"seed": config.seed, "precision": config.precision}
+    return own | {f"{s}.{name}": v for s in SECTIONS for name, v in config.shaping(s).items()}
 
 
 def status(ctx: Context) -> str:

@@ -48,11 +48,12 @@ class Loader:
     )
     flip: bool = setting(True, "mirror images at random; never for digits or text")
     threads: int = setting(0, "decoding threads of a rank; 0: its share of the cores", low=0, where=True)
-    prefetch: int = setting(2, "batches read ahead", low=1, high=64, where=True)
+    prefetch: int = setting(2, "batches read ahead, as far as they fit 256 MiB", low=1, high=64, where=True)
     resident: str = setting(
         "auto",
-        "keep decoded images in memory; auto: when they take less than 1/8 of the free memory of a rank's share",
-        choices=("auto", "none", "ram"),
+        "where decoded images stay: nowhere; in a file in STORE/cache, which all ranks of a host map; on the device; auto: the fastest "
+        "that has room (a quarter of its free memory)",
+        choices=("auto", "none", "ram", "device"),
         where=True,
     )
 
@@ -210,8 +211,20 @@ class Config:
     out: str | None = setting(None, "run directory; default runs/PRESET", where=True)
     store: str | None = setting(None, "where finished steps are kept, so that runs share them; default OUT", where=True)
     until: str = setting("report", "last step to run", choices=STEPS, where=True)
-    engine: str = setting("ddp", "ddp, or deepspeed (not in this version)", choices=("ddp", "deepspeed"), where=True)
-    deepspeed_config: str | None = setting(None, "JSON file for --engine deepspeed", where=True)
+    engine: str = setting(
+        "ddp",
+        "who spreads generator and discriminator over ranks: torch's DDP, or DeepSpeed (ZeRO 0 to 3)",
+        choices=("ddp", "deepspeed"),
+        where=True,
+    )
+    deepspeed_config: str | None = setting(
+        None,
+        "JSON file for --engine deepspeed: zero_optimization, offload, communication; without it ZeRO stage 1",
+        where=True,
+    )
+    accumulate: int = setting(
+        1, "micro-batches that a rank's share of a gan or matching step is cut into, to save memory", low=1, where=True
+    )
     device: str = setting("auto", "auto: CUDA where there is one", choices=("auto", "cpu", "cuda"), where=True)
     timeout: float = setting(600.0, "seconds after which a silent peer counts as gone", above=0, where=True)
     checkpoint_seconds: float = setting(

@@ -81,7 +81,7 @@ class StepCosts:
         """``steps``, ``grids``: what is left of them."""
         ctx = self._ctx
         nets, share = adversaries(ctx), ctx.config.gan.batch // ctx.world.size
-        step = self._meter(gan_step(ctx, nets), share).at(share)
+        step = self._meter(gan_step(ctx, nets), share, ctx.config.accumulate).at(share)
         images = min(ctx.classes, GRID_CLASSES) * GRID_COLUMNS
         grid = self._meter(painting(ctx, nets.ema), images).at(images)
         nets.close()
@@ -92,7 +92,8 @@ class StepCosts:
         ctx, m, made_up = self._ctx, self._ctx.config.matching, self._made_up
         matcher = matching.Matcher(ctx, made_up.teachers, made_up.logits)
         nets = matching.Run(ctx, work, made_up.gan).nets
-        share, unit = m.batch // ctx.world.size, small_group(m.group) * len(ctx.config.teachers.architectures)
+        share = m.batch // ctx.world.size
+        unit = small_group(m.group) * len(ctx.config.teachers.architectures) * ctx.config.accumulate
         step = self._meter(matching_step(ctx, nets, matcher), share, unit).at(share)
         student = self._train(m.quick_student, m.quick_batch).at(m.quick_batch)
         net = ctx.classifier(m.quick_student, 0, "dry-run")

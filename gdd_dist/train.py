@@ -16,6 +16,7 @@ import torch
 from gdd_dist import config as configuration
 from gdd_dist import dryrun, gan, logits, matching, report, teachers
 from gdd_dist.artifacts import Lock, Store, holding, link_latest, read_json, write_json
+from gdd_dist.board import write_layout
 from gdd_dist.check import check
 from gdd_dist.context import Context
 from gdd_dist.distributed import World
@@ -73,14 +74,20 @@ def prepare_data(world: World, config: Config, out: Path) -> tuple[Path, str]:
 
 
 def run(
-    world: World, config: Config, preset: str, data: Path, out: Path, shards: tuple[str, float] = ("reused", 0.0)
+    world: World,
+    config: Config,
+    preset: str,
+    data: Path,
+    out: Path,
+    shards: tuple[str, float] = ("reused", 0.0),
+    on_interval: matching.OnInterval | None = None,
 ) -> None:
-    """All steps up to --until. ``shards``: status and seconds of the data set so far."""
+    """All steps up to --until. ``shards``: status and seconds of the data set so far; ``on_interval``: matching's listener."""
     manifest = Manifest.load(data)
     precision = resolve_precision(config.precision, world.device)
-    check(config, manifest, world.size)
+    check(config, manifest, world.size, world.device)
     store = Store(Path(config.store) if config.store else out)
-    ctx = Context(config, world, data, manifest, store, out, precision)
+    ctx = Context(config, world, data, manifest, store, out, precision, on_interval=on_interval)
     fps = fingerprints(config, manifest, precision)
     if world.is_main:
         write_config(out, configuration.to_yaml(config, preset))
@@ -106,6 +113,7 @@ def write_config(out: Path, text: str) -> None:
     path = out / "config.yaml"
     if not path.exists() or path.read_text() != text:
         write_text(out / "tensorboard" / "config", "config", text)
+        write_layout(out / "tensorboard" / "overview")
         write_atomic(path, text.encode())
 
 
@@ -160,7 +168,7 @@ def compute(ctx: Context, step: str, fps: Mapping[str, str]) -> None:
     elif step == "gan":
         info = gan.run(ctx, work, origin)
     elif step == "matching":
-        info = matching.run(ctx, work, dirs["teachers"], dirs["logits"], dirs["gan"], origin)
+        info = matching.run(ctx, work, dirs["teachers"], dirs["logits"], dirs["gan"], origin, ctx.on_interval)
     else:
         dirs["logits"] = ctx.store.path("logits", fps["logits"])
         info = report.run(ctx, work, dirs, {"data": fps["shards"], **{k: v for k, v in fps.items() if k in dirs}})

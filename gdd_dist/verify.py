@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from gdd_dist.artifacts import verify_file
-from gdd_dist.context import Context
+from gdd_dist.context import CACHE, Context
+from gdd_dist.data.resident import decoded_files
 from sharding.manifest import SPLITS
 from sharding.shards import verify_shard
 
@@ -18,6 +19,8 @@ def verify_inputs(ctx: Context, steps: Mapping[str, str], splits: Sequence[str] 
     shards = [info for name in splits if name in ctx.manifest.splits for info in ctx.manifest.splits[name].shards]
     done = [(step, fp) for step, fp in steps.items() if ctx.store.finished(step, fp)]
     files = [(*f, ctx.store.path(step, fp)) for step, fp in done for f in ctx.store.files(step, fp)]
+    if ctx.config.loader.resident != "none":
+        files += decoded_files(ctx.store.root / CACHE, ctx.manifest, splits)
     for i in range(ctx.world.rank, len(shards) + len(files), ctx.world.size):
         if i < len(shards):
             verify_shard(ctx.data, shards[i])

@@ -32,6 +32,13 @@ class Member:
     offset: int = -1
 
 
+@dataclass(frozen=True, slots=True)
+class TarMember(Member):
+    """A file in one of several tars. `name` starts with the tar's, as messages show it."""
+
+    tar: int = 0
+
+
 class Files(ABC):
     """A directory or an archive. An object can be sent to another process, which opens the files for itself."""
 

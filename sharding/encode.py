@@ -1,5 +1,7 @@
 """What workers do: look at images, and write one shard."""
 
+from __future__ import annotations
+
 import io
 import json
 import zlib
@@ -12,7 +14,7 @@ import numpy as np
 
 from sharding.archives import Member
 from sharding.errors import UserError
-from sharding.files import atomic_file, sha256_file, write_atomic
+from sharding.files import atomic_file, link_atomic, sha256_file, write_atomic
 from sharding.images import Seen, Target, digest_of, inspect, to_stored
 from sharding.listing import Reader
 from sharding.manifest import ShardInfo
@@ -61,7 +63,7 @@ def inspect_all(reader: Reader, members: Sequence[Member], tick: Tick) -> list[S
 
 
 def write_shard(reader: Reader, task: ShardTask, tick: Tick) -> Written:
-    """Write a shard's tar, its index, then its record, each whole or not at all."""
+    """Write a shard's tar, or a link to the tar that holds it, its index, then its record, each whole or not at all."""
     shard, target = task.shard, task.target
     moments = Moments(target.channels) if shard.split == "train" else None
 
@@ -71,7 +73,8 @@ def write_shard(reader: Reader, task: ShardTask, tick: Tick) -> Written:
             yield Stored(sample.key, sample.label, suffix, payload)
             tick(1)
 
-    info = write_tar(task.directory, shard.file, samples())
+    where = task.directory
+    info = write_tar(where, shard.file, samples()) if shard.tar is None else _link_tar(where, shard, samples())
     written = Written(info, *(moments.sums() if moments else ((), ())))
     write_atomic(task.record, json.dumps(asdict(written)).encode())
     return written
@@ -102,6 +105,21 @@ def write_tar(directory: Path, file: str, samples: Iterable[Stored]) -> ShardInf
             after = sum(_BLOCK + _padded(len(extra)) for extra in s.extras.values())
             rows.append((writer.tarstream.offset - after - _padded(len(s.payload)), len(s.payload), s.label))
         writer.close()
+    return _with_index(directory, file, rows)
+
+
+def _link_tar(directory: Path, shard: ShardPlan, samples: Iterable[Stored]) -> ShardInfo:
+    """Link to the tar that holds the samples, and write the index of this shard's in it."""
+    assert shard.tar is not None
+    for _ in samples:  # each is looked at, none is copied
+        pass
+    link_atomic(directory / shard.file, shard.tar)
+    return _with_index(directory, shard.file, [(s.member.offset, s.member.size, s.label) for s in shard.samples])
+
+
+def _with_index(directory: Path, file: str, rows: Sequence[tuple[int, int, int]]) -> ShardInfo:
+    """Write the index of a tar, int64 [samples, 3]: offset, size, label."""
+    path = directory / file
     buffer = io.BytesIO()
     np.save(buffer, np.array(rows, np.int64).reshape(-1, 3))
     index_path = path.with_suffix(".npy")

@@ -49,6 +49,15 @@ def write_atomic(path: Path | str, data: bytes) -> None:
         stream.write(data)
 
 
+def link_atomic(path: Path, target: Path) -> None:
+    """Make `path` a symbolic link to `target`, in place of what was there, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    temporary.replace(path)
+    fsync_dir(path.parent)
+
+
 def sha256_file(path: Path | str) -> str:
     """Return the sha256 of a file's content as 64 hex digits. Raises OSError when it cannot be read."""
     with open(path, "rb") as stream:

@@ -31,6 +31,7 @@ class Reader(Protocol):
 class Listing:
     """What a source holds. `splits` has train and, where the source brings them, val and test, in a fixed order.
 
+    `in_place`: the tars that hold the samples, where the data set may be an index of them; empty: it is written anew.
     `val_samples`: how many samples val gets when the user asks for no fraction (None: the builder's own fraction).
     """
 
@@ -40,6 +41,7 @@ class Listing:
     reader: Reader
     val_samples: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    in_place: tuple[Path, ...] = ()
 
 
 class Source(ABC):

@@ -5,8 +5,9 @@ import json
 import re
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
-from sharding.archives import Member
+from sharding.archives import Member, TarMember
 from sharding.errors import UserError
 from sharding.images import Seen, Target
 from sharding.listing import Listing, Sample
@@ -71,11 +72,15 @@ class Planned:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One shard to write: its split, its file name relative to DATA, and its samples in order."""
+    """One shard to write: its split, its file name relative to DATA, and its samples in order.
+
+    `tar`: somebody else's tar that holds them already; the shard is then a link to it, and an index.
+    """
 
     split: str
     file: str
     samples: tuple[Planned, ...]
+    tar: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,7 @@ class Plan:
         digest.update(json.dumps([self.name, self.classes, target]).encode())
         for shard in self.shards:
             digest.update(f"\n{shard.file}\n".encode())
+            digest.update(str(shard.tar or "").encode("utf-8", "surrogateescape"))
             for sample in shard.samples:
                 digest.update(f"{sample.key} {sample.label} {sample.seen.kept_as} ".encode() + sample.seen.sha256)
         return digest.hexdigest()
@@ -117,7 +123,18 @@ def make_plan(listing: Listing, seen: dict[str, list[Seen | None]], options: Opt
     _check_classes(splits, listing.classes)
     target = choose_target([sample.seen for samples in splits.values() for sample in samples], options.image_size)
     _cut_splits(splits, listing, options)
-    shards = [shard for split in SPLITS if splits.get(split) for shard in _deal_split(split, splits[split], options)]
+    everything = [sample for samples in splits.values() for sample in samples]
+    in_place = bool(listing.in_place) and all(target.keeps(sample.seen) for sample in everything)
+    shards = [
+        shard
+        for split in SPLITS
+        if splits.get(split)
+        for shard in (
+            _as_they_lie(split, splits[split], listing.in_place)
+            if in_place
+            else _deal_split(split, splits[split], options)
+        )
+    ]
     return Plan(listing.name, listing.classes, target, tuple(shards))
 
 
@@ -179,6 +196,15 @@ def _deal_split(split: str, samples: list[Planned], options: Options) -> list[Sh
         ShardPlan(split, f"{split}/{number:06d}.tar", tuple(samples[i] for i in rows.tolist()))
         for number, rows in enumerate(dealt)
     ]
+
+
+def _as_they_lie(split: str, samples: list[Planned], paths: tuple[Path, ...]) -> list[ShardPlan]:
+    """A shard for each tar that holds samples of the split: those that were cut from train are rows of train's tars."""
+    by_tar: dict[int, list[Planned]] = {}
+    for sample in samples:
+        assert isinstance(sample.member, TarMember)
+        by_tar.setdefault(sample.member.tar, []).append(sample)
+    return [ShardPlan(split, f"{split}/{tar:06d}.tar", tuple(rows), paths[tar]) for tar, rows in sorted(by_tar.items())]
 
 
 def tar_bytes(size: int) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from sharding.archives import Files, base_name, open_files
 from sharding.arrays import Cifar10, Cifar100, Digits
 from sharding.errors import UserError
+from sharding.foreign import WebDataset
 from sharding.layout import Tree
 from sharding.listing import Listing, Sample, Source
 from sharding.manifest import SPLITS
@@ -127,6 +128,7 @@ SOURCES: dict[str, type[Source]] = {
     "cifar100": Cifar100,
     "tiny-imagenet": TinyImageNet,
     "folder": Folder,
+    "webdataset": WebDataset,
 }
 
 

@@ -1,6 +1,5 @@
 """Is a data set on disk what its manifest says?"""
 
-import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,14 +10,13 @@ from numpy.typing import NDArray
 
 from sharding.encode import Moments, mean_and_std
 from sharding.errors import UserError
+from sharding.foreign import TarSet, samples
 from sharding.manifest import Manifest, ShardInfo
 from sharding.pool import Pool, Tick, available_cores
 from sharding.progress import Log, Progress
 from sharding.shards import decode, read_index, verify_shard
 
 IMAGES_PER_WORKER = 2000
-# Soft labels of an exported set stand beside the image.
-EXTRA = ".soft.npy"
 # Decoders of other versions may round differently.
 TOLERANCE = 1e-3
 
@@ -103,11 +101,11 @@ def check_shard(shared: tuple[Path, Manifest], task: ShardTask, tick: Tick) -> F
     try:
         index = read_index(directory, task.info, classes)
         members = list(_samples(path))
-    except (UserError, tarfile.TarError, ValueError) as error:
+    except (UserError, ValueError) as error:
         return Found((f"{path}: {error}",), (0,) * classes, *moments.sums())
     counts = tuple(np.bincount(index[:, 2], minlength=classes).tolist())
     faults = []
-    if not np.array_equal(np.array(members, np.int64), index):
+    if not _rows_of(index, np.array(members, np.int64)):
         faults.append(f"{task.info.index_file} does not describe {path}; build the dataset again")
     else:
         faults = list(_decode_all(path, index, manifest, moments, tick))
@@ -116,15 +114,16 @@ def check_shard(shared: tuple[Path, Manifest], task: ShardTask, tick: Tick) -> F
 
 def _samples(path: Path) -> Iterator[tuple[int, int, int]]:
     """Yield offset, size and label of each sample, as the tar tells them. Raises ValueError for another layout."""
-    with tarfile.open(path, "r:") as archive:
-        members = iter([info for info in archive if not info.name.endswith(EXTRA)])
-        for label in members:
-            image = next(members, None)
-            stream = archive.extractfile(label)
-            key, _, suffix = label.name.partition(".")
-            if stream is None or image is None or suffix != "cls" or image.name.partition(".")[0] != key:
-                raise ValueError(f"{label.name} is not the label of an image that follows")
-            yield image.offset_data, image.size, int(stream.read())
+    reader = TarSet([path])
+    for sample in samples(path, 0, reader):
+        yield sample.member.offset, sample.member.size, sample.label
+
+
+def _rows_of(index: NDArray[np.int64], members: NDArray[np.int64]) -> bool:
+    """Whether each row of the index is a sample of the tar, in its order; in somebody else's tar another split has the rest."""
+    places = np.searchsorted(members[:, 0], index[:, 0])
+    known = bool((places < len(members)).all()) and np.array_equal(members[places], index)
+    return known and bool((np.diff(places) > 0).all())
 
 
 def _decode_all(

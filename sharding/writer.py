@@ -79,6 +79,13 @@ def _build(source: str, dest: Path, options: Options, log: Log, bar: bool) -> Bu
             ShardTask(dest, dest / WORK / f"{shard.file.replace('/', '-')}.json", shard, plan.target)
             for shard in plan.shards
         ]
+        if listing.in_place:
+            rewritten = plan.shards[0].tar is None
+            log(
+                "some images do not fit as they are: writing new tars"
+                if rewritten
+                else "indexing the tars where they lie"
+            )
         _prepare(dest, source, plan, versions, skipped)
         written = _write(pool, tasks, log, bar)
     manifest = _manifest(plan, written, versions)

@@ -1,31 +1,31 @@
-"""Images of a split by sample number: memory map, index, decoding threads, one reused uint8 batch."""
+"""Images of a split by sample number: memory map, index, decoding threads, recycled uint8 batches."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gdd_dist.data.batches import Buffers, PinnedBuffers, Workers
+from gdd_dist.data.batches import prefetch as prefetch
 from gdd_dist.data.pixels import to_float as to_float
 from gdd_dist.data.pixels import to_uint8 as to_uint8
+from gdd_dist.data.resident import Decoded, fits
 from sharding.errors import UserError
 from sharding.manifest import Manifest
 from sharding.shards import Shards, decode
-
-Batch = TypeVar("Batch")
 
 
 class Images:
     """Random access to a split: ``read(indices)`` → uint8 [B, C, H, W]. Safe to use from several threads.
 
-    ``resident``: "ram" keeps each image once it is decoded, "none" never does, "auto" does when all of them take at most
-    ``budget`` bytes.
+    ``resident`` says where decoded images stay: "none" nowhere, "ram" in a file below ``cache`` that all ranks of a host map,
+    "device" on ``device`` too (a CPU's own memory is that file), "auto" in the fastest of these that has room. Without ``cache``
+    nothing is kept or written.
     """
 
     def __init__(
@@ -36,76 +36,100 @@ class Images:
         *,
         threads: int = 1,
         resident: str = "auto",
-        budget: int | None = None,
+        cache: Path | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.shards = Shards(data, manifest, split)
-        self._files = [data / info.file for info in manifest.splits[split].shards]
         self.labels = self.shards.labels
         self.shape = (manifest.height, manifest.width, manifest.channels)
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode") if threads > 1 else None
-        self._threads = threads
+        self._files = [data / info.file for info in manifest.splits[split].shards]
+        self._threads, self._pool = threads, Workers(threads)
+        self._device = device or torch.device("cpu")
+        on_gpu = self._device.type == "cuda"
+        self._stream = torch.cuda.Stream(self._device) if on_gpu else None
+        self._buffers: Buffers | PinnedBuffers = PinnedBuffers() if on_gpu else Buffers()
+        self._decoded = Decoded(cache, manifest, split) if cache else None
         size = int(np.prod(self.shape)) * self.shards.samples
-        keep = resident == "ram" or (resident == "auto" and size <= (free_memory() // 8 if budget is None else budget))
-        self._kept = np.empty((self.shards.samples, *self.shape), dtype=np.uint8) if keep else None
-        self._have = np.zeros(self.shards.samples, dtype=bool)
+        self.resident = fits(resident, size, cache, self._device, self._decoded is not None and self._decoded.there)
+        self.resident_bytes = 0 if self.resident == "none" else size
+        """Memory of the kept images once they are there; 0 where none are kept."""
+        self._asked, self._lock = resident, threading.Lock()
+        self._kept: np.ndarray | None = None
+        self._on_device: Tensor | None = None
 
     def __len__(self) -> int:
         return self.shards.samples
 
-    @property
-    def resident_bytes(self) -> int:
-        """Memory of the kept images once all have been read; 0 where none are kept."""
-        return 0 if self._kept is None else self._kept.nbytes
+    def read(self, indices: np.ndarray) -> Tensor:
+        """Images by sample number, uint8 [B, C, H, W], where they are read: on the GPU if there is one.
 
-    def read(self, indices: np.ndarray, out: np.ndarray | None = None) -> Tensor:
-        """Images by sample number, as a uint8 view [B, C, H, W] of ``out`` (uint8 [B, H, W, C]; fresh by default).
-
-        Raises UserError that names the shard of an image that does not decode to the manifest's size.
+        The memory of a batch is used again once nobody holds it. Raises UserError that names the shard of an image that does
+        not decode to the manifest's size, IndexError for a sample that is not there.
         """
         indices = np.asarray(indices, dtype=np.int64)
-        if out is None:
-            out = np.empty((len(indices), *self.shape), dtype=np.uint8)
+        if self._decoded is not None and self.resident != "none":
+            self._keep(self._decoded)
+        if self._on_device is not None:
+            rows = torch.from_numpy(indices).to(self._device, non_blocking=True)
+            return self._on_device[rows].permute(0, 3, 1, 2)
+        batch, out = self._buffers.take((len(indices), *self.shape))
         if self._kept is None:
-            self._decode_all(indices, out, np.arange(len(indices)))
+            self._pool.share(self._decode, indices, out)
         else:
-            missing = np.unique(indices[~self._have[indices]])
-            if len(missing):
-                self._decode_all(missing, self._kept, missing)
-                self._have[missing] = True
-            np.take(self._kept, indices, axis=0, out=out)
-        return torch.from_numpy(out).permute(0, 3, 1, 2)
+            self._pool.share(self._copy, indices, out)
+        return self._moved(batch.permute(0, 3, 1, 2))
 
-    def _decode_all(self, indices: np.ndarray, out: np.ndarray, places: np.ndarray) -> None:
-        """Decode each of ``indices`` into ``out[place]``."""
-        if self._pool is None or len(indices) < 2 * self._threads:
-            self._decode_some(indices, out, places)
+    def _keep(self, decoded: Decoded) -> None:
+        """Decode the split if nobody has, and map it; where that fails under "auto" go on without."""
+        if self._kept is not None or self._on_device is not None:
             return
-        parts = np.array_split(np.arange(len(indices)), self._threads)
-        for future in [self._pool.submit(self._decode_some, indices[p], out, places[p]) for p in parts]:
-            future.result()
-
-    def _decode_some(self, indices: np.ndarray, out: np.ndarray, places: np.ndarray) -> None:
-        for i, place in zip(indices.tolist(), places.tolist(), strict=True):
+        with self._lock:
+            if self._kept is not None or self._on_device is not None or self.resident == "none":
+                return
             try:
-                decode(self.shards.payload(i), out[place])
-            except ValueError as e:
-                shard, row = self.shards.locate(i)
-                raise UserError(
-                    f"{self._files[shard]}, row {row}: {e}; rebuild the data set with python -m sharding build"
-                ) from e
+                kept = decoded.open(self._decode_rows, self.shards.samples)
+            except OSError as e:
+                if self._asked != "auto":
+                    raise
+                decoded.give_up(e)
+                self.resident = "none"
+                return
+            if self.resident == "device":
+                self._on_device = torch.from_numpy(kept).to(self._device)
+            else:
+                self._kept = kept
+
+    def _decode_rows(self, indices: np.ndarray, out: np.ndarray, cores: Workers) -> None:
+        cores.share(self._decode, indices, out)
+
+    def _copy(self, indices: np.ndarray, out: np.ndarray) -> None:
+        assert self._kept is not None
+        if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(self._kept):
+            raise IndexError(f"a sample outside 0 … {len(self._kept) - 1}")
+        np.take(self._kept, indices, axis=0, out=out, mode="clip")  # "raise" would copy twice
+
+    def _decode(self, indices: np.ndarray, out: np.ndarray) -> None:
+        place = 0
+        try:
+            for place, payload in enumerate(self.shards.payloads(indices)):
+                decode(payload, out[place])
+        except ValueError as e:
+            shard, row = self.shards.locate(int(indices[place]))
+            raise UserError(
+                f"{self._files[shard]}, row {row}: {e}; rebuild the data set with python -m sharding build"
+            ) from e
+
+    def _moved(self, batch: Tensor) -> Tensor:
+        """The batch on the device, copied beside what the device computes."""
+        if self._stream is None:
+            return batch
+        with torch.cuda.stream(self._stream):
+            moved = batch.to(self._device, non_blocking=True)
+        self._stream.synchronize()
+        return moved
 
 
 def free_memory() -> int:
     """Bytes of memory that this host can still give, divided by the ranks that share it."""
     pages = os.sysconf("SC_AVPHYS_PAGES") if hasattr(os, "sysconf") else 0
     return int(pages * os.sysconf("SC_PAGE_SIZE")) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def prefetch(read: Callable[[int], Batch], start: int, stop: int, ahead: int) -> Iterator[Batch]:
-    """``read(step)`` for each step from ``start`` to ``stop``, up to ``ahead`` of them computed beforehand on one thread."""
-    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
-        waiting: list[Future[Batch]] = [pool.submit(read, s) for s in range(start, min(start + ahead, stop))]
-        for step in range(start, stop):
-            if step + ahead < stop:
-                waiting.append(pool.submit(read, step + ahead))
-            yield waiting.pop(0).result()

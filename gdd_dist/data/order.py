@@ -8,8 +8,10 @@ rank draws its own slots and nothing else, and any world size draws the same glo
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -132,7 +134,7 @@ class Order:
         if self.steps_per_epoch < 1:
             raise ValueError(f"batch {self.batch_size} exceeds the {self.samples} samples there are")
 
-    @property
+    @cached_property
     def samples(self) -> int:
         """Samples in all shards."""
         return int(sum(self.shard_samples))
@@ -165,41 +167,63 @@ class Order:
             raise ValueError(f"{world} ranks do not divide {self.streams} streams")
         epoch, within = divmod(step, self.steps_per_epoch)
         mine = self.streams // world
-        streams = np.arange(rank * mine, (rank + 1) * mine)
-        return np.concatenate([self._stream(epoch, int(s), within * self.share, self.share) for s in streams])
+        shuffled = self._shuffled(epoch, rank * mine, mine, within * self.share)
+        begins = np.arange(rank * mine, (rank + 1) * mine) * (self.samples // self.streams)
+        return self._to_samples(epoch, (begins[:, None] + shuffled).ravel())
 
-    def _stream(self, epoch: int, stream: int, start: int, count: int) -> np.ndarray:
-        """``count`` sample indices of one stream from position ``start`` on."""
-        length = self.samples // self.streams
-        positions = np.arange(start, start + count)
-        windows = positions // self.window
-        shuffled = np.empty(count, dtype=np.int64)
-        for w in np.unique(windows):
-            here = windows == w
-            size = min(self.window, length - int(w) * self.window)
-            inner = _window(self.seed, f"{self.purpose}/window/{epoch}/{stream}", int(w), size)
-            shuffled[here] = w * self.window + inner[positions[here] - w * self.window]
-        return self._ring(epoch, stream * length + shuffled)
+    def _shuffled(self, epoch: int, first: int, count: int, start: int) -> np.ndarray:
+        """Places inside ``count`` streams from ``first`` on, of the share that begins at ``start``: int64 [count, share]."""
+        parts, position, stop = [], start, start + self.share
+        while position < stop:
+            window = position // self.window
+            begin = window * self.window
+            end = min(begin + self.window, stop)
+            inner = self._windows(epoch, first, count, window)
+            parts.append(begin + inner[:, position - begin : end - begin])
+            position = end
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
-    def _ring(self, epoch: int, places: np.ndarray) -> np.ndarray:
+    def _to_samples(self, epoch: int, places: np.ndarray) -> np.ndarray:
         """Places on the epoch's ring → sample indices."""
-        shards, ends, offset = _ring_of_epoch(self, epoch)
+        shards, ends, offset = self._ring(epoch)
         places = (places + offset) % self.samples
         k = np.searchsorted(ends, places, side="right")
         shard = shards[k]
         sizes = self._starts[shard + 1] - self._starts[shard]
         return self._starts[shard] + places - (ends[k] - sizes)
 
+    @cached_property
+    def _recent(self) -> dict[tuple[int, ...], Any]:
+        """What the last batches were cut from. Each order has its own: to find it among others would hash a million shards."""
+        return {}
 
-@lru_cache(maxsize=256)
-def _window(seed: int, purpose: str, window: int, size: int) -> np.ndarray:
-    return permutation(seed, purpose, window, size)
+    def _keep(self, key: tuple[int, ...], draw: Callable[..., Any], most: int) -> Any:
+        """``draw(*key)``, kept while fewer than ``most`` of its kind came after it."""
+        value = self._recent.get(key)
+        if value is None:
+            value = self._recent[key] = draw(*key)
+            alike = [k for k in list(self._recent) if len(k) == len(key)]
+            for old in alike[:-most]:
+                self._recent.pop(old, None)
+        return value
 
+    def _windows(self, epoch: int, first: int, count: int, window: int) -> np.ndarray:
+        found: np.ndarray = self._keep((epoch, first, count, window), self._draw_windows, 2)
+        return found
 
-@lru_cache(maxsize=8)
-def _ring_of_epoch(order: Order, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """The epoch's shards in their order, the running end of each, and where the ring starts."""
-    shards = permutation(order.seed, f"{order.purpose}/shards", epoch, len(order.shard_samples))
-    ends = np.cumsum(np.asarray(order.shard_samples, dtype=np.int64)[shards])
-    start = uniform(order.seed, f"{order.purpose}/start", epoch, np.zeros(1), 1)[0, 0]
-    return shards, ends, int(float(start) * order.samples)
+    def _ring(self, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
+        found: tuple[np.ndarray, np.ndarray, int] = self._keep((epoch,), self._draw_ring, 2)
+        return found
+
+    def _draw_windows(self, epoch: int, first: int, count: int, window: int) -> np.ndarray:
+        """The shuffle of one window in each of ``count`` streams: int64 [count, size]."""
+        size = min(self.window, self.samples // self.streams - window * self.window)
+        purposes = [f"{self.purpose}/window/{epoch}/{stream}" for stream in range(first, first + count)]
+        return np.stack([permutation(self.seed, purpose, window, size) for purpose in purposes])
+
+    def _draw_ring(self, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """The epoch's shards in their order, the running end of each, and where the ring starts."""
+        shards = permutation(self.seed, f"{self.purpose}/shards", epoch, len(self.shard_samples))
+        ends = np.cumsum(np.asarray(self.shard_samples, dtype=np.int64)[shards])
+        start = uniform(self.seed, f"{self.purpose}/start", epoch, np.zeros(1), 1)[0, 0]
+        return shards, ends, int(float(start) * self.samples)

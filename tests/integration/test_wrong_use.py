@@ -18,7 +18,7 @@ CASES = {
     "unknown setting": (["--matching.temprature", "2"], "did you mean --matching.temperature?"),
     "negative temperature": (["--matching.temperature", "-2"], "--matching.temperature"),
     "more images than the class has": (["--report.ipc", "5000"], "--report.ipc"),
-    "deepspeed": (["--engine", "deepspeed"], "--engine"),
+    "a file for deepspeed alone": (["--deepspeed-config", "ds.json"], "--engine deepspeed"),
     "unknown classifier": (["--report.students", "convent"], "convnet"),
     "streams that do not divide the batch": (["--loader.streams", "3"], "--loader.streams"),
     "a batch larger than the data": (["--teachers.batch", "5000", "--until", "teachers"], "--teachers.batch"),
@@ -72,7 +72,7 @@ def test_an_out_that_cannot_be_made_is_named(tiny, tmp_path, where):
 
 
 def test_debug_shows_the_traceback(tiny, tmp_path):
-    ended = ranks.start(tmp_path / "out", [*tiny, "--engine", "deepspeed", "--debug"]).wait()
+    ended = ranks.start(tmp_path / "out", [*tiny, "--accumulate", "3", "--debug"]).wait()
     assert ended.codes == [2]
     assert "Traceback" in ended.err[0]
     assert len(ended.errors) == 1

@@ -15,42 +15,57 @@ from gdd_dist.models.discriminator import Discriminator
 BATCH, STEPS = 8, 6
 
 
-def engine(world, precision="float32"):
+def network():
     torch.manual_seed(0)
     net = Discriminator(classes=3, channels=1, size=8, width=8, blocks=1)
     for p in net.parameters():  # last layers start at zero: gradients should be of some size
         nn.init.normal_(p, std=0.3)
+    return net
+
+
+def engine(world, precision="float32"):
+    net = network()
     example = (torch.zeros(1, 1, 8, 8), torch.zeros(1, dtype=torch.int64))
     return DDPEngine(net, torch.optim.Adam(net.parameters(), betas=(0.0, 0.99)), world, precision, example)
 
 
-def train(world, d, first, last):
-    """Steps of the relativistic loss with gradient penalties; returns the gradients of the first of them."""
+def train(world, d, first, last, parts=1):
+    """Steps of the relativistic loss with gradient penalties, in micro-batches.
+
+    Returns the gradients of the first of them where DDP keeps them, and the losses of all, means over ranks.
+    """
     share = BATCH // world.size
     mine = slice(world.rank * share, (world.rank + 1) * share)
-    gradients = {}
+    gradients, values = {}, []
     for step in range(first, last):
         g = torch.Generator().manual_seed(step)
         real, fake = torch.randn(2, BATCH, 1, 8, 8, generator=g)[:, mine]
         labels = torch.randint(3, (BATCH,), generator=g)[mine]
-        real, fake = real.clone().requires_grad_(), fake.clone().requires_grad_()
-        a, b = d(real, labels), d(fake, labels)
-        loss = losses.relativistic_discriminator(a, b)
-        of_images = torch.autograd.grad([a.sum() + b.sum()], [real, fake], create_graph=True)
-        penalty = sum(losses.zero_centred_penalty(x) for x in of_images)
-        d.backward(loss + 0.5 * penalty)
+        of_parts = [penalized(d, *part) for part in zip(*(t.chunk(parts) for t in (real, fake, labels)), strict=True)]
         if step == first:
             gradients = {k: p.grad.clone() for k, p in d.module.named_parameters() if p.grad is not None}
         d.step(1e-3)
         assert all(p.grad is None for p in d.module.parameters())
-    return gradients
+        values.append(world.mean({"loss": torch.stack(of_parts).mean()})["loss"])
+    return gradients, values
+
+
+def penalized(d, real, fake, labels):
+    """Backward of one micro-batch; its loss."""
+    real, fake = real.clone().requires_grad_(), fake.clone().requires_grad_()
+    a, b = d(real, labels), d(fake, labels)
+    loss = losses.relativistic_discriminator(a, b)
+    of_images = torch.autograd.grad([a.sum() + b.sum()], [real, fake], create_graph=True)
+    loss = loss + 0.5 * sum(losses.zero_centred_penalty(x) for x in of_images)
+    d.backward(loss)
+    return loss.detach()
 
 
 def undisturbed(rank):
     world = World("cpu")
     torch.set_num_threads(1)
     d = engine(world)
-    gradients = train(world, d, 0, STEPS)
+    gradients, _ = train(world, d, 0, STEPS)
     weights = {k: v.clone() for k, v in d.module.state_dict().items()}
     d.close()
     world.close()

@@ -31,50 +31,68 @@ def plain(digits, manifest):
     return torch.from_numpy(out).permute(0, 3, 1, 2)
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.integers(0, 239), max_size=40), st.sampled_from(["auto", "none", "ram"]), st.sampled_from([1, 2, 5]))
-def test_any_way_of_reading_gives_the_same_images(digits, manifest, plain, indices, resident, threads):
-    images = Images(digits, manifest, "val", threads=threads, resident=resident)
-    indices = np.array(indices, np.int64)
-    for _ in range(2):  # the second time from memory
-        found = images.read(indices)
-        assert found.dtype == torch.uint8
-        assert torch.equal(found, plain[torch.from_numpy(indices)])
-    assert len(images) == 240
+@given(
+    st.lists(st.integers(0, 239), max_size=80),
+    st.sampled_from(["auto", "none", "ram", "device"]),
+    st.sampled_from([1, 2, 5]),
+)
+def test_any_way_of_reading_gives_the_same_images(digits, manifest, plain, cache, indices, resident, threads):
+    for kept in (cache, None):
+        images = Images(digits, manifest, "val", threads=threads, resident=resident, cache=kept)
+        for _ in range(2):
+            found = images.read(np.array(indices, np.int64))
+            assert found.dtype == torch.uint8
+            assert torch.equal(found, plain[torch.tensor(indices, dtype=torch.int64)])
+        assert len(images) == 240
 
 
-def test_a_given_buffer_is_filled(digits, manifest, plain):
-    images = Images(digits, manifest, "val", threads=2, resident="none")
-    out = np.empty((3, 16, 16, 1), np.uint8)
-    found = images.read(np.array([5, 1, 5]), out)
-    assert found.data_ptr() == out.ctypes.data
-    assert torch.equal(found, plain[[5, 1, 5]])
+def test_batches_reuse_memory_that_nobody_holds_and_no_other(digits, manifest, plain):
+    images = Images(digits, manifest, "val", resident="none")
+    first = images.read(np.arange(20))
+    where = first.data_ptr()
+    part = first[3:5]
+    del first
+    other = images.read(np.arange(20, 40))
+    assert other.data_ptr() != where
+    assert torch.equal(part, plain[3:5])
+    del part
+    again = images.read(np.arange(40, 60))
+    assert again.data_ptr() == where
+    assert torch.equal(again, plain[40:60])
+    assert torch.equal(other, plain[20:40])
 
 
-def test_several_threads_may_read_at_once(digits, manifest, plain):
-    images, wrong = Images(digits, manifest, "val", threads=2, resident="ram"), []
+def test_several_threads_may_read_at_once(digits, manifest, plain, tmp_path):
+    for resident in ("ram", "none"):
+        images, wrong = Images(digits, manifest, "val", threads=2, resident=resident, cache=tmp_path), []
 
-    def read(seed):
-        rng = np.random.default_rng(seed)
-        for _ in range(20):
-            indices = rng.integers(0, 240, 30)
-            if not torch.equal(images.read(indices), plain[torch.from_numpy(indices)]):
-                wrong.append(seed)
+        def read(seed, images=images, wrong=wrong):
+            rng = np.random.default_rng(seed)
+            for _ in range(20):
+                indices = rng.integers(0, 240, 70)
+                if not torch.equal(images.read(indices), plain[torch.from_numpy(indices)]):
+                    wrong.append(seed)
 
-    workers = [threading.Thread(target=read, args=(s,)) for s in range(4)]
-    for w in workers:
-        w.start()
-    for w in workers:
-        w.join()
-    assert not wrong
+        workers = [threading.Thread(target=read, args=(s,)) for s in range(4)]
+        for w in workers:
+            w.start()
+        for w in workers:
+            w.join()
+        assert not wrong
 
 
-def test_images_are_kept_only_within_the_budget(digits, manifest):
-    size = 240 * 256
-    assert Images(digits, manifest, "val", budget=size)._kept is not None
-    assert Images(digits, manifest, "val", budget=size - 1)._kept is None
-    assert Images(digits, manifest, "val", budget=0, resident="ram")._kept is not None
-    assert Images(digits, manifest, "val", budget=size, resident="none")._kept is None
+@pytest.mark.parametrize("bad", [-1, 240, 10**9])
+def test_a_sample_that_is_not_there_is_an_error(digits, manifest, tmp_path, bad):
+    for resident in ("ram", "none"):
+        images = Images(digits, manifest, "val", resident=resident, cache=tmp_path)
+        with pytest.raises(IndexError):
+            images.read(np.array([0, bad]))
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -112,6 +130,16 @@ def test_prefetch_reads_so_far_ahead_and_no_farther():
     time.sleep(0.1)
     assert read == [0, 1, 2]
     batches.close()
+
+
+@pytest.mark.parametrize(("size", "ahead"), [(1, 4), (50, 2), (100, 1), (1000, 1)])
+def test_prefetch_keeps_within_its_bytes_but_for_one_batch(size, ahead):
+    read = []
+    batches = prefetch(lambda s: read.append(s) or (s, np.empty(size, np.uint8)), 0, 10, 4, limit=100)
+    assert next(batches)[0] == 0
+    time.sleep(0.1)
+    assert read == list(range(1 + ahead))
+    assert [step for step, _ in batches] == list(range(1, 10))
 
 
 def test_a_fault_while_reading_ahead_comes_where_its_batch_would():

@@ -1,5 +1,7 @@
 """The order of samples and all noise are pure functions (design 5.1, 5.2)."""
 
+import hashlib
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -29,6 +31,12 @@ def test_noise_golden_values():
     assert np.allclose(normal(0, "gan/z", 3, slot, 3), [[-1.2014198303222656, -1.9562042951583862, 0.0829230546951294]])
     assert permutation(0, "p", 1, 6).tolist() == [5, 2, 3, 0, 4, 1]
     assert Order((7, 9), 4, 2, 0).batch(5).tolist() == [4, 2, 12, 14]
+
+
+def test_order_golden_values_over_windows_shards_and_epochs():
+    order = Order((70, 90, 41, 300), 24, 8, 3, window=16)
+    found = np.concatenate([order.batch(step) for step in range(60)])
+    assert hashlib.sha256(found.astype("<i8").tobytes()).hexdigest()[:16] == "9c9b11b7529869ad"
 
 
 @st.composite

@@ -193,7 +193,7 @@ def test_the_name_of_a_folder_is_its_base_name_without_the_suffix_of_an_archive(
     ("text", "message"),
     [
         ("", "unknown source ''; give one of digits | cifar10:PATH"),
-        ("webdataset:x", "unknown source"),
+        ("webdataset:x", "x does not exist; check the pattern"),
         ("Digits", "unknown source"),
         ("folder", "lacks its path; write folder:PATH"),
         ("folder:", "lacks its path"),

@@ -1,0 +1,55 @@
+"""The JSON line that every benchmark prints."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def line(
+    benchmark: str, ours: np.ndarray, others: dict[str, np.ndarray], unit: str, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """A line from the figures of each round, [rounds]; more is better, `ratio` is the median over rounds against the best other."""
+    medians = {name: float(np.median(values)) for name, values in others.items()}
+    best = max(medians, key=lambda name: medians[name])
+    ratios = ours / others[best]
+    return {
+        "benchmark": benchmark,
+        "ours": round(float(np.median(ours)), 1),
+        "other": {name: round(value, 1) for name, value in medians.items()},
+        "unit": unit,
+        "ratio": round(float(np.median(ratios)), 3),
+        "ratios": [round(float(r), 3) for r in ratios],
+        "settings": settings,
+        "machine": machine(),
+        "versions": versions(
+            "torch", "numpy", "simplejpeg", "pillow", "webdataset", "mosaicml-streaming", "torchvision"
+        ),
+    }
+
+
+def machine() -> str:
+    """What the figures were measured on."""
+    model = "unknown CPU"
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as info:
+            names = [text.partition(":")[2].strip() for text in info if text.startswith("model name")]
+        model = names[0] if names else model
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"{platform.machine()}, {model}, {len(os.sched_getaffinity(0))} cores, {gpu}, load {os.getloadavg()[0]:.1f}"
+
+
+def versions(*names: str) -> dict[str, str]:
+    """The versions of those libraries that are installed."""
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,100 @@
+"""Batches: the memory they are read into, the threads that fill it, and reading ahead of the steps that use them."""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Batch = TypeVar("Batch")
+
+PREFETCH_BYTES = 256 * 2**20
+"""Batches read ahead take no more memory than this, but for one, which is always read ahead."""
+TASKS_A_THREAD, LEAST_IMAGES = 2, 16
+"""A batch is cut finer than there are threads, so that one that the system delays does not hold up the others."""
+
+
+class Workers:
+    """Threads that share the images of a batch. One: the caller's own."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode") if threads > 1 else None
+
+    def share(self, work: Callable[[np.ndarray, np.ndarray], None], indices: np.ndarray, out: np.ndarray) -> None:
+        """``work(indices, out)`` in parts, at once. Raises what a part raises, when all are done."""
+        parts = min(TASKS_A_THREAD * self._threads, len(indices) // LEAST_IMAGES)
+        if self._pool is None or parts < 2:
+            work(indices, out)
+            return
+        edges = np.linspace(0, len(indices), parts + 1).astype(int).tolist()
+        futures = [self._pool.submit(work, indices[a:b], out[a:b]) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        faults = [fault for future in futures if (fault := future.exception()) is not None]
+        if faults:
+            raise faults[0]
+
+
+class Buffers:
+    """Memory for batches, handed out again once the last view of it is gone."""
+
+    def __init__(self) -> None:
+        self._free: deque[np.ndarray] = deque(maxlen=8)
+
+    def take(self, shape: tuple[int, ...]) -> tuple[Tensor, np.ndarray]:
+        """uint8 [shape], its content undefined, as a tensor and as an array over the same bytes."""
+        size = int(np.prod(shape))
+        memory = None
+        while self._free and (memory is None or len(memory) < size):
+            memory = self._free.popleft()  # too small: batches grew, so let it go
+        if memory is None or len(memory) < size:
+            memory = np.empty(size, dtype=np.uint8)
+        out = memory[:size].reshape(shape)
+        weakref.finalize(out, self._free.append, memory)  # the tensor, and every view of it, holds ``out``
+        return torch.from_numpy(out), out
+
+
+class PinnedBuffers:
+    """Page-locked memory for batches; torch hands it out again once copies from it are done."""
+
+    def take(self, shape: tuple[int, ...]) -> tuple[Tensor, np.ndarray]:
+        """As Buffers.take."""
+        batch = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        return batch, batch.numpy()
+
+
+def prefetch(
+    read: Callable[[int], Batch], start: int, stop: int, ahead: int, limit: int = PREFETCH_BYTES
+) -> Iterator[Batch]:
+    """``read(step)`` for each step from ``start`` to ``stop``, some of them computed beforehand on one thread.
+
+    Up to ``ahead`` batches, and of these as many as ``limit`` bytes hold, but at least one.
+    """
+    pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+    try:
+        waiting: deque[Future[Batch]] = deque()
+        most, submitted = 1, start
+        for step in range(start, stop):
+            while submitted < min(step + most, stop):
+                waiting.append(pool.submit(read, submitted))
+                submitted += 1
+            batch = waiting.popleft().result()
+            most = 1 + max(1, min(ahead, limit // max(1, _bytes(batch))))
+            while submitted < min(step + most, stop):
+                waiting.append(pool.submit(read, submitted))
+                submitted += 1
+            yield batch
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _bytes(batch: Any) -> int:
+    """Memory of the arrays and tensors of a batch."""
+    if isinstance(batch, (Tensor, np.ndarray)):
+        return int(batch.nbytes)
+    return sum(_bytes(part) for part in batch) if isinstance(batch, (tuple, list)) else 0

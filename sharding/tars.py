@@ -1,0 +1,172 @@
+"""The members of a tar archive, from its headers, none of which is trusted.
+
+`tarfile` ends silently at a cut or a bad header. Here an archive is whole, up to its two closing zero blocks, or an error; its
+members are plain files and directories with names inside the archive, or an error; and no header makes this module
+allocate more than a mebibyte.
+"""
+
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+BLOCK = tarfile.BLOCKSIZE
+LONGEST_NAME = 4096
+LARGEST_EXTENSION = 2**20
+_ZEROS = bytes(BLOCK)
+_PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
+_LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
+_DEVICES = (tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
+_LONG = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+_PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE)
+_RECORD = re.compile(rb"(\d{1,7}) ([^=\n]{1,256})=")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A plain file in an archive: its name, its size in bytes and where its bytes begin."""
+
+    name: str
+    size: int
+    offset: int
+
+
+def entries(path: Path) -> Iterator[Entry]:
+    """Yield the plain files of an uncompressed tar, in order.
+
+    Raises ValueError, with the member's name where it has one, for an archive that is cut or damaged, or holds what has no
+    place in a data set: links, devices, sparse files, names that lead outside. Raises OSError where it cannot be read.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield from _Walk(descriptor, os.fstat(descriptor).st_size).members()
+    finally:
+        os.close(descriptor)
+
+
+def shown(name: str) -> str:
+    """A member's name as it may be printed: short, on one line, without control characters."""
+    name = name if len(name) <= 200 else f"{name[:200]}…"
+    return name if name.isprintable() else ascii(name)[1:-1]
+
+
+class _Walk:
+    """One pass over the headers."""
+
+    def __init__(self, descriptor: int, end: int) -> None:
+        self._descriptor, self._end = descriptor, end
+
+    def members(self) -> Iterator[Entry]:
+        position, extensions = 0, dict[str, str]()
+        while (block := self._bytes(position, BLOCK, "its two closing zero blocks")) != _ZEROS:
+            info = self._header(block, position)
+            data = position + BLOCK
+            if info.type in _LONG or info.type in _PAX:
+                extensions |= self._extension(info, data)
+                position = data + _padded(info.size)
+                continue
+            name = _checked_name(extensions.get("path", info.name))
+            size = _size(extensions["size"], name) if "size" in extensions else info.size
+            extensions = {}
+            _check_kind(info.type, name)
+            if info.type == tarfile.DIRTYPE:
+                position = data
+                continue
+            self._check_room(name, size, data)
+            yield Entry(name, size, data)
+            position = data + _padded(size)
+        if extensions:
+            raise ValueError("it ends after the extended header of a member that is not there")
+        self._check_end(position)
+
+    def _bytes(self, position: int, size: int, what: str) -> bytes:
+        found = os.pread(self._descriptor, size, position)
+        if len(found) < size:
+            raise ValueError(f"it ends at byte {self._end}, before {what}: it was cut")
+        return found
+
+    def _header(self, block: bytes, position: int) -> tarfile.TarInfo:
+        try:
+            info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        # A block that is no header is answered with exceptions of several types.
+        except (tarfile.HeaderError, ValueError, OverflowError) as error:
+            raise ValueError(f"the block at byte {position} is no header ({error})") from None
+        if info.size < 0:
+            raise ValueError(f"{shown(info.name)} claims a size of {info.size} bytes")
+        return info
+
+    def _extension(self, info: tarfile.TarInfo, data: int) -> dict[str, str]:
+        """What an extended header says of the next member: its ``path`` and ``size``."""
+        if info.size > LARGEST_EXTENSION:
+            raise ValueError(f"the extended header at byte {data - BLOCK} claims {info.size} bytes")
+        content = self._bytes(data, info.size, "the end of an extended header")
+        if info.type in _LONG:
+            name = content.partition(b"\0")[0].decode("utf-8", "surrogateescape")
+            return {"path": name} if info.type == tarfile.GNUTYPE_LONGNAME else {}
+        found = dict(_records(content))
+        if any(key.startswith("GNU.sparse") for key in found):
+            raise ValueError(f"{shown(found.get('path', info.name))} is a sparse file")
+        found = {key: found[key] for key in ("path", "size") if key in found}
+        if found and info.type == tarfile.XGLTYPE:
+            raise ValueError(f"a global header sets the {' and '.join(found)} of all members")
+        return found
+
+    def _check_room(self, name: str, size: int, data: int) -> None:
+        if data + _padded(size) > self._end:
+            raise ValueError(
+                f"{shown(name)} claims {size} bytes where {max(0, self._end - data)} are left: cut or forged"
+            )
+
+    def _check_end(self, position: int) -> None:
+        if self._bytes(position + BLOCK, BLOCK, "the second of its two closing zero blocks") != _ZEROS:
+            raise ValueError(f"the block at byte {position + BLOCK} follows a zero block but is none")
+        position += 2 * BLOCK
+        while chunk := os.pread(self._descriptor, 2**20, position):
+            if chunk.count(0) != len(chunk):
+                raise ValueError(f"there are bytes after its end, from byte {position} on")
+            position += len(chunk)
+
+
+def _padded(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK
+
+
+def _checked_name(name: str) -> str:
+    if not name or len(name) > LONGEST_NAME:
+        raise ValueError(f"a member's name has {len(name)} characters")
+    if name.startswith("/"):
+        raise ValueError(f"{shown(name)} is an absolute name")
+    if ".." in name.split("/"):
+        raise ValueError(f"{shown(name)} leads outside the archive")
+    if "\0" in name:
+        raise ValueError(f"{shown(name)} is no name")
+    return name
+
+
+def _check_kind(kind: bytes, name: str) -> None:
+    if kind in _PLAIN or kind == tarfile.DIRTYPE:
+        return
+    kinds = ((_LINKS, "a link"), (_DEVICES, "a device"), ((tarfile.GNUTYPE_SPARSE,), "a sparse file"))
+    what = next((text for types, text in kinds if kind in types), f"a member of unknown kind {kind!r}")
+    raise ValueError(f"{shown(name)} is {what}")
+
+
+def _size(text: str, name: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,20}", text):
+        raise ValueError(f"{shown(name)} claims a size of {shown(text)} bytes")
+    return int(text)
+
+
+def _records(content: bytes) -> Iterator[tuple[str, str]]:
+    """The records ``LENGTH KEY=VALUE\\n`` of a pax header."""
+    position = 0
+    while position < len(content) and content[position]:
+        match = _RECORD.match(content, position)
+        end = position + int(match[1]) if match else 0
+        if match is None or end <= match.end() or end > len(content) or content[end - 1] != 0x0A:
+            raise ValueError("a pax header is damaged")
+        key, value = match[2].decode("utf-8", "replace"), content[match.end() : end - 1]
+        yield key, value.decode("utf-8", "surrogateescape")
+        position = end

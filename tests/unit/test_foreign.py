@@ -1,0 +1,220 @@
+"""WebDataset tars that others made: the same samples as stock webdataset finds, in place where they fit."""
+
+import io
+import json
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+import webdataset
+from tars import image, labelled, samples, tar
+
+from sharding.errors import UserError
+from sharding.foreign import TarSet, split_patterns, tars
+from sharding.foreign import samples as listed
+from sharding.manifest import Manifest
+from sharding.plan import Options
+from sharding.shards import Shards, decode
+from sharding.verify import verify
+from sharding.writer import build
+
+
+def silent(_line):
+    """No log."""
+
+
+def everything(data, *splits):
+    """(payload, label) of every sample, sorted."""
+    manifest = Manifest.load(data)
+    shards = [Shards(data, manifest, split) for split in splits or manifest.splits]
+    return sorted((bytes(s.payload(i)), int(s.labels[i])) for s in shards for i in range(s.samples))
+
+
+def stock(paths):
+    """(bytes, label) of every sample, as stock webdataset finds them, sorted."""
+    found = []
+    for sample in webdataset.WebDataset([str(p) for p in paths], shardshuffle=False, empty_check=False):
+        kinds = [k for k in sample if k in ("jpg", "jpeg", "png", "webp")]
+        if sample["__key__"] == "__meta__":  # stock takes such a file for a sample
+            continue
+        label = sample["cls"] if "cls" in sample else str(json.loads(sample["json"])["label"])
+        found.append((sample[kinds[0]], int(label)))
+    return sorted(found)
+
+
+def mixed():
+    """Files in every form that the issue names."""
+    return {
+        "./a.b/c/one.jpeg": image(1),
+        "./a.b/c/one.cls": b"0",
+        "a.b/two.JPG": image(2),
+        "a.b/two.txt": b"a caption",
+        "a.b/two.seg.png": b"no image of ours",
+        "a.b/two.json": b'{"label": 1, "more": [1, 2]}',
+        "three.png": image(3, "PNG"),
+        "three.cls": b"2\n",
+        "three.pyd": b"never read",
+        "four.webp": image(4, "WEBP"),
+        "four.json": b'{"label": "1"}',
+        "__meta__.json": b"{}",
+        "noextension": b"x",
+        ".hidden.jpg": b"x",
+        "five.x.y.jpg": b"an extension of its own",
+        "five.jpg": image(5),
+        "five.cls": b"0",
+        "n" * 120 + "/" + "m" * 90 + ".jpg": image(6),
+        "n" * 120 + "/" + "m" * 90 + ".cls": b"1",
+        "ü/ß.jpg": image(7),
+        "ü/ß.cls": b"2",
+    }
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_samples_are_those_of_stock_webdataset(tmp_path, format):
+    path = tar(tmp_path / "x.tar", mixed(), format)
+    reader = TarSet([path])
+    found = sorted((reader.read(s.member), s.label) for s in listed(path, 0, reader))
+    assert len(found) == 7
+    assert found == stock([path])
+
+
+def test_headers_beyond_octal_and_long_pax_names_are_read(tmp_path):
+    name = "d/" + "k" * 300 + ".jpg"
+    path = tar(tmp_path / "x.tar", {name: image(0), name[:-3] + "cls": b"0"}, tarfile.PAX_FORMAT)
+    (sample,) = listed(path, 0, TarSet([path]))
+    assert sample.member.offset >= 1536
+    assert TarSet([path]).read(sample.member) == image(0)
+
+
+def test_patterns_name_the_tars_that_they_should(tmp_path):
+    for i in (0, 1, 2, 10):
+        tar(tmp_path / f"s-{i:03d}.tar", samples(i, 1))
+    names = [p.name for p in tars(str(tmp_path))]
+    assert names == ["s-000.tar", "s-001.tar", "s-002.tar", "s-010.tar"]
+    assert [p.name for p in tars(str(tmp_path / "s-{000..002}.tar"))] == names[:3]
+    assert [p.name for p in tars(str(tmp_path / "s-{010,001}.tar"))] == [names[3], names[1]]
+    assert [p.name for p in tars(str(tmp_path / "s-00*.tar"))] == names[:3]
+    for pattern, message in [("s-{000..003}.tar", "s-003.tar does not exist"), ("t*", "matches no file")]:
+        with pytest.raises(UserError, match=message):
+            tars(str(tmp_path / pattern))
+
+
+def test_splits_are_named_by_pattern():
+    assert split_patterns("train=a,b-{0,1}.tar,test=c") == {"train": "a,b-{0,1}.tar", "test": "c"}
+    assert split_patterns("a/b.tar") == {"train": "a/b.tar"}
+    for wrong in ("test=a", "train=a,train=b", "train=,test=b"):
+        with pytest.raises(UserError, match="each split once"):
+            split_patterns(wrong)
+
+
+@pytest.fixture
+def source(tmp_path):
+    for i in range(3):
+        tar(tmp_path / "in" / f"train-{i}.tar", samples(100 * i, 30))
+    tar(tmp_path / "in" / "test-0.tar", samples(1000, 12))
+    return f"webdataset:train={tmp_path}/in/train-{{0..2}}.tar,test={tmp_path}/in/test-*.tar"
+
+
+def test_tars_that_fit_are_indexed_where_they_lie(source, tmp_path):
+    data = tmp_path / "data"
+    manifest = build(source, data, Options(val_fraction=0.2, workers=1)).manifest
+    assert {split: info.samples for split, info in manifest.splits.items()} == {"train": 72, "val": 18, "test": 12}
+    assert manifest.name == "train"
+    links = sorted(p for p in data.rglob("*.tar"))
+    assert all(p.is_symlink() for p in links)
+    assert {p.resolve() for p in links} == set((tmp_path / "in").glob("*.tar"))
+    assert everything(data, "train", "val") == stock(sorted((tmp_path / "in").glob("train*")))
+    assert everything(data, "test") == stock([tmp_path / "in/test-0.tar"])
+    verify(data, deep=True, log=silent)
+    assert build(source, data, Options(val_fraction=0.2, workers=1)).reused
+
+
+def test_mean_and_std_are_those_of_the_train_rows_alone(source, tmp_path):
+    manifest = build(source, tmp_path / "data", Options(val_fraction=0.2, workers=1)).manifest
+    shards, out = Shards(tmp_path / "data", manifest, "train"), np.empty((8, 8, 3), np.uint8)
+    pixels = []
+    for i in range(shards.samples):
+        decode(shards.payload(i), out)
+        pixels.append(out.copy())
+    assert np.allclose(np.mean(pixels, axis=(0, 1, 2)) / 255, manifest.mean)
+    assert np.allclose(np.std(pixels, axis=(0, 1, 2)) / 255, manifest.std)
+
+
+def test_a_foreign_tar_that_changes_later_is_named(source, tmp_path):
+    data = tmp_path / "data"
+    build(source, data, Options(val_fraction=0.2, workers=1))
+    tar(tmp_path / "in/train-1.tar", samples(100, 29))
+    with pytest.raises(UserError, match=r"00000[0-9]\.tar (holds \d+ bytes|was altered)"):
+        verify(data, log=silent)
+
+
+@pytest.mark.parametrize(
+    ("change", "options"),
+    [
+        ({"zz.jpg": image(9, size=9), "zz.cls": b"1"}, {"image_size": 8}),
+        ({"zz.jpg": image(9, mode="L"), "zz.cls": b"1"}, {}),
+        (None, {"image_size": 4}),
+    ],
+    ids=["another size", "grey among colours", "another size asked for"],
+)
+def test_tars_that_do_not_fit_are_rewritten(source, tmp_path, change, options):
+    if change:
+        tar(tmp_path / "in/train-1.tar", samples(100, 30) | change)
+    data = tmp_path / "data"
+    manifest = build(source, data, Options(val_fraction=0.2, workers=1, **options)).manifest
+    assert not any(p.is_symlink() for p in data.rglob("*.tar"))
+    assert manifest.splits["train"].samples + manifest.splits["val"].samples == 90 + bool(change)
+    verify(data, deep=True, log=silent)
+
+
+def test_one_pattern_is_split_and_rewritten(tmp_path):
+    path = tar(tmp_path / "in" / "set-0.tar", samples(0, 30))
+    for text in (path, tmp_path / "in", f"train={path}"):
+        with pytest.raises(UserError, match="--test-fraction"):
+            build(f"webdataset:{text}", tmp_path / "no")
+    manifest = build(f"webdataset:{path}", tmp_path / "data", Options(test_fraction=0.2, val_fraction=0.2)).manifest
+    assert sum(split.samples for split in manifest.splits.values()) == 30
+    assert manifest.name == "set-0"
+    assert everything(tmp_path / "data") == stock([path])
+
+
+def test_any_number_of_workers_gives_the_same_index(source, tmp_path):
+    for workers in (1, 3):
+        build(source, tmp_path / f"{workers}", Options(val_fraction=0.2, workers=workers))
+    one, three = (sorted((tmp_path / w).rglob("*.npy")) for w in ("1", "3"))
+    assert [p.read_bytes() for p in one] == [p.read_bytes() for p in three]
+    assert Manifest.load(tmp_path / "1") == Manifest.load(tmp_path / "3")
+
+
+@pytest.mark.parametrize("document", [{"label": 0}, {"label": "0"}])
+def test_labels_in_json_are_numbers(tmp_path, document):
+    path = labelled(tmp_path / "x.tar", document)
+    assert [s.label for s in listed(path, 0, TarSet([path]))] == [0]
+
+
+@pytest.mark.parametrize("document", [{"label": "cat"}, {"label": 1.0}, {"label": True}, {"label": None}, {}, [1]])
+def test_other_labels_in_json_are_an_error_with_the_key(tmp_path, document):
+    path = labelled(tmp_path / "x.tar", document)
+    with pytest.raises(UserError, match=r"x\.tar: key a has (no label|the label)"):
+        list(listed(path, 0, TarSet([path])))
+
+
+def test_a_class_of_test_that_train_lacks_is_an_error(source, tmp_path):
+    tar(tmp_path / "in/test-0.tar", {"a.jpg": image(0), "a.cls": b"3"})
+    with pytest.raises(UserError, match=r"test-0\.tar: a\.jpg has the label 3, which no image of train has"):
+        build(source, tmp_path / "data")
+
+
+def test_compressed_and_empty_tars_are_an_error(tmp_path):
+    path = tar(tmp_path / "a.tar", samples(0, 3))
+    packed = tmp_path / "b.tar"
+    with tarfile.open(packed, "w:gz") as archive:
+        archive.addfile(tarfile.TarInfo("x"), io.BytesIO())
+    (tmp_path / "c.tar").touch()
+    for name, message in [("b.tar", "is compressed .gzip."), ("c.tar", "it is empty")]:
+        with pytest.raises(UserError, match=message):
+            build(f"webdataset:{tmp_path / name}", tmp_path / "data", Options(test_fraction=0.2))
+    shutil.copy(path, tmp_path / "d.tar")
+    with pytest.raises(UserError, match="given twice|named in two places"):
+        build(f"webdataset:train={path},test={path}", tmp_path / "data")

@@ -1,0 +1,198 @@
+"""Ray: start one on this host or connect to a cluster, and find out before any trial whether it can do what is asked."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from gdd_dist.metrics import versions
+from gdd_dist.monitor import say
+from sharding.errors import UserError
+from sharding.manifest import Manifest
+from tune.environment import python_path
+from tune.options import Options
+
+REACH_SECONDS = 5.0
+PROBE_SECONDS = 120.0
+OBJECT_STORE = 100_000_000
+"""Bytes of Ray's object store on this host: settings and accuracies are all that goes through it."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A host of the cluster and what it offers in all."""
+
+    id: str
+    host: str
+    cpus: float
+    gpus: float
+
+    def slots(self, cpus: float, gpus: float) -> int:
+        """Ranks that fit."""
+        fits = [self.cpus / cpus] + ([self.gpus / gpus] if gpus else [])
+        return int(min(fits) + 1e-9)
+
+
+@contextmanager
+def cluster(address: str | None, debug: bool = False) -> Iterator[list[Node]]:
+    """A local Ray or a connection to a running cluster; left, or ended with all it runs, at the end. ``debug``: show its workers' output."""
+    _start(address, debug)
+    try:
+        yield nodes()
+    finally:
+        ray.shutdown()
+
+
+def _start(address: str | None, debug: bool) -> None:
+    quiet: dict[str, Any] = {"log_to_driver": debug, "logging_level": "ERROR"}
+    if address is None:
+        cores = int(this_host().cpus)
+        ray.init(address="local", num_cpus=cores, include_dashboard=False, object_store_memory=OBJECT_STORE, **quiet)
+        return
+    _reach(address)
+    try:
+        ray.init(address=address, runtime_env={"env_vars": {"PYTHONPATH": python_path()}}, **quiet)
+    except (ConnectionError, RuntimeError, ValueError, RayError) as e:
+        raise UserError(f"cannot join the Ray cluster at {address} ({_short(e)}); {_remedy(e)}") from e
+
+
+def _remedy(fault: Exception) -> str:
+    text = str(fault).lower()
+    if "token" in text or "auth" in text:
+        return "give its token in RAY_AUTH_TOKEN or ~/.ray/auth_token, or set RAY_AUTH_MODE=disabled if it has none"
+    return "start it with `ray start --head`, or leave out --address for a local one"
+
+
+def _reach(address: str) -> None:
+    """Ray itself waits long, or ends the process, when nobody answers."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdigit():
+        raise UserError(f"--address {address} is no address of a cluster; give HOST:PORT of its head, or auto")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), REACH_SECONDS).close()
+    except (OSError, OverflowError) as e:
+        raise UserError(
+            f"no Ray cluster answers at {address} ({e}); start it with `ray start --head`, or leave out --address"
+        ) from e
+
+
+def nodes() -> list[Node]:
+    """The hosts that are alive."""
+    alive = [n for n in ray.nodes() if n["Alive"]]
+    return [
+        Node(n["NodeID"], n["NodeManagerAddress"], n["Resources"].get("CPU", 0.0), n["Resources"].get("GPU", 0.0))
+        for n in alive
+    ]
+
+
+def gpus_of(o: Options, found: Sequence[Node]) -> float:
+    """GPUs of a rank: what was asked, else one where the cluster has any."""
+    return o.gpus_per_trial if o.gpus_per_trial is not None else float(any(n.gpus >= 1 for n in found))
+
+
+def this_host() -> Node:
+    """What a local Ray will offer."""
+    return Node("", "this host", float(len(os.sched_getaffinity(0))), float(torch.cuda.device_count()))
+
+
+def room(o: Options) -> int:
+    """How many trials fit at a time, as the cluster is now, up to --max-concurrent."""
+    found = nodes()
+    ranks = sum(n.slots(o.cpus_per_trial, gpus_of(o, found)) for n in found)
+    fits = ranks // o.ranks_per_trial
+    return min(fits, o.max_concurrent) if o.max_concurrent else fits
+
+
+def check_resources(o: Options, found: Sequence[Node]) -> int:
+    """How many ranks fit at a time. Raises UserError when not even one trial does, instead of waiting for ever."""
+    gpus = gpus_of(o, found)
+    per_node = [n.slots(o.cpus_per_trial, gpus) for n in found]
+    wanted = f"{o.cpus_per_trial:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
+    if not any(per_node):
+        most = ", ".join(f"{n.host}: {n.cpus:g} CPUs, {n.gpus:g} GPUs" for n in found) or "no node is alive"
+        raise UserError(
+            f"no node has the {wanted} of a rank ({most}); lower --cpus-per-trial or --gpus-per-trial, or add nodes"
+        )
+    if sum(per_node) < o.ranks_per_trial:
+        raise UserError(
+            f"the cluster holds {sum(per_node)} ranks of {wanted}, fewer than --ranks-per-trial {o.ranks_per_trial}; lower it, or add nodes"
+        )
+    return sum(per_node)
+
+
+def _probe(out: str, data: str, token: str) -> dict[str, str]:
+    """Run on a node: what it makes of the shared directories and which versions it has."""
+    seen = Path(out, f".storage-check-{token}").read_text()
+    Path(out, f".storage-check-{token}-{ray.get_runtime_context().get_node_id()}").write_text(seen)
+    return {"token": seen, "data": Manifest.load(Path(data)).fingerprint, **versions()}
+
+
+def check_nodes(found: Sequence[Node], out: Path, data: Path) -> None:
+    """Every node must see OUT and DATA where the driver sees them, write to OUT, and run the same code. Raises UserError that names a node."""
+    token = secrets.token_hex(8)
+    marker = out / f".storage-check-{token}"
+    marker.write_text(token)
+    here = {"token": token, "data": Manifest.load(data).fingerprint, **versions()}
+    probe = ray.remote(num_cpus=0, max_retries=0)(_probe)
+    try:
+        asked = {
+            n: probe.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n.id, soft=False)).remote(
+                str(out), str(data), token
+            )
+            for n in found
+        }
+        for node, answer in asked.items():
+            _check_answer(node, answer, here, out)
+            if not (out / f".storage-check-{token}-{node.id}").exists():
+                raise UserError(
+                    f"what node {node.host} writes to {out} does not arrive here; mount the same storage on all nodes"
+                )
+    finally:
+        for path in out.glob(f".storage-check-{token}*"):
+            path.unlink(missing_ok=True)
+
+
+def _check_answer(node: Node, answer: ray.ObjectRef, here: dict[str, str], out: Path) -> None:
+    try:
+        there = ray.get(answer, timeout=PROBE_SECONDS)
+    except ray.exceptions.GetTimeoutError as e:
+        raise UserError(f"node {node.host} does not answer; look at it with `ray status`, or remove it") from e
+    except ray.exceptions.RayTaskError as e:
+        cause = e.cause if isinstance(getattr(e, "cause", None), Exception) else e
+        if isinstance(cause, (OSError, UserError)):
+            raise UserError(
+                f"node {node.host} does not share the storage of {out} ({_short(cause)}); mount it there at the same path"
+            ) from e
+        raise UserError(
+            f"node {node.host} cannot run a trial ({_short(cause)}); install the same gdd_dist there"
+        ) from e
+    except RayError as e:
+        raise UserError(f"node {node.host} cannot run a trial ({_short(e)}); look at its logs, or remove it") from e
+    for name, value in here.items():
+        if there.get(name) != value:
+            raise UserError(f"node {node.host} has {name} {there.get(name)} instead of {value}; make the nodes alike")
+
+
+def _short(fault: Exception) -> str:
+    lines = [line.strip() for line in str(fault).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(fault).__name__)[:200]
+
+
+def describe(found: Sequence[Node], ranks: int) -> None:
+    """One line about the cluster."""
+    cpus, gpus = sum(n.cpus for n in found), sum(n.gpus for n in found)
+    where = f"{len(found)} {'node' if len(found) == 1 else 'nodes'}, {cpus:g} CPUs, {gpus:g} GPUs"
+    say(f"search: Ray {ray.__version__} on {where}; room for {ranks} {'rank' if ranks == 1 else 'ranks'} at a time")

@@ -1,0 +1,194 @@
+"""The whole search, in order: the cluster, the shared steps, the trials, what the best of them is worth, the page."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ray.tune
+import torch
+
+from gdd_dist import config as configuration
+from gdd_dist.artifacts import Lock, holding
+from gdd_dist.check import check
+from gdd_dist.monitor import say
+from sharding.errors import UserError
+from sharding.files import write_atomic
+from sharding.manifest import Manifest
+from sharding.writer import build
+from tune import board, cluster, final, gang, page, shared, space
+from tune.cluster import Node
+from tune.gang import Job
+from tune.options import FILE, Command, Search, save
+from tune.proposals import Proposals
+from tune.record import DEFAULTS, FINISHED, Outcome, Record, best_of
+from tune.schedule import ENDED, Asha, Keeper, Proposer, scheduler
+from tune.trial import trial
+
+MAX_FAILURES = 3
+"""How often a trial that loses its process or node is started again."""
+
+
+def run(command: Command) -> None:
+    """A whole search, or the rest of one."""
+    search, out = command.search, command.search.out
+    if (out / FILE).exists() and not command.resume:
+        raise UserError(f"{out} holds a search already; --resume goes on with it, or choose another --out")
+    with holding(Lock(out / "run.lock"), _busy(out)):
+        data = Path(search.config.data) if search.config.data else out / "data"
+        if search.config.data is None:
+            build("digits", data)
+        check(
+            search.config,
+            Manifest.load(data),
+            search.options.ranks_per_trial,
+            torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        )
+        record = Record(out.resolve())
+        if command.resume:
+            _say_what_is_there(search, record)
+        gain = None
+        if left(search, record):
+            if search.options.address is None:
+                cluster.check_resources(search.options, [cluster.this_host()])  # before Ray is started
+            with cluster.cluster(search.options.address, search.config.debug) as nodes:
+                gain = _compute(search, record, data.resolve(), nodes)
+        best = best_of(record, search.options.metric)
+        gain = gain or final.load(out, best.id, search.options.final_seeds)
+        write_best(search, best, data)
+        page.write(search, record, best, gain)
+
+
+def _busy(out: Path) -> Any:
+    def busy(holder: Mapping[str, Any]) -> None:
+        raise UserError(
+            f"{out} is in use by process {holder['pid']} on {holder['host']} since {holder['since']}; wait for it, or choose another --out"
+        )
+
+    return busy
+
+
+def left(search: Search, record: Record) -> bool:
+    """Whether there is anything to compute: a trial, or the gain of the best."""
+    ended = record.outcomes()
+    if len(ended) < search.options.trials or record.proposed().keys() - ended.keys():
+        return True
+    if not any(o.status == FINISHED for o in ended.values()):
+        return False
+    best = best_of(record, search.options.metric)
+    return bool(search.options.final_seeds) and final.load(search.out, best.id, search.options.final_seeds) is None
+
+
+def _compute(search: Search, record: Record, data: Path, nodes: list[Node]) -> final.Gain | None:
+    """All that needs Ray."""
+    o, out = search.options, record.out
+    slots = cluster.check_resources(o, nodes)
+    cluster.describe(nodes, slots)
+    cluster.check_nodes(nodes, out, data)
+    save(search)  # what is refused above is no search yet
+    gpus = cluster.gpus_of(o, nodes)
+    store = Path(search.config.store).resolve() if search.config.store else out
+    config = dataclasses.replace(gang.on_cpu(search.config, gpus), data=str(data), store=str(store))
+    base = Job(config, search.preset, o.ranks_per_trial, o.cpus_per_trial, gpus)
+    base = dataclasses.replace(base, config=shared.settle_precision(base))
+    one_node = max(n.slots(o.cpus_per_trial, gpus) for n in nodes)
+    shared.compute(base, out, max(one_node, o.ranks_per_trial))
+    trials(search, record, base)
+    best = best_of(record, o.metric)
+    if not o.final_seeds:
+        return None
+    if (known := final.load(out, best.id, o.final_seeds)) is not None:
+        return known
+    say(f"search: best is trial {best.id}; it and the defaults are retrained with {o.final_seeds} new seeds")
+    return final.measure(base, out, best, o.final_seeds)
+
+
+def trials(search: Search, record: Record, base: Job) -> None:
+    """Run what is left of the trials."""
+    o, ended = search.options, record.outcomes()
+    again = [name for name in record.proposed() if name not in ended]
+    missing = max(0, o.trials - len(record.proposed()))
+    if not again and not missing:
+        return
+    proposals = Proposals(
+        search.axes, o.algorithm, search.config.seed, lambda drawn: space.trainable(search.config, drawn)
+    )
+    for name, settings in {DEFAULTS: {}, **record.proposed()}.items():
+        proposals.remember(name, {**space.values(search.axes, search.config), **settings})
+        if name in ended:
+            proposals.tell(name, ended[name].val if ended[name].status in ENDED else None)
+    plan = scheduler(o.scheduler, o.metric, search.config.matching.interval, longest(search))
+    if isinstance(plan, Asha):
+        plan.replay(record)
+    until = time.monotonic() + o.time_budget if o.time_budget else float("inf")
+    ray.tune.Tuner(
+        ray.tune.with_resources(
+            ray.tune.with_parameters(trial, base=base),
+            ray.tune.PlacementGroupFactory(base.bundles(), strategy="PACK"),
+        ),
+        tune_config=ray.tune.TuneConfig(
+            num_samples=len(again) + missing,
+            search_alg=Proposer(record, proposals, o.trials, o.metric, lambda: cluster.room(o), again),
+            scheduler=plan,
+            time_budget_s=o.time_budget,
+            trial_dirname_creator=lambda t: str(t.config["id"]),
+        ),
+        run_config=ray.tune.RunConfig(
+            name=time.strftime("%Y%m%d-%H%M%S"),
+            storage_path=str(record.out / "ray"),
+            failure_config=ray.tune.FailureConfig(max_failures=MAX_FAILURES),
+            callbacks=[Keeper(record, until), board.Writer(record, search.axes, search.config)],
+            verbose=0,
+        ),
+    ).fit()
+
+
+def longest(search: Search) -> int:
+    """The most steps a trial may take."""
+    steps = [int(v) for axis in search.axes if axis.setting == "matching.steps" for v in axis.ends()]
+    return max([search.config.matching.steps, *steps])
+
+
+def _say_what_is_there(search: Search, record: Record) -> None:
+    """What --resume goes on with, and what of Ray's own state is damaged: nothing here reads it."""
+    ended, proposed = record.outcomes(), record.proposed()
+    open_ = [name for name in proposed if name not in ended]
+    say(
+        f"search: {len(ended)} of {search.options.trials} trials have ended"
+        + (f"; going on with {', '.join(open_)} from their checkpoints" if open_ else "")
+    )
+    for path in sorted((record.out / "ray").glob("*/*.pkl")) + sorted((record.out / "ray").glob("*/*.json")):
+        if damaged(path):
+            say(
+                f"search: Ray's {path} is damaged; nothing is lost: the search goes on from trials.jsonl and its own checkpoints"
+            )
+
+
+def damaged(path: Path) -> bool:
+    """Whether a state file of Ray's is torn, told from its form alone: a pickle is never loaded."""
+    data = path.read_bytes()
+    if path.suffix == ".pkl":
+        return not data.endswith(b".")  # the STOP opcode
+    try:
+        json.loads(data)
+    except ValueError:
+        return True
+    return False
+
+
+def write_best(search: Search, best: Outcome, data: Path) -> None:
+    """OUT/best.yaml: the best trial's settings, on the store that holds what it was made from."""
+    out = search.out
+    config = dataclasses.replace(
+        space.apply(search.config, best.settings),
+        data=str(data),
+        store=search.config.store or str(out),
+        out=str(out / "best"),
+        until="report",
+        debug=False,
+    )
+    write_atomic(out / "best.yaml", configuration.to_yaml(config, search.preset).encode())

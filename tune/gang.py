@@ -1,0 +1,239 @@
+"""The trainer's own steps inside Ray, on one or several ranks: rank 0 is the process that calls, the others are plain actors in its
+placement group. They end with it, whatever ends it: no trial that a scheduler stops holds on to anything.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import os
+import socket
+import struct
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from gdd_dist import train
+from gdd_dist.artifacts import read_json
+from gdd_dist.distributed import World
+from gdd_dist.matching import OnInterval
+from gdd_dist.monitor import say
+from gdd_dist.settings import Config
+
+_LAST_WORDS = 10.0
+"""Seconds that a rank 0 gets to end by itself once a peer is gone."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of the trainer. ``config``: with data, out, store and until; ``bundle``: CPUs and GPUs of a rank."""
+
+    config: Config
+    preset: str
+    ranks: int
+    cpus: float
+    gpus: float
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """What Ray reserves for a rank."""
+        return {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
+
+    @property
+    def out(self) -> Path:
+        """The job's run directory."""
+        return Path(str(self.config.out))
+
+    def bundles(self) -> list[dict[str, float]]:
+        """One a rank."""
+        return [self.bundle] * self.ranks
+
+
+class PeerLost(Exception):
+    """A rank's process or node is gone: the job may go on from its checkpoint elsewhere."""
+
+
+class Peer:
+    """A rank other than 0."""
+
+    def host(self) -> tuple[str, str]:
+        """(node id, address)."""
+        return here()
+
+    def run(self, job: Job, place: Mapping[str, str]) -> None:
+        """Run all of the job as the rank that ``place`` says."""
+        run_rank(job, place)
+
+
+def here() -> tuple[str, str]:
+    """(node id, address) of this process's node."""
+    return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
+
+
+def run(job: Job, on_interval: OnInterval | None = None) -> dict[str, Any]:
+    """Run the job with this process as rank 0; returns its steps.json. Raises what the trainer raises, PeerLost when a peer is gone."""
+    if job.ranks == 1:
+        run_rank(job, places([here()], 0)[0], on_interval)
+        return _steps(job)
+    group: Any = ray.util.get_current_placement_group()
+    rank: Any = ray.remote(Peer)
+    peers = [
+        rank.options(
+            num_cpus=job.cpus,
+            num_gpus=job.gpus,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i),
+        ).remote()
+        for i in range(1, job.ranks)
+    ]
+    over = threading.Event()
+    try:
+        found = places([here(), *ray.get([p.host.remote() for p in peers])], _free_port())
+        running = [p.run.remote(job, place) for p, place in zip(peers, found[1:], strict=True)]
+        threading.Thread(target=_watch, args=(running, over), daemon=True).start()
+        _lead(job, found[0], running, on_interval)
+    except RayActorError as e:
+        raise PeerLost(f"a rank is gone ({' '.join(str(e).split())[:200]})") from e
+    finally:
+        over.set()
+        for peer in peers:
+            ray.kill(peer)
+    return _steps(job)
+
+
+def _lead(job: Job, place: Mapping[str, str], running: Sequence[ray.ObjectRef], on_interval: OnInterval | None) -> None:
+    """Rank 0's part; a fault that only echoes a peer's is replaced by that one."""
+    try:
+        run_rank(job, place, on_interval)
+    except Exception:
+        ray.wait(list(running), num_returns=1, timeout=_LAST_WORDS)
+        ended, _ = ray.wait(list(running), num_returns=len(running), timeout=0)
+        for answer in ended:
+            try:
+                ray.get(answer)
+            except RayTaskError as e:
+                raise (e.cause if isinstance(e.cause, Exception) else e) from e
+        raise
+    ray.get(list(running))
+
+
+def _watch(running: Sequence[ray.ObjectRef], over: threading.Event) -> None:
+    """End this process when a peer is gone and rank 0 still waits for it, in a collective say."""
+    waiting = list(running)
+    while waiting:
+        ended, waiting = ray.wait(waiting, num_returns=1)
+        try:
+            ray.get(ended)
+        except Exception as e:
+            if not over.wait(2 * _LAST_WORDS):
+                say(f"search: a rank failed and rank 0 hangs: {' '.join(str(e).split())[:500]}")
+                os._exit(1)
+            return
+
+
+def run_rank(job: Job, place: Mapping[str, str], on_interval: OnInterval | None = None) -> None:
+    """All steps of the job as one rank."""
+    os.environ.update(place)
+    if job.ranks > 1 and (name := interface(here()[1])):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)  # the host's name may lead elsewhere than Ray's address does
+    world = World(job.config.device, job.config.timeout)
+    train.run(world, job.config, job.preset, Path(str(job.config.data)), job.out, on_interval=on_interval)
+    world.close()
+
+
+def places(hosts: Sequence[tuple[str, str]], port: int) -> list[dict[str, str]]:
+    """Each rank's environment, as torchrun would set it; ``hosts``: (node id, address) by rank.
+
+    Ray shows each process its own GPUs alone, so every rank's device is number 0.
+    """
+    on_node = Counter(node for node, _ in hosts)
+    return [
+        {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(len(hosts)),
+            "LOCAL_RANK": "0",
+            "LOCAL_WORLD_SIZE": str(on_node[node]),
+            "MASTER_ADDR": hosts[0][1],
+            "MASTER_PORT": str(port),
+        }
+        for rank, (node, _) in enumerate(hosts)
+    ]
+
+
+def interface(address: str) -> str | None:
+    """The network interface that has this IPv4 address, None if it is another host's."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):
+                siocgifaddr = 0x8915
+                answer = fcntl.ioctl(s.fileno(), siocgifaddr, struct.pack("256s", name[:15].encode()))
+                if socket.inet_ntoa(answer[20:24]) == address:
+                    return name
+    return None
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("", 0))
+        return int(s.getsockname()[1])
+
+
+def _steps(job: Job) -> dict[str, Any]:
+    found: dict[str, Any] = read_json(job.out / "steps.json")["steps"]
+    return found
+
+
+def submit(job: Job) -> tuple[ray.ObjectRef, Any]:
+    """Start a job from the driver in a placement group of its own: (its steps.json to come, the group to remove after).
+
+    A lost node costs what was done since the last checkpoint: Ray runs the job again.
+    """
+    group = ray.util.placement_group(job.bundles(), strategy="PACK")
+    task = ray.remote(max_retries=3, max_calls=1)(run).options(
+        num_cpus=job.cpus,
+        num_gpus=job.gpus,
+        scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
+    )
+    return task.remote(job), group
+
+
+def wait(job: Job, meanwhile: Callable[[], None]) -> dict[str, Any]:
+    """Run one job, calling ``meanwhile`` every second; its steps.json."""
+    return run_all([job], meanwhile)[0]
+
+
+def run_all(jobs: Sequence[Job], meanwhile: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
+    """Run jobs, as many at a time as fit; their steps.json. Raises the first fault, as its job raised it."""
+    started = [submit(job) for job in jobs]
+    waiting = [answer for answer, _ in started]
+    try:
+        while waiting:
+            ended, waiting = ray.wait(waiting, num_returns=1, timeout=1.0)
+            meanwhile()
+            ray.get(ended)
+        return ray.get([answer for answer, _ in started])
+    except RayTaskError as e:
+        raise (e.cause if isinstance(e.cause, Exception) else e) from e
+    finally:
+        for answer in waiting:
+            ray.cancel(answer, force=True)
+        for _, group in started:
+            ray.util.remove_placement_group(group)
+
+
+def with_ranks(config: Config, ranks: int) -> int:
+    """The most ranks, up to ``ranks``, that the batches of gan and matching can be dealt to."""
+    streams, groups = config.loader.streams_of(config.gan.batch), config.matching.batch // config.matching.group
+    return max(n for n in range(1, ranks + 1) if streams % n == 0 and groups % n == 0)
+
+
+def on_cpu(config: Config, gpus: float) -> Config:
+    """Without GPUs of its own a rank stays on the CPU, whatever the host has."""
+    return config if gpus else dataclasses.replace(config, device="cpu")

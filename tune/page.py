@@ -1,0 +1,198 @@
+"""What a search leaves for its reader: the table, search.md, search.png."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from gdd_dist.figures import DPI, png
+from gdd_dist.tables import markdown
+from sharding.files import write_atomic
+from tune import shared, space
+from tune.final import Gain
+from tune.options import METRICS, Search
+from tune.record import DEFAULTS, DIVERGED, FAILED, FINISHED, STOPPED, Outcome, Record
+from tune.space import Axis
+
+COLORS = {FINISHED: "#3d6fa5", STOPPED: "#8a8f98"}
+_BEST, _PLAIN = "#c8553d", "#4c9f70"
+
+
+def write(search: Search, record: Record, best: Outcome, gain: Gain | None) -> None:
+    """search.md and search.png; the table and the next line to type on stdout."""
+    outcomes = ranked(record, search.options.metric)
+    write_atomic(search.out / "search.png", png(figure(search, outcomes, best)))
+    write_atomic(search.out / "search.md", page(search, record, outcomes, best, gain).encode())
+    header, lines = table(search, outcomes, best)
+    sys.stdout.write(f"\n{_aligned(header, lines)}\n\n{gained(best, gain)}\n\n")
+    sys.stdout.write(
+        f"page: {search.out}/search.md\nplots: {search.out}/search.png\n"
+        f"TensorBoard: tensorboard --logdir {search.out}/tensorboard --host 127.0.0.1\n"
+        f"next: {next_line(search)}\n"
+    )
+
+
+def next_line(search: Search) -> str:
+    """What to type to train with the best settings; the store holds all but the report already."""
+    ranks = search.options.ranks_per_trial
+    return f"torchrun --nproc_per_node={ranks} -m gdd_dist.train --config {search.out}/best.yaml"
+
+
+def ranked(record: Record, metric: str) -> list[Outcome]:
+    """Finished trials from the best down, then the others."""
+    outcomes = record.outcomes().values()
+    return sorted(outcomes, key=lambda o: (o.status != FINISHED, -o.value(metric), o.id))
+
+
+def table(search: Search, outcomes: Sequence[Outcome], best: Outcome) -> tuple[list[str], list[list[str]]]:
+    """(header, lines) of all trials."""
+    header = ["trial", "status", "val %", "± stderr", "gap", "kept", "steps", "minutes", *(a.leaf for a in search.axes)]
+    lines = []
+    for o in outcomes:
+        values = {**space.values(search.axes, search.config), **o.settings}
+        name = o.id + (" (defaults)" if o.id == DEFAULTS else "") + (" *" if o.id == best.id else "")
+        numbers = [_number(o.val, ".2f"), _number(o.stderr, ".2f"), _number(o.gap, ".1f")]
+        kept = "–" if o.kept is None else f"{o.kept:,}"
+        cells = [name, o.status, *numbers, kept, f"{o.steps:,}", f"{o.seconds / 60:.1f}"]
+        lines.append(cells + [_value(values[a.setting]) for a in search.axes])
+    return header, lines
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def _value(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _aligned(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(line[i]) for line in (header, *lines)) for i in range(len(header))]
+
+    def row(line: Sequence[str]) -> str:
+        return "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+
+    return "\n".join(r.rstrip() for r in [row(header), "  ".join("-" * w for w in widths), *map(row, lines)])
+
+
+def gained(best: Outcome, gain: Gain | None) -> str:
+    """What the search gained, in words, whatever it is."""
+    if best.id == DEFAULTS:
+        text = "No trial was better on val than the defaults: the search gained nothing."
+    else:
+        text = f"Best on val is trial {best.id}: {best.val:.1f} ± {best.stderr:.1f} %."
+    if gain is None:
+        return text + " It was not read on test (--final-seeds 0)."
+    r, n = gain.row, len(gain.seeds)
+    row = f"{r['student']}, {r['protocol']}, {r['labels']} labels, IPC {r['ipc']}, {r['optimizer_steps']:,} steps"
+    arms = f"defaults {np.mean(gain.defaults):.2f} %, GAN before matching {np.mean(gain.gan):.2f} %"
+    where = f"On test ({row}; {n} new {'seed' if n == 1 else 'seeds'} of matching and students)"
+    if best.id == DEFAULTS:
+        return f"{text} {where}: {arms}."
+    error = "" if gain.stderr is None else f" ± {gain.stderr:.2f}"
+    return f"{text} {where}: best {np.mean(gain.best):.2f} %, {arms}; gain over the defaults {gain.mean:+.2f}{error} points."
+
+
+def page(search: Search, record: Record, outcomes: Sequence[Outcome], best: Outcome, gain: Gain | None) -> str:
+    """search.md."""
+    header, lines = table(search, outcomes, best)
+    o, m = search.options, search.config.matching
+    parts = [
+        "# Search",
+        gained(best, gain),
+        f"Next: `{next_line(search)}`",
+        "## Trials",
+        markdown(header, lines, left=2),
+        f"Judged by {METRICS[o.metric]} (`--metric {o.metric}`); scheduler {o.scheduler}, algorithm {o.algorithm}, seed "
+        f"{search.config.seed}. val: accuracy of {m.quick_students} quick students on the validation split, of the interval that "
+        "matching kept (kept 0: the GAN itself); their seeds are the same in all trials. The best of many is flattered by its own "
+        "noise on val: the gain above, on test and with new seeds, is not. Test was read by nothing else.",
+        "![Accuracy on val against each searched setting](search.png)",
+        "## Gain" if gain else "",
+        _gain_table(gain) if gain else "",
+        "## Cost",
+        cost(search, record, outcomes),
+        _faults(outcomes),
+        "## Space",
+        "```yaml\n" + space.dump(search.axes).strip() + "\n```",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _gain_table(gain: Gain) -> str:
+    header = ("seed", "best", "defaults", "GAN", "gain")
+    rows = zip(gain.seeds, gain.best, gain.defaults, gain.gan, strict=True)
+    return markdown(header, [[str(s), f"{b:.2f}", f"{d:.2f}", f"{g:.2f}", f"{b - d:+.2f}"] for s, b, d, g in rows])
+
+
+def cost(search: Search, record: Record, outcomes: Sequence[Outcome]) -> str:
+    """Rank-hours spent and saved."""
+    ranks = search.options.ranks_per_trial
+    spent = sum(o.seconds for o in outcomes) * ranks
+    whole = [o.seconds for o in outcomes if o.status == FINISHED]
+    stopped = [o for o in outcomes if o.status == STOPPED]
+    early = sum(max(0.0, float(np.mean(whole)) - o.seconds) for o in stopped) * ranks if whole else 0.0
+    once = shared.cost(record.out)
+    again = once * (len(outcomes) - 1)
+    lines = [
+        ["trials", _hours(spent), f"{len(outcomes)} trials, {sum(o.steps for o in outcomes):,} matching steps"],
+        ["shards, teachers, logits, GAN, once", _hours(once), "" if once else "computed by another run on this store"],
+        ["saved by early stopping", _hours(early), f"{len(stopped)} trials stopped, against the mean finished trial"],
+        ["saved by reuse", _hours(again), f"against computing them for each of {len(outcomes)} trials"],
+    ]
+    return markdown(("", "rank-hours", ""), lines)
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:.2f}"
+
+
+def _faults(outcomes: Sequence[Outcome]) -> str:
+    faults = [[o.id, o.status, o.reason or ""] for o in outcomes if o.status in (FAILED, DIVERGED)]
+    return "## Trials that failed\n\n" + markdown(("trial", "status", "reason"), faults, 3) if faults else ""
+
+
+def figure(search: Search, outcomes: Sequence[Outcome], best: Outcome) -> Figure:
+    """Accuracy on val against each searched setting."""
+    columns = min(4, len(search.axes))
+    rows = -(-len(search.axes) // columns)
+    fig = Figure(figsize=(3.6 * columns, 3.0 * rows), dpi=DPI, layout="constrained")
+    grid = fig.subplots(rows, columns, squeeze=False).ravel()
+    for axis, plot in zip(search.axes, grid, strict=False):
+        _scatter(plot, axis, search, [o for o in outcomes if o.val is not None], best)
+    for plot in grid[len(search.axes) :]:
+        plot.set_axis_off()
+    grid[0].legend(frameon=False, fontsize=7)
+    return fig
+
+
+def _scatter(plot: Axes, axis: Axis, search: Search, outcomes: Sequence[Outcome], best: Outcome) -> None:
+    shown: set[str] = set()
+    for o in outcomes:
+        x = {**space.values(search.axes, search.config), **o.settings}[axis.setting]
+        kind = (
+            " = ".join(k for k, yes in (("best", o.id == best.id), ("defaults", o.id == DEFAULTS)) if yes) or o.status
+        )
+        color = _BEST if o.id == best.id else _PLAIN if o.id == DEFAULTS else COLORS.get(o.status, "#8a8f98")
+        label = kind if kind not in shown else None
+        shown.add(kind)
+        style: dict[str, Any] = {"ms": 4, "lw": 1, "capsize": 2, "color": color, "label": label}
+        plot.errorbar(
+            axis.choices.index(x) if x in axis.choices else x, o.val or 0.0, o.stderr or 0.0, fmt="o", **style
+        )
+    if axis.choices:
+        plot.set_xticks(range(len(axis.choices)), [str(c) for c in axis.choices])
+    elif axis.log:
+        plot.set_xscale("symlog", linthresh=axis.low, linscale=0.3) if axis.zero else plot.set_xscale("log")
+        marks = [*([0.0] if axis.zero else []), *np.geomspace(axis.low, axis.high, 4)]
+        plot.set_xticks(marks, [f"{m:.2g}" for m in marks])
+        plot.minorticks_off()
+    plot.set_xlabel(axis.setting)
+    plot.set_ylabel("val accuracy (%)")
+    plot.grid(alpha=0.25)
+    plot.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,154 @@
+"""What a search remembers, in plain files of its own: Ray's state may be lost, these are not.
+
+OUT/trials/<id>/trial.json       the settings of a trial, written before it starts
+OUT/trials/<id>/progress.jsonl   what it reported, one line an interval
+OUT/trials.jsonl                 one line a trial that has ended
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gdd_dist.artifacts import read_json, write_json
+from gdd_dist.monitor import say
+from sharding.errors import UserError
+
+FINISHED, STOPPED, DIVERGED, FAILED = "finished", "stopped", "diverged", "failed"
+DEFAULTS = "000"
+"""The trial with the plain defaults."""
+
+
+def name_of(number: int) -> str:
+    """A trial's id."""
+    return f"{number:03d}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a trial ended. ``val``: accuracy of quick students on val in percent, ``stderr`` its standard error over students, ``gap`` the
+    shortcut gap, all of the interval ``kept``; ``steps``: matching steps done; ``seconds``: of all its attempts, as far as reported.
+
+    ``settings``: what differs from the defaults; ``fingerprint``: of the matching step, of finished trials alone.
+    """
+
+    id: str
+    status: str
+    settings: Mapping[str, Any]
+    val: float | None = None
+    stderr: float | None = None
+    gap: float | None = None
+    kept: int | None = None
+    steps: int = 0
+    seconds: float = 0.0
+    hosts: tuple[str, ...] = ()
+    fingerprint: str | None = None
+    reason: str | None = None
+
+    def value(self, metric: str) -> float:
+        """What trials are compared by; -inf of one that measured nothing."""
+        if self.val is None:
+            return float("-inf")
+        return self.val - (self.stderr or 0.0 if metric == "lower" else 0.0)
+
+
+class Record:
+    """The files below one OUT. One process, the driver, writes them."""
+
+    def __init__(self, out: Path) -> None:
+        self.out, self._file = out, out / "trials.jsonl"
+
+    def directory(self, trial: str) -> Path:
+        """OUT/trials/<id>, where the trial runs."""
+        return self.out / "trials" / trial
+
+    def propose(self, trial: str, settings: Mapping[str, Any]) -> None:
+        """Remember a trial before it starts."""
+        self.directory(trial).mkdir(parents=True, exist_ok=True)
+        write_json(self.directory(trial) / "trial.json", {"id": trial, "settings": dict(settings)})
+
+    def proposed(self) -> dict[str, dict[str, Any]]:
+        """Id → settings of every trial that was ever begun, in order."""
+        found = sorted((self.out / "trials").glob("*/trial.json"))
+        return {path.parent.name: read_json(path)["settings"] for path in found}
+
+    def report(self, trial: str, line: Mapping[str, Any]) -> None:
+        """What a trial measured at an interval."""
+        _append(self.directory(trial) / "progress.jsonl", line)
+
+    def curve(self, trial: str) -> list[dict[str, Any]]:
+        """What a trial measured, by step; of a step measured twice (by a second attempt) the later."""
+        whole = [line["history"] for line in self.reports(trial) if "history" in line]
+        if whole:
+            return list(whole[-1])
+        by_step = {int(line["step"]): line for line in self.reports(trial) if "val" in line and "status" not in line}
+        return [by_step[step] for step in sorted(by_step)]
+
+    def reports(self, trial: str) -> list[dict[str, Any]]:
+        """All that a trial reported, in the order it came, of all its attempts."""
+        return list(_lines(self.directory(trial) / "progress.jsonl"))
+
+    def finish(self, outcome: Outcome) -> None:
+        """A trial has ended."""
+        _append(self._file, {"format": "gdd-trial/1", **dataclasses.asdict(outcome)})
+
+    def outcomes(self) -> dict[str, Outcome]:
+        """Id → how the trial ended, in order of ids."""
+        names = {f.name for f in dataclasses.fields(Outcome)}
+        found = {}
+        for line in _lines(self._file):
+            if {"id", "status", "settings"} <= line.keys():
+                values: dict[str, Any] = {
+                    k: tuple(v) if isinstance(v, list) else v for k, v in line.items() if k in names
+                }
+                found[str(line["id"])] = Outcome(**values)
+        return dict(sorted(found.items()))
+
+
+def best_of(record: Record, metric: str) -> Outcome:
+    """The finished trial that is best in ``metric``, the earliest of equals. Raises UserError when none has finished."""
+    finished = [o for o in record.outcomes().values() if o.status == FINISHED]
+    if not finished:
+        raise UserError(
+            f"no trial has finished; {record.out}/trials.jsonl says why, and --resume goes on where the time was too short"
+        )
+    return max(finished, key=lambda o: o.value(metric))
+
+
+def _append(path: Path, line: Mapping[str, Any]) -> None:
+    """Add a line, durable when this returns; a line torn by a crash before it stays alone on its own."""
+    text = json.dumps(line, allow_nan=False) + "\n"
+    with path.open("ab+") as stream:
+        if stream.tell() and _last_byte(stream) != b"\n":
+            text = "\n" + text
+        stream.write(text.encode())
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _last_byte(stream: Any) -> bytes:
+    stream.seek(-1, os.SEEK_END)
+    byte: bytes = stream.read(1)
+    return byte
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a JSON-lines file; a damaged one is named and passed over."""
+    if not path.exists():
+        return
+    for number, text in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+        except ValueError:
+            line = None
+        if isinstance(line, dict):
+            yield line
+        else:
+            say(f"search: line {number} of {path} is damaged; its trial goes on from its checkpoint or runs again")

@@ -1,0 +1,174 @@
+"""The search as Ray Tune sees it: what comes next, who is stopped early, what is written down. All state lies in the record."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ray.tune import Callback
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from gdd_dist.monitor import say
+from tune.proposals import Proposals
+from tune.record import DEFAULTS, FAILED, FINISHED, STOPPED, Outcome, Record, name_of
+from tune.trial import told
+
+ENDED = (FINISHED, STOPPED)
+"""Statuses of trials whose value counts."""
+
+
+class Proposer(Searcher):
+    """Gives Tune its trials: those an earlier invocation left unfinished first, then new ones up to ``total``.
+
+    ``room``: how many trials the cluster holds at a time, as it is now.
+    """
+
+    def __init__(
+        self,
+        record: Record,
+        proposals: Proposals,
+        total: int,
+        metric: str,
+        room: Callable[[], int],
+        again: Sequence[str],
+    ) -> None:
+        super().__init__(metric=metric, mode="max")
+        self._record, self._proposals, self._total = record, proposals, total
+        self._room, self._again = room, list(again)
+        self._known = record.proposed()
+        self._running: dict[str, str] = {}
+
+    def suggest(self, trial_id: str) -> Any:
+        """The next trial's id and settings."""
+        if len(self._running) >= max(1, self._room()):
+            return None  # what is drawn later is drawn knowing more
+        if self._again:
+            name = self._again.pop(0)
+        elif len(self._known) < self._total:
+            name = name_of(len(self._known))
+            self._known[name] = {} if name == DEFAULTS else self._proposals.propose(name)
+            self._record.propose(name, self._known[name])
+        else:
+            return str(Searcher.FINISHED)
+        self._running[trial_id] = name
+        return {"id": name, "out": str(self._record.directory(name)), "settings": dict(self._known[name])}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """The sampler learns what a trial reached."""
+        name = self._running.pop(trial_id)
+        counts = not error and result is not None and result.get("status", STOPPED) in ENDED
+        self._proposals.tell(name, result.get(self.metric) if counts and result else None)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing that the record does not hold."""
+        Path(checkpoint_path).write_text("see trials.jsonl and trials/*/trial.json\n")
+
+
+class Asha(AsyncHyperBandScheduler):
+    """Asynchronous successive halving over matching steps. The defaults are measured like all others but never stopped."""
+
+    def __init__(self, metric: str, grace: int, steps: int) -> None:
+        super().__init__(
+            time_attr="step",
+            metric=metric,
+            mode="max",
+            grace_period=min(grace, steps),
+            max_t=steps,
+            reduction_factor=2,
+            stop_last_trials=False,
+        )
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        """Whether a trial goes on."""
+        action: str = super().on_trial_result(tune_controller, trial, result)
+        return TrialScheduler.CONTINUE if trial.config["id"] == DEFAULTS else action
+
+    def replay(self, record: Record) -> None:
+        """Let earlier invocations' measurements count as if they had come in now."""
+        controller: Any = None
+        for name in record.proposed():
+            past: Any = _Past(name)
+            self.on_trial_add(controller, past)
+            for line in record.curve(name):
+                self.on_trial_result(controller, past, told(line))
+
+
+class _Past:
+    """A trial of an earlier invocation, as far as the scheduler looks at it."""
+
+    def __init__(self, name: str) -> None:
+        self.trial_id, self.config = f"past-{name}", {"id": name}
+
+
+def scheduler(kind: str, metric: str, grace: int, steps: int) -> TrialScheduler:
+    """asha or fifo."""
+    return Asha(metric, grace, steps) if kind == "asha" else FIFOScheduler()
+
+
+class Keeper(Callback):
+    """Writes down what trials report and how they end; says so in one line each. ``until``: when the time budget ends."""
+
+    def __init__(self, record: Record, until: float = float("inf")) -> None:
+        self._record, self._until = record, until
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **_info: Any
+    ) -> None:
+        """An interval, or the end."""
+        name = trial.config["id"]
+        keys = ("step", "val", "stderr", "gap", "lower", "kept", "seconds", "host", "status", "fingerprint", "history")
+        self._record.report(name, {k: result[k] for k in keys if k in result})
+        if "status" not in result:
+            say(f"trial {name}: step {result['step']}, {result['val']:.1f} ± {result['stderr']:.1f} % on val")
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **_info: Any) -> None:
+        """Finished, stopped, diverged or failed by its own report. One that ran out of time is left for --resume."""
+        last = trial.last_result or {}
+        if "status" not in last and time.monotonic() >= self._until:
+            say(f"trial {trial.config['id']}: out of time at step {last.get('step', 0)}; --resume goes on with it")
+            return
+        self._end(trial, last.get("status", STOPPED), last.get("reason"))
+
+    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **_info: Any) -> None:
+        """Its process or node is gone; Ray starts it again."""
+        say(f"trial {trial.config['id']}: lost its process or node; it goes on from its checkpoint elsewhere")
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **_info: Any) -> None:
+        """Lost once too often."""
+        fault = " ".join(str(trial.get_error() or "its process died").split())
+        self._end(trial, FAILED, f"lost {trial.num_failures} times: {fault[-300:]}")
+
+    def _end(self, trial: Trial, status: str, reason: str | None) -> None:
+        name = trial.config["id"]
+        outcome = outcome_of(self._record, name, trial.config["settings"], status, reason)
+        self._record.finish(outcome)
+        value = "" if outcome.val is None else f", {outcome.val:.1f} ± {outcome.stderr:.1f} % on val"
+        say(f"trial {name}: {status} after {outcome.steps} steps{value}{f' ({reason})' if reason else ''}")
+
+
+def outcome_of(
+    record: Record, name: str, settings: Mapping[str, Any], status: str, reason: str | None = None
+) -> Outcome:
+    """A line of trials.jsonl, from what the trial has reported."""
+    lines = record.reports(name)
+    measured = [line for line in lines if "val" in line]
+    last = measured[-1] if measured else {}
+    kept = last if status in ENDED else {}
+    return Outcome(
+        id=name,
+        status=status,
+        settings=dict(settings),
+        val=kept.get("val"),
+        stderr=kept.get("stderr"),
+        gap=kept.get("gap"),
+        kept=kept.get("kept", kept.get("step")),
+        steps=max((line["step"] for line in measured), default=0),
+        seconds=round(sum(line.get("seconds", 0.0) for line in lines), 1),
+        hosts=tuple(dict.fromkeys(line["host"] for line in lines if "host" in line)),
+        fingerprint=kept.get("fingerprint") if status == FINISHED else None,
+        reason=reason,
+    )

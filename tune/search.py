@@ -1,0 +1,34 @@
+"""Search matching's settings with Ray Tune: python tune/search.py (or, installed, python -m tune.search)."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__" and not __package__:  # as a script: what it imports lies beside its directory, not in it
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from gdd_dist.program import run_program
+from tune import environment
+from tune.options import parse
+
+
+def main(argv: list[str], joined: Callable[[Any], None]) -> None:
+    """Run what the command line asks for."""
+    command = parse(argv)
+    environment.prepare(command.search.options.address)
+    from tune import driver  # Ray reads the environment as it is imported
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        driver.run(command)
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped: interrupted; the same command with --resume goes on from where it was\n")
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    run_program(main, sys.argv[1:])

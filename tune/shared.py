@@ -1,0 +1,72 @@
+"""Shards, teachers, logits and GAN: computed once, before the first trial, by one job under the store's locks."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from gdd_dist.artifacts import read_json, write_json
+from gdd_dist.engines import resolve_precision
+from gdd_dist.monitor import say
+from gdd_dist.settings import Config
+from tune import gang
+from tune.gang import Job
+
+FILE = "shared.json"
+STEPS = ("shards", "teachers", "logits", "gan")
+
+
+def compute(base: Job, out: Path, ranks: int) -> None:
+    """Compute what is missing, on ``ranks`` ranks, hashing what is there; keep what it cost in OUT/shared.json."""
+    config = dataclasses.replace(base.config, out=str(out / "shared"), until="gan")
+    job = dataclasses.replace(base, config=config, ranks=gang.with_ranks(config, ranks))
+    steps = gang.wait(job, _Lines(job.out))
+    path = out / FILE
+    cost: dict[str, Any] = read_json(path) if path.exists() else {"format": "gdd-shared/1", "steps": {}}
+    for name in STEPS:
+        if steps[name]["status"] != "reused":
+            before = cost["steps"].get(name, {"seconds": 0.0})["seconds"]
+            cost["steps"][name] = {"seconds": before + steps[name]["seconds"], "ranks": job.ranks}
+    write_json(path, cost)
+
+
+def cost(out: Path) -> float:
+    """Rank-seconds that the shared steps took this search; 0 where another run had computed them."""
+    path = out / FILE
+    steps: dict[str, Any] = read_json(path)["steps"] if path.exists() else {}
+    return float(sum(s["seconds"] * s["ranks"] for s in steps.values()))
+
+
+class _Lines:
+    """Says once of each shared step how it went, as it ends."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path, self._told = directory / "steps.json", set[str]()
+        self._path.unlink(missing_ok=True)
+
+    def __call__(self) -> None:
+        if not self._path.exists():
+            return
+        for name, step in read_json(self._path)["steps"].items():
+            if name not in self._told:
+                self._told.add(name)
+                say(f"search: {name} {step['status']} ({step['seconds']:.1f} s)")
+
+
+def _precision(wanted: str, device: str) -> str:
+    import torch
+
+    kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    return resolve_precision(wanted, torch.device(kind))
+
+
+def settle_precision(base: Job) -> Config:
+    """``auto`` as the first node that is free resolves it: all nodes then compute alike, and share what was computed."""
+    if base.config.precision != "auto":
+        return base.config
+    ask = ray.remote(num_cpus=base.cpus, num_gpus=base.gpus, max_calls=1)(_precision)
+    found: str = ray.get(ask.remote(base.config.precision, base.config.device))
+    return dataclasses.replace(base.config, precision=found)

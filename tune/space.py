@@ -1,0 +1,169 @@
+"""What is searched: settings of matching with their ranges, as data. `--space FILE.yaml` changes them.
+
+Only matching is searched: teachers, logits and GAN are computed once and serve every trial.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+
+from gdd_dist import config as configuration
+from gdd_dist.settings import Config, Matching
+from sharding.errors import UserError
+
+SECTION = "matching"
+MEASURE = ("seed", "select", "interval", "quick_students", "quick_student", "quick_steps", "quick_batch")
+"""Settings of matching that shape the measurement itself: trials that differ in them could not be compared."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One searched setting: a range (``low`` … ``high``, uniform in its logarithm if ``log``) or ``choices``.
+
+    ``zero``: share of draws that are exactly 0, which switches a loss term off. ``why``: for the reader.
+    """
+
+    setting: str
+    low: float = 0.0
+    high: float = 0.0
+    log: bool = False
+    zero: float = 0.0
+    choices: tuple[Any, ...] = ()
+    why: str = ""
+
+    @property
+    def leaf(self) -> str:
+        """The setting's name within its section."""
+        return self.setting.rpartition(".")[2]
+
+    @property
+    def type(self) -> type:
+        """int, float or str, as the trainer declares it."""
+        found: type = get_type_hints(Matching)[self.leaf]
+        return found
+
+    def ends(self) -> tuple[Any, ...]:
+        """The values whose validity implies that of all: both ends of a range and 0 where it is drawn, or every choice."""
+        if self.choices:
+            return self.choices
+        return (*((0,) if self.zero else ()), self.low, self.high)
+
+
+SPACE: tuple[Axis, ...] = (
+    Axis("matching.temperature", 0.5, 8.0, log=True, why="softmax temperature of the standardized logits"),
+    Axis("matching.lambda_pair", 0.1, 10.0, log=True, zero=0.1, why="weight of the pair loss"),
+    Axis("matching.lambda_mean", 0.01, 1.0, log=True, zero=0.2, why="weight of the class-mean loss"),
+    Axis("matching.lambda_adv", 0.01, 1.0, log=True, zero=0.1, why="weight of the adversarial loss"),
+    Axis("matching.lr", 1e-5, 1e-3, log=True, why="learning rate of the generator"),
+    Axis("matching.teachers", choices=("all", "last"), why="early snapshots too, or only each training's last"),
+    Axis("matching.views", choices=(0, 1, 2), why="cached views used; 0: all, 1: the plain image alone"),
+)
+_WEIGHTS = ("matching.lambda_pair", "matching.lambda_mean", "matching.lambda_adv")
+
+
+def apply(config: Config, settings: Mapping[str, Any]) -> Config:
+    """The configuration of a trial. ``settings``: full names → values."""
+    leaves = {name.rpartition(".")[2]: value for name, value in settings.items()}
+    return dataclasses.replace(config, matching=dataclasses.replace(config.matching, **leaves))
+
+
+def values(axes: Sequence[Axis], config: Config) -> dict[str, Any]:
+    """What ``config`` has for every searched setting."""
+    return {axis.setting: getattr(config.matching, axis.leaf) for axis in axes}
+
+
+def trainable(config: Config, settings: Mapping[str, Any]) -> bool:
+    """Whether the trainer takes these settings together, and a loss term is left to train by."""
+    drawn = apply(config, settings)
+    try:
+        configuration.validate(drawn)
+    except UserError:
+        return False
+    return any(getattr(drawn.matching, name.rpartition(".")[2]) for name in _WEIGHTS)
+
+
+def load(path: str | None) -> tuple[Axis, ...]:
+    """The space, changed by a YAML file: setting → {low, high, log, zero} or {choices}, or null to leave it out."""
+    if path is None:
+        return SPACE
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except OSError as e:
+        raise UserError(f"cannot read --space {path} ({e.strerror}); give a file that exists") from e
+    except yaml.YAMLError as e:
+        raise UserError(f"--space {path} is not YAML ({' '.join(str(e).split())})") from e
+    if not isinstance(tree, dict):
+        raise UserError(f"--space {path} holds no settings; --print-space prints an example")
+    return merged(tree, path)
+
+
+def merged(tree: Mapping[str, Any], source: str) -> tuple[Axis, ...]:
+    """SPACE with the axes of ``tree`` in their place; those it names and SPACE has not come last."""
+    axes: dict[str, Axis] = {axis.setting: axis for axis in SPACE}
+    for name, body in tree.items():
+        if body is None:
+            axes.pop(str(name), None)
+        else:
+            axes[str(name)] = _axis(str(name), body, source)
+    if not axes:
+        raise UserError(f"{source} leaves nothing to search; keep at least one setting")
+    return tuple(axes.values())
+
+
+def _axis(name: str, body: Any, source: str) -> Axis:
+    """One axis of a file."""
+    fields = {f.name for f in dataclasses.fields(Axis)} - {"setting"}
+    if not isinstance(body, dict) or not set(body) <= fields:
+        raise UserError(f"{name} in {source} must hold some of {', '.join(sorted(fields))}; --print-space shows how")
+    choices = body.get("choices", ())
+    if not isinstance(choices, (list, tuple)):
+        raise UserError(f"choices of {name} in {source} is not a list; give one")
+    return Axis(name, **{**body, "choices": tuple(choices)})
+
+
+def dump(axes: Sequence[Axis]) -> str:
+    """The space as YAML that --space reads."""
+    tree = {}
+    for axis in axes:
+        values = dataclasses.asdict(axis) | {"choices": list(axis.choices)}
+        tree[axis.setting] = {k: v for k, v in values.items() if k != "setting" and v not in (0.0, [], "")}
+    return yaml.safe_dump(tree, sort_keys=False)
+
+
+def check(axes: Sequence[Axis], config: Config) -> None:
+    """Raise UserError for an axis that names no setting of matching, or a value that the trainer would refuse."""
+    leaves = {f.name for f in dataclasses.fields(Matching)}
+    for axis in axes:
+        section, _, leaf = axis.setting.partition(".")
+        if section != SECTION or leaf not in leaves:
+            raise UserError(
+                f"{axis.setting} cannot be searched: only matching.NAME can, since other settings would compute teachers, logits or GAN anew"
+            )
+        if leaf in MEASURE:
+            raise UserError(f"{axis.setting} cannot be searched: it shapes the measurement that compares the trials")
+        _check_range(axis)
+        for value in axis.ends():
+            _check_value(axis, value, config)
+
+
+def _check_range(axis: Axis) -> None:
+    if axis.choices:
+        return
+    name, low, high = axis.setting, axis.low, axis.high
+    if axis.type is str or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in (low, high)):
+        raise UserError(f"{name} needs choices, or low and high as numbers (in YAML 1.0e-4, not 1e-4)")
+    if not low < high or (axis.log and low <= 0) or not 0 <= axis.zero < 1:
+        raise UserError(f"{name}: low must be below high (and above 0 with log), zero from 0 to below 1")
+
+
+def _check_value(axis: Axis, value: Any, config: Config) -> None:
+    allowed = (int, float) if axis.type is float else axis.type
+    if isinstance(value, bool) or not isinstance(value, allowed):
+        raise UserError(f"{axis.setting}: {value!r} is no {axis.type.__name__}; give one")
+    configuration.validate(apply(config, {axis.setting: axis.type(value)}))
