@@ -50,9 +50,11 @@ def _item_type(hint: Any) -> tuple[Any, bool]:
     return (args[0], True) if hint is not None and getattr(hint, "__origin__", None) is tuple else (hint, False)
 
 
-def _parser() -> ArgumentParser:
+def command_line() -> ArgumentParser:
+    """The parser, with the defaults of no preset: ``parse`` says what a command line comes to."""
     parser = ArgumentParser(
         prog="gdd_dist.train",
+        usage="torchrun --nproc_per_node=N -m %(prog)s [--preset NAME] [--data DIR] [--out DIR] [--SECTION.NAME VALUE ...]",
         description="Distil a labelled image data set into a class-conditional generator. Start it with torchrun, or alone as one process.",
         default_env=False,
         print_config=None,  # ours prints what --config reads back, the preset included
@@ -212,7 +214,7 @@ def parse(argv: Sequence[str]) -> Command:
         raise UserError(
             f"unknown preset {preset}; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(PRESETS)}")
         )
-    parser = _parser()
+    parser = command_line()
     parser.set_defaults(PRESETS[preset])
     if typed:
         _parse_typed(parser, typed, f" in {path}")
