@@ -171,8 +171,8 @@ def _say_what_is_there(search: Search, record: Record) -> None:
 def damaged(path: Path) -> bool:
     """Whether a state file of Ray's is torn, told from its form alone: a pickle is never loaded."""
     data = path.read_bytes()
-    if path.suffix == ".pkl":
-        return not data.endswith(b".")  # the STOP opcode
+    if data.startswith(b"\x80"):  # a pickle, whatever its name; it ends with the STOP opcode
+        return not data.endswith(b".")
     try:
         json.loads(data)
     except ValueError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -65,7 +66,7 @@ class Proposer(Searcher):
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing that the record does not hold."""
-        Path(checkpoint_path).write_text("see trials.jsonl and trials/*/trial.json\n")
+        Path(checkpoint_path).write_bytes(pickle.dumps(None))
 
 
 class Asha(AsyncHyperBandScheduler):

@@ -30,11 +30,16 @@ def job_of(base: Job, out: Path, settings: Mapping[str, Any]) -> Job:
     return dataclasses.replace(base, config=dataclasses.replace(config, out=str(out), until="matching", verify=False))
 
 
+def name_of(node: str, address: str) -> str:
+    """A node as the record names it: several may share an address."""
+    return f"{address}#{node[:8]}"
+
+
 class Teller:
     """Reports to the search at intervals; each report says what was spent since the one before."""
 
     def __init__(self, steps: int) -> None:
-        self._steps, self._since, self._host = steps, time.monotonic(), gang.here()[1]
+        self._steps, self._since, self._host = steps, time.monotonic(), name_of(*gang.here())
 
     def tell(self, report: Mapping[str, Any]) -> None:
         """Hand a report to the search, which may end this trial here (SystemExit)."""
@@ -61,6 +66,8 @@ def trial(config: Mapping[str, Any], base: Job) -> None:
 
     A lost rank or node is for Ray to retry; the trial then goes on from its checkpoint.
     """
+    if not Path(config["out"]).is_dir():  # a node that joined after the search had looked at all there were
+        raise gang.PeerLost(f"node {gang.here()[1]} does not see {config['out']}; mount the shared storage there")
     job = job_of(base, Path(config["out"]), config["settings"])
     teller = Teller(job.config.matching.steps)
     try:

@@ -1,0 +1,105 @@
+"""Trials on several nodes: a node lost, another added, ranks of one trial on two nodes, nodes that lack the storage."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import ranks
+
+sys.path.insert(0, str(Path(__file__).parent))
+from events import scalars
+from rayhosts import ENVIRONMENT, Hosts
+from searching import Running, assert_shared, outcomes, progress, refused, search, steps
+
+pytest.importorskip("ray")
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory):
+    """A head without CPUs and two nodes of one CPU."""
+    cluster = Hosts(tmp_path_factory.mktemp("hosts"))
+    cluster.nodes = [cluster.add(), cluster.add()]
+    yield cluster
+    cluster.close()
+
+
+def nodes_of(out: Path, trial: str) -> set[str]:
+    """Nodes that a trial has reported from."""
+    return {line["host"].partition("#")[2] for line in progress(out, trial) if "host" in line}
+
+
+def test_ranks_of_a_trial_on_two_nodes_compute_what_one_rank_does(hosts, tiny, tmp_path):
+    argv = [*tiny, "--matching.steps", "24", "--matching.interval", "4", "--trials", "5", "--final-seeds", "0"]
+    out = tmp_path / "out"
+    search(out, [*argv, "--address", hosts.address, "--ranks-per-trial", "2"], ENVIRONMENT)
+    found = outcomes(out)
+    assert len(found) == 5
+    assert {line["status"] for line in found.values()} == {"finished", "stopped"}  # what was stopped freed both nodes
+    assert_shared(out)
+
+    trial, alone = out / "trials" / "000", tmp_path / "alone"
+    for step in ("teachers", "logits", "gan"):
+        whole = (trial / step / "latest").resolve()
+        shutil.copytree(whole, alone / step / whole.name)
+    again = ranks.train(alone, ["--config", str(trial / "config.yaml"), "--store", str(alone)])
+    assert again["matching"]["fingerprint"] == found["000"]["fingerprint"]
+    two, one = (scalars(p / "tensorboard" / "matching")["matching/loss"] for p in (trial, alone))
+    assert sorted(two)[:20] == list(range(20))
+    for step in range(20):
+        assert two[step] == pytest.approx(one[step], rel=1e-4), step
+    history = progress(out, "000")[-1]["history"]
+    for ours, theirs in zip(history, _history(alone), strict=True):
+        assert abs(ours["val"] - theirs["val"]) <= 2 * max(1.0, ours["stderr"] + theirs["stderr"])
+
+
+def _history(out: Path):
+    directory = (out / "matching" / "latest").resolve()
+    return json.loads((directory / "contents.json").read_text())["info"]["history"]
+
+
+def test_a_node_is_lost_and_another_added_in_mid_search(hosts, tiny, tmp_path):
+    argv = [*tiny, "--matching.steps", "60", "--matching.interval", "10", "--checkpoint_seconds", "0"]
+    out = tmp_path / "out"
+    running = Running(
+        out,
+        [*argv, "--trials", "6", "--scheduler", "fifo", "--final-seeds", "0", "--address", hosts.address],
+        ENVIRONMENT,
+    )
+    lost = hosts.nodes[0]
+
+    def on_lost() -> list[str]:
+        """Trials past their second report, on the node that will be lost."""
+        return [
+            p.name
+            for p in (out / "trials").glob("*")
+            if p.name not in outcomes(out) and len(progress(out, p.name)) >= 3 and lost in nodes_of(out, p.name)
+        ]
+
+    running.until(lambda: bool(on_lost()))
+    victims = on_lost()
+    hosts.lose(lost)
+    hosts.nodes = [*hosts.nodes[1:], hosts.add()]
+    assert running.wait() == 0, running.text()
+    found = outcomes(out)
+    assert sorted(found) == [f"{n:03d}" for n in range(6)]
+    assert {line["status"] for line in found.values()} == {"finished"}, found
+    used = {node for name in found for node in nodes_of(out, name)}
+    assert used == {lost, *hosts.nodes}
+    for name in victims:
+        assert len(nodes_of(out, name)) == 2
+        assert steps(out, name)["matching"]["status"] == "resumed"
+    assert_shared(out)
+
+
+def test_a_node_without_the_token_cannot_be_reached(hosts, tiny, tmp_path):
+    environment = {**ENVIRONMENT, "RAY_AUTH_TOKEN": "0" * 32}
+    said = refused(tmp_path / "out", [*tiny, "--address", hosts.address], environment)
+    assert "cannot join the Ray cluster" in said
+    assert "RAY_AUTH_TOKEN" in said
+
+
+def test_more_ranks_than_the_cluster_holds_are_told_at_once(hosts, tiny, tmp_path):
+    argv = [*tiny, "--address", hosts.address, "--ranks-per-trial", "4"]
+    assert "fewer than --ranks-per-trial 4" in refused(tmp_path / "out", argv, ENVIRONMENT)
