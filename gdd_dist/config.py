@@ -14,6 +14,7 @@ from typing import Any, get_args, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser
 
+from gdd_dist import pretrained
 from gdd_dist.settings import PRESETS, SECTIONS, Config
 from sharding.errors import UserError
 from sharding.manifest import Manifest
@@ -251,7 +252,7 @@ def _build(parsed: Mapping[str, Any]) -> Config:
     sections: dict[str, Any] = {s: type(getattr(Config(), s))(**values[s]) for s in SECTIONS}
     if parsed.get("no_verify"):
         values[""]["verify"] = False
-    return Config(**values[""], **sections)
+    return pretrained.applied(Config(**values[""], **sections))
 
 
 def validate(config: Config) -> None:

@@ -39,7 +39,9 @@ def steps_done(ctx: Context, directory: Path) -> int:
 def trainings_left(ctx: Context, work: Path) -> list[tuple[teachers.Training, int]]:
     """Trainings that are not done, and how many steps of each are."""
     samples = ctx.images("train").shards.shard_samples
-    left = []
+    left: list[tuple[teachers.Training, int]] = []
+    if ctx.config.teachers.pretrained:
+        return left
     for one in teachers.pool(ctx.config, train_order(ctx.config, "teachers", samples, "teacher").steps_per_epoch):
         name = work / "checkpoints" / f"training-{one.index:03d}"
         if not name.with_suffix(".json").exists():
@@ -50,6 +52,8 @@ def trainings_left(ctx: Context, work: Path) -> list[tuple[teachers.Training, in
 def teachers_left(ctx: Context, left: list[tuple[teachers.Training, int]]) -> Left:
     """Each step forwards a batch, each snapshot val."""
     t, val = ctx.config.teachers, len(ctx.images("val"))
+    if t.pretrained:
+        return Left(False, 0, len(t.architectures) * val)
     steps = sum(one.steps - done for one, done in left)
     snapshots = sum(mark > done for one, done in left for mark in one.snapshots)
     resumes = len(left) < t.seeds * len(t.architectures) or any(done for _, done in left)

@@ -78,6 +78,11 @@ class Teachers:
     lr: float = setting(0.05, "peak learning rate of SGD (linear warm-up over 5 %, then cosine to 0)", above=0)
     momentum: float = setting(0.9, "momentum of SGD (Nesterov)", low=0, high=1)
     weight_decay: float = setting(5e-4, "weight decay", low=0)
+    pretrained: str | None = setting(
+        None,
+        "directory of classifiers (safetensors that name their architecture) to take instead of training",
+        where=True,
+    )
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from gdd_dist import pretrained
 from gdd_dist.artifacts import read_json, write_json
 from gdd_dist.context import Context, train_order
 from gdd_dist.data.augment import AUGMENT_DRAWS
@@ -16,7 +17,7 @@ from gdd_dist.data.loader import prefetch, to_float
 from gdd_dist.data.order import uniform
 from gdd_dist.fit import accuracy, sgd, train_step, warmup_cosine
 from gdd_dist.models.classifiers import Classifier
-from gdd_dist.monitor import Monitor, due
+from gdd_dist.monitor import Monitor, due, say
 from gdd_dist.networks import TEACHERS, save_network
 from gdd_dist.settings import Config
 
@@ -25,6 +26,8 @@ VERSION = 1
 
 def settings(config: Config) -> dict[str, Any]:
     """What shapes the pool's numbers."""
+    if config.teachers.pretrained:
+        return {"pretrained": pretrained.hashes(config.teachers.pretrained)}
     loader = config.shaping("loader")
     return {**config.shaping("teachers"), "loader": loader}
 
@@ -56,6 +59,8 @@ def pool(config: Config, steps_per_epoch: int) -> list[Training]:
 
 def run(ctx: Context, work: Path) -> dict[str, Any]:
     """Train the pool into ``work``: teacher-NNN.safetensors and teachers.json. Returns what the step's record says."""
+    if ctx.config.teachers.pretrained:
+        return take(ctx, work, ctx.config.teachers.pretrained)
     images = ctx.images("train")
     per_epoch = train_order(ctx.config, "teachers", images.shards.shard_samples, "teacher").steps_per_epoch
     trainings = pool(ctx.config, per_epoch)
@@ -77,6 +82,26 @@ def run(ctx: Context, work: Path) -> dict[str, Any]:
         if training.index not in logged:  # another rank's, or an interrupted run's
             _log(monitor, training, result["curve"])
     records = [r for result in trained.values() for r in result["teachers"]]
+    if ctx.world.is_main:
+        write_json(work / TEACHERS, {"format": "gdd-teachers/1", "teachers": records})
+    for i, record in enumerate(records):
+        monitor.scalars(i, {"val_accuracy": record["val_accuracy"]})
+    monitor.close()
+    return {"val_accuracy": max(r["val_accuracy"] for r in records)}
+
+
+def take(ctx: Context, work: Path, directory: str) -> dict[str, Any]:
+    """The pool of teachers that somebody else trained: measured on val, written like our own, mean and std with them."""
+    files = pretrained.files(directory)
+    monitor = ctx.monitor("teachers", work, len(files), unit="teacher")
+    mine = []
+    for i in ctx.world.queue(len(files)):
+        net = ctx.watch(pretrained.load(files[i], ctx.manifest)).eval()
+        training = Training(i, files[i].architecture, i, 1, (1,))
+        mine.append(_keep(ctx, net, training, 1, work))
+        say(f"teachers: {files[i].path.name}, {files[i].architecture}: {mine[-1]['val_accuracy']:.1f} % on val")
+        monitor.advance(min((len(mine)) * ctx.world.size, len(files)))
+    records = sorted((r for part in ctx.world.gather(mine) for r in part), key=lambda r: r["file"])
     if ctx.world.is_main:
         write_json(work / TEACHERS, {"format": "gdd-teachers/1", "teachers": records})
     for i, record in enumerate(records):

@@ -27,7 +27,7 @@ PROGRAMS: dict[str, Callable[[list[str]], object]] = {
     "gdd_dist.status": lambda argv: status.parser().parse_args(argv),
     "gdd_dist.doctor": lambda argv: doctor.parser().parse_args(argv),
     "gdd_dist.completion": lambda argv: completion.parser().parse_args(argv),
-    "tune.search": options.parse,
+    "tune.search": lambda argv: options.parse([a for a in argv if a != "--resume"]),  # that wants one to resume
     "sharding": lambda argv: sharding_program.parser().parse_args(argv),
 }
 BLOCK = re.compile(r"^```(?:sh|bash|shell|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
