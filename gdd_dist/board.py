@@ -56,7 +56,7 @@ def write_layout(directory: Path) -> None:
 def hparams(settings: Mapping[str, Any], results: Mapping[str, float]) -> tuple[Summary, ...]:
     """The run's line in TensorBoard's HPARAMS page, for its own directory (add_hparams makes one of its own each call).
 
-    ``settings``: flat; what is neither number nor text becomes text.
+    ``settings``: flat; what is neither number nor text becomes text. ``results``: by the tag of the scalar that holds it.
     """
     flat = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in settings.items() if v is not None}
     found: tuple[Summary, ...] = hparams_summaries(flat, dict(results))

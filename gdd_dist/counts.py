@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from gdd_dist import evidence, report, teachers
+from gdd_dist import evidence, gan, report, teachers
 from gdd_dist.artifacts import read_json
 from gdd_dist.context import Context, train_order
 from gdd_dist.grading import cached
@@ -70,7 +70,7 @@ def logits_left(ctx: Context, work: Path, pool: int) -> Left:
 def gan_left(ctx: Context, work: Path) -> tuple[Left, int]:
     """What is left, and how many grids of samples of it."""
     g, start = ctx.config.gan, steps_done(ctx, work / "checkpoints")
-    grids = sum((s + 1) % g.grid_interval == 0 or s == 0 for s in range(start, g.steps))
+    grids = sum(gan.shows_grid(g, s) for s in range(start, g.steps))
     images = (g.steps - start) * GAN_FORWARDS * g.batch + grids * grid_images(ctx) + settling(ctx)
     return Left(start > 0, g.steps - start, images), grids
 

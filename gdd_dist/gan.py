@@ -87,6 +87,11 @@ def train_step(
     return {**mean_scalars(parts), **scalars}
 
 
+def shows_grid(g: Gan, step: int) -> bool:
+    """Whether TensorBoard gets a grid of samples after this step: the first, each ``grid_interval``, the last."""
+    return step in (0, g.steps - 1) or (step + 1) % g.grid_interval == 0
+
+
 def penalty(g: Gan, step: int) -> float:
     """The weight of the penalties, from ``gamma`` to ``gamma_final`` along a straight line in its logarithm."""
     if g.gamma <= 0 or g.gamma_final <= 0:
@@ -120,7 +125,7 @@ def run(ctx: Context, work: Path, provenance: dict[str, Any]) -> dict[str, Any]:
             monitor.scalars(
                 step, {**world.mean(scalars), "lr": cosine(step, g.steps, g.lr, g.lr_final), "gamma": penalty(g, step)}
             )
-        if world.is_main and ((step + 1) % g.grid_interval == 0 or step == 0):
+        if world.is_main and shows_grid(g, step):
             monitor.picture("samples", sample_grid(ctx, nets.ema), step)
         monitor.advance(step + 1, images=g.batch)
         if step + 1 < g.steps and nets.agree(checkpoints.due()):

@@ -72,9 +72,10 @@ class Monitor:
     def hparams(self, settings: Mapping[str, Any], results: Mapping[str, float]) -> None:
         """The run's settings (flat) and what came of them, for TensorBoard's HPARAMS page."""
         if self._writer:
-            for summary in hparams(settings, results):
+            own = {f"result/{name}": value for name, value in results.items()}
+            for summary in hparams(settings, {f"{self.step}/{name}": value for name, value in own.items()}):
                 self._writer._get_file_writer().add_summary(summary)
-            self.scalars(0, {f"result/{name}": value for name, value in results.items()})
+            self.scalars(0, own)
 
     def histogram(self, name: str, values: np.ndarray, step: int) -> None:
         """Log a histogram as STEP/NAME."""

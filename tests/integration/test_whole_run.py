@@ -140,6 +140,8 @@ def runs(out: Path, step: str) -> list[EventAccumulator]:
 
 def test_tensorboard_shows_one_latent_grid_over_time(reported):
     """The same latents at every interval: pictures of one size, and another picture once the weights have moved."""
+    (gan,) = runs(reported.out, "gan")
+    assert [g.step for g in gan.Images("gan/samples")] == [0, 11]
     (events,) = runs(reported.out, "matching")
     grids = events.Images("matching/samples")
     assert [g.step for g in grids] == [0, 6, 12]
@@ -175,4 +177,7 @@ def test_tensorboard_says_units_what_matters_and_settings_beside_results(reporte
     ).session_start_info
     assert start.hparams["matching.temperature"].number_value == 2.0
     assert start.hparams["teachers.architectures"].string_value == "('convnet:8',)"
-    assert {"report/result/matched", "report/result/real"} <= there
+    experiment = HParamsPluginData.FromString(
+        report.SummaryMetadata("_hparams_/experiment").plugin_data.content
+    ).experiment
+    assert {"report/result/matched", "report/result/real"} <= {m.name.tag for m in experiment.metric_infos} <= there

@@ -117,7 +117,7 @@ def test_real_rows_see_as_many_distinct_images_as_they_say(made: Made) -> None:
             continue
         asked: list[np.ndarray] = []
         read = images.read
-        images.read = lambda indices, out=None: (asked.append(indices), read(indices, out))[1]  # type: ignore[method-assign, func-returns-value]  # noqa: B023
+        images.read = lambda indices: (asked.append(indices), read(indices))[1]  # type: ignore[method-assign, func-returns-value]  # noqa: B023
         try:
             distinct = train(ctx, Frozen(ctx, made.dirs), job)[0].distinct
         finally:
