@@ -154,7 +154,7 @@ def nearest_real(ctx: Context, generator: Generator) -> Near:
     shown = permutation(seed, "report/near/shown", 0, NEAR)[: min(ctx.classes, 10)]
     found = picked[places[shown]]
     pictures = [
-        torch.cat([drawn[int(i)][None].cpu(), train.read(near)]).permute(0, 2, 3, 1).numpy()
+        torch.cat([drawn[int(i)][None].cpu(), train.read(near).cpu()]).permute(0, 2, 3, 1).numpy()
         for i, near in zip(shown, found, strict=True)
     ]
     classes = np.column_stack([labels[shown], train.labels[found]])

@@ -164,7 +164,7 @@ def _real_samples(ctx: Context, classes: np.ndarray) -> np.ndarray:
     for row, c in zip(out, classes.tolist(), strict=True):
         members = np.flatnonzero(images.labels == c)
         chosen = members[permutation(seed, "report/samples", c, len(members))[:SAMPLE_COLUMNS]]
-        row[: len(chosen)] = images.read(chosen).permute(0, 2, 3, 1).numpy()
+        row[: len(chosen)] = images.read(chosen).cpu().permute(0, 2, 3, 1).numpy()
     return out
 
 

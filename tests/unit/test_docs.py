@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import Finished
 
-from gdd_dist import completion, config, doctor, evaluate, export, status
+from gdd_dist import completion, config, doctor, evaluate, export, pretrained, status
 from sharding import __main__ as sharding_program
 from tune import options
 
@@ -65,6 +65,8 @@ def test_the_pages_show_every_program() -> None:
 def test_every_command_parses(page: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(config, "_preset_of_data", lambda _data: "digits")
+    given = pretrained.Pretrained(Path("a.safetensors"), "convnet", None, None)
+    monkeypatch.setattr(pretrained, "files", lambda _directory: [given])
     words = shlex.split(command)
     if found := called(command):
         program, argv = found
