@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 RANKS  ?= 8
 
-.PHONY: env train test test-all lint tensorboard clean
+.PHONY: env train test test-all chaos lint tensorboard clean
 
 env: $(STAMP)
 
@@ -24,6 +24,9 @@ test: lint
 
 test-all: lint
 	$(BIN)/python -m pytest -q
+
+chaos: env
+	$(BIN)/python -m pytest -q tests/integration/test_fault_chaos.py
 
 lint: env
 	$(BIN)/ruff check .

@@ -35,6 +35,8 @@ SMALL = (
 
 def through_search(out: Path, args: argparse.Namespace) -> tuple[float, float]:
     """(seconds of the shared steps, seconds of the trials), Ray's start left out."""
+    import torch
+
     from gdd_dist.check import check
     from sharding.manifest import Manifest
     from sharding.writer import build
@@ -46,7 +48,7 @@ def through_search(out: Path, args: argparse.Namespace) -> tuple[float, float]:
     own = ["--out", str(out), "--trials", str(args.trials), "--max-concurrent", "1", "--scheduler", "fifo"]
     search = parse([*own, *args.settings]).search
     build("digits", out / "data")
-    check(search.config, Manifest.load(out / "data"), 1)
+    check(search.config, Manifest.load(out / "data"), 1, torch.device("cpu"))
     config = dataclasses.replace(
         search.config, data=str(out.resolve() / "data"), store=str(out.resolve()), device="cpu"
     )
@@ -65,7 +67,7 @@ def through_search(out: Path, args: argparse.Namespace) -> tuple[float, float]:
 
 def by_hand(out: Path, store: Path) -> float:
     """Seconds of the same trials as the trainer's own command, one after the other, on a store without their results."""
-    for step in ("teachers", "logits", "gan"):
+    for step in ("teachers", "logits", "gan", "cache"):
         shutil.copytree(out / step, store / step)
     begin = time.monotonic()
     for trial in sorted((out / "trials").iterdir()):

@@ -20,6 +20,7 @@ from gdd_dist.data.augment import AUGMENT_DRAWS, augment
 from gdd_dist.data.order import uniform
 from gdd_dist.engine_choice import build_engine
 from gdd_dist.engines import Engine, autocast
+from gdd_dist.finite import Skips
 from gdd_dist.models.discriminator import Discriminator
 from gdd_dist.models.generator import Generator
 from gdd_dist.networks import DISCRIMINATOR, save_network
@@ -46,6 +47,7 @@ class Adversaries:
         image = label.new_zeros(1, channels, size, size).float()
         self.d: Engine = build_engine(ctx, self.discriminator, _adam(discriminator, betas), (image, label))
         self._ctx = ctx
+        self.skips, self._moved = Skips(), True
 
     def micro_batches(self, slots: int) -> list[slice]:
         """This rank's ``slots`` of a step, cut into the micro-batches that the engines were made for."""
@@ -75,7 +77,7 @@ class Adversaries:
         real, fake = augment(real).detach(), augment(fake.detach()).detach()
         parts = self.micro_batches(len(labels))
         scalars = mean_scalars([self._discriminator_backward(real[p], fake[p], labels[p], gamma) for p in parts])
-        self.d.step(lr)
+        self._moved &= self.d.step(lr) is not False
         return scalars
 
     def _discriminator_backward(self, real: Tensor, fake: Tensor, labels: Tensor, gamma: float) -> dict[str, Tensor]:
@@ -99,26 +101,29 @@ class Adversaries:
             real_scores = self._scores(augment(real), labels)
         return losses.relativistic_generator(real_scores, self._scores(augment(fake), labels))
 
+    def step_generator(self, lr: float, ema_decay: float) -> None:
+        """The generator's step, and its running mean's; ends a training step. Raises Diverged when too many moved nothing."""
+        moved = self.g.step(lr) is not False and self._moved
+        self.update_ema(ema_decay)
+        self._moved = True
+        self.skips.note(moved)
+
     def _scores(self, images: Tensor, labels: Tensor) -> Tensor:
         with autocast(self._ctx.device, self._ctx.precision):
             scores: Tensor = self.discriminator(images, labels)
         return scores.float()
 
-    def agree(self, due: bool) -> bool:
-        """Whether this rank joins a checkpoint now. Rank 0 says when; where states are spread over ranks, all must join."""
-        world = self._ctx.world
-        mine = due and world.is_main
-        return world.mean({"due": torch.tensor(float(mine))})["due"] > 0 if self.g.collective else mine
-
     def state_dict(self) -> dict[str, Any]:
         """All that a checkpoint needs; whole on rank 0."""
-        return {"g": self.g.state_dict(), "d": self.d.state_dict(), "ema": self.ema.state_dict()}
+        nets = {"g": self.g.state_dict(), "d": self.d.state_dict(), "ema": self.ema.state_dict()}
+        return {**nets, "skips": self.skips.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """What ``state_dict`` gave."""
         self.g.load_state_dict(state["g"])
         self.d.load_state_dict(state["d"])
         self.ema.load_state_dict(state["ema"])
+        self.skips.load_state_dict(state["skips"])
 
     def save_discriminator(self, directory: Path, write: bool) -> None:
         """The discriminator, and its engine's state, so that matching goes on with it. All ranks call it, some write."""

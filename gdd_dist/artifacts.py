@@ -6,21 +6,17 @@ import hashlib
 import json
 import os
 import shutil
-import socket
-import threading
-import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from sharding.errors import UserError
 from sharding.files import fsync_dir, remove_temporaries, sha256_file, write_atomic
 
-HEARTBEAT = 5.0
-DEAD_AFTER = 60.0
 CONTENTS = "contents.json"
+CHECKPOINTS = "checkpoints"
 
 
 def fingerprint(parts: Mapping[str, Any]) -> str:
@@ -29,9 +25,14 @@ def fingerprint(parts: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def json_bytes(value: Any) -> bytes:
+    """JSON as all files here hold it."""
+    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON whole or not at all."""
-    write_atomic(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+    write_atomic(path, json_bytes(value))
 
 
 def read_json(path: Path) -> Any:
@@ -42,6 +43,37 @@ def read_json(path: Path) -> Any:
         raise UserError(f"cannot read {path} ({e.strerror}); remove its directory to compute it again") from e
     except ValueError as e:
         raise UserError(f"{path} is damaged (not JSON); remove its directory to compute it again") from e
+
+
+class Whole:
+    """Which files of an unfinished step were written whole: one list a rank, only ever appended to, so none can be torn."""
+
+    def __init__(self, work: Path, rank: int) -> None:
+        self._work, self._folder = work, work / CHECKPOINTS
+        self._mine = self._folder / f"whole-{rank:05d}.jsonl"
+
+    def note(self, path: Path, data: bytes) -> None:
+        """``path``, below the step's directory, holds ``data``, durably."""
+        entry = {
+            "file": str(path.relative_to(self._work)),
+            "bytes": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }
+        self._folder.mkdir(exist_ok=True)
+        with self._mine.open("a") as stream:  # a line that a kill cut short ends at the next line's beginning
+            stream.write("\n" + json.dumps(entry))
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def known(self) -> dict[str, tuple[int, str]]:
+        """File name → (bytes, sha256), of all ranks."""
+        found = {}
+        for path in sorted(self._folder.glob("whole-*.jsonl")):
+            for line in path.read_text(errors="replace").splitlines():
+                with suppress(ValueError, KeyError, TypeError):
+                    entry = json.loads(line)
+                    found[entry["file"]] = (int(entry["bytes"]), str(entry["sha256"]))
+        return found
 
 
 class Store:
@@ -62,18 +94,19 @@ class Store:
         """Whether the step is there, whole."""
         return (self.path(step, fp) / CONTENTS).exists()
 
-    def finish(self, step: str, fp: str, info: Mapping[str, Any]) -> Path:
-        """Record size and sha256 of every file, drop checkpoints, flush, rename: from now on it is never written again."""
+    def finish(self, step: str, fp: str, info: Mapping[str, Any], between: Callable[[], None] = lambda: None) -> Path:
+        """Record size and sha256 of every file, drop checkpoints, flush, rename: from now on it is never written again.
+
+        ``between`` is called between files and may raise: until the rename, nothing is lost.
+        """
         work = self.partial(step, fp)
-        shutil.rmtree(work / "checkpoints", ignore_errors=True)
-        for directory in (work, *(d for d in work.rglob("*") if d.is_dir())):
-            remove_temporaries(directory)
-        files = {
-            str(p.relative_to(work)): {"bytes": p.stat().st_size, "sha256": sha256_file(p)}
-            for p in sorted(work.rglob("*"))
-            if p.is_file()
-        }
-        files.pop(CONTENTS, None)
+        clean(work)
+        files = {}
+        for p in sorted(work.rglob("*")):
+            if p.is_file() and p.name != CONTENTS and work / CHECKPOINTS not in p.parents:
+                between()
+                files[str(p.relative_to(work))] = {"bytes": p.stat().st_size, "sha256": sha256_file(p)}
+        shutil.rmtree(work / CHECKPOINTS, ignore_errors=True)
         write_json(work / CONTENTS, {"format": "gdd-step/1", "step": step, "fingerprint": fp, **info, "files": files})
         for directory in sorted({p.parent for p in work.rglob("*") if p.is_file()}):
             fsync_dir(directory)
@@ -88,6 +121,12 @@ class Store:
         if contents.get("fingerprint") != fp or contents.get("step") != step:
             raise UserError(f"{directory / CONTENTS} belongs to another step; remove {directory} to compute it again")
         return [(directory / name, f["bytes"], f["sha256"]) for name, f in contents["files"].items()]
+
+
+def clean(directory: Path) -> None:
+    """Remove temporary files that a killed process left anywhere in a directory that is ours alone."""
+    for one in (directory, *(d for d in directory.rglob("*") if d.is_dir())):
+        remove_temporaries(one)
 
 
 def verify_file(path: Path, size: int, sha256: str, remedy: str) -> None:
@@ -109,116 +148,3 @@ def link_latest(out: Path, step: str, target: Path) -> None:
     temporary = directory / f".tmp-{uuid.uuid4().hex}"
     temporary.symlink_to(os.path.relpath(target.resolve(), directory.resolve()))
     os.replace(temporary, directory / "latest")
-
-
-class Lock:
-    """A lock file that names its holder; works where flock does not. Its holder touches it every few seconds.
-
-    A lock whose holder is dead (on this host: no such process; elsewhere: no heartbeat for a minute) is taken over, by
-    exactly one taker: whoever creates the marker named after the dead holder's id.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._id = uuid.uuid4().hex
-        self._stop = threading.Event()
-
-    def try_acquire(self) -> dict[str, Any] | None:
-        """None when acquired, else the holder {host, pid, since, id}."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        mine = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "born": _born(os.getpid()),
-            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-            "id": self._id,
-        }
-        temporary = self.path.with_name(f".tmp-{self._id}")
-        temporary.write_text(json.dumps(mine))
-        try:
-            while not self._create(temporary):
-                holder = self._holder()
-                if holder is None:  # given back just now
-                    continue
-                if self._alive(holder) or not self._take_over(temporary, holder):
-                    return holder
-                break
-        finally:
-            temporary.unlink(missing_ok=True)
-        threading.Thread(target=self._beat, daemon=True).start()
-        return None
-
-    def _create(self, temporary: Path) -> bool:
-        try:
-            os.link(temporary, self.path)
-        except FileExistsError:
-            return False
-        return True
-
-    def _take_over(self, temporary: Path, holder: Mapping[str, Any]) -> bool:
-        marker = self.path.with_name(f"{self.path.name}.{holder['id'][:16]}.dead")
-        try:
-            os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            return False
-        try:
-            if self._holder() != holder:
-                return False
-            os.replace(temporary, self.path)
-        finally:
-            marker.unlink()
-        return True
-
-    def release(self) -> None:
-        """Give the lock back."""
-        self._stop.set()
-        holder = self._holder()
-        if holder and holder["id"] == self._id:
-            self.path.unlink(missing_ok=True)
-
-    def _holder(self) -> dict[str, Any] | None:
-        """Who holds the lock, None if nobody does; of a lock that a crash of its host left empty, its age alone counts."""
-        try:
-            text = self.path.read_text(errors="replace")
-        except FileNotFoundError:
-            return None
-        try:
-            holder: dict[str, Any] = json.loads(text)
-        except ValueError:
-            return {"host": "an unknown host", "pid": "?", "born": None, "since": "an unknown time", "id": "unreadable"}
-        return holder
-
-    def _alive(self, holder: Mapping[str, Any]) -> bool:
-        if holder["host"] == socket.gethostname() and holder["born"] is not None:
-            return _born(holder["pid"]) == holder["born"]
-        with suppress(OSError):
-            return time.time() - self.path.stat().st_mtime < DEAD_AFTER
-        return True
-
-    def _beat(self) -> None:
-        while not self._stop.wait(HEARTBEAT):
-            with suppress(OSError):
-                os.utime(self.path)
-
-
-def _born(pid: int) -> int | None:
-    """When a process began, in clock ticks since boot, so that a reused number is not taken for its former owner.
-
-    None for one that has ended, even if its parent has not looked (in containers the first process often never does).
-    """
-    with suppress(OSError):
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return int(fields[19]) if fields[0] not in "ZX" else None
-    return None
-
-
-@contextmanager
-def holding(lock: Lock, busy: Callable[[Mapping[str, Any]], None]) -> Iterator[None]:
-    """Hold ``lock``; while another holds it, call ``busy(holder)``, which raises or returns to wait on."""
-    while (holder := lock.try_acquire()) is not None:
-        busy(holder)
-        time.sleep(0.5)
-    try:
-        yield
-    finally:
-        lock.release()

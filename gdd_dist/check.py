@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gdd_dist import deepspeed_config, rows
+from gdd_dist import deepspeed_config, pretrained, rows
 from gdd_dist.deepspeed_engine import import_deepspeed
 from gdd_dist.models.classifiers import parse_classifier
 from gdd_dist.models.residual import side_widths
@@ -24,8 +24,11 @@ def check(config: Config, manifest: Manifest, world: int, device: torch.device) 
             f"images are {manifest.height}x{manifest.width}; build the data set with --image-size to make them square"
         )
     side_widths(manifest.height, config.gan.width, config.gan.patch)
-    for name in (*config.teachers.architectures, config.matching.quick_student, *config.report.students):
+    trained = () if config.teachers.pretrained else config.teachers.architectures
+    for name in (*trained, config.matching.quick_student, *config.report.students):
         parse_classifier(name)
+    for file in pretrained.files(config.teachers.pretrained) if config.teachers.pretrained else ():
+        pretrained.load(file, manifest)
     check_ranks(config, world)
     rows.check(config, manifest)
 

@@ -1,9 +1,14 @@
-"""Exact save and resume inside a step: the last two checkpoints, each verified before it is trusted."""
+"""Exact save and resume inside a step: the last few checkpoints, each verified before it is trusted.
+
+A checkpoint is step-NNN.pt, and step-NNN.json that holds its size and sha256 and is written when the data is durable: there is
+no list of all checkpoints to be torn, and whatever is damaged costs that one checkpoint alone.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import pickle
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,70 +16,104 @@ from typing import Any
 
 import torch
 
-from gdd_dist.artifacts import read_json, verify_file, write_json
+from gdd_dist.artifacts import read_json, write_json
 from sharding.errors import UserError
 from sharding.files import write_atomic
 
-KEEP = 2
+KEEP = 3
+FORMAT = "gdd-checkpoint/1"
 
 
 class Checkpoints:
     """Checkpoints of one training loop in ``directory``; ``seconds`` between saves, stretched so that saving costs ≤ 3 %."""
 
-    def __init__(self, directory: Path, seconds: float, say: Callable[[str], None] = print) -> None:
-        self.directory, self.seconds, self._say = directory, seconds, say
+    def __init__(
+        self,
+        directory: Path,
+        seconds: float,
+        say: Callable[[str], None] = print,
+        keep: int = KEEP,
+        among: Callable[[Any], list[Any]] = lambda value: [value],
+    ) -> None:
+        self.directory, self.seconds, self._say, self._keep, self._among = directory, seconds, say, keep, among
         self._last, self._cost = time.monotonic(), 0.0
-
-    @property
-    def _pointer(self) -> Path:
-        return self.directory / "latest.json"
+        self._saves, self._spent = 0, 0.0
 
     def due(self) -> bool:
         """Whether it is time to save."""
         return time.monotonic() - self._last >= max(self.seconds, 33 * self._cost if self.seconds else 0.0)
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write ``state`` (tensors, numbers, strings in dicts and lists) as of after ``step`` steps; durable when it returns."""
+        """Write ``state`` (tensors, numbers, strings in dicts and lists) as of after ``step`` steps; durable when it returns.
+
+        Whatever claims to be of a later step is of a past that did not come true (it was damaged, or rolled back): it goes.
+        """
         begin = time.monotonic()
-        self.directory.mkdir(parents=True, exist_ok=True)
+        self.directory.mkdir(
+            exist_ok=True
+        )  # no parents: of a disk that is gone nothing is to be made anew on the one below
         buffer = io.BytesIO()
         torch.save(state, buffer)
         data = buffer.getvalue()
-        entry: dict[str, Any] = {
-            "step": step,
-            "file": f"step-{step:09d}.pt",
-            "bytes": len(data),
-            "sha256": hashlib.sha256(data).hexdigest(),
-        }
-        write_atomic(self.directory / entry["file"], data)
-        kept = [entry, *(e for e in self._entries() if e["step"] < step)][:KEEP]
-        write_json(self._pointer, {"format": "gdd-checkpoints/1", "checkpoints": kept})
-        names = {e["file"] for e in kept}
-        for old in self.directory.glob("step-*.pt"):
-            if old.name not in names:
-                old.unlink()
+        write_atomic(self._file(step, ".pt"), data)
+        record = {"format": FORMAT, "step": step, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        write_json(self._file(step, ".json"), record)
+        self._forget(step)
         self._last = time.monotonic()
         self._cost = self._last - begin
+        self._saves, self._spent = self._saves + 1, self._spent + self._cost
 
-    def _entries(self) -> list[dict[str, Any]]:
-        """Newest first; none, and a word to the user, where the list is damaged."""
-        if not self._pointer.exists():
-            return []
-        try:
-            listed = read_json(self._pointer)["checkpoints"]
-            return [{k: entry[k] for k in ("step", "file", "bytes", "sha256")} for entry in listed]
-        except (UserError, KeyError, TypeError):
-            self._say(f"{self._pointer} is damaged: its checkpoints are lost, and the step starts over")
-            return []
+    def costs(self) -> dict[str, float]:
+        """How many were saved in this invocation, and the seconds that took, for the step's record."""
+        return {"checkpoints": self._saves, "checkpoint_seconds": round(self._spent, 3)}
+
+    def _file(self, step: int, suffix: str) -> Path:
+        return self.directory / f"step-{step:09d}{suffix}"
+
+    def _forget(self, step: int) -> None:
+        """Keep the newest few up to ``step``. The record goes first: without one, data is not looked at."""
+        steps = sorted({int(p.stem[5:]) for p in self.directory.glob("step-*.*")}, reverse=True)
+        kept = [s for s in steps if s <= step][: self._keep]
+        for old in steps:
+            if old not in kept:
+                self._file(old, ".json").unlink(missing_ok=True)
+                self._file(old, ".pt").unlink(missing_ok=True)
 
     def load(self) -> tuple[int, dict[str, Any]] | None:
-        """(steps done, state) of the newest whole checkpoint, on the CPU; None when there is none to go on from."""
-        for entry in self._entries():
-            path = self.directory / entry["file"]
+        """(steps done, state) of the newest whole checkpoint, on the CPU; None when there is none to go on from.
+
+        Where ranks go on together (``among`` is `World.gather`) all load the same one, which every rank found whole.
+        """
+        steps = sorted((int(p.stem[5:]) for p in self.directory.glob("step-*.json")), reverse=True)
+        for step in self._among(steps)[0]:
+            state, fault = None, ""
             try:
-                verify_file(path, entry["bytes"], entry["sha256"], "going on from the one before")
+                state = self._read(step)
             except UserError as e:
-                self._say(f"checkpoint skipped: {e}")
-                continue
-            return entry["step"], torch.load(path, map_location="cpu", weights_only=True)
+                fault = str(e)
+            faults = [f for f in self._among(fault) if f]
+            if not faults:
+                return step, state or {}
+            self._say(f"checkpoint skipped: {faults[0]}; going on from the one before")
         return None
+
+    def _read(self, step: int) -> dict[str, Any]:
+        """The state of one checkpoint. Raises UserError that says what is wrong with it."""
+        path, note = self._file(step, ".pt"), self._file(step, ".json")
+        try:
+            record = read_json(note)
+            size, sha256 = record["bytes"], record["sha256"]
+            data = path.read_bytes()
+        except FileNotFoundError:
+            raise UserError(f"{path} is missing") from None
+        except (UserError, KeyError, TypeError):
+            raise UserError(f"{note} is damaged") from None
+        if len(data) != size:
+            raise UserError(f"{path} has {len(data)} bytes instead of {size}")
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise UserError(f"{path} is damaged (sha256 differs)")
+        try:
+            state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError) as e:
+            raise UserError(f"{path} holds what no checkpoint of ours does ({' '.join(str(e).split())[:80]})") from e
+        return state

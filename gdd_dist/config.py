@@ -14,9 +14,11 @@ from typing import Any, get_args, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser
 
+from gdd_dist import pretrained
+from gdd_dist.data.remote import Cache, open_data, read_manifest
 from gdd_dist.settings import PRESETS, SECTIONS, Config
 from sharding.errors import UserError
-from sharding.manifest import Manifest
+from sharding.plan import parse_size
 
 _FLAGS = {
     "print_config": "print every setting as YAML and exit",
@@ -50,9 +52,11 @@ def _item_type(hint: Any) -> tuple[Any, bool]:
     return (args[0], True) if hint is not None and getattr(hint, "__origin__", None) is tuple else (hint, False)
 
 
-def _parser() -> ArgumentParser:
+def command_line() -> ArgumentParser:
+    """The parser, with the defaults of no preset: ``parse`` says what a command line comes to."""
     parser = ArgumentParser(
         prog="gdd_dist.train",
+        usage="torchrun --nproc_per_node=N -m %(prog)s [--preset NAME] [--data DIR] [--out DIR] [--SECTION.NAME VALUE ...]",
         description="Distil a labelled image data set into a class-conditional generator. Start it with torchrun, or alone as one process.",
         default_env=False,
         print_config=None,  # ours prints what --config reads back, the preset included
@@ -194,7 +198,7 @@ def _as_typed(flat: Mapping[str, Any], path: str) -> list[str]:
 def _preset_of_data(data: str | None) -> str:
     if data is None:
         return "digits"
-    manifest = Manifest.load(Path(data))
+    manifest = read_manifest(data)
     if manifest.name in PRESETS:
         return manifest.name
     size = max(manifest.height, manifest.width)
@@ -212,7 +216,7 @@ def parse(argv: Sequence[str]) -> Command:
         raise UserError(
             f"unknown preset {preset}; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(PRESETS)}")
         )
-    parser = _parser()
+    parser = command_line()
     parser.set_defaults(PRESETS[preset])
     if typed:
         _parse_typed(parser, typed, f" in {path}")
@@ -249,7 +253,14 @@ def _build(parsed: Mapping[str, Any]) -> Config:
     sections: dict[str, Any] = {s: type(getattr(Config(), s))(**values[s]) for s in SECTIONS}
     if parsed.get("no_verify"):
         values[""]["verify"] = False
-    return Config(**values[""], **sections)
+    return pretrained.applied(Config(**values[""], **sections))
+
+
+def data_directory(config: Config) -> Path | None:
+    """Where --data lies on this host, a mirror if it is remote; None where it is not given."""
+    loader = config.loader
+    cache = Cache.of(loader.cache_dir, loader.cache_limit, loader.patience)
+    return None if config.data is None else open_data(config.data, cache)
 
 
 def validate(config: Config) -> None:
@@ -264,6 +275,7 @@ def validate(config: Config) -> None:
     for name in ("loader.augment", "gan.augment"):
         section, _, leaf = name.partition(".")
         _check_augment(name, getattr(getattr(config, section), leaf))
+    parse_size(config.loader.cache_limit)
     if config.matching.batch % config.matching.group:
         raise UserError(
             f"--matching.batch {config.matching.batch} is not a multiple of --matching.group {config.matching.group}; change one of them"

@@ -15,6 +15,7 @@ from gdd_dist.checkpoint import Checkpoints
 from gdd_dist.data.augment import augment
 from gdd_dist.data.loader import Images
 from gdd_dist.data.order import Order, permutation
+from gdd_dist.disks import Disks
 from gdd_dist.distributed import World
 from gdd_dist.models.classifiers import Classifier, build_classifier
 from gdd_dist.monitor import Monitor, say
@@ -44,6 +45,7 @@ class Context:
     precision: str
     forwards: int = 0
     resumed: bool = False
+    disks: Disks = field(default_factory=Disks)
     keeps: bool = True
     """Whether decoded images may be kept in STORE/cache."""
     on_interval: Callable[[int, nn.Module, Any], bool] | None = None
@@ -84,6 +86,11 @@ class Context:
             )
         return self._images[split]
 
+    def say(self, line: str) -> None:
+        """A line for the user, from rank 0; none when it is empty."""
+        if line and self.world.is_main:
+            say(line)
+
     def watch(self, network: Network) -> Network:
         """Put a network on the device and count the images it forwards."""
 
@@ -108,18 +115,19 @@ class Context:
 
     def teacher(self, teacher: Teacher) -> Classifier:
         """A trained teacher, frozen, in evaluation mode."""
-        net = self.classifier(teacher.architecture, 0, "teacher")
-        net.load_state_dict(teacher.weights())
-        return net.eval().requires_grad_(False)
+        return self.watch(teacher.load(self.manifest.channels, self.manifest.height, self.classes))
 
     def augment(self, images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
         """This run's augmentation of float images [B, C, H, W], replayed by ``draws`` [B, AUGMENT_DRAWS]."""
         loader = self.config.loader
         return augment(images, draws.to(images.device), flip=loader.flip, ops=loader.augment, fill=self.mean)
 
-    def checkpoints(self, directory: Path) -> Checkpoints:
-        """Checkpoints of one loop."""
-        return Checkpoints(directory, self.config.checkpoint_seconds, say)
+    def checkpoints(self, directory: Path, together: bool = False) -> Checkpoints:
+        """Checkpoints of one loop, which the ranks run ``together`` or each for itself."""
+        keep, seconds = self.config.checkpoints_kept, self.config.checkpoint_seconds
+        if not together:
+            return Checkpoints(directory, seconds, say, keep)
+        return Checkpoints(directory, seconds, self.say, keep, self.world.gather)
 
     def monitor(self, step: str, work: Path, total: int, *, start: int = 0, unit: str = "step") -> Monitor:
         """The monitor of a step that works in ``work``."""

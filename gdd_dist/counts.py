@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from gdd_dist import report, teachers
+from gdd_dist import evidence, gan, report, teachers
 from gdd_dist.artifacts import read_json
 from gdd_dist.context import Context, train_order
 from gdd_dist.grading import cached
@@ -39,7 +39,9 @@ def steps_done(ctx: Context, directory: Path) -> int:
 def trainings_left(ctx: Context, work: Path) -> list[tuple[teachers.Training, int]]:
     """Trainings that are not done, and how many steps of each are."""
     samples = ctx.images("train").shards.shard_samples
-    left = []
+    left: list[tuple[teachers.Training, int]] = []
+    if ctx.config.teachers.pretrained:
+        return left
     for one in teachers.pool(ctx.config, train_order(ctx.config, "teachers", samples, "teacher").steps_per_epoch):
         name = work / "checkpoints" / f"training-{one.index:03d}"
         if not name.with_suffix(".json").exists():
@@ -50,6 +52,8 @@ def trainings_left(ctx: Context, work: Path) -> list[tuple[teachers.Training, in
 def teachers_left(ctx: Context, left: list[tuple[teachers.Training, int]]) -> Left:
     """Each step forwards a batch, each snapshot val."""
     t, val = ctx.config.teachers, len(ctx.images("val"))
+    if t.pretrained:
+        return Left(False, 0, len(t.architectures) * val)
     steps = sum(one.steps - done for one, done in left)
     snapshots = sum(mark > done for one, done in left for mark in one.snapshots)
     resumes = len(left) < t.seeds * len(t.architectures) or any(done for _, done in left)
@@ -66,7 +70,7 @@ def logits_left(ctx: Context, work: Path, pool: int) -> Left:
 def gan_left(ctx: Context, work: Path) -> tuple[Left, int]:
     """What is left, and how many grids of samples of it."""
     g, start = ctx.config.gan, steps_done(ctx, work / "checkpoints")
-    grids = sum((s + 1) % g.grid_interval == 0 or s == 0 for s in range(start, g.steps))
+    grids = sum(gan.shows_grid(g, s) for s in range(start, g.steps))
     images = (g.steps - start) * GAN_FORWARDS * g.batch + grids * grid_images(ctx) + settling(ctx)
     return Left(start > 0, g.steps - start, images), grids
 
@@ -97,7 +101,7 @@ def report_left(ctx: Context, work: Path, fps: Mapping[str, str]) -> tuple[Left,
     left = [j for j in students if j.fingerprint not in known]
     last, test = ctx.config.teachers.seeds * len(ctx.config.teachers.architectures), len(ctx.images("test"))
     images = sum(images_forwarded(j, last, test) for j in left)
-    images += 2 * min(ctx.classes, report.SAMPLE_CLASSES) * report.SAMPLE_COLUMNS
+    images += 2 * min(ctx.classes, report.SAMPLE_CLASSES) * report.SAMPLE_COLUMNS + evidence.forwards(ctx)
     note = work / "checkpoints" / "start.json"
     resumes = note.exists() and len(known) > read_json(note)["students"]
     return Left(resumes, sum(j.budget.optimizer_steps for j in left), images), left

@@ -31,7 +31,7 @@ INSTEAD = {
     "optimizer": "set --gan.lr, --gan.beta1, --gan.beta2, --matching.lr, --matching.lr_d",
     "scheduler": "set --gan.lr, --gan.lr_final, --matching.lr",
     "gradient_clipping": "leave it out: gradients are not clipped",
-    "activation_checkpointing": "set --accumulate, or --teachers.checkpointing for teachers",
+    "activation_checkpointing": "set --accumulate",
     **dict.fromkeys(("fp16", "bf16", "bfloat16", "amp", "torch_autocast", "data_types"), "set --precision"),
 }
 ZERO_ALLOWED = {

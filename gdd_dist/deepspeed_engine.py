@@ -20,9 +20,11 @@ from torch import Tensor, nn
 
 from gdd_dist.distributed import World
 from gdd_dist.engines import autocast
+from gdd_dist.finite import poisoned
 from gdd_dist.loss_scale import LossScale
 from sharding.errors import UserError
 
+ALIGNED = 1024
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -50,13 +52,14 @@ def import_deepspeed(device: torch.device) -> Any:
 def engine_config(given: Mapping[str, Any], numel: int, accumulate: int) -> dict[str, Any]:
     """The configuration of one network of ``numel`` weights, from what the user's file says.
 
-    Buckets, by default 500 million numbers whatever the network, are no larger than the network.
+    Buckets, by default 500 million numbers whatever the network, are no larger than the network (rounded up: NCCL's alignment).
     """
+    bucket = -(-numel // ALIGNED) * ALIGNED
     zero = {
         "stage": 1,
         "memory_efficient_linear": False,
-        "reduce_bucket_size": numel,
-        "allgather_bucket_size": numel,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
         **given.get("zero_optimization", {}),
     }
     return {
@@ -86,7 +89,8 @@ class DeepSpeedEngine:
         accumulate: int = 1,
     ) -> None:
         deepspeed = import_deepspeed(world.device)
-        if not dist.is_initialized():  # one process alone
+        if not dist.is_initialized():  # one process alone, without a launcher
+            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         self.module, self._world, self._precision = module, world, precision
         self._parameters: list[Any] = list(module.parameters())  # DeepSpeed adds attributes to them
@@ -132,20 +136,28 @@ class DeepSpeedEngine:
         """Mean gradients over ranks and micro-batches."""
         if self._done:
             self._engine.step()  # tells DeepSpeed of the micro-batch before; the last one's is told by ``step``
-        self._engine.backward(self._scale.scale(loss))
+        # What DeepSpeed's own forward would do: without it ZeRO 3 forgets all micro-batches but the last.
+        getattr(self._optimizer, "clear_backward_seen_flag", lambda: None)()
+        self._engine.backward(self._scale.scale(poisoned(loss)))
         self._done += 1
 
-    def step(self, lr: float) -> None:
-        """Step, then clear gradients. Under fp16 DeepSpeed itself skips a step whose gradients overflowed on any rank."""
+    def step(self, lr: float) -> bool:
+        """Step, then clear gradients. From stage 1 on DeepSpeed itself skips a step whose gradients are not finite on any rank.
+
+        A loss scale that is still being sought skips steps too; that is no fault.
+        """
+        sought = self._scale.sought
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        if not self._stage and self._scale.enabled:
+        if not self._stage:
             self._scale.drop_overflow(self._parameters)
         self._engine.step()
         if self._stage:
             self._scale.overflow = bool(self._optimizer.overflow)
+        moved = not self._scale.overflow
         self._scale.update()
         self._done = 0
+        return moved or sought
 
     def gathered(self) -> AbstractContextManager[Sequence[Tensor]]:
         """All weights, whole, to be read inside the context. All ranks enter it."""

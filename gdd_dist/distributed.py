@@ -4,29 +4,26 @@ apart for minutes never stand in a collective, and nothing is unpickled.
 
 from __future__ import annotations
 
-import ctypes
 import datetime
 import json
 import os
-import signal
-import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from gdd_dist.heartbeat import Pulse, describe
+from gdd_dist.meeting import PeerError, meet
+from gdd_dist.signals import LONGEST_GRACE, Preempted, asked
 from sharding.errors import UserError
 
 _POLL = 0.002
-_A_YEAR = datetime.timedelta(days=365)
-_SOON = datetime.timedelta(seconds=10)
-
-
-class PeerError(Exception):
-    """Another rank failed; its own message says why."""
+_COLLECTIVE = 1800.0
+"""Seconds that a collective may take at least: who is gone is missed by its heartbeat, this ends what no one can explain."""
 
 
 class World:
@@ -35,19 +32,33 @@ class World:
     def __init__(self, device: str = "auto", timeout: float = 600.0) -> None:
         env = os.environ
         self.rank, self.size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
-        self.local_rank, self.local_size = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
+        self.local_rank = int(env.get("LOCAL_RANK", 0))
+        # deepspeed's launcher has a name of its own for it
+        self.local_size = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", 1)))
         self.timeout = timeout
         self.device = self._pick_device(device)
+        self.step = "start"
+        self.on_preempted: Callable[[], None] = lambda: None
         self._store: Any = None
-        self._round = 0
+        self._pulse: Pulse | None = None
+        self._round, self._voted = 0, time.monotonic()
         torch.set_num_threads(self.threads)
         if self.size > 1:
-            self._store, _, _ = next(iter(dist.rendezvous("env://", timeout=_A_YEAR)))
-            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            limit = datetime.timedelta(seconds=timeout)
-            dist.init_process_group(
-                backend, store=dist.PrefixStore("gdd", self._store), rank=self.rank, world_size=self.size, timeout=limit
-            )
+            self._join()
+
+    def _join(self) -> None:
+        """Meet the others, then form the process group."""
+        self._store = meet(self.rank, self.size, self.timeout)
+        # A connection of its own: the main thread's may stand in a wait.
+        self._pulse = Pulse(
+            self._store.clone(), self.rank, self.size, self.timeout, lambda: self.step, self.claim_failure
+        )
+        self.barrier()
+        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+        limit = datetime.timedelta(seconds=max(_COLLECTIVE, self.timeout))
+        store = dist.PrefixStore("gdd", self._store)
+        with _on_loopback(self.local_size == self.size):
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=limit)
 
     def _pick_device(self, device: str) -> torch.device:
         if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
@@ -70,6 +81,12 @@ class World:
         if "TORCHELASTIC_RUN_ID" in os.environ or not asked.isdigit() or int(asked) == 0:
             return share  # torchrun sets it to 1 where the user has not, which says nothing of what he wants
         return min(share, int(asked))
+
+    def enter(self, step: str) -> None:
+        """From now on this rank is at ``step``: what others say of it should it be gone."""
+        self.step = step
+        if self._pulse is not None:
+            self._pulse.beat(self._store)
 
     @property
     def is_main(self) -> bool:
@@ -95,6 +112,7 @@ class World:
         wait = _POLL
         while not self._store.check([key]):
             self._check_peers()
+            self.check_stop()
             time.sleep(wait)
             wait = min(wait * 1.5, 0.1)
         value: bytes = self._store.get(key)
@@ -122,15 +140,59 @@ class World:
             if taken >= jobs:
                 return
             self._check_peers()
+            self.check_stop()
             yield taken
 
-    def any(self, flag: bool) -> bool:
-        """Whether ``flag`` is true on any rank (an all-reduce: for use inside steps)."""
+    @property
+    def stopping(self) -> bool:
+        """Whether this rank knows that the job was asked to stop; in a step that ranks take together, ask `vote` instead."""
+        return bool(asked.number)
+
+    def check_stop(self) -> None:
+        """Raise Preempted when the job was asked to stop: where ranks run apart, and have saved what they want to keep."""
+        if self.stopping:
+            asked.agreed = True
+            raise Preempted
+
+    def vote(self, save: bool = False) -> Vote:
+        """Begin to ask, at the start of a step that ranks take together: is any asked to stop, does rank 0 want to ``save``?"""
+        now = time.monotonic()
+        asked.grace = (
+            max(asked.grace, min(2 * (now - self._voted), LONGEST_GRACE)) if asked.number == 0 else asked.grace
+        )
+        self._voted = now
+        return Vote(asked.number, save and self.is_main, self.size)
+
+    def settle(self) -> bool:
+        """After Preempted: wait until all ranks have saved, let rank 0 call ``on_preempted``, leave together.
+
+        False when a rank does not come within the time to agree: then rank 0 has not called it.
+        """
         if self.size == 1:
-            return flag
-        t = torch.tensor([int(flag)])
-        dist.all_reduce(t, op=dist.ReduceOp.MAX)
-        return bool(t.item())
+            self.on_preempted()
+            return True
+        self.quiet()
+        if not self._all_at("saved", self.size):
+            return False
+        if self.is_main:
+            self.on_preempted()
+            self._store.add("noted", 1)
+            self._all_at("gone", self.size - 1, add=0)  # rank 0 goes last: it may host the store
+            return True
+        noted = self._all_at("noted", 1, add=0)
+        return noted and self._all_at("gone", 0)
+
+    def _all_at(self, key: str, wanted: int, add: int = 1) -> bool:
+        """Add to a count and wait for it to reach ``wanted``, as long as ranks have to agree to stop."""
+        deadline = time.monotonic() + asked.grace
+        try:
+            here = self._store.add(key, add)
+            while here < wanted and not self.failed() and time.monotonic() < deadline:
+                time.sleep(0.02)
+                here = self._store.add(key, 0)
+        except RuntimeError:  # the store's host is gone
+            return False
+        return bool(here >= wanted)
 
     def mean(self, values: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """The means over ranks of scalar tensors (one all-reduce, which all ranks must join)."""
@@ -151,6 +213,24 @@ class World:
         if self.failed():
             raise PeerError("another rank failed")
 
+    def quiet(self) -> None:
+        """This rank reports a fault itself: nobody else's is reported from now on."""
+        if self._pulse is not None:
+            self._pulse.quiet()
+
+    def silent(self) -> str:
+        """Who gave no sign of life since a moment ago, "" if all do: after a connection broke, whose it was."""
+        if self._pulse is None:
+            return ""
+        try:
+            others = [r for r in range(self.size) if r != self.rank]
+            before = self._pulse.read(others)
+            time.sleep(2.5 * self._pulse.interval)
+            after = self._pulse.read(others)
+        except RuntimeError:
+            return f"the host of rank 0 ({os.environ.get('MASTER_ADDR', 'unknown')})"
+        return ", ".join(describe(r, after[r]) for r in others if before[r] == after[r])
+
     def claim_failure(self) -> bool:
         """True for the first rank that fails: it reports; all others only say that they stopped."""
         if self._store is None:
@@ -164,6 +244,8 @@ class World:
         """Leave together: barrier, then destroy the group (gloo aborts at exit otherwise, now and then)."""
         if self.size > 1:
             self.barrier()
+            assert self._pulse is not None
+            self._pulse.close()
             dist.destroy_process_group()
             self._leave_store()
 
@@ -176,45 +258,43 @@ class World:
             here = self._store.add("left", 0)
 
 
-def claim_before_joining() -> bool:
-    """True for the first of the ranks that fail before they join the others (wrong settings, no data on this host)."""
-    try:
-        store, _, _ = next(iter(dist.rendezvous("env://", timeout=_SOON)))
-        return bool(store.add("failed", 1) == 1)
-    except (RuntimeError, ValueError):  # no store within reach
-        return int(os.environ.get("RANK", 0)) == 0
-
-
-def end_with(status: int) -> NoReturn:
-    """Leave at once: no interpreter teardown in which gloo's threads could abort."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
-def stop_with_parent(rank: int) -> None:
-    """End this rank with its torchrun: on its SIGTERM, which it sends when another rank died, and when it is gone itself.
-
-    torchrun starts each rank in a session of its own, so killing its process group does not reach the ranks.
-    """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+@contextmanager
+def _on_loopback(wanted: bool) -> Iterator[None]:
+    """Ranks that are all on this host listen on loopback alone, unless the user has chosen an interface."""
+    name = "GLOO_SOCKET_IFNAME"
+    if not wanted or name in os.environ or not _loopback_is_up():
+        yield
         return
+    os.environ[name] = "lo"
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
-    # A handler waits while the main thread is inside a collective, and torchrun kills after 30 s: so a thread listens.
-    told, tell = os.pipe()
-    os.set_blocking(tell, False)
 
-    def listen() -> None:
-        while os.read(told, 1)[0] != signal.SIGTERM:
-            pass
-        os.write(2, f"stopped: rank {rank} ended by SIGTERM\n".encode())
-        os._exit(143)
+def _loopback_is_up() -> bool:
+    try:
+        return bool(int(Path("/sys/class/net/lo/flags").read_text(), 16) & 1)
+    except (OSError, ValueError):
+        return False
 
-    threading.Thread(target=listen, daemon=True).start()
-    signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
-    signal.signal(signal.SIGTERM, lambda _signal, _frame: None)
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
-        if os.getppid() == 1:
-            end_with(143)
+
+class Vote:
+    """One all-reduce of two flags, begun before a step and read after it, so that it hides behind the step.
+
+    All ranks get the same answer at the same step, whenever the signal reached each of them.
+    """
+
+    def __init__(self, number: int, save: bool, size: int) -> None:
+        self._flags = torch.tensor([number, int(save)])
+        self._work: Any = dist.all_reduce(self._flags, op=dist.ReduceOp.MAX, async_op=True) if size > 1 else None
+
+    def result(self) -> tuple[bool, bool]:
+        """(whether to save and stop now, whether to save)."""
+        if self._work is not None:
+            self._work.wait()
+        number, save = self._flags.tolist()
+        asked.agreed = number > 0
+        if number:
+            asked.note(number)
+        return asked.agreed, save > 0

@@ -16,6 +16,7 @@ from pathlib import Path
 from gdd_dist import logits
 from gdd_dist.artifacts import Store, read_json
 from gdd_dist.check import check
+from gdd_dist.config import data_directory
 from gdd_dist.context import Context
 from gdd_dist.counts import gan_left, logits_left, matching_left, report_left, teachers_left, trainings_left
 from gdd_dist.distributed import World
@@ -51,7 +52,7 @@ def show(world: World, config: Config) -> None:
     """Print the table. All ranks call it; raises UserError as the run would."""
     out = Path(config.out or ".")
     with tempfile.TemporaryDirectory(prefix="gdd-dry-run-") as scratch:
-        data, built = data_directory(config, out, Path(scratch))
+        data, built = data_or_digits(config, out, Path(scratch))
         manifest = Manifest.load(data)
         check(config, manifest, world.size, world.device)
         precision = resolve_precision(config.precision, world.device)
@@ -65,10 +66,10 @@ def show(world: World, config: Config) -> None:
             sys.stdout.write(f"{table(lines)}\n\n{notes(ctx, lines, meter)}\n")
 
 
-def data_directory(config: Config, out: Path, scratch: Path) -> tuple[Path, bool]:
+def data_or_digits(config: Config, out: Path, scratch: Path) -> tuple[Path, bool]:
     """The data set, and whether the run will have to build it (then the digits are built in ``scratch``)."""
-    if config.data is not None:
-        return Path(config.data), False
+    if (data := data_directory(config)) is not None:
+        return data, False
     if (out / "data" / FILE).exists():
         return out / "data", False
     build("digits", scratch / "data")

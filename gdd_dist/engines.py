@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gdd_dist.distributed import World
+from gdd_dist.finite import all_finite, poisoned
 
 
 class Engine(Protocol):
@@ -33,8 +34,8 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Gradients of a scalar loss, reduced over ranks."""
 
-    def step(self, lr: float) -> None:
-        """One optimizer step at this learning rate; clears gradients."""
+    def step(self, lr: float) -> bool | None:
+        """One optimizer step at this learning rate; clears gradients. False, on all ranks, when it was skipped: a gradient was not finite."""
 
     def gathered(self) -> contextlib.AbstractContextManager[Sequence[Tensor]]:
         """All weights in the network's order, whole, to be read inside the context. All ranks enter it."""
@@ -95,17 +96,22 @@ class DDPEngine:
 
     def backward(self, loss: Tensor) -> None:
         """Mean gradients over ranks and micro-batches."""
+        loss = poisoned(loss)
         self._scaler.scale(loss / self._accumulate if self._accumulate > 1 else loss).backward()
         self._done += 1
 
-    def step(self, lr: float) -> None:
-        """Step, then clear gradients."""
+    def step(self, lr: float) -> bool:
+        """Step, then clear gradients. A loss scale that is still being sought skips steps too; that is no fault."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
+        scaled = self._scaler.is_enabled() and self._scaler.get_scale() > 1
+        finite = all_finite(self.module.parameters())  # means over ranks: all find the same
+        if finite or self._scaler.is_enabled():
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
         self._done = 0
+        return finite or scaled
 
     def gathered(self) -> contextlib.AbstractContextManager[Sequence[Tensor]]:
         """The weights as they are."""
@@ -159,5 +165,5 @@ def image_gradient(loss: Callable[[Tensor], Tensor], images: Tensor) -> tuple[Te
     """(loss, d loss / d images), both detached, of a scalar loss of float images [B, C, H, W]; no weight gets a gradient."""
     leaf = images.detach().requires_grad_()
     value = loss(leaf)
-    (gradient,) = torch.autograd.grad(value, leaf)
+    (gradient,) = torch.autograd.grad(poisoned(value), leaf)
     return value.detach(), gradient.detach()

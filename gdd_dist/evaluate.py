@@ -6,11 +6,12 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from gdd_dist import config as configuration
+from gdd_dist.arguments import Parser
 from gdd_dist.artifacts import CONTENTS, Store, read_json, write_json
 from gdd_dist.context import Context
 from gdd_dist.distributed import World
@@ -31,14 +32,9 @@ _LISTS = ("ipc", "protocol", "labels", "students", "baselines")
 _NUMBERS = ("seeds", "epochs")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line. Settings that are not given are those of the run."""
-    p = _Parser(
+    p = Parser(
         allow_abbrev=False,
         prog="python -m gdd_dist.evaluate",
         description="Train students on what a finished run's generator draws, and on what it is compared with; print the table and write "
@@ -120,7 +116,7 @@ def main(argv: Sequence[str], joined: Callable[[World], None]) -> None:
     """Measure, print, write OUT/evaluate.json."""
     config = settings(parser().parse_args(argv))
     out = Path(config.out or ".")
-    data = Path(config.data) if config.data else out / "data"
+    data = configuration.data_directory(config) or out / "data"
     manifest = Manifest.load(data)
     check(config, manifest)
     store, fps = finished_steps(out, manifest)

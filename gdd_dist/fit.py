@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gdd_dist.data.loader import Images, to_float
 from gdd_dist.engines import autocast
+from gdd_dist.finite import Skips, all_finite, poisoned
 
 PREDICT_BATCH = 500
 
@@ -36,17 +37,30 @@ def cosine(step: int, steps: int, first: float, last: float) -> float:
 
 
 def train_step(
-    net: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, targets: Tensor, lr: float, precision: str
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    targets: Tensor,
+    lr: float,
+    precision: str,
+    skips: Skips | None = None,
 ) -> float | Tensor:
-    """One step of cross-entropy on float images [B, C, H, W]; targets int64 [B], or probabilities [B, K]. Returns the loss."""
+    """One step of cross-entropy on float images [B, C, H, W]; targets int64 [B], or probabilities [B, K]. Returns the loss.
+
+    A step whose loss or gradient is not finite moves nothing, and counts in ``skips``. Raises Diverged after too many in a row.
+    """
     for group in optimizer.param_groups:
         group["lr"] = lr
     with autocast(images.device, precision):
         logits = net(images)
     loss = F.cross_entropy(logits.float(), targets)
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
+    poisoned(loss).backward()
+    moved = all_finite(net.parameters())
+    if moved:
+        optimizer.step()
+    if skips is not None:
+        skips.note(moved)
     return loss.detach()
 
 

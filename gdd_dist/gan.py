@@ -15,6 +15,7 @@ from gdd_dist.context import Context, seeded, train_order
 from gdd_dist.data.loader import prefetch, to_float
 from gdd_dist.data.order import balanced_rows, normal
 from gdd_dist.engines import image_gradient
+from gdd_dist.finite import going_back_once
 from gdd_dist.fit import cosine
 from gdd_dist.models.discriminator import Discriminator
 from gdd_dist.models.generator import Generator
@@ -22,6 +23,7 @@ from gdd_dist.monitor import due
 from gdd_dist.networks import GENERATOR, save_network
 from gdd_dist.pictures import sample_grid
 from gdd_dist.settings import Config, Gan
+from gdd_dist.signals import Preempted
 
 VERSION = 1
 
@@ -64,7 +66,7 @@ def train_step(
     ctx: Context, nets: Adversaries, step: int, slots: np.ndarray, real: Tensor, labels: Tensor
 ) -> dict[str, Tensor]:
     """One step of each network on this rank's slots; returns scalars."""
-    g, seed = ctx.config.gan, ctx.config.step_seed("gan")
+    g, seed = ctx.config.gan, nets.skips.seed(ctx.config.step_seed("gan"))
     lr, gamma = cosine(step, g.steps, g.lr, g.lr_final), penalty(g, step)
 
     def latents(purpose: str) -> Tensor:
@@ -82,9 +84,13 @@ def train_step(
         loss, gradient = image_gradient(part_loss, fake)
         nets.g.backward((fake * gradient).sum())
         parts.append({"loss_g": loss})
-    nets.g.step(lr)
-    nets.update_ema(ema_decay(g.batch, g.ema_images, (step + 1) * g.batch))
+    nets.step_generator(lr, ema_decay(g.batch, g.ema_images, (step + 1) * g.batch))
     return {**mean_scalars(parts), **scalars}
+
+
+def shows_grid(g: Gan, step: int) -> bool:
+    """Whether TensorBoard gets a grid of samples after this step: the first, each ``grid_interval``, the last."""
+    return step in (0, g.steps - 1) or (step + 1) % g.grid_interval == 0
 
 
 def penalty(g: Gan, step: int) -> float:
@@ -96,15 +102,23 @@ def penalty(g: Gan, step: int) -> float:
 
 def run(ctx: Context, work: Path, provenance: dict[str, Any]) -> dict[str, Any]:
     """Train into ``work``: generator.safetensors (EMA), discriminator.safetensors and their state to go on from."""
+    remedy = "lower --gan.lr, or raise --gan.gamma"
+    return going_back_once("gan", partial(train, ctx, work, provenance), remedy, ctx.say)
+
+
+def train(ctx: Context, work: Path, provenance: dict[str, Any], draw: int) -> dict[str, Any]:
+    """One attempt, from the last checkpoint; ``draw``: of the noise."""
     g, world, images = ctx.config.gan, ctx.world, ctx.images("train")
     sampling = Sampling(ctx.config, images.labels, images.shards.shard_samples, ctx.classes)
     nets = Adversaries(ctx, *networks(ctx), (g.beta1, g.beta2))
-    checkpoints = ctx.checkpoints(work / "checkpoints")
+    ctx.disks.mirror(work / "checkpoints", ["*"])
+    checkpoints = ctx.checkpoints(work / "checkpoints", together=True)
     start = 0
     if (found := checkpoints.load()) is not None:
         start, state = found
         nets.load_state_dict(state)
         ctx.resumed = True
+    nets.skips.draw = max(nets.skips.draw, draw)
     share = g.batch // world.size
     slots = np.arange(world.rank * share, (world.rank + 1) * share)
     monitor = ctx.monitor("gan", work, g.steps, start=start)
@@ -114,20 +128,25 @@ def run(ctx: Context, work: Path, provenance: dict[str, Any]) -> dict[str, Any]:
         return images.read(indices), torch.from_numpy(images.labels[indices])
 
     for step, (batch, labels) in enumerate(prefetch(read, start, g.steps, ctx.config.loader.prefetch), start):
+        vote = world.vote(checkpoints.due())
         real = mirrored(ctx, to_float(batch, ctx.device), step, slots, ctx.config.step_seed("gan"), "gan/flip")
         scalars = train_step(ctx, nets, step, slots, real, labels.to(ctx.device))
         if due(step, g.steps):
             monitor.scalars(
                 step, {**world.mean(scalars), "lr": cosine(step, g.steps, g.lr, g.lr_final), "gamma": penalty(g, step)}
             )
-        if world.is_main and ((step + 1) % g.grid_interval == 0 or step == 0):
+        if world.is_main and shows_grid(g, step):
             monitor.picture("samples", sample_grid(ctx, nets.ema), step)
         monitor.advance(step + 1, images=g.batch)
-        if step + 1 < g.steps and nets.agree(checkpoints.due()):
+        ctx.say(nets.skips.line("gan", step + 1))
+        stop, save = vote.result()
+        if (stop or (save and not nets.skips.in_a_row)) and step + 1 < g.steps:
             state = nets.state_dict()
             if world.is_main:
                 monitor.flush()
                 checkpoints.save(step + 1, state)
+            if stop:
+                raise Preempted
     monitor.close()
     nets.save_discriminator(work, world.is_main)
     if world.is_main:
@@ -135,8 +154,9 @@ def run(ctx: Context, work: Path, provenance: dict[str, Any]) -> dict[str, Any]:
             "format": "gdd-generator/1",
             "arch": nets.ema.arch,
             "classes": list(ctx.manifest.classes),
+            "normalization": {"range": [-1, 1], "mean": ctx.mean, "std": ctx.std},  # of train's pixels in that range
             "provenance": provenance,
         }
         save_network(work / GENERATOR, nets.ema, meta)
     nets.close()
-    return {}
+    return {"skipped_steps": nets.skips.total, **checkpoints.costs()}

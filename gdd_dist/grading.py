@@ -10,10 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from gdd_dist.artifacts import Lock, fingerprint, holding, read_json, write_json
+from gdd_dist.artifacts import fingerprint, read_json, write_json
+from gdd_dist.confusion import Measured, pack, unpack
 from gdd_dist.context import Context
+from gdd_dist.ddranking import with_scores
+from gdd_dist.locks import Lock, holding
 from gdd_dist.models.classifiers import build_classifier
 from gdd_dist.monitor import Monitor, say
 from gdd_dist.networks import read_teachers
@@ -21,17 +25,14 @@ from gdd_dist.rows import Job, Row, jobs, result, with_ceiling_shares
 from gdd_dist.students import Frozen, train
 from sharding.errors import UserError
 
-Measured = tuple[float, int]
-"""Accuracy on test in percent, distinct images seen."""
-
 
 def record_path(ctx: Context, job: Job) -> Path:
     """Where one student's result is kept: STORE/report/rows/<fingerprint>.json."""
     return ctx.store.root / "report" / "rows" / f"{job.fingerprint}.json"
 
 
-def save_record(path: Path, job: Job, measured: Measured) -> None:
-    """Write one student's result, whole or not at all."""
+def save_record(path: Path, job: Job, measured: Measured, matrix: np.ndarray) -> None:
+    """Write one student's result and its confusion matrix, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     body = {
         "format": "gdd-row/1",
@@ -42,8 +43,11 @@ def save_record(path: Path, job: Job, measured: Measured) -> None:
         "labels": job.row.labels,
         "ipc": job.row.ipc,
         "seed": job.seed,
-        "accuracy": measured[0],
-        "distinct_images_seen": measured[1],
+        "augmented": job.row.augmented,
+        "accuracy": measured.accuracy,
+        "balanced_accuracy": measured.balanced,
+        "distinct_images_seen": measured.distinct,
+        "confusion": pack(matrix),
     }
     write_json(path, {**body, "check": fingerprint(body)})
 
@@ -56,7 +60,9 @@ def load_record(path: Path, job: Job) -> Measured | None:
         body = read_json(path)
         whole = body.pop("check") == fingerprint(body) and body["fingerprint"] == job.fingerprint
         if whole:
-            return float(body["accuracy"]), int(body["distinct_images_seen"])
+            return Measured(
+                float(body["accuracy"]), float(body["balanced_accuracy"]), int(body["distinct_images_seen"])
+            )
     except (UserError, AttributeError, KeyError, TypeError):
         pass
     say(f"report: {path} is damaged; this student is trained anew")
@@ -67,7 +73,16 @@ def cached(ctx: Context, students: list[Job]) -> dict[str, Measured]:
     """Results that are there already, by fingerprint (rank 0 looks, all hear it)."""
     found = {j.fingerprint: load_record(record_path(ctx, j), j) for j in students} if ctx.world.is_main else {}
     told = ctx.world.broadcast({fp: m for fp, m in found.items() if m is not None})
-    return {fp: (m[0], m[1]) for fp, m in told.items()}
+    return {fp: Measured(*m) for fp, m in told.items()}
+
+
+def confusions(ctx: Context, students: list[Job]) -> dict[Row, np.ndarray]:
+    """The confusion matrices of finished students, summed over each row's: int64 [C, C]."""
+    found: dict[Row, np.ndarray] = {}
+    for job in students:
+        matrix = unpack(read_json(record_path(ctx, job))["confusion"])
+        found[job.row] = found.get(job.row, 0) + matrix
+    return found
 
 
 def costs(ctx: Context, students: list[Job], teachers: Path | None) -> dict[str, float]:
@@ -110,9 +125,9 @@ def evaluate(
             done = sum(record_path(ctx, j).exists() for j in todo)
             monitor.advance(len(known) + done, f"{todo[n].row.train_on} {todo[n].row.student} {todo[n].row.labels}")
     for part in ctx.world.gather(mine):
-        known |= {fp: (m[0], m[1]) for fp, m in part.items()}
+        known |= {fp: Measured(*m) for fp, m in part.items()}
     monitor.advance(len(students))
-    return with_ceiling_shares(summarise(students, known), ctx.classes)
+    return with_scores(with_ceiling_shares(summarise(students, known), ctx.classes))
 
 
 def train_once(ctx: Context, frozen: Frozen, job: Job) -> Measured:
@@ -120,13 +135,13 @@ def train_once(ctx: Context, frozen: Frozen, job: Job) -> Measured:
     path = record_path(ctx, job)
 
     def busy(_holder: Mapping[str, Any]) -> None:
-        return None
+        ctx.world.check_stop()
 
     with holding(Lock(path.with_suffix(".lock")), busy):
         measured = load_record(path, job)
         if measured is None:
-            measured = train(ctx, frozen, job)
-            save_record(path, job, measured)
+            measured, matrix = train(ctx, frozen, job)
+            save_record(path, job, measured, matrix)
     return measured
 
 
@@ -138,8 +153,7 @@ def summarise(students: list[Job], measured: Mapping[str, Measured]) -> list[dic
     results = []
     for row, members in by_row.items():
         values = [measured[j.fingerprint] for j in members]
-        distinct = round(sum(v[1] for v in values) / len(values))
-        results.append(result(row, members[0].budget, [j.seed for j in members], [v[0] for v in values], distinct))
+        results.append(result(row, members[0].budget, [j.seed for j in members], values))
     return results
 
 

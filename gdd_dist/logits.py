@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gdd_dist.artifacts import write_json
+from gdd_dist.artifacts import Whole, verify_file, write_json
 from gdd_dist.context import Context
 from gdd_dist.data.augment import AUGMENT_DRAWS
 from gdd_dist.data.loader import to_float
@@ -57,8 +57,9 @@ def run(ctx: Context, work: Path, teachers_dir: Path) -> dict[str, Any]:
     teachers, images = read_teachers(teachers_dir), ctx.images("train")
     counts, views = images.shards.shard_samples, ctx.config.logits.views
     jobs = [(t, s) for t in teachers for s in range(len(counts))]
-    todo = [(t, s) for t, s in jobs if not logit_file(work, t.index, s).exists()]
-    todo = ctx.world.broadcast([[t.index, s] for t, s in todo])
+    ctx.disks.share(work, ["*.npy", "*.jsonl"])
+    whole = Whole(work, ctx.world.rank)
+    todo = missing(ctx, work, [(t.index, s) for t, s in jobs], whole)
     ctx.resumed |= len(todo) < len(jobs)
     _check_space(ctx, work, sum(file_bytes(counts[s], views, ctx.classes) for _, s in todo))
     monitor = ctx.monitor("logits", work, len(jobs), start=len(jobs) - len(todo), unit="file")
@@ -67,13 +68,33 @@ def run(ctx: Context, work: Path, teachers_dir: Path) -> dict[str, Any]:
         index, shard = todo[job]
         if net is None or net[0] != index:
             net = (index, ctx.teacher(teachers[index]))
-        _write(logit_file(work, index, shard), answer(ctx, net[1], shard))
+        path = logit_file(work, index, shard)
+        whole.note(path, _write(path, answer(ctx, net[1], shard)))
         monitor.advance(min(len(jobs) - len(todo) + (n + 1) * ctx.world.size, len(jobs)))
     ctx.world.barrier()
+    ctx.disks.share(work, ["*.npy", "*.jsonl"])
     if ctx.world.is_main:
-        _finish(ctx, work, teachers, jobs, monitor.histogram)
+        _finish(ctx, work, teachers, jobs, whole, monitor.histogram)
     monitor.close()
     return {"views": views, "teachers": len(teachers)}
+
+
+def missing(ctx: Context, work: Path, jobs: list[tuple[int, int]], whole: Whole) -> list[tuple[int, int]]:
+    """Those of ``jobs`` (teacher, shard) whose file is not there as it was written; the ranks share the hashing."""
+    known, mine = whole.known(), []
+    for n in range(ctx.world.rank, len(jobs), ctx.world.size):
+        ctx.world.check_stop()
+        path = logit_file(work, *jobs[n])
+        noted = known.get(str(path.relative_to(work)))
+        if noted is None or not path.exists():
+            mine.append(n)
+            continue
+        try:
+            verify_file(path, *noted, "it is computed again")
+        except UserError as e:
+            say(f"logits: {e}")
+            mine.append(n)
+    return [jobs[n] for n in sorted(n for part in ctx.world.gather(mine) for n in part)]
 
 
 def _check_space(ctx: Context, work: Path, needed: int) -> None:
@@ -97,6 +118,7 @@ def answer(ctx: Context, net: Classifier, shard: int) -> np.ndarray:
     views, size = ctx.config.logits.views, ctx.config.logits.batch
     out = np.empty((views, len(rows), ctx.classes), dtype=np.float16)
     for i in range(0, len(rows), size):
+        ctx.world.check_stop()
         part = rows[i : i + size]
         plain = to_float(images.read(part), ctx.device)
         for view in range(views):
@@ -107,23 +129,28 @@ def answer(ctx: Context, net: Classifier, shard: int) -> np.ndarray:
     return out
 
 
-def _write(path: Path, logits: np.ndarray) -> None:
+def _write(path: Path, logits: np.ndarray) -> bytes:
     path.parent.mkdir(exist_ok=True)
     buffer = io.BytesIO()
     np.save(buffer, logits, allow_pickle=False)
     write_atomic(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
-def _finish(ctx: Context, work: Path, teachers: list[Teacher], jobs: list[tuple[Teacher, int]], histogram: Any) -> None:
+def _finish(
+    ctx: Context, work: Path, teachers: list[Teacher], jobs: list[tuple[Teacher, int]], whole: Whole, histogram: Any
+) -> None:
     """Class means and the list of files with their sha256."""
     labels, counts = ctx.images("train").labels, ctx.images("train").shards.shard_samples
-    starts = np.concatenate([[0], np.cumsum(counts)])
+    starts, known = np.concatenate([[0], np.cumsum(counts)]), whole.known()
     totals = np.zeros((len(teachers), ctx.config.logits.views, ctx.classes, ctx.classes))
     files = []
     for teacher, shard in jobs:
         path = logit_file(work, teacher.index, shard)
-        data = path.read_bytes()
-        files.append({"file": str(path.relative_to(work)), "sha256": hashlib.sha256(data).hexdigest()})
+        data, name = path.read_bytes(), str(path.relative_to(work))
+        files.append({"file": name, "sha256": hashlib.sha256(data).hexdigest()})
+        if (len(data), files[-1]["sha256"]) != known[name]:
+            raise UserError(f"{path} is damaged (sha256 differs); run the same command again to compute it anew")
         logits = np.load(io.BytesIO(data), allow_pickle=False)
         if shard == 0:
             histogram("teacher_logits", logits[0].astype(np.float32), teacher.index)

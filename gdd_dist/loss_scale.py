@@ -38,13 +38,16 @@ class LossScale:
             for p in parameters:
                 p.grad = None
 
+    @property
+    def sought(self) -> bool:
+        """Whether an overflow may be the scale's, which is above 1, and no fault of the numbers."""
+        return self.enabled and self._scale > 1
+
     def update(self) -> None:
         """After a step."""
-        if not self.enabled:
-            return
-        if self.overflow:
+        if self.enabled and self.overflow:
             self._scale, self._good = self._scale * BACKOFF, 0
-        else:
+        elif self.enabled:
             self._good += 1
             if self._good == INTERVAL:
                 self._scale, self._good = self._scale * GROWTH, 0

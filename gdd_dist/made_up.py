@@ -9,14 +9,16 @@ import numpy as np
 
 from gdd_dist import figures, report
 from gdd_dist.artifacts import read_json, write_json
+from gdd_dist.confusion import Measured
 from gdd_dist.context import Context
+from gdd_dist.ddranking import with_scores
+from gdd_dist.evidence import collect
 from gdd_dist.grading import summarise
 from gdd_dist.logit_cache import MEANS, logit_file
-from gdd_dist.metrics import document
 from gdd_dist.monitor import due
 from gdd_dist.networks import GENERATOR, TEACHERS, save_network
-from gdd_dist.page import page
 from gdd_dist.rows import jobs, with_ceiling_shares
+from gdd_dist.settings import STEPS
 from gdd_dist.trial_steps import adversaries, gan_step
 
 
@@ -74,9 +76,8 @@ def report_files(ctx: Context, made_up: MadeUp, fps: Mapping[str, str]) -> dict[
     ]
     fps = {"data": fps["shards"], **fps}
     students = jobs(ctx.config, ctx.manifest, ctx.precision, fps)
-    results = with_ceiling_shares(
-        summarise(students, {j.fingerprint: (float(rng.uniform(60, 90)), 12345) for j in students}), ctx.classes
-    )
+    measured = {j.fingerprint: Measured(float(rng.uniform(60, 90)), 75.0, 12345) for j in students}
+    results = with_scores(with_ceiling_shares(summarise(students, measured), ctx.classes))
     teachers = [
         {
             **t,
@@ -86,15 +87,16 @@ def report_files(ctx: Context, made_up: MadeUp, fps: Mapping[str, str]) -> dict[
         }
         for i, t in enumerate(read_json(made_up.teachers / TEACHERS)["teachers"])
     ]
-    metrics = document(ctx, fps, history, results)
-    curves = figures.curves_figure(teachers, made_up_curves(ctx, rng), history, 0, results)
-    write_json(made_up.gan / "metrics.json", metrics)
-    return {
-        "samples.png": len(figures.png(report.samples_figure(ctx, made_up.dirs()))),
-        "curves.png": len(figures.png(curves)),
-        "metrics.json": (made_up.gan / "metrics.json").stat().st_size,
-        "report.md": len(page(ctx, fps, metrics, history, {}).encode()) + 400,
+    shown = {
+        "samples.png": report.samples_figure(ctx, made_up.dirs()),
+        "curves.png": figures.curves_figure(teachers, made_up_curves(ctx, rng), history, 0, results),
     }
+    matrices = {j.row: rng.integers(0, 9, (ctx.classes, ctx.classes)) for j in students}
+    evidence = collect(ctx, made_up.dirs(), matrices)
+    cost = {"status": "computed", "seconds": 1234.5, "images_processed": 1234567, "ranks": ctx.world.size}
+    costs = dict.fromkeys(STEPS, cost)
+    files = report.documents(ctx, fps, history, results, evidence, shown, costs)
+    return {name: len(content) for name, content in files.items()}
 
 
 def made_up_curves(ctx: Context, rng: np.random.Generator) -> dict[str, figures.Curves]:

@@ -20,6 +20,7 @@ from gdd_dist.data.loader import prefetch, to_float
 from gdd_dist.data.order import normal, uniform
 from gdd_dist.dealer import Dealer, Groups
 from gdd_dist.engines import autocast, cpu_state, image_gradient
+from gdd_dist.finite import going_back_once
 from gdd_dist.fit import cosine
 from gdd_dist.logit_cache import LogitCache
 from gdd_dist.monitor import Monitor, due, say
@@ -34,6 +35,7 @@ from gdd_dist.networks import (
 from gdd_dist.pictures import sample_grid
 from gdd_dist.quick import Measured, measure
 from gdd_dist.settings import Config
+from gdd_dist.signals import Preempted
 
 VERSION = 1
 OnInterval = Callable[[int, torch.nn.Module, Measured], bool]
@@ -63,6 +65,14 @@ class Matcher:
         views = min(m.views or self.cache.views, self.cache.views)
         self._means = torch.from_numpy(self.cache.class_means[:, :views].mean(1)).to(ctx.device)
         self.dealer = Dealer(ctx.config, images.labels, np.array([t.index for t in chosen]), views)
+        self.answers: tuple[Tensor, Tensor] | None = None
+        """Teacher logits of the last batch, real and generated, float32 [B, C]."""
+
+    def log(self, monitor: Monitor, step: int) -> None:
+        """Histograms of both sides' standardized answers: matching lays one on the other."""
+        if self.answers is not None and self._ctx.world.is_main:
+            for name, logits in zip(("real", "generated"), self.answers, strict=True):
+                monitor.histogram(f"teacher_answers/{name}", losses.standardize(logits).cpu().numpy(), step)
 
     def real_logits(self, groups: Groups) -> Tensor:
         """The cache's side of each pair, float32 [B, C]."""
@@ -85,6 +95,7 @@ class Matcher:
             with autocast(ctx.device, ctx.precision):
                 answer = self._nets[teacher](seen[here])
             logits = logits.index_copy(0, here, answer.float())
+        self.answers = real_logits, logits.detach()
         pair = (
             losses.dim(real_logits, logits)
             if m.loss == "dim"
@@ -98,7 +109,7 @@ class Matcher:
 class Run:
     """The state of the step: networks, measurements so far, the best generator among them."""
 
-    def __init__(self, ctx: Context, work: Path, gan_dir: Path) -> None:
+    def __init__(self, ctx: Context, work: Path, gan_dir: Path, draw: int = 0) -> None:
         gan, self.main = ctx.config.gan, ctx.world.is_main
         generator, self.meta = load_generator_network(gan_dir / GENERATOR)
         self.nets = Adversaries(
@@ -107,29 +118,34 @@ class Run:
         self.nets.load_discriminator_state(gan_dir)
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Tensor] = {}
-        self.checkpoints = ctx.checkpoints(work / "checkpoints")
+        ctx.disks.mirror(work / "checkpoints", ["*"])
+        self.checkpoints = ctx.checkpoints(work / "checkpoints", together=True)
         self.start = 0
         if (found := self.checkpoints.load()) is not None:
             self.start, state = found
             self.nets.load_state_dict(state["nets"])
             self.history, self.best = state["history"], state["best"]
             ctx.resumed = True
+        self.nets.skips.draw = max(self.nets.skips.draw, draw)
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, monitor: Monitor) -> None:
         """A checkpoint as of after ``step`` steps, written by rank 0."""
         state = {"nets": self.nets.state_dict(), "history": self.history, "best": self.best}
         if self.main:
+            monitor.flush()
             self.checkpoints.save(step, state)
 
     def measure(self, ctx: Context, step: int, monitor: Monitor) -> Measured:
         """Quick students on val, once per interval; keeps the generator where it is the best so far."""
-        if self.history and self.history[-1]["step"] == step:
-            return Measured(**self.history[-1])
+        if self.history and self.history[-1]["step"] == step:  # before an interruption; its points are purged
+            result = Measured(**self.history[-1])
+            monitor.scalars(step, result.scalars())
+            return result
         result = measure(ctx, self.nets.ema, step)
         if not self.history or ctx.config.matching.select == "last" or result.val > max(h["val"] for h in self.history):
             self.best = cpu_state(self.nets.ema)
         self.history.append(result.as_dict())
-        monitor.scalars(step, {"val_accuracy": result.val, "val_stderr": result.stderr, "shortcut_gap": result.gap})
+        monitor.scalars(step, result.scalars())
         if ctx.world.is_main:
             monitor.picture("samples", sample_grid(ctx, self.nets.ema), step)
             say(
@@ -148,16 +164,35 @@ def run(
     on_interval: OnInterval | None = None,
 ) -> dict[str, Any]:
     """Match into ``work``: generator.safetensors. ``on_interval(step, ema generator, measured)`` → whether to stop, asked on rank 0."""
+    matcher = Matcher(ctx, teachers_dir, logits_dir)
+
+    def attempt(draw: int) -> dict[str, Any]:
+        return match(ctx, work, matcher, Run(ctx, work, gan_dir, draw), provenance, on_interval)
+
+    return going_back_once("matching", attempt, "lower --matching.lr, or raise --matching.temperature", ctx.say)
+
+
+def match(
+    ctx: Context,
+    work: Path,
+    matcher: Matcher,
+    state: Run,
+    provenance: dict[str, Any],
+    on_interval: OnInterval | None,
+) -> dict[str, Any]:
+    """One attempt, from the last checkpoint."""
     m, world = ctx.config.matching, ctx.world
-    matcher, state = Matcher(ctx, teachers_dir, logits_dir), Run(ctx, work, gan_dir)
     images = ctx.images("train")
     monitor = ctx.monitor("matching", work, m.steps, start=state.start)
 
     def pause(step: int) -> bool:
-        measured = state.measure(ctx, step, monitor)
-        return bool(
-            world.broadcast(on_interval is not None and world.is_main and on_interval(step, state.nets.ema, measured))
-        )
+        try:
+            measured = state.measure(ctx, step, monitor)
+            stops = on_interval is not None and world.is_main and on_interval(step, state.nets.ema, measured)
+            return bool(world.broadcast(stops))
+        except Preempted:
+            state.save(step, monitor)
+            raise
 
     def read(step: int) -> tuple[Any, ...]:
         groups = matcher.dealer.batch(step, world.rank, world.size)
@@ -169,20 +204,31 @@ def run(
     ):
         if step % m.interval == 0 and pause(step):
             break
+        vote = world.vote(state.checkpoints.due())
         scalars = train_step(ctx, state.nets, matcher, step, groups, real_logits, real)
+        if step % m.interval == 0 or step == m.steps - 1:
+            matcher.log(monitor, step)
         if due(step, m.steps):
             monitor.scalars(step, {**world.mean(scalars), "lr": cosine(step, m.steps, m.lr, m.lr / 10)})
         monitor.advance(step + 1, images=m.batch)
-        if step + 1 < m.steps and state.nets.agree(state.checkpoints.due()):
-            monitor.flush()
-            state.save(step + 1)
+        ctx.say(state.nets.skips.line("matching", step + 1))
+        stop, save = vote.result()
+        if (stop or (save and not state.nets.skips.in_a_row)) and step + 1 < m.steps:
+            state.save(step + 1, monitor)
+            if stop:
+                raise Preempted
     else:
         pause(m.steps)
     monitor.close()
     if world.is_main:
         save_best(ctx, work, state, provenance)
     state.nets.close()
-    return {"history": state.history, "selected": m.select}
+    return {
+        "history": state.history,
+        "selected": m.select,
+        "skipped_steps": state.nets.skips.total,
+        **state.checkpoints.costs(),
+    }
 
 
 def save_best(ctx: Context, work: Path, state: Run, provenance: dict[str, Any]) -> None:
@@ -201,7 +247,7 @@ def train_step(
     real_uint8: Tensor,
 ) -> dict[str, Tensor]:
     """One step on this rank's groups; returns scalars: loss, pair, mean, adv and the discriminator's."""
-    m, seed, slots = ctx.config.matching, ctx.config.step_seed("matching"), groups.slots
+    m, seed, slots = ctx.config.matching, nets.skips.seed(ctx.config.step_seed("matching")), groups.slots
     labels = torch.from_numpy(groups.labels).to(ctx.device)
     z = torch.from_numpy(normal(seed, "matching/z", step, slots, nets.generator.latent)).to(ctx.device)
     draws = torch.from_numpy(uniform(seed, "matching/augment", step, slots, AUGMENT_DRAWS))
@@ -224,8 +270,7 @@ def train_step(
         loss, gradient = image_gradient(partial(total_loss, ctx, nets, matcher, step, side, into=of_part), images)
         nets.g.backward((images * gradient).sum())
         parts.append({"loss": loss, **of_part})
-    nets.g.step(cosine(step, m.steps, m.lr, m.lr / 10))
-    nets.update_ema(ema_decay(m.batch, m.ema_images))
+    nets.step_generator(cosine(step, m.steps, m.lr, m.lr / 10), ema_decay(m.batch, m.ema_images))
     return {**mean_scalars(parts), **scalars}
 
 
@@ -244,7 +289,7 @@ def total_loss(
     ctx: Context, nets: Adversaries, matcher: Matcher, step: int, side: Side, images: Tensor, into: dict[str, Tensor]
 ) -> Tensor:
     """L_G of float images [B, C, H, W]; its terms go to ``into``."""
-    m, seed = ctx.config.matching, ctx.config.step_seed("matching")
+    m, seed = ctx.config.matching, nets.skips.seed(ctx.config.step_seed("matching"))
     terms = matcher.loss(images, side.groups, side.real_logits, side.draws)
     loss = m.lambda_pair * terms["pair"] + m.lambda_mean * terms["mean"]
     if side.real is not None:

@@ -85,8 +85,9 @@ def document(
     fingerprints: Mapping[str, str],
     history: Sequence[Mapping[str, Any]],
     results: Sequence[Mapping[str, Any]],
+    more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """metrics.json. ``fingerprints``: of "data" and the steps; ``history``: matching's measurements on val."""
+    """metrics.json. ``fingerprints``: of "data" and the steps; ``history``: matching's measurements on val; ``more``: what else was measured."""
     return {
         "format": FORMAT,
         "fingerprints": {
@@ -101,5 +102,6 @@ def document(
         "verified": ctx.config.verify,
         "classes": list(ctx.manifest.classes),
         "shortcut_gap": shortcut_gap(history, ctx.config.matching.select),
+        **(more or {}),
         "results": [dict(r) for r in results],
     }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,27 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from gdd_dist.board import hparams, scalar
+from sharding.redact import redact
+
 EVERY_STEP_UNTIL = 20
 LINE_SECONDS = 10.0
 
 
 def say(text: str) -> None:
     """One line for the user, on stderr, clear of a progress bar."""
-    tqdm.write(text, file=sys.stderr)
+    tqdm.write(redact(text), file=sys.stderr)
     sys.stderr.flush()
+
+
+@contextmanager
+def naming(path: Path | None) -> Iterator[None]:
+    """Name ``path`` in a fault of the system inside, which may name none."""
+    try:
+        yield
+    except OSError as e:
+        e.filename = e.filename or (None if path is None else str(path))
+        raise
 
 
 def due(step: int, total: int, interval: int = 20) -> bool:
@@ -28,26 +43,30 @@ def due(step: int, total: int, interval: int = 20) -> bool:
 
 def write_text(directory: Path, name: str, text: str) -> None:
     """Show ``text`` as it stands in TensorBoard, in place of what an earlier run wrote into ``directory``."""
-    with SummaryWriter(str(directory), purge_step=0) as writer:
+    with naming(directory), SummaryWriter(str(directory), purge_step=0) as writer:
         writer.add_text(name, "".join(f"    {line}\n" for line in text.splitlines()), 0)
 
 
 class Monitor:
     """Scalars, pictures and progress of one step, from ``start`` (steps done) to ``total``. Silent on ranks other than 0.
 
-    ``directory`` is this step's own: after a resume, points of ``start`` and later that an interrupted run wrote are purged.
+    ``directory`` is this step's own (None: no TensorBoard): after a resume, points of ``start`` and later that an
+    interrupted run wrote are purged.
     """
 
     def __init__(
-        self, directory: Path, step: str, total: int, *, start: int = 0, unit: str = "step", active: bool = True
+        self, directory: Path | None, step: str, total: int, *, start: int = 0, unit: str = "step", active: bool = True
     ) -> None:
         self.step, self.total, self.unit, self._active = step, total, unit, active
         self._begin = self._line = time.monotonic()
         self._start, self._done = start, start
         self._writer: SummaryWriter | None = None
+        self._directory = directory
         self._bar: tqdm[Any] | None = None
         if active:
-            self._writer = SummaryWriter(str(directory), purge_step=start)
+            if directory is not None:
+                with naming(directory):
+                    self._writer = SummaryWriter(str(directory), purge_step=start)
             if sys.stderr.isatty():
                 self._bar = tqdm(total=total, initial=start, desc=step, unit=unit, dynamic_ncols=True)
 
@@ -61,8 +80,18 @@ class Monitor:
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Log ``values`` as STEP/NAME."""
         if self._writer:
-            for name, value in values.items():
-                self._writer.add_scalar(f"{self.step}/{name}", value, step)
+            with naming(self._directory):
+                for name, value in values.items():
+                    self._writer._get_file_writer().add_summary(scalar(f"{self.step}/{name}", value), step)
+
+    def hparams(self, settings: Mapping[str, Any], results: Mapping[str, float]) -> None:
+        """The run's settings (flat) and what came of them, for TensorBoard's HPARAMS page."""
+        if self._writer:
+            own = {f"result/{name}": value for name, value in results.items()}
+            with naming(self._directory):
+                for summary in hparams(settings, {f"{self.step}/{name}": value for name, value in own.items()}):
+                    self._writer._get_file_writer().add_summary(summary)
+            self.scalars(0, own)
 
     def histogram(self, name: str, values: np.ndarray, step: int) -> None:
         """Log a histogram as STEP/NAME."""
@@ -99,11 +128,13 @@ class Monitor:
     def flush(self) -> None:
         """Hand all points to the system: before a checkpoint, so that a resume from it leaves no gap in the curves."""
         if self._writer:
-            self._writer.flush()
+            with naming(self._directory):
+                self._writer.flush()
 
     def close(self) -> None:
         """Flush and end."""
         if self._bar is not None:
             self._bar.close()
         if self._writer:
-            self._writer.close()
+            with naming(self._directory):
+                self._writer.close()

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from gdd_dist.artifacts import read_json
 from gdd_dist.engines import cpu_state
+from gdd_dist.models.classifiers import Classifier, build_classifier
 from gdd_dist.models.discriminator import Discriminator
 from gdd_dist.models.generator import Generator
 from sharding.errors import UserError
@@ -71,6 +73,14 @@ class Teacher:
     def weights(self) -> dict[str, Tensor]:
         """Weights on the CPU."""
         return read_network(self.path)[0]
+
+    def load(self, channels: int, size: int, classes: int) -> Classifier:
+        """The network on the CPU, frozen, in evaluation mode; mean and std come with the weights."""
+        shape = {"channels": channels, "size": size, "classes": classes}
+        with torch.device("meta"):  # no time, and no random numbers, for weights that are replaced at once
+            net = build_classifier(self.architecture, **shape, mean=[0.0] * channels, std=[1.0] * channels)
+        net.load_state_dict(self.weights(), assign=True)
+        return net.eval().requires_grad_(False)
 
 
 def read_teachers(directory: Path) -> list[Teacher]:

@@ -17,8 +17,13 @@ GRID_CLASSES, GRID_COLUMNS = 10, 10
 
 def grid(images: Tensor, columns: int) -> np.ndarray:
     """Float images [B, C, H, W] in [-1, 1] → a uint8 picture [H', W', 3], row by row; small images are enlarged."""
+    return enlarged_grid(to_uint8(images), columns)
+
+
+def enlarged_grid(images: Tensor, columns: int) -> np.ndarray:
+    """uint8 images [B, C, H, W] → a uint8 picture [H', W', 3], row by row; small images are enlarged."""
     scale = max(1, 32 // images.shape[-1])
-    enlarged = to_uint8(images.cpu()).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    enlarged = images.cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     picture: Tensor = make_grid(enlarged.float() / 255, nrow=columns, padding=1)
     return (picture * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
 

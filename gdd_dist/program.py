@@ -5,14 +5,19 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
 
-from gdd_dist.distributed import PeerError, World, claim_before_joining, end_with, stop_with_parent
+from gdd_dist.distributed import World
+from gdd_dist.meeting import PeerError, claim_before_joining
+from gdd_dist.signals import Preempted, asked, end_with, listen
 from sharding.errors import UserError
+from sharding.redact import redact
 
 _PEER_FAULT = 5.0
+_GONE = "see whether the disk is still there, then run the same command again"
 
 
 def run_program(main: Callable[[list[str], Callable[[World], None]], None], argv: list[str]) -> None:
@@ -21,21 +26,38 @@ def run_program(main: Callable[[list[str], Callable[[World], None]], None], argv
 
     def joined(w: World) -> None:
         nonlocal world
-        world = w
+        world, asked.patient = w, True
 
-    stop_with_parent(int(os.environ.get("RANK", 0)))
+    os.umask(os.umask(0) | 0o002)  # the user's, but nothing is ever writable by all
+    threading.excepthook = _in_thread
+    listen(int(os.environ.get("RANK", 0)))
     try:
         main(argv, joined)
         if world is not None:
             world.close()
+    except Preempted:
+        end_with(asked.status, preempted(world))
     except Exception as e:
         end_with(report_failure(e, world, "--debug" in argv))
     except SystemExit as e:
         end_with(int(e.code or 0))
     except KeyboardInterrupt:
-        sys.stderr.write("stopped: interrupted; the same command goes on from the last checkpoint\n")
-        end_with(130)
+        end_with(130, "stopped: interrupted; the same command goes on from the last checkpoint")
     end_with(0)
+
+
+def _in_thread(fault: threading.ExceptHookArgs) -> None:
+    """TensorBoard's writer hands its fault to the main thread, which says it in one line."""
+    if type(fault.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(fault)
+
+
+def preempted(world: World | None) -> str:
+    """Leave together after all have saved; the line that says so."""
+    rank = int(os.environ.get("RANK", 0))
+    if world is None or world.settle():
+        return f"stopped: rank {rank}, asked to by {asked.name}; all is saved, the same command goes on from here"
+    return f"stopped: rank {rank}, asked to by {asked.name}; another rank did not answer, the last checkpoint is whole"
 
 
 def report_failure(fault: Exception, world: World | None, debug: bool) -> int:
@@ -43,16 +65,23 @@ def report_failure(fault: Exception, world: World | None, debug: bool) -> int:
     rank = int(os.environ.get("RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
     user = isinstance(fault, (UserError, OSError)) and not isinstance(fault, TimeoutError)
+    if world is not None:
+        world.quiet()
     if not user and _is_peer_fault(fault, world):
         sys.stderr.write(f"stopped: rank {rank}, because another rank failed\n")
-        return 2
+        return asked.status if asked.number else 2
+    if not user and isinstance(fault, RuntimeError) and world is not None and (gone := world.silent()):
+        fault, user = (
+            UserError(f"{gone} is gone; run the same command again: it goes on from the last checkpoint"),
+            True,
+        )
     mine = world.claim_failure() if world is not None else size == 1 or claim_before_joining()
     if not mine:
         sys.stderr.write(f"stopped: rank {rank}, because another rank failed\n")
         time.sleep(_PEER_FAULT)  # torchrun blames, and reports, whoever is gone first
         return 2
     if debug or not user:
-        traceback.print_exception(fault)
+        sys.stderr.write(redact("".join(traceback.format_exception(fault))))
     sys.stderr.write(f"error: {describe(fault)}\n")
     return 2 if user else 1
 
@@ -65,10 +94,14 @@ def describe(fault: Exception) -> str:
             errno.EDQUOT: "make room in your quota and run the same command again",
             errno.EROFS: "make it writable or choose another --out",
             errno.EACCES: "check its permissions",
+            errno.EFBIG: "raise the limit on the size of files (ulimit -f) and run the same command again",
+            **dict.fromkeys((errno.ENOENT, errno.EIO, errno.ESTALE, errno.ENOTCONN), _GONE),
         }
-        name = f"{fault.filename}: " if fault.filename else ""
-        return f"{name}{fault.strerror or fault}; {remedies.get(fault.errno or 0, 'mend it and run the same command again')}"
-    return " ".join(str(fault).split()) or type(fault).__name__
+        name = f"{os.fsdecode(fault.filename)}: " if isinstance(fault.filename, (str, bytes)) else ""
+        return redact(
+            f"{name}{fault.strerror or fault}; {remedies.get(fault.errno or 0, 'mend it and run the same command again')}"
+        )
+    return redact(" ".join(str(fault).split())) or type(fault).__name__
 
 
 def _is_peer_fault(fault: Exception, world: World | None) -> bool:
@@ -79,7 +112,7 @@ def _is_peer_fault(fault: Exception, world: World | None) -> bool:
         return False
     deadline = time.monotonic() + _PEER_FAULT
     while time.monotonic() < deadline:
-        if world.failed():
-            return True
+        if world.failed() or (asked.number and not isinstance(fault, UserError)):
+            return True  # torchrun asks the others to stop when a rank is dead
         time.sleep(0.05)
     return False

@@ -13,9 +13,11 @@ from gdd_dist.context import Context
 from gdd_dist.data.augment import AUGMENT_DRAWS
 from gdd_dist.data.loader import to_float
 from gdd_dist.data.order import dealt, uniform
+from gdd_dist.finite import Diverged, Skips
 from gdd_dist.fit import accuracy, predict, sgd, train_step
 from gdd_dist.models.generator import Generator
 from gdd_dist.synthetic import draw
+from sharding.errors import UserError
 
 FRESH_IMAGES = 500
 CHUNK = 20
@@ -35,6 +37,10 @@ class Measured:
     stderr: float
     gap: float
 
+    def scalars(self) -> dict[str, float]:
+        """By their names in TensorBoard."""
+        return {"val_accuracy": self.val, "val_stderr": self.stderr, "shortcut_gap": self.gap}
+
     def as_dict(self) -> dict[str, Any]:
         """Fit for JSON and checkpoints."""
         return dataclasses.asdict(self)
@@ -43,7 +49,10 @@ class Measured:
 def measure(ctx: Context, generator: Generator, step: int) -> Measured:
     """Train the quick students, dealt to ranks, on fresh draws; the same random streams at every interval. All ranks call it."""
     m = ctx.config.matching
-    mine = [[j, *student(ctx, generator, j)] for j in ctx.world.queue(m.quick_students)]
+    try:
+        mine = [[j, *student(ctx, generator, j)] for j in ctx.world.queue(m.quick_students)]
+    except Diverged as e:
+        raise UserError(f"matching: of a quick student {e}; lower --report.lr") from e
     results = sorted(r for rank in ctx.world.gather(mine) for r in rank)
     val, fresh = np.array([r[1] for r in results]), np.array([r[2] for r in results])
     stderr = float(val.std(ddof=1) / len(val) ** 0.5) if len(val) > 1 else 0.0
@@ -55,8 +64,10 @@ def student(ctx: Context, generator: Generator, j: int) -> tuple[float, float]:
     m, r, seed = ctx.config.matching, ctx.config.report, ctx.config.step_seed("matching")
     net = ctx.classifier(m.quick_student, seed, f"quick/{j}")
     optimizer = sgd(net, r.lr, r.momentum, r.weight_decay)
+    skips = Skips()
     scores, readings = list[float](), measured_after(m.quick_steps)
     for first in range(0, m.quick_steps, CHUNK):
+        ctx.world.check_stop()
         steps = min(CHUNK, m.quick_steps - first)
         places = np.arange(first * m.quick_batch, (first + steps) * m.quick_batch)
         labels = dealt(seed, f"quick/{j}/labels", places, ctx.classes)
@@ -66,7 +77,7 @@ def student(ctx: Context, generator: Generator, j: int) -> tuple[float, float]:
             part = slice(k * m.quick_batch, (k + 1) * m.quick_batch)
             draws = uniform(seed, f"quick/{j}/augment", first + k, np.arange(m.quick_batch), AUGMENT_DRAWS)
             x = ctx.augment(images[part], torch.from_numpy(draws))
-            train_step(net, optimizer, x, targets[part], r.lr, ctx.precision)
+            train_step(net, optimizer, x, targets[part], r.lr, ctx.precision, skips)
             if first + k + 1 in readings:
                 scores.append(accuracy(net, ctx.images("val"), ctx.device, ctx.precision))
     labels = np.arange(FRESH_IMAGES) % ctx.classes

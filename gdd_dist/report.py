@@ -1,4 +1,4 @@
-"""Step: the report. Students are trained, then what was measured becomes a table, a page and two pictures."""
+"""Step: the report. Students are trained, then what was measured becomes a table, pictures and a page."""
 
 from __future__ import annotations
 
@@ -10,24 +10,27 @@ from typing import Any
 import numpy as np
 
 from gdd_dist import figures
-from gdd_dist.artifacts import read_json, write_json
+from gdd_dist.artifacts import CONTENTS, json_bytes, read_json, write_json
 from gdd_dist.context import Context
 from gdd_dist.data.order import permutation
-from gdd_dist.grading import cached, evaluate, log_accuracies
+from gdd_dist.evidence import Evidence, collect, summary
+from gdd_dist.gallery import gallery
+from gdd_dist.grading import cached, confusions, evaluate, log_accuracies
+from gdd_dist.html import html
 from gdd_dist.metrics import document, selected
 from gdd_dist.models.generator import Generator
 from gdd_dist.networks import GENERATOR, TEACHERS, load_generator_network, read_network
 from gdd_dist.page import page
 from gdd_dist.rows import VERSION as ROW_VERSION
 from gdd_dist.rows import jobs
-from gdd_dist.settings import Config
+from gdd_dist.settings import SECTIONS, Config
 from gdd_dist.synthetic import draw
 from gdd_dist.tables import table
 from sharding.files import write_atomic
 
 __all__ = ["VERSION", "run", "settings", "table"]
 
-VERSION = 1
+VERSION = 2
 SAMPLE_CLASSES, SAMPLE_COLUMNS = 20, 8
 
 
@@ -42,7 +45,7 @@ def settings(config: Config) -> dict[str, Any]:
 
 
 def run(ctx: Context, work: Path, dirs: Mapping[str, Path], fingerprints: Mapping[str, str]) -> dict[str, Any]:
-    """Measure all rows; write metrics.json, report.md, samples.png and curves.png into ``work``.
+    """Measure all rows; write metrics.json, report.md, report.html and the pictures into ``work``.
 
     ``dirs``: of the finished steps teachers, logits, gan and matching; ``fingerprints``: theirs and "data"'s.
     All ranks call it. Returns the headline numbers.
@@ -55,19 +58,41 @@ def run(ctx: Context, work: Path, dirs: Mapping[str, Path], fingerprints: Mappin
     forwarded = ctx.world.sum(ctx.forwards)
     if ctx.world.is_main:
         history = read_network(dirs["matching"] / GENERATOR)[1].get("history", [])
-        metrics = document(ctx, fingerprints, history, results)
-        write_json(work / "metrics.json", metrics)
         log_accuracies(monitor, results)
         samples = samples_figure(ctx, dirs)
         monitor.picture("samples", figures.pixels(samples), 0)
-        write_atomic(work / "samples.png", figures.png(samples))
+        evidence = collect(ctx, dirs, confusions(ctx, students))
         curves = curves_figure(ctx, dirs, fingerprints, history, results)
-        write_atomic(work / "curves.png", figures.png(curves))
         own = {"status": status(ctx), "seconds": time.monotonic() - begin, "images_processed": forwarded}
-        timings = {**earlier_steps(ctx), "report": own}
-        write_atomic(work / "report.md", page(ctx, fingerprints, metrics, history, timings).encode())
+        costs = {**earlier_costs(ctx, dirs), "report": {**own, "ranks": ctx.world.size}}
+        shown = {"samples.png": samples, "curves.png": curves}
+        for name, content in documents(ctx, fingerprints, history, results, evidence, shown, costs).items():
+            write_atomic(work / name, content)
+        monitor.hparams(flat_settings(ctx.config), kept_numbers(results))
     monitor.close()
-    return {name: value for name, value in headline_numbers(results).items() if value is not None}
+    return kept_numbers(results)
+
+
+def documents(
+    ctx: Context,
+    fingerprints: Mapping[str, str],
+    history: Sequence[Mapping[str, Any]],
+    results: Sequence[Mapping[str, Any]],
+    evidence: Evidence,
+    shown: Mapping[str, figures.Figure],
+    costs: Mapping[str, Mapping[str, Any]],
+) -> dict[str, bytes]:
+    """File name → content of all that the report writes: metrics.json, the pictures, report.md, report.html."""
+    metrics = document(ctx, fingerprints, history, results, {"nearest": summary(evidence.near)})
+    pictures = {**shown, **gallery(evidence, ctx.manifest.classes)}
+    pngs = {name: figures.png(figure) for name, figure in pictures.items()}
+    text = page(ctx, fingerprints, metrics, history, costs, evidence)
+    return {
+        "metrics.json": json_bytes(metrics),
+        **pngs,
+        "report.md": text.encode(),
+        "report.html": html(text, pngs).encode(),
+    }
 
 
 def _note_start(ctx: Context, work: Path, known: int) -> None:
@@ -88,16 +113,34 @@ def headline_numbers(results: Sequence[Mapping[str, Any]]) -> dict[str, float | 
     return numbers | {"ceiling_share": first["matched"]["ceiling_share"]}
 
 
+def kept_numbers(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Those headline numbers that there are."""
+    return {name: value for name, value in headline_numbers(results).items() if value is not None}
+
+
+def flat_settings(config: Config) -> dict[str, Any]:
+    """SECTION.NAME → value of every setting that shapes numbers."""
+    own = {"seed": config.seed, "precision": config.precision}
+    return own | {f"{s}.{name}": v for s in SECTIONS for name, v in config.shaping(s).items()}
+
+
 def status(ctx: Context) -> str:
     """The report's own status, as steps.json will say it."""
     return "resumed" if ctx.resumed else "computed"
 
 
-def earlier_steps(ctx: Context) -> dict[str, Any]:
-    """What steps.json says of the steps before this one, in this invocation."""
+def earlier_costs(ctx: Context, dirs: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    """Status, as steps.json has it of this invocation, and what each earlier step cost when it was computed."""
     path = ctx.out / "steps.json"
     found: dict[str, Any] = read_json(path)["steps"] if path.exists() else {}
-    return {name: record for name, record in found.items() if name != "report"}
+    costs = {}
+    for name, record in found.items():
+        if name == "report":
+            continue
+        contents = dirs[name] / CONTENTS if name in dirs else None
+        known = read_json(contents).get("cost", {}) if contents is not None and contents.exists() else record
+        costs[name] = {"status": record["status"]} | {k: known.get(k) for k in ("seconds", "images_processed", "ranks")}
+    return costs
 
 
 def samples_figure(ctx: Context, dirs: Mapping[str, Path]) -> figures.Figure:
@@ -121,7 +164,7 @@ def _real_samples(ctx: Context, classes: np.ndarray) -> np.ndarray:
     for row, c in zip(out, classes.tolist(), strict=True):
         members = np.flatnonzero(images.labels == c)
         chosen = members[permutation(seed, "report/samples", c, len(members))[:SAMPLE_COLUMNS]]
-        row[: len(chosen)] = images.read(chosen).permute(0, 2, 3, 1).numpy()
+        row[: len(chosen)] = images.read(chosen).cpu().permute(0, 2, 3, 1).numpy()
     return out
 
 

@@ -7,32 +7,37 @@ for each student seed. N: training images, C: classes, IPC: images per class of 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from gdd_dist.artifacts import fingerprint
+from gdd_dist.confusion import Measured
 from gdd_dist.data.order import Order, default_streams
 from gdd_dist.models.classifiers import parse_classifier
 from gdd_dist.settings import Config
 from sharding.errors import UserError
 from sharding.manifest import Manifest
 
-VERSION = 1
+VERSION = 2
 GENERATORS = {"gan": "gan", "matched": "matching"}
 """What a row trains on → the step whose generator draws it."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table. ``protocol`` and ``ipc`` are None where all real training data is used (``train_on`` full)."""
+    """A row of the table. ``protocol`` and ``ipc`` are None where all real training data is used (``train_on`` full).
+
+    A row that is not ``augmented`` stands in no table: DD-Ranking's ARS is made from it.
+    """
 
     train_on: str
     student: str
     protocol: str | None
     labels: str
     ipc: int | None
+    augmented: bool = True
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -76,7 +81,15 @@ def plan(config: Config) -> list[Row]:
         for ipc in dict.fromkeys(r.ipc):
             pairs = [(p, y) for p in dict.fromkeys(r.protocol) for y in dict.fromkeys(r.labels)]
             rows += [Row(kind, student, p, y, ipc) for p, y in pairs for kind in kinds]
-    return rows
+    return rows + unaugmented(config, rows)
+
+
+def unaugmented(config: Config, rows: Sequence[Row]) -> list[Row]:
+    """The fixed rows of real and matched images once more, without augmentation, if the ARS is asked for and has a meaning."""
+    loader = config.loader
+    if not config.report.ars or "real" not in config.report.baselines or (loader.augment == "none" and not loader.flip):
+        return []
+    return [replace(r, augmented=False) for r in rows if r.protocol == "fixed" and r.train_on in ("real", "matched")]
 
 
 def full_order(config: Config, shard_samples: Sequence[int], seed: int) -> Order:
@@ -114,6 +127,7 @@ def shaping(config: Config, row: Row, spent: Budget) -> dict[str, Any]:
     """The settings that shape a row's numbers."""
     r, loader = config.report, config.loader
     full = row.ipc is None
+    augment, flip = (loader.augment, loader.flip) if row.augmented else ("none", False)
     return {
         "row": {k: getattr(row, k) for k in ("train_on", "student", "protocol", "labels", "ipc")},
         "epochs": spent.epochs,
@@ -123,7 +137,7 @@ def shaping(config: Config, row: Row, spent: Budget) -> dict[str, Any]:
             "momentum": r.momentum,
             "weight_decay": r.weight_decay,
         },
-        "loader": {"augment": loader.augment, "flip": loader.flip, **({"window": loader.window} if full else {})},
+        "loader": {"augment": augment, "flip": flip, **({"window": loader.window} if full else {})},
         **({"label_temperature": r.label_temperature} if row.labels == "soft" else {}),
     }
 
@@ -162,8 +176,9 @@ def images_forwarded(job: Job, last_teachers: int, test: int) -> int:
     return seen * (1 + (last_teachers if job.row.labels == "soft" else 0)) + drawn + test
 
 
-def result(row: Row, spent: Budget, seeds: Sequence[int], accuracies: Sequence[float], distinct: int) -> dict[str, Any]:
-    """A row as it stands in metrics.json, its ceiling share not yet known. Accuracies in percent; std with ddof 1."""
+def result(row: Row, spent: Budget, seeds: Sequence[int], measured: Sequence[Measured]) -> dict[str, Any]:
+    """A row as it stands in metrics.json, its shares and scores not yet known. Accuracies in percent; std with ddof 1."""
+    accuracies = [m.accuracy for m in measured]
     return {
         "train_on": row.train_on,
         "student": row.student,
@@ -173,12 +188,16 @@ def result(row: Row, spent: Budget, seeds: Sequence[int], accuracies: Sequence[f
         "optimizer_steps": spent.optimizer_steps,
         "batch": spent.batch,
         "images_seen": spent.images_seen,
-        "distinct_images_seen": distinct,
+        "distinct_images_seen": round(sum(m.distinct for m in measured) / len(measured)),
         "mean": float(np.mean(accuracies)),
         "std": float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else None,
         "seeds": list(seeds),
         "accuracies": list(accuracies),
         "ceiling_share": None,
+        "balanced_mean": float(np.mean([m.balanced for m in measured])),
+        "lrs": None,
+        "ars": None,
+        **({} if row.augmented else {"augmented": False}),
     }
 
 

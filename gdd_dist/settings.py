@@ -57,6 +57,12 @@ class Loader:
         where=True,
     )
 
+    cache_dir: str = setting("", "where shards of a remote --data are kept; default ~/.cache/gdd_dist/data", where=True)
+    cache_limit: str = setting("50GB", "bytes that they may take in all, as 50GB", where=True)
+    patience: float = setting(
+        300.0, "seconds for which the store of a remote --data may fail before the run ends", low=0, where=True
+    )
+
     def streams_of(self, batch: int) -> int:
         """The canonical streams of a global batch."""
         return self.streams or default_streams(batch)
@@ -78,6 +84,11 @@ class Teachers:
     lr: float = setting(0.05, "peak learning rate of SGD (linear warm-up over 5 %, then cosine to 0)", above=0)
     momentum: float = setting(0.9, "momentum of SGD (Nesterov)", low=0, high=1)
     weight_decay: float = setting(5e-4, "weight decay", low=0)
+    pretrained: str | None = setting(
+        None,
+        "directory of classifiers (safetensors that name their architecture) to take instead of training",
+        where=True,
+    )
 
 
 @dataclass(frozen=True)
@@ -194,6 +205,9 @@ class Report:
     label_temperature: float = setting(1.0, "temperature of soft labels", above=0)
     full_epochs: int = setting(30, "epochs of the full-data students", low=1)
     full_lr: float = setting(0.01, "learning rate of the full-data students (constant)", above=0)
+    ars: bool = setting(
+        True, "also train the fixed rows of real and matched images without augmentation, for DD-Ranking's ARS"
+    )
 
 
 @dataclass(frozen=True)
@@ -202,7 +216,7 @@ class Config:
 
     data: str | None = setting(
         None,
-        "data set directory made by `python -m sharding build`; without it the digits are built in OUT/data",
+        "data set directory made by `python -m sharding build`, or its URL (s3://, gs://, https://); without it the digits are built in OUT/data",
         where=True,
     )
     out: str | None = setting(None, "run directory; default runs/PRESET", where=True)
@@ -223,13 +237,19 @@ class Config:
         1, "micro-batches that a rank's share of a gan or matching step is cut into, to save memory", low=1, where=True
     )
     device: str = setting("auto", "auto: CUDA where there is one", choices=("auto", "cpu", "cuda"), where=True)
-    timeout: float = setting(600.0, "seconds after which a silent peer counts as gone", above=0, where=True)
+    timeout: float = setting(
+        600.0,
+        "seconds without a sign of life after which a rank counts as gone, however busy it may be while it gives them",
+        above=0,
+        where=True,
+    )
     checkpoint_seconds: float = setting(
         10.0,
         "seconds between checkpoints at least; stretched so that saving takes at most 3 %; 0: every step",
         low=0,
         where=True,
     )
+    checkpoints_kept: int = setting(3, "newest checkpoints of a loop that are kept", low=1, where=True)
     verify: bool = setting(True, "hash every file that will be read before the first step", where=True)
     debug: bool = setting(False, "show tracebacks", where=True)
     seed: int = setting(0, "seed of every step", low=0)

@@ -56,6 +56,9 @@ class StepCosts:
     def teachers(self, left: Sequence[tuple[Training, int]]) -> Cost:
         """``left``: trainings, and how many of their steps are done."""
         t, costs, val = self._ctx.config.teachers, {}, len(self._ctx.images("val"))
+        if t.pretrained:  # only measured on val
+            looks = [in_batches(self._answer(name), val, PREDICT_BATCH) for name in t.architectures]
+            return Cost.peak(looks, makespan([look.seconds for look in looks], self._ctx.world.size))
         for name in dict.fromkeys(one.architecture for one, _ in left):
             costs[name] = self._train(name, t.batch).at(t.batch), in_batches(self._answer(name), val, PREDICT_BATCH)
         spent = []

@@ -16,17 +16,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gdd_dist import confusion
+from gdd_dist.confusion import Measured
 from gdd_dist.context import Context
 from gdd_dist.data.augment import AUGMENT_DRAWS
 from gdd_dist.data.loader import prefetch, to_float
 from gdd_dist.data.order import dealt, uniform
 from gdd_dist.engines import autocast
-from gdd_dist.fit import accuracy, sgd, train_step
+from gdd_dist.finite import Diverged, Skips
+from gdd_dist.fit import predict, sgd, train_step
 from gdd_dist.models.classifiers import Classifier
 from gdd_dist.models.generator import Generator
 from gdd_dist.networks import GENERATOR, load_generator_network, read_teachers
 from gdd_dist.rows import GENERATORS, Job, Row, full_order, step_bounds
 from gdd_dist.synthetic import draw
+from sharding.errors import UserError
 
 CHUNK_IMAGES = 512
 """Images drawn, augmented and labelled at once, ahead of the steps that train on them: small steps would wait for the overhead."""
@@ -125,35 +129,44 @@ class Sets:
         return self._fetch(places // self.images * self.images + members), members // self._ipc
 
 
-def train(ctx: Context, frozen: Frozen, job: Job) -> tuple[float, int]:
-    """Train one student from its first weights on. Returns (accuracy on test in percent, distinct images seen)."""
+def train(ctx: Context, frozen: Frozen, job: Job) -> tuple[Measured, np.ndarray]:
+    """Train one student from its first weights on. Returns its result and its confusion matrix on test, int64 [K, K]."""
     seed = ctx.config.step_seed("report")
     net = ctx.classifier(job.row.student, seed, f"report/{job.row.student}/{job.seed}")
-    if job.row.ipc is None:
-        distinct = _fit_full(ctx, net, job)
-    else:
-        distinct = job.budget.distinct_images_seen
-        _fit_sets(ctx, net, frozen, job)
-    return accuracy(net, ctx.images("test"), ctx.device, ctx.precision), distinct
+    try:
+        if job.row.ipc is None:
+            distinct = _fit_full(ctx, net, job)
+        else:
+            distinct = job.budget.distinct_images_seen
+            _fit_sets(ctx, net, frozen, job)
+    except Diverged as e:
+        lr = "--report.full_lr" if job.row.ipc is None else "--report.lr"
+        raise UserError(f"report: of {job.row.student}, trained on {job.row.train_on}, {e}; lower {lr}") from e
+    test = ctx.images("test")
+    answers = predict(net, test.read, len(test), ctx.device, ctx.precision).argmax(1).numpy()
+    matrix = confusion.confusion(test.labels, answers, ctx.classes)
+    return Measured(confusion.accuracy(matrix), confusion.balanced(matrix), distinct), matrix
 
 
 def _fit_sets(ctx: Context, net: Classifier, frozen: Frozen, job: Job) -> None:
     r, seed = ctx.config.report, ctx.config.step_seed("report")
-    sets = Sets(ctx, frozen, job.row, job.seed)
+    sets, skips = Sets(ctx, frozen, job.row, job.seed), Skips()
     optimizer = sgd(net, r.lr, r.momentum, r.weight_decay)
     bounds = step_bounds(sets.images, job.budget.batch, job.budget.epochs)
     steps = max(1, CHUNK_IMAGES // job.budget.batch)
     for first in range(0, len(bounds) - 1, steps):
+        ctx.world.check_stop()
         ends = bounds[first : first + steps + 1]
         places = np.arange(ends[0], ends[-1])
         images, labels = sets.take(places)
         draws = torch.from_numpy(uniform(seed, f"{sets.purpose}/augment", 0, places, AUGMENT_DRAWS))
-        x = ctx.augment(to_float(images, ctx.device), draws)
+        plain = to_float(images, ctx.device)
+        x = ctx.augment(plain, draws) if job.row.augmented else plain
         y = torch.from_numpy(labels).to(ctx.device)
         if job.row.labels == "soft":
             y = frozen.soft_labels(x, r.label_temperature)
         for a, b in pairwise((ends - ends[0]).tolist()):
-            train_step(net, optimizer, x[a:b], y[a:b], r.lr, ctx.precision)
+            train_step(net, optimizer, x[a:b], y[a:b], r.lr, ctx.precision, skips)
 
 
 def _fit_full(ctx: Context, net: Classifier, job: Job) -> int:
@@ -161,7 +174,7 @@ def _fit_full(ctx: Context, net: Classifier, job: Job) -> int:
     r, images = ctx.config.report, ctx.images("train")
     order = full_order(ctx.config, images.shards.shard_samples, job.seed)
     optimizer = sgd(net, r.full_lr, r.momentum, r.weight_decay)
-    seen = np.zeros(len(images), dtype=bool)
+    seen, skips = np.zeros(len(images), dtype=bool), Skips()
 
     def read(step: int) -> tuple[Tensor, ...]:
         indices = order.batch(step)
@@ -170,6 +183,7 @@ def _fit_full(ctx: Context, net: Classifier, job: Job) -> int:
         return images.read(indices), torch.from_numpy(images.labels[indices]), torch.from_numpy(draws)
 
     for batch, labels, draws in prefetch(read, 0, job.budget.optimizer_steps, ctx.config.loader.prefetch):
+        ctx.world.check_stop()
         x = ctx.augment(to_float(batch, ctx.device), draws)
-        train_step(net, optimizer, x, labels.to(ctx.device), r.full_lr, ctx.precision)
+        train_step(net, optimizer, x, labels.to(ctx.device), r.full_lr, ctx.precision, skips)
     return int(seen.sum())

@@ -21,6 +21,8 @@ COLUMNS = (
 LEFT = 4
 """Columns of words, aligned to the left; the others hold numbers."""
 NONE = "–"
+SCORES = ("balanced %", "LRS", "ARS")
+BALANCED_TOLERANCE = 1e-6
 
 
 def accuracy(mean: float, std: float | None) -> str:
@@ -48,32 +50,62 @@ def cells(r: Mapping[str, Any]) -> list[str]:
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
     """The rows as plain text for a terminal; a blank line parts budgets."""
-    lines = [cells(r) for r in results]
-    widths = [max(len(line[i]) for line in (list(COLUMNS), *lines)) for i in range(len(COLUMNS))]
-
-    def aligned(line: Sequence[str]) -> str:
-        return "  ".join(
-            c.ljust(w) if i < LEFT else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
-        )
-
-    out, last = [aligned(COLUMNS), "  ".join("-" * w for w in widths)], None
-    for r, line in zip(results, lines, strict=True):
+    lines = [list(COLUMNS), *(cells(r) for r in results)]
+    rule = ["-" * width for width in _widths(lines)]
+    header, rule_line, *body = aligned([lines[0], rule, *lines[1:]], LEFT)
+    out, last = [header, rule_line], None
+    for r, line in zip(results, body, strict=True):
         group = tuple(r[k] for k in ("student", "protocol", "labels", "ipc"))
-        out += ([""] if last not in (None, group) else []) + [aligned(line)]
+        out += ([""] if last not in (None, group) else []) + [line]
         last = group
-    return "\n".join(line.rstrip() for line in out)
+    return "\n".join(out)
+
+
+def aligned(lines: Sequence[Sequence[str]], left: int) -> list[str]:
+    """Lines of plain text whose cells stand below each other; the first ``left`` columns are aligned to the left."""
+    widths = _widths(lines)
+
+    def one(line: Sequence[str]) -> str:
+        pairs = enumerate(zip(line, widths, strict=True))
+        return "  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in pairs).rstrip()
+
+    return [one(line) for line in lines]
+
+
+def _widths(lines: Sequence[Sequence[str]]) -> list[int]:
+    return [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
 
 
 def markdown(header: Sequence[str], lines: Iterable[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table; the first ``left`` columns are aligned to the left, the others to the right."""
+    """A Markdown table; the first ``left`` columns are aligned to the left, the others to the right.
+
+    A name that holds HTML or a bar stays a name.
+    """
     rule = ["---" if i < left else "---:" for i in range(len(header))]
-    escaped = [[c.replace("|", "\\|") for c in line] for line in lines]
+    escaped = [[c.replace("<", "&lt;").replace("|", "\\|") for c in line] for line in lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in (list(header), rule, *escaped))
 
 
 def markdown_table(results: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as Markdown."""
-    return markdown(COLUMNS, [cells(r) for r in results], LEFT)
+    """The rows as Markdown, with the columns that these rows have a use for; figures first, so that a narrow screen shows them."""
+    lines = [dict(zip(COLUMNS, cells(r), strict=True)) | scores(r) for r in results]
+    unused = {name for name in SCORES if all(line[name] == NONE for line in lines)}
+    if not any(differs(r) for r in results):
+        unused.add("balanced %")
+    order = [c for c in (*COLUMNS[: LEFT + 1], *COLUMNS[-2:], *SCORES, *COLUMNS[LEFT + 1 : -2]) if c not in unused]
+    return markdown(order, [[line[c] for c in order] for line in lines], LEFT)
+
+
+def scores(r: Mapping[str, Any]) -> dict[str, str]:
+    """The cells of a row that not every table has."""
+    found = {"balanced %": r.get("balanced_mean"), "LRS": r.get("lrs"), "ARS": r.get("ars")}
+    return {k: NONE if v is None else f"{v:.1f}" if k == "balanced %" else f"{v:.3f}" for k, v in found.items()}
+
+
+def differs(r: Mapping[str, Any]) -> bool:
+    """Whether classes of unequal size in test make balanced accuracy another figure."""
+    balanced = r.get("balanced_mean")
+    return balanced is not None and abs(balanced - r["mean"]) > BALANCED_TOLERANCE
 
 
 def headline(results: Sequence[Mapping[str, Any]]) -> str:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +16,30 @@ import torch
 
 from gdd_dist import config as configuration
 from gdd_dist import dryrun, gan, logits, matching, report, teachers
-from gdd_dist.artifacts import Lock, Store, holding, link_latest, read_json, write_json
+from gdd_dist.artifacts import CHECKPOINTS, Store, clean, link_latest, read_json, write_json
+from gdd_dist.board import write_layout
 from gdd_dist.check import check
 from gdd_dist.context import Context
+from gdd_dist.disks import Disks
 from gdd_dist.distributed import World
 from gdd_dist.engines import resolve_precision
+from gdd_dist.locks import Lock, holding
 from gdd_dist.metrics import commit, versions
 from gdd_dist.monitor import say, write_text
 from gdd_dist.plan import INPUTS, fingerprints
 from gdd_dist.program import run_program
 from gdd_dist.settings import STEPS, Config
+from gdd_dist.signals import asked
+from gdd_dist.users import note_user
 from gdd_dist.verify import verify_inputs
 from sharding.errors import UserError
 from sharding.files import write_atomic
+from sharding.manifest import FILE as MANIFEST
 from sharding.manifest import Manifest
+from sharding.redact import redact
 from sharding.writer import build
+
+PREEMPTED = "preempted"
 
 
 def main(argv: list[str], joined: Callable[[World], None]) -> None:
@@ -47,28 +57,62 @@ def main(argv: list[str], joined: Callable[[World], None]) -> None:
         return
     out = Path(config.out or ".")
     with run_lock(world, out):
+        if world.is_main:
+            (out / PREEMPTED).unlink(missing_ok=True)
+            world.on_preempted = partial(note_preempted, world, out)
         begin = time.monotonic()
         data, status = prepare_data(world, config, out)
         run(world, config, command.preset, data, out, (status, time.monotonic() - begin))
 
 
 def run_lock(world: World, out: Path) -> AbstractContextManager[None]:
-    """Rank 0 holds OUT; a second job on it is refused."""
+    """Rank 0 holds OUT; a second job on it is refused. Of a holder on another host, a minute shows whether it lives."""
+    lock, told = Lock(out / "run.lock"), False
 
     def busy(holder: Mapping[str, Any]) -> None:
+        nonlocal told
+        world.check_stop()
+        if not holder["local"] and not lock.moved:
+            if not told:
+                say(
+                    f"{out} was held by process {holder['pid']} on {holder['host']}; waiting whether it gives a sign of life"
+                )
+            told = True
+            return
         raise UserError(
             f"{out} is in use by process {holder['pid']} on {holder['host']} since {holder['since']}; wait for it, or choose another --out"
         )
 
-    return holding(Lock(out / "run.lock"), busy) if world.is_main else nullcontext()
+    return holding(lock, busy) if world.is_main else nullcontext()
+
+
+def note_preempted(world: World, out: Path) -> None:
+    """OUT/preempted tells launchers to start the job again: torchrun itself exits with 1 whatever happened."""
+    write_json(out / PREEMPTED, {"signal": asked.name, "step": world.step, "time": time.strftime("%Y-%m-%d %H:%M:%S")})
 
 
 def prepare_data(world: World, config: Config, out: Path) -> tuple[Path, str]:
     """The data directory and its status; without --data the digits are built in OUT/data on first use."""
-    if config.data is not None:
-        return Path(config.data), "reused"
+    if (data := configuration.data_directory(config)) is not None:
+        return data, "reused"
     reused = world.broadcast(build("digits", out / "data").reused if world.is_main else None)
+    if world.local_rank == 0 and not (out / "data" / MANIFEST).exists():  # a host with a disk of its own
+        build("digits", out / "data")
+    world.barrier()
     return out / "data", "reused" if reused else "computed"
+
+
+def find_disks(ctx: Context) -> Disks:
+    """Who shares rank 0's disk. Raises UserError where hosts have different data."""
+    known = ctx.world.gather(ctx.manifest.fingerprint)
+    if other := [r for r, fp in enumerate(known) if fp != known[0]]:
+        raise UserError(
+            f"{ctx.data} differs between hosts (ranks 0 and {other[0]}); copy the same data set to all of them"
+        )
+    disks = Disks(ctx.world, ctx.store.root)
+    if ctx.world.is_main and not disks.shared:
+        say(f"{len(disks.apart)} ranks do not see {ctx.store.root} of rank 0: finished files are sent to their hosts")
+    return disks
 
 
 def run(
@@ -86,11 +130,14 @@ def run(
     check(config, manifest, world.size, world.device)
     store = Store(Path(config.store) if config.store else out)
     ctx = Context(config, world, data, manifest, store, out, precision, on_interval=on_interval)
+    ctx.disks = find_disks(ctx)
     fps = fingerprints(config, manifest, precision)
     if world.is_main:
         write_config(out, configuration.to_yaml(config, preset))
+        note_user(store.root, out)
     last = STEPS.index(config.until)
     begin = time.monotonic()
+    world.enter("verify")
     if config.verify:
         verify_inputs(ctx, {step: fps[step] for step in STEPS[1 : last + 1]})
     records = {}
@@ -106,10 +153,11 @@ def run(
 
 
 def write_config(out: Path, text: str) -> None:
-    """OUT/config.yaml, and the same in TensorBoard."""
-    path = out / "config.yaml"
+    """OUT/config.yaml, and the same in TensorBoard; without keys that stand in URLs."""
+    path, text = out / "config.yaml", redact(text)
     if not path.exists() or path.read_text() != text:
         write_text(out / "tensorboard" / "config", "config", text)
+        write_layout(out / "tensorboard" / "overview")
         write_atomic(path, text.encode())
 
 
@@ -121,11 +169,14 @@ def record(fp: str, status: str, seconds: float, images: int) -> dict[str, Any]:
 def run_step(ctx: Context, step: str, fps: Mapping[str, str]) -> dict[str, Any]:
     """Reuse the finished step, or compute it under its lock. Returns its record for steps.json."""
     fp, begin = fps[step], time.monotonic()
+    ctx.world.enter(step)
     status, ctx.forwards, ctx.resumed = "reused", 0, False
     with step_lock(ctx, step, fp):
         if not ctx.world.broadcast(ctx.store.finished(step, fp)):
             compute(ctx, step, fps)
             status = "resumed" if any(ctx.world.gather(ctx.resumed)) else "computed"
+    if step != "report":
+        ctx.disks.bring(ctx.store, step, fp)
     if ctx.world.is_main:
         link_latest(ctx.out, step, ctx.store.path(step, fp))
         say(f"{step}: {status} {fp} ({time.monotonic() - begin:.1f} s)")
@@ -141,6 +192,7 @@ def step_lock(ctx: Context, step: str, fp: str) -> AbstractContextManager[None]:
 
     def busy(holder: Mapping[str, Any]) -> None:
         nonlocal told
+        ctx.world.check_stop()
         if not told:
             say(
                 f"{step}: waiting for process {holder['pid']} on {holder['host']}, which computes it since {holder['since']}"
@@ -154,8 +206,11 @@ def compute(ctx: Context, step: str, fps: Mapping[str, str]) -> None:
     """Let the step work in its .partial directory; rank 0 renames it when all are done."""
     work = ctx.store.partial(step, fps[step])
     work.mkdir(parents=True, exist_ok=True)
+    if ctx.world.is_main:
+        (work / CHECKPOINTS).mkdir(exist_ok=True)
+        clean(work)
     ctx.world.barrier()
-    dirs = {name: ctx.store.path(name, fps[name]) for name in INPUTS[step] if name != "shards"}
+    begin, dirs = time.monotonic(), {name: ctx.store.path(name, fps[name]) for name in INPUTS[step] if name != "shards"}
     origin = provenance(ctx, fps)
     if step == "teachers":
         info = teachers.run(ctx, work)
@@ -168,9 +223,11 @@ def compute(ctx: Context, step: str, fps: Mapping[str, str]) -> None:
     else:
         dirs["logits"] = ctx.store.path("logits", fps["logits"])
         info = report.run(ctx, work, dirs, {"data": fps["shards"], **{k: v for k, v in fps.items() if k in dirs}})
-    ctx.world.barrier()
+    images = ctx.world.sum(ctx.forwards)
+    cost = {"seconds": round(time.monotonic() - begin, 2), "images_processed": images, "ranks": ctx.world.size}
     if ctx.world.is_main:
-        ctx.store.finish(step, fps[step], {"info": info, "provenance": origin})
+        contents = {"info": info, "provenance": origin, "cost": cost}
+        ctx.store.finish(step, fps[step], contents, ctx.world.check_stop)
     ctx.world.barrier()
 
 
@@ -193,7 +250,7 @@ def finish(ctx: Context, fps: Mapping[str, str]) -> None:
     results = read_json(directory / "metrics.json")["results"]
     latest = ctx.out / "report" / "latest"
     sys.stdout.write(
-        f"\n{report.table(results)}\n\nreport: {latest}/report.md\npictures: {latest}/samples.png {latest}/curves.png\n"
+        f"\n{report.table(results)}\n\nreport: {latest}/report.md\npage: {latest}/report.html (the same with its pictures, in one file)\n"
     )
     sys.stdout.write(
         f"generator: {ctx.out}/matching/latest/generator.safetensors\nTensorBoard: tensorboard --logdir {ctx.out}/tensorboard\n"

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from gdd_dist.artifacts import verify_file
 from gdd_dist.context import CACHE, Context
+from gdd_dist.data.remote import mirror_of
 from gdd_dist.data.resident import decoded_files
 from sharding.manifest import SPLITS
 from sharding.shards import verify_shard
@@ -21,10 +22,20 @@ def verify_inputs(ctx: Context, steps: Mapping[str, str], splits: Sequence[str] 
     files = [(*f, ctx.store.path(step, fp)) for step, fp in done for f in ctx.store.files(step, fp)]
     if ctx.config.loader.resident != "none":
         files += decoded_files(ctx.store.root / CACHE, ctx.manifest, splits)
-    for i in range(ctx.world.rank, len(shards) + len(files), ctx.world.size):
+    if (
+        mirror := mirror_of(ctx.data)
+    ) is not None:  # each host has its own; what is not there yet is checked as it arrives
+        for info in shards[ctx.world.local_rank :: ctx.world.local_size]:
+            mirror.check(info)
+        shards = []
+    world = ctx.world
+    # Where hosts have their own disks, each looks after its own.
+    first, every = (world.rank, world.size) if ctx.disks.shared else (world.local_rank, world.local_size)
+    for i in range(first, len(shards) + len(files), every):
+        world.check_stop()
         if i < len(shards):
             verify_shard(ctx.data, shards[i])
         else:
             path, size, sha256, directory = files[i - len(shards)]
             verify_file(path, size, sha256, f"remove {directory} to compute it again")
-    ctx.world.barrier()
+    world.barrier()

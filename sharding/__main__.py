@@ -13,6 +13,7 @@ from sharding.errors import UserError
 from sharding.manifest import Manifest
 from sharding.plan import DEFAULT_VAL_FRACTION, Options, parse_size
 from sharding.pool import import_webdataset_without_torch
+from sharding.redact import redact
 from sharding.sources import SOURCES
 from sharding.verify import verify
 from sharding.writer import build
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parser().parse_args(arguments)
         {"build": _build, "info": _info, "verify": _verify}[options.command](options)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redact(str(error))}", file=sys.stderr)
         return USER_ERROR
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""

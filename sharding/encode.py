@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import json
 import zlib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,6 +23,7 @@ from sharding.pool import Tick
 from sharding.shards import decode, verify_shard
 
 OWNER, MODE = "gdd", 0o444
+_BLOCK = 512
 
 
 @dataclass(frozen=True)
@@ -63,48 +64,67 @@ def inspect_all(reader: Reader, members: Sequence[Member], tick: Tick) -> list[S
 
 def write_shard(reader: Reader, task: ShardTask, tick: Tick) -> Written:
     """Write a shard's tar, or a link to the tar that holds it, its index, then its record, each whole or not at all."""
-    shard, path = task.shard, task.directory / task.shard.file
-    moments = Moments(task.target.channels) if shard.split == "train" else None
-    write = _write_tar if shard.tar is None else _link_tar
-    index = write(reader, task, moments, tick)
-    buffer = io.BytesIO()
-    np.save(buffer, index)
-    index_path = path.with_suffix(".npy")
-    write_atomic(index_path, buffer.getvalue())
-    info = ShardInfo(shard.file, len(index), path.stat().st_size, sha256_file(path), sha256_file(index_path))
+    shard, target = task.shard, task.target
+    moments = Moments(target.channels) if shard.split == "train" else None
+
+    def samples() -> Iterator[Stored]:
+        for sample in shard.samples:
+            suffix, payload = _stored(reader, sample, target, moments)
+            yield Stored(sample.key, sample.label, suffix, payload)
+            tick(1)
+
+    where = task.directory
+    info = write_tar(where, shard.file, samples()) if shard.tar is None else _link_tar(where, shard, samples())
     written = Written(info, *(moments.sums() if moments else ((), ())))
     write_atomic(task.record, json.dumps(asdict(written)).encode())
     return written
 
 
-def _link_tar(reader: Reader, task: ShardTask, moments: Moments | None, tick: Tick) -> np.ndarray:
-    """Link to the tar and return the index of the shard's samples in it, int64 [samples, 3]."""
-    shard, path = task.shard, task.directory / task.shard.file
-    assert shard.tar is not None
-    for sample in shard.samples:
-        _stored(reader, sample, task.target, moments)
-        tick(1)
-    link_atomic(path, shard.tar)
-    return np.array([(s.member.offset, s.member.size, s.label) for s in shard.samples], np.int64)
+@dataclass(frozen=True)
+class Stored:
+    """A sample as it goes into a tar: ``KEY.cls``, ``KEY.suffix``, and ``extras``, members whose names sort after those."""
+
+    key: str
+    label: int
+    suffix: str
+    payload: bytes
+    extras: Mapping[str, bytes] = field(default_factory=dict)
 
 
-def _write_tar(reader: Reader, task: ShardTask, moments: Moments | None, tick: Tick) -> np.ndarray:
-    """Write the tar and return its index, int64 [samples, 3]."""
+def write_tar(directory: Path, file: str, samples: Iterable[Stored]) -> ShardInfo:
+    """Write ``directory/file``, a WebDataset tar, and its index, each whole or not at all; the same bytes every time."""
     # Imported here, where worker processes have kept torch out; see pool.py.
     from webdataset.writer import TarWriter
 
-    shard, target = task.shard, task.target
-    index = np.empty((len(shard.samples), 3), np.int64)
-    with atomic_file(task.directory / shard.file) as stream:
+    path, rows = directory / file, []
+    with atomic_file(path) as stream:
         writer = TarWriter(_Sink(stream), user=OWNER, group=OWNER, mode=MODE, mtime=0, encoder=False)
-        for row, sample in enumerate(shard.samples):
-            suffix, payload = _stored(reader, sample, target, moments)
-            writer.write({"__key__": sample.key, "cls": str(sample.label).encode(), suffix: payload})
-            # Members are written in alphabetical order: the image, after cls, ends where the archive now ends.
-            index[row] = writer.tarstream.offset - _padded(len(payload)), len(payload), sample.label
-            tick(1)
+        for s in samples:
+            writer.write({"__key__": s.key, "cls": str(s.label).encode(), s.suffix: s.payload, **s.extras})
+            # Members are written in alphabetical order: the image comes after cls and before the extras.
+            after = sum(_BLOCK + _padded(len(extra)) for extra in s.extras.values())
+            rows.append((writer.tarstream.offset - after - _padded(len(s.payload)), len(s.payload), s.label))
         writer.close()
-    return index
+    return _with_index(directory, file, rows)
+
+
+def _link_tar(directory: Path, shard: ShardPlan, samples: Iterable[Stored]) -> ShardInfo:
+    """Link to the tar that holds the samples, and write the index of this shard's in it."""
+    assert shard.tar is not None
+    for _ in samples:  # each is looked at, none is copied
+        pass
+    link_atomic(directory / shard.file, shard.tar)
+    return _with_index(directory, shard.file, [(s.member.offset, s.member.size, s.label) for s in shard.samples])
+
+
+def _with_index(directory: Path, file: str, rows: Sequence[tuple[int, int, int]]) -> ShardInfo:
+    """Write the index of a tar, int64 [samples, 3]: offset, size, label."""
+    path = directory / file
+    buffer = io.BytesIO()
+    np.save(buffer, np.array(rows, np.int64).reshape(-1, 3))
+    index_path = path.with_suffix(".npy")
+    write_atomic(index_path, buffer.getvalue())
+    return ShardInfo(file, len(rows), path.stat().st_size, sha256_file(path), sha256_file(index_path))
 
 
 def finished_shard(task: ShardTask) -> Written | None:
@@ -176,4 +196,4 @@ class _Sink:
 
 
 def _padded(size: int) -> int:
-    return -(-size // 512) * 512
+    return -(-size // _BLOCK) * _BLOCK

@@ -5,7 +5,7 @@ import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -37,10 +37,19 @@ def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)
+    except OSError as error:
+        error.filename = str(path)  # a failed write itself names no file
+        _remove(temporary)
+        raise
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
         raise
     fsync_dir(path.parent)
+
+
+def _remove(temporary: Path) -> None:
+    with suppress(OSError):  # what went wrong before is what is to be said
+        temporary.unlink()
 
 
 def write_atomic(path: Path | str, data: bytes) -> None:

@@ -76,10 +76,11 @@ class WebDataset(Source):
 
     @staticmethod
     def _name(patterns: dict[str, str]) -> str:
-        """What stands before the part of a pattern that varies."""
-        path = Path(patterns["train"])
+        """What stands before the part of a pattern that varies, or the nearest directory whose name says more than its split."""
+        path = Path(patterns["train"]).absolute()
         stem = path.name if path.is_dir() else re.split(r"[*?\[{]", path.name)[0].removesuffix(".tar")
-        return stem.strip("-_. ") or path.parent.name or "webdataset"
+        names = [stem.strip("-_. "), *(parent.name for parent in path.parents)]
+        return next((name for name in names if name and name not in SPLITS), "webdataset")
 
 
 def split_patterns(argument: str) -> dict[str, str]:

@@ -104,8 +104,7 @@ class Manifest:
         """Read DATA/manifest.json. Raises UserError when it is missing, not ours, unparsable or contradicts itself."""
         path = Path(directory) / FILE
         try:
-            document = json.loads(path.read_bytes())
-            return Manifest.from_json(document)
+            return parse_manifest(path.read_bytes(), str(path))
         except (FileNotFoundError, NotADirectoryError):
             cure = "build one with python -m sharding build"
             if (Path(directory) / BUILD_FILE).exists():
@@ -113,14 +112,23 @@ class Manifest:
             raise UserError(f"no dataset in {directory} ({FILE} is missing); {cure}") from None
         except OSError as error:
             raise UserError(f"cannot read {path} ({error.strerror}); check its permissions") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-            raise UserError(f"{path} is not a dataset manifest ({reason}); build the dataset again") from None
 
     def save(self, directory: Path | str) -> None:
         """Write DATA/manifest.json, whole or not at all."""
-        text = json.dumps(self.to_json(), indent=1)
-        write_atomic(Path(directory) / FILE, text.encode() + b"\n")
+        write_atomic(Path(directory) / FILE, self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """Return the content of manifest.json."""
+        return json.dumps(self.to_json(), indent=1).encode() + b"\n"
+
+
+def parse_manifest(content: bytes, path: str) -> Manifest:
+    """Read the content of a manifest.json. Raises UserError naming `path` when it is not ours or contradicts itself."""
+    try:
+        return Manifest.from_json(json.loads(content))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{path} is not a dataset manifest ({reason}); build the dataset again") from None
 
 
 def _split_to_json(split: SplitInfo) -> dict[str, Any]:

@@ -3,10 +3,11 @@
 import io
 import mmap
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import simplejpeg
@@ -31,8 +32,18 @@ class Shards:
         shard_samples: number of samples of each shard.
     """
 
-    def __init__(self, directory: Path | str, manifest: Manifest, split: str) -> None:
-        """Read the split's indexes. Raises UserError naming the file that does not agree with the manifest."""
+    def __init__(
+        self,
+        directory: Path | str,
+        manifest: Manifest,
+        split: str,
+        fetch: Callable[[ShardInfo], BinaryIO] | None = None,
+        most_open: int = OPEN_SHARDS,
+    ) -> None:
+        """Read the split's indexes. Raises UserError naming the file that does not agree with the manifest.
+
+        `fetch` opens a shard that may not be in the directory yet; `most_open` shards are mapped at a time.
+        """
         if split not in manifest.splits:
             raise UserError(f"{directory} has no split {split}; it has {', '.join(manifest.splits)}")
         self._directory = Path(directory)
@@ -40,7 +51,9 @@ class Shards:
         self.shard_samples = tuple(info.samples for info in self._infos)
         self.samples = sum(self.shard_samples)
         self._starts = [0, *accumulate(self.shard_samples)]
-        indexes = [read_index(self._directory, info, len(manifest.classes)) for info in self._infos]
+        self._fetch = fetch
+        classes = len(manifest.classes)
+        indexes = [read_index(self._directory, info, classes, remote=fetch is not None) for info in self._infos]
         index = np.concatenate(indexes)
         self._offsets, self._sizes = index[:, 0].copy(), index[:, 1].copy()
         self.labels: NDArray[np.int64] = index[:, 2].copy()
@@ -49,7 +62,7 @@ class Shards:
             raise UserError(
                 f"the indexes in {self._directory / split} do not hold the class counts of the manifest; build it again"
             )
-        self._map = lru_cache(maxsize=OPEN_SHARDS)(self._open)
+        self._map = lru_cache(maxsize=min(most_open, OPEN_SHARDS))(self._open)
 
     def locate(self, i: int) -> tuple[int, int]:
         """Return (shard, row) of sample i, 0 ≤ i < samples. Raises IndexError outside."""
@@ -78,7 +91,7 @@ class Shards:
         info = self._infos[shard]
         path = self._directory / info.file
         try:
-            with path.open("rb") as stream:
+            with self._fetch(info) if self._fetch else path.open("rb") as stream:
                 view = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read {path} ({error}); build the dataset again") from None
@@ -86,15 +99,16 @@ class Shards:
         return view
 
 
-def read_index(directory: Path, info: ShardInfo, classes: int) -> NDArray[np.int64]:
-    """Read a shard's index, int64 [samples, 3]: payload offset, size in bytes, label.
+def read_index(directory: Path, info: ShardInfo, classes: int, *, remote: bool = False) -> NDArray[np.int64]:
+    """Read a shard's index, int64 [samples, 3]: payload offset, size in bytes, label. Of a remote shard it may be all there is.
 
     Raises UserError naming the file when the tar's size, the number of rows, an offset or a label does not agree with
     the manifest.
     """
     tar, path = directory / info.file, directory / info.index_file
     try:
-        _check_size(tar, tar.stat().st_size, info)
+        if not remote:
+            _check_size(tar, tar.stat().st_size, info)
         with path.open("rb") as stream:
             index = np.lib.format.read_array(stream, allow_pickle=False)
     except OSError as error:

@@ -5,8 +5,12 @@ Each hook is called with its rank, in the rank's own process, through functools.
 
 from __future__ import annotations
 
+import copy
+import importlib
 import os
+import resource
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,11 +19,16 @@ from typing import Any
 
 from gdd_dist import gan, grading, logits, matching, teachers
 from gdd_dist.adversarial import Adversaries
-from gdd_dist.artifacts import read_json
+from gdd_dist.checkpoint import Checkpoints
 from gdd_dist.context import Context
 from gdd_dist.models.classifiers import Classifier
 from gdd_dist.models.discriminator import Discriminator
 from gdd_dist.models.generator import Generator
+
+
+def environment(rank: int, values: dict[str, str]) -> None:
+    """Set environment variables."""
+    os.environ.update(values)
 
 
 def no_test_data(rank: int) -> None:
@@ -80,18 +89,20 @@ def die_in_teachers(rank: int, marker: Path, step: int) -> None:
 def _trainings_at(checkpoints: Path, step: int) -> int:
     """How many trainings have a checkpoint of ``step`` or later, or are done."""
     done = {p.stem for p in checkpoints.glob("training-*.json")}
-    lists = checkpoints.glob("training-*/latest.json")
-    return sum(p.parent.name in done or read_json(p)["checkpoints"][0]["step"] >= step for p in lists)
+    newest: dict[str, int] = {}
+    for path in checkpoints.glob("training-*/step-*.json"):
+        newest[path.parent.name] = max(newest.get(path.parent.name, 0), int(path.stem[5:]))
+    return sum(name in done or at >= step for name, at in newest.items())
 
 
 def die_in_logits(rank: int, marker: Path, files: int) -> None:
     """SIGKILL one rank once so many files of the cache are there."""
     inner = logits._write
 
-    def write(path: Path, values: Any) -> None:
+    def write(path: Path, values: Any) -> bytes:
         if len(list(path.parent.parent.glob("teacher-*/*.npy"))) >= files:
             _die_once(marker)
-        inner(path, values)
+        return inner(path, values)
 
     logits._write = write
 
@@ -108,9 +119,10 @@ def die_in_report(rank: int, marker: Path, students: int) -> None:
     grading.save_record = save_record
 
 
-def _die_once(marker: Path) -> None:
+def _die_once(marker: Path, before: Callable[[], None] = lambda: None) -> None:
     with suppress(FileExistsError):
         os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+        before()
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -150,14 +162,113 @@ def _until(condition: Callable[[], bool], timeout: float = 120.0) -> None:
         time.sleep(0.005)
 
 
-def forget_moments(rank: int) -> None:
-    """Checkpoints come back without the optimizers' state."""
+PARTS = ("generator", "discriminator", "generator's moments", "discriminator's moments", "ema", "step")
+
+
+def forget(rank: int, part: str) -> None:
+    """Checkpoints come back without one part of the state: it is as a run that begins would have it."""
+    if part == "step":
+        load = Checkpoints.load
+        Checkpoints.load = lambda self: (lambda found: (found[0] - 1, found[1]))(load(self))
+        return
     inner = Adversaries.load_state_dict
 
     def load_state_dict(self: Adversaries, state: dict[str, Any]) -> None:
-        fresh = self.state_dict()
-        for name in ("g", "d"):
-            state[name] = {**state[name], "optimizer": fresh[name]["optimizer"]}
+        fresh = copy.deepcopy(self.state_dict())
+        if part == "ema":
+            state["ema"] = fresh["ema"]
+        else:
+            kind = "optimizer" if part.endswith("moments") else "module"
+            state[part[0]] = {**state[part[0]], kind: fresh[part[0]][kind]}
         inner(self, state)
 
     Adversaries.load_state_dict = load_state_dict
+
+
+def signal_in(rank: int, where: str, call: int, number: int, victim: int | None = None) -> None:
+    """Send this rank a signal as it calls gdd_dist.MODULE.FUNCTION (``where``) for the ``call``-th time, counted from 0."""
+    if victim in (None, rank):
+        before_call(where, call, lambda: os.kill(os.getpid(), number))
+
+
+def busy_in(rank: int, where: str, call: int, seconds: float, victim: int) -> None:
+    """This rank is busy for a while, in Python, as it calls gdd_dist.MODULE.FUNCTION for the ``call``-th time."""
+
+    def work() -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            sum(range(1000))
+
+    if rank == victim:
+        before_call(where, call, work)
+
+
+def before_each_call(where: str, action: Callable[[], None]) -> None:
+    """Do something before each call of gdd_dist.MODULE.FUNCTION."""
+    name, function = where.split(".")
+    module = importlib.import_module(f"gdd_dist.{name}")
+    inner = getattr(module, function)
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        action()
+        return inner(*args, **kwargs)
+
+    setattr(module, function, wrapped)
+
+
+def before_call(where: str, call: int, action: Callable[[], None]) -> None:
+    """Do something before the ``call``-th call of gdd_dist.MODULE.FUNCTION, counted from 0."""
+    calls = [0]
+
+    def count() -> None:
+        if calls[0] == call:
+            action()
+        calls[0] += 1
+
+    before_each_call(where, count)
+
+
+def spoil(rank: int, where: str, calls: range, victim: int) -> None:
+    """Make what ``adversarial.losses`` gives (``where``: its function) not finite on one rank, at these calls."""
+    from gdd_dist import adversarial
+
+    inner, count = getattr(adversarial.losses, where), [0]
+
+    def spoilt(*args: Any) -> Any:
+        count[0] += 1
+        return inner(*args) + float("nan") if count[0] - 1 in calls else inner(*args)
+
+    if rank == victim:
+        setattr(adversarial.losses, where, spoilt)
+
+
+def call_in(rank: int, where: str, call: int, action: Callable[[], None], victim: int = 0) -> None:
+    """Do something once, on one rank, as it calls gdd_dist.MODULE.FUNCTION for the ``call``-th time, counted from 0."""
+    if rank == victim:
+        before_call(where, call, action)
+
+
+def fail_writes(number: int) -> None:
+    """From now on no file of this process reaches the disk: flushing it fails with this errno, and names no file."""
+
+    def fsync(_descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    os.fsync = fsync
+
+
+def limit_files(size: int) -> None:
+    """From now on no file of this process may grow beyond so many bytes, as by ``ulimit -f``."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def fill_disk(folder: Path) -> None:
+    """Write FOLDER/filler until the disk is full."""
+    with suppress(OSError), (folder / "filler").open("wb", buffering=0) as stream:
+        while True:
+            stream.write(b"x" * 4096)
+
+
+def unmount(folder: Path) -> None:
+    """Take a disk away that is in use."""
+    subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -166,9 +166,9 @@ def _train(rank: int, argv: list[str], before: Before | None) -> None:
 _jobs = iter(range(10**6))
 
 
-def start(out: Path, argv: Sequence[str], size: int = 1, before: Before | None = None) -> Job:
-    """Start `gdd_dist.train --out OUT ARGV` on ``size`` ranks."""
-    folder = out.parent / f"{out.name}-job-{next(_jobs)}"
+def start(out: Path, argv: Sequence[str], size: int = 1, before: Before | None = None, logs: Path | None = None) -> Job:
+    """Start `gdd_dist.train --out OUT ARGV` on ``size`` ranks; what they print goes below ``logs``, by default beside OUT."""
+    folder = (logs or out.parent) / f"{out.name}-job-{next(_jobs)}"
     return launch(folder, size, _train, (["--out", str(out), *argv], before))
 
 
@@ -180,9 +180,11 @@ def train(out: Path, argv: Sequence[str], size: int = 1, before: Before | None =
     return steps(out)
 
 
-def refused(out: Path, argv: Sequence[str], size: int = 1, before: Before | None = None) -> str:
+def refused(
+    out: Path, argv: Sequence[str], size: int = 1, before: Before | None = None, logs: Path | None = None
+) -> str:
     """Run to a fault that the user can mend: status 2 from the rank that says so, one `error:` line, which is returned."""
-    ended = start(out, argv, size, before).wait()
+    ended = start(out, argv, size, before, logs).wait()
     assert set(ended.codes) == {2}, ended.text
     assert len(ended.errors) == 1, ended.text
     assert "Traceback" not in ended.text

@@ -37,7 +37,7 @@ class Running:
         """All it has said."""
         return "\n".join(f.read_text() for f in self._files)
 
-    def until(self, condition: Callable[[], bool], timeout: float = 240) -> None:
+    def until(self, condition: Callable[[], bool], timeout: float = 900) -> None:
         """Wait for a condition while the search runs."""
         end = time.monotonic() + timeout
         while not condition():
@@ -46,7 +46,7 @@ class Running:
                 pytest.fail(f"what the test waited for never came\n{self.text()}")
             time.sleep(0.02)
 
-    def wait(self, timeout: float = 300) -> int:
+    def wait(self, timeout: float = 900) -> int:
         """Its exit status."""
         try:
             return self.process.wait(timeout)
@@ -100,7 +100,7 @@ def steps(out: Path, trial: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-def assert_shared(out: Path, computed: bool = True) -> None:
+def assert_shared(out: Path) -> None:
     """Teachers, logits and GAN were computed once, by nobody but the shared job."""
     for trial in (out / "trials").glob("*/steps.json"):
         found = steps(out, trial.parent.name)
@@ -146,7 +146,7 @@ def listening(pids: set[int]) -> set[str]:
     return found
 
 
-def gone(pids: set[int], timeout: float = 60) -> set[int]:
+def gone(pids: set[int], timeout: float = 240) -> set[int]:
     """Those of these processes that are still there after a while."""
     end = time.monotonic() + timeout
     while (left := {p for p in pids if _lives(p)}) and time.monotonic() < end:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -48,6 +49,7 @@ class Node:
 def cluster(address: str | None, debug: bool = False) -> Iterator[list[Node]]:
     """A local Ray or a connection to a running cluster; left, or ended with all it runs, at the end. ``debug``: show its workers' output."""
     _start(address, debug)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put a handler of its own there
     try:
         yield nodes()
     finally:
@@ -64,14 +66,14 @@ def _start(address: str | None, debug: bool) -> None:
     try:
         ray.init(address=address, runtime_env={"env_vars": {"PYTHONPATH": python_path()}}, **quiet)
     except (ConnectionError, RuntimeError, ValueError, RayError) as e:
-        raise UserError(f"cannot join the Ray cluster at {address} ({_short(e)}); {_remedy(e)}") from e
+        raise UserError(f"cannot join the Ray cluster at {address} ({_short(e)}); {_remedy(address)}") from e
 
 
-def _remedy(fault: Exception) -> str:
-    text = str(fault).lower()
-    if "token" in text or "auth" in text:
-        return "give its token in RAY_AUTH_TOKEN or ~/.ray/auth_token, or set RAY_AUTH_MODE=disabled if it has none"
-    return "start it with `ray start --head`, or leave out --address for a local one"
+def _remedy(address: str) -> str:
+    """Ray does not say that it was the token that was refused."""
+    if address == "auto":
+        return "start it with `ray start --head`, or leave out --address for a local one"
+    return "give its token in RAY_AUTH_TOKEN or ~/.ray/auth_token, or set RAY_AUTH_MODE=disabled if it asks for none"
 
 
 def _reach(address: str) -> None:

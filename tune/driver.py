@@ -11,10 +11,11 @@ from typing import Any
 
 import ray.tune
 import torch
+import yaml
 
 from gdd_dist import config as configuration
-from gdd_dist.artifacts import Lock, holding
 from gdd_dist.check import check
+from gdd_dist.locks import Lock, holding
 from gdd_dist.monitor import say
 from sharding.errors import UserError
 from sharding.files import write_atomic
@@ -93,6 +94,8 @@ def _compute(search: Search, record: Record, data: Path, nodes: list[Node]) -> f
     gpus = cluster.gpus_of(o, nodes)
     store = Path(search.config.store).resolve() if search.config.store else out
     config = dataclasses.replace(gang.on_cpu(search.config, gpus), data=str(data), store=str(store))
+    if config.deepspeed_config:  # workers may stand in another directory
+        config = dataclasses.replace(config, deepspeed_config=str(Path(config.deepspeed_config).resolve()))
     base = Job(config, search.preset, o.ranks_per_trial, o.cpus_per_trial, gpus)
     base = dataclasses.replace(base, config=shared.settle_precision(base))
     one_node = max(n.slots(o.cpus_per_trial, gpus) for n in nodes)
@@ -183,8 +186,10 @@ def damaged(path: Path) -> bool:
 def write_best(search: Search, best: Outcome, data: Path) -> None:
     """OUT/best.yaml: the best trial's settings, on the store that holds what it was made from."""
     out = search.out
+    ran = yaml.safe_load((out / "trials" / best.id / "config.yaml").read_text())
     config = dataclasses.replace(
         space.apply(search.config, best.settings),
+        precision=ran["precision"],
         data=str(data),
         store=search.config.store or str(out),
         out=str(out / "best"),

@@ -29,7 +29,7 @@ METRICS = {
 }
 FILE = "search.yaml"
 _FORMAT = "gdd-search/1"
-_REFUSED = ("until", "print_config", "print-config", "dry_run", "dry-run", "deepspeed_config", "deepspeed-config")
+_REFUSED = ("until", "print_config", "print-config", "dry_run", "dry-run")
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -266,7 +266,7 @@ def _resumed(out: Path, typed: Mapping[str, Any], rest: Sequence[str], space_fil
             "--space cannot be changed by --resume: trials would not compare; begin anew with another --out"
         )
     config = _same(search, rest)
-    options = dataclasses.replace(search.options, **typed)
+    options = dataclasses.replace(search.options, **{"time_budget": None, **typed})  # a budget is one invocation's
     check_options(options)
     return dataclasses.replace(search, options=options, config=config)
 

@@ -140,12 +140,16 @@ def cost(search: Search, record: Record, outcomes: Sequence[Outcome]) -> str:
     once = shared.cost(record.out)
     again = once * (len(outcomes) - 1)
     lines = [
-        ["trials", _hours(spent), f"{len(outcomes)} trials, {sum(o.steps for o in outcomes):,} matching steps"],
+        ["trials", _hours(spent), f"{_trials(len(outcomes))}, {sum(o.steps for o in outcomes):,} matching steps"],
         ["shards, teachers, logits, GAN, once", _hours(once), "" if once else "computed by another run on this store"],
-        ["saved by early stopping", _hours(early), f"{len(stopped)} trials stopped, against the mean finished trial"],
-        ["saved by reuse", _hours(again), f"against computing them for each of {len(outcomes)} trials"],
+        ["saved by early stopping", _hours(early), f"{_trials(len(stopped))} stopped, against the mean finished trial"],
+        ["saved by reuse", _hours(again), f"against computing them for each of {_trials(len(outcomes))}"],
     ]
     return markdown(("", "rank-hours", ""), lines)
+
+
+def _trials(count: int) -> str:
+    return f"{count} {'trial' if count == 1 else 'trials'}"
 
 
 def _hours(seconds: float) -> str:

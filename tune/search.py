@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,6 @@ def main(argv: list[str], joined: Callable[[Any], None]) -> None:
     environment.prepare(command.search.options.address)
     from tune import driver  # Ray reads the environment as it is imported
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         driver.run(command)
     except KeyboardInterrupt:

@@ -6,6 +6,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,28 +17,38 @@ Batch = TypeVar("Batch")
 
 PREFETCH_BYTES = 256 * 2**20
 """Batches read ahead take no more memory than this, but for one, which is always read ahead."""
-TASKS_A_THREAD, LEAST_IMAGES = 2, 16
-"""A batch is cut finer than there are threads, so that one that the system delays does not hold up the others."""
+IMAGES_A_TURN = 16
+"""Threads take so many images of a batch at a time, so that one that the system delays does not hold up the others."""
 
 
 class Workers:
-    """Threads that share the images of a batch. One: the caller's own."""
+    """Threads that share the images of a batch: the caller's own and ``threads`` - 1 others."""
 
     def __init__(self, threads: int) -> None:
         self._threads = threads
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode") if threads > 1 else None
+        self._pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="decode") if threads > 1 else None
 
     def share(self, work: Callable[[np.ndarray, np.ndarray], None], indices: np.ndarray, out: np.ndarray) -> None:
-        """``work(indices, out)`` in parts, at once. Raises what a part raises, when all are done."""
-        parts = min(TASKS_A_THREAD * self._threads, len(indices) // LEAST_IMAGES)
-        if self._pool is None or parts < 2:
+        """``work(indices, out)`` in turns, at once. Raises what a turn raises, when no thread works any more."""
+        turns = len(indices) // IMAGES_A_TURN
+        if self._pool is None or turns < 2:
             work(indices, out)
             return
-        edges = np.linspace(0, len(indices), parts + 1).astype(int).tolist()
-        futures = [self._pool.submit(work, indices[a:b], out[a:b]) for a, b in zip(edges[:-1], edges[1:], strict=True)]
-        faults = [fault for future in futures if (fault := future.exception()) is not None]
-        if faults:
-            raise faults[0]
+        edges = np.linspace(0, len(indices), turns + 1).astype(int).tolist()
+        left = iter(list(pairwise(edges)))  # a list's iterator gives each turn to one thread
+
+        def take_turns() -> None:
+            for a, b in left:
+                work(indices[a:b], out[a:b])
+
+        helpers = [self._pool.submit(take_turns) for _ in range(min(self._threads, turns) - 1)]
+        try:
+            take_turns()
+        finally:
+            faults = [h.exception() for h in helpers if not h.cancel()]  # one that has not begun has nothing left to do
+        for fault in faults:
+            if fault is not None:
+                raise fault
 
 
 class Buffers:

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from gdd_dist.artifacts import Lock, fingerprint, holding, read_json, write_json
+from gdd_dist.artifacts import fingerprint, read_json, write_json
 from gdd_dist.data.batches import Workers, prefetch
+from gdd_dist.locks import Lock, holding
 from gdd_dist.monitor import say
 from sharding.errors import UserError
 from sharding.files import atomic_file, remove_temporaries

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from sharding.errors import UserError
 
+TORCHVISION = "torchvision:"
+"""Before the names of torchvision's networks, which only serve as teachers that somebody else trained."""
+
 _GROUP_CHANNELS = 8
 """Channels that share a group norm in the ResNets."""
 
@@ -151,6 +154,21 @@ def parse_classifier(name: str) -> tuple[str, int | None]:
     return base, int(width) if colon else None
 
 
+def _torchvision(name: str, channels: int, classes: int) -> nn.Module:
+    """A network of torchvision's, for three channels; UserError for a name that it does not have."""
+    from torchvision import models  # those who use none of its networks need not have it
+
+    if channels != 3:
+        raise UserError(f"{name} takes images of 3 channels, these have {channels}; give one of our own classifiers")
+    try:
+        net: nn.Module = models.get_model(name.removeprefix(TORCHVISION), weights=None, num_classes=classes)
+    except ValueError as e:
+        raise UserError(
+            f"torchvision has no classifier '{name.removeprefix(TORCHVISION)}'; see its list of models"
+        ) from e
+    return net
+
+
 def build_classifier(
     name: str, *, channels: int, size: int, classes: int, mean: Sequence[float], std: Sequence[float]
 ) -> Classifier:
@@ -159,6 +177,8 @@ def build_classifier(
     `name` is one of CLASSIFIERS, with `:WIDTH` if the usual width does not suit; `mean` and `std` are per channel, of
     pixels in [-1, 1]. Raises UserError for an unknown name, fewer than 8 pixels, or statistics that do not fit.
     """
+    if name.startswith(TORCHVISION):
+        return Classifier(_torchvision(name, channels, classes), mean, std)
     base, width = parse_classifier(name)
     if size < 8:
         raise UserError(f"images of {size} pixels are too small for classifier '{name}'; it needs 8 or more")

@@ -14,6 +14,7 @@ from rayhosts import ENVIRONMENT, Hosts
 from searching import Running, assert_shared, outcomes, progress, refused, search, steps
 
 pytest.importorskip("ray")
+pytestmark = pytest.mark.slow  # minutes: a cluster of three nodes is started
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +31,7 @@ def nodes_of(out: Path, trial: str) -> set[str]:
     return {line["host"].partition("#")[2] for line in progress(out, trial) if "host" in line}
 
 
+@pytest.mark.slow
 def test_ranks_of_a_trial_on_two_nodes_compute_what_one_rank_does(hosts, tiny, tmp_path):
     argv = [*tiny, "--matching.steps", "24", "--matching.interval", "4", "--trials", "5", "--final-seeds", "0"]
     out = tmp_path / "out"
@@ -93,13 +95,15 @@ def test_a_node_is_lost_and_another_added_in_mid_search(hosts, tiny, tmp_path):
     assert_shared(out)
 
 
-def test_a_node_without_the_token_cannot_be_reached(hosts, tiny, tmp_path):
+@pytest.mark.slow
+def test_a_driver_without_the_token_cannot_be_reached(hosts, tiny, tmp_path):
     environment = {**ENVIRONMENT, "RAY_AUTH_TOKEN": "0" * 32}
     said = refused(tmp_path / "out", [*tiny, "--address", hosts.address], environment)
     assert "cannot join the Ray cluster" in said
     assert "RAY_AUTH_TOKEN" in said
 
 
+@pytest.mark.slow
 def test_more_ranks_than_the_cluster_holds_are_told_at_once(hosts, tiny, tmp_path):
     argv = [*tiny, "--address", hosts.address, "--ranks-per-trial", "4"]
     assert "fewer than --ranks-per-trial 4" in refused(tmp_path / "out", argv, ENVIRONMENT)

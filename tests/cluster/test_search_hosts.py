@@ -22,7 +22,6 @@ ENVIRONMENT = {
     "RAY_AUTH_TOKEN": "e" * 32,
     "RAY_USAGE_STATS_ENABLED": "0",
     "PYTHONPATH": str(ROOT),
-    "RAY_TMPDIR": "",
 }
 
 
@@ -82,7 +81,7 @@ def ray_start(number: int, folder: Path, hide: Path | None = None) -> subprocess
     if hide is not None:
         command = ["unshare", "-m", "sh", "-c", f'mount -t tmpfs none "{hide}" && exec "$@"', "sh", *command]
     with (folder / f"ray-{number}-{time.monotonic_ns()}.log").open("w") as log:
-        environment = {k: v for k, v in {**os.environ, **ENVIRONMENT}.items() if v}
+        environment = {**os.environ, **ENVIRONMENT}
         return subprocess.Popen(
             ["ip", "netns", "exec", NAMES[number], *command], stdout=log, stderr=log, env=environment
         )

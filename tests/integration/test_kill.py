@@ -80,7 +80,7 @@ def test_after_a_kill_the_same_command_ends_with_the_same_weights(undisturbed, t
     fp = undisturbed.steps[step]["fingerprint"]
     assert (store / step / f"{fp}.partial").is_dir()
     assert not (store / step / fp).exists()
-    assert (store / "run.lock").exists()
+    assert (store / "run.lock").exists() == whole  # who can still leave gives it back
 
     found = ranks.train(store, undisturbed.argv, SIZE)
     statuses = [found[s]["status"] for s in STEPS]
@@ -122,17 +122,6 @@ def test_after_a_kill_in_the_report_students_that_were_trained_are_not_trained_a
     assert 0 < found["report"]["images_processed"] < 0.7 * reported.steps["report"]["images_processed"]
     one, two = (json.loads((o / "report" / "latest" / "metrics.json").read_text()) for o in (reported.out, out))
     assert two["results"] == one["results"]  # by one process and by two ranks
-
-
-def test_a_lost_part_of_the_state_would_be_noticed(undisturbed, tmp_path):
-    """The negative control: without the optimizers' moments the resumed weights differ."""
-    store = undisturbed.copy(tmp_path / "out", "teachers", "logits")
-    argv = [*undisturbed.argv, "--until", "gan"]
-    killed(store, argv, at_sixty_percent("gan", tmp_path), whole=True)
-    found = ranks.train(store, argv, SIZE, before=hooks.forget_moments)
-    assert found["gan"]["status"] == "resumed"
-    a, b = (out / "gan" / found["gan"]["fingerprint"] / "generator.safetensors" for out in (undisturbed.out, store))
-    assert ranks.weights(a) != ranks.weights(b)
 
 
 @pytest.mark.slow

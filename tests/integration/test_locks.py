@@ -1,11 +1,18 @@
 """One job on a run directory; two runs on one store compute an artifact once (design 4)."""
 
 import functools
+import json
+import os
 import signal
 import socket
+import threading
+import time
 
 import hooks
 import ranks
+
+from gdd_dist.locks import DEAD_AFTER
+from gdd_dist.processes import me
 
 
 def test_a_second_job_on_the_same_out_is_told_who_holds_it(undisturbed, tmp_path):
@@ -59,3 +66,37 @@ def test_when_the_computing_run_dies_the_waiting_one_goes_on_from_its_checkpoint
     ended = second.wait()
     assert ended.codes == [0, 0], ended.text
     assert ranks.steps(tmp_path / "two")["gan"]["status"] == "resumed"
+
+
+def foreign(out, **changes):
+    """A run.lock as a job on another host left it."""
+    holder = {**me(), "space": "another boot", "host": "elsewhere", "pid": 77, "since": "2020-01-01", "id": "x" * 32}
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "run.lock"
+    path.write_text(json.dumps(holder | changes))
+    return path
+
+
+def test_a_job_that_lives_on_another_host_keeps_its_out(tiny, tmp_path):
+    path, stop = foreign(tmp_path / "out"), threading.Event()
+
+    def beat():
+        while not stop.wait(0.3):
+            path.touch()
+
+    threading.Thread(target=beat, daemon=True).start()
+    try:
+        line = ranks.refused(tmp_path / "out", [*tiny, "--until", "shards"])
+    finally:
+        stop.set()
+    assert "is in use by process 77 on elsewhere since 2020-01-01" in line
+
+
+def test_a_job_that_died_on_another_host_is_taken_over_after_a_minute_without_a_sign(tiny, tmp_path):
+    path = foreign(tmp_path / "out")
+    a_while_ago = time.time() - DEAD_AFTER + 3
+    os.utime(path, (a_while_ago, a_while_ago))
+    job = ranks.start(tmp_path / "out", [*tiny, "--until", "shards"])
+    ended = job.wait()
+    assert ended.codes == [0], ended.text
+    assert "was held by process 77 on elsewhere; waiting whether it gives a sign of life" in ended.err[0]

@@ -44,9 +44,7 @@ def wait_for(condition, timeout=120.0):
 
 def steps_done(out: Path) -> int:
     """The step of the gan's newest checkpoint."""
-    for path in out.glob("gan/*.partial/checkpoints/latest.json"):
-        return json.loads(path.read_text())["checkpoints"][0]["step"]
-    return 0
+    return max((int(p.stem[5:]) for p in out.glob("gan/*.partial/checkpoints/step-*.json")), default=0)
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -107,3 +105,53 @@ def test_twenty_of_twenty_finished_runs_leave_with_0(undisturbed, tmp_path):
         assert job.returncode == 0, text
         assert ranks.steps(out)["matching"]["status"] == "computed"
         assert "terminate called" not in text
+
+
+@pytest.mark.slow
+def test_a_stopped_rank_0_ends_the_job_and_is_named(undisturbed, tmp_path):
+    out = undisturbed.copy(tmp_path / "out", "teachers", "logits")
+    argv = [*undisturbed.argv, *LONG_GAN, "--timeout", "4", "--out", str(out)]
+    with ranks.torchrun(2, argv, elastic=["--shutdown-timeout=1"]) as job:
+        wait_for(lambda: steps_done(out) >= 5)
+        pids = rank_pids(job.pid)
+        os.kill(pids[0], signal.SIGSTOP)
+        text, _ = job.communicate(timeout=60)
+    errors = [line for line in text.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1, text
+    assert f"rank 0 (process {pids[0]} on " in errors[0]
+    assert "in step gan) has given no sign of life for 4 s" in errors[0]
+    assert not any(alive(pid) for pid in pids.values())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
+def test_a_signal_to_torchrun_saves_and_notes_the_preemption_and_the_same_command_goes_on(
+    undisturbed, tmp_path, number
+):
+    out = undisturbed.copy(tmp_path / "out", "teachers", "logits")
+    argv = [*undisturbed.argv, *LONG_GAN, "--out", str(out)]
+    handled = ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
+    with ranks.torchrun(2, argv, elastic=handled) as job:
+        wait_for(lambda: steps_done(out) >= 5)
+        pids = rank_pids(job.pid)
+        job.send_signal(number)
+        text, _ = job.communicate(timeout=60)
+    assert job.returncode != 0
+    assert text.count("all is saved, the same command goes on from here") == 2, text
+    assert not any(line.startswith("error:") for line in text.splitlines()), text
+    assert not any(alive(pid) for pid in pids.values())
+    assert json.loads((out / "preempted").read_text())["signal"] == number.name
+    done = steps_done(out)
+    with ranks.torchrun(2, argv) as job:
+        wait_for(lambda: steps_done(out) > done)
+        assert not (out / "preempted").exists()
+
+
+def test_torchrun_with_max_restarts_goes_on_from_the_last_checkpoint(undisturbed, tmp_path):
+    out = undisturbed.copy(tmp_path / "out", "teachers", "logits")
+    with ranks.torchrun(2, [*undisturbed.argv, *LONG_GAN, "--out", str(out)], elastic=["--max-restarts=1"]) as job:
+        wait_for(lambda: steps_done(out) >= 20)
+        os.kill(rank_pids(job.pid)[1], signal.SIGKILL)
+        text, _ = job.communicate(timeout=240)
+    assert job.returncode == 0, text
+    assert ranks.steps(out)["gan"]["status"] == "resumed"
+    assert ranks.steps(out)["gan"]["images_processed"] < 135 * 16 * 6

@@ -1,6 +1,7 @@
 """One command, all steps; the same command again, nothing (design 5.5)."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,9 @@ import hooks
 import pytest
 import ranks
 from events import others, scalars
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from gdd_dist.networks import read_network
 
@@ -119,5 +123,61 @@ def test_tensorboard_shows_each_step(reported):
     assert len(found["teachers/val_accuracy"]) == 4
     tags = others(reported.out / "tensorboard")
     assert tags["images"] >= {"gan/samples", "matching/samples"}
-    assert "logits/teacher_logits" in tags["histograms"]
+    assert tags["histograms"] >= {
+        "logits/teacher_logits",
+        "matching/teacher_answers/real",
+        "matching/teacher_answers/generated",
+    }
     assert "config/text_summary" in tags["tensors"]
+
+
+def runs(out: Path, step: str) -> list[EventAccumulator]:
+    """A step's event files, all points kept."""
+    directories = {p.parent for p in (out / "tensorboard" / step).rglob("events.out.tfevents.*")}
+    sizes = {"scalars": 0, "images": 0, "histograms": 0, "tensors": 0}
+    return [EventAccumulator(str(d), size_guidance=sizes).Reload() for d in directories]
+
+
+def test_tensorboard_shows_one_latent_grid_over_time(reported):
+    """The same latents at every interval: pictures of one size, and another picture once the weights have moved."""
+    (gan,) = runs(reported.out, "gan")
+    assert [g.step for g in gan.Images("gan/samples")] == [0, 11]
+    (events,) = runs(reported.out, "matching")
+    grids = events.Images("matching/samples")
+    assert [g.step for g in grids] == [0, 6, 12]
+    assert len({(g.width, g.height) for g in grids}) == 1
+    assert grids[0].encoded_image_string != grids[-1].encoded_image_string
+
+
+def test_tensorboard_histograms_hold_both_sides_answers(reported):
+    (events,) = runs(reported.out, "matching")
+    for side in ("real", "generated"):
+        found = events.Histograms(f"matching/teacher_answers/{side}")
+        assert [h.step for h in found] == [0, 6, 11]
+        for h in found:
+            assert h.histogram_value.num == 16 * 10
+            # Standardized over ten classes: mean 0, unbiased standard deviation 1.
+            assert h.histogram_value.sum == pytest.approx(0, abs=1e-2)
+            assert h.histogram_value.sum_squares == pytest.approx(16 * 9, rel=1e-3)
+
+
+def test_tensorboard_says_units_what_matters_and_settings_beside_results(reported):
+    (matching,) = runs(reported.out, "matching")
+    assert matching.SummaryMetadata("matching/shortcut_gap").summary_description.startswith("percentage points")
+    assert "per second" in matching.SummaryMetadata("matching/images_per_second").summary_description
+    (overview,) = runs(reported.out, "overview")
+    layout = layout_pb2.Layout.FromString(overview.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    wanted = [tag for category in layout.category for chart in category.chart for tag in chart.multiline.tag]
+    there = set(scalars(reported.out / "tensorboard"))
+    for pattern in wanted:
+        assert any(re.fullmatch(pattern, tag) for tag in there), f"nothing is shown for {pattern}"
+    (report,) = runs(reported.out, "report")
+    start = HParamsPluginData.FromString(
+        report.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    ).session_start_info
+    assert start.hparams["matching.temperature"].number_value == 2.0
+    assert start.hparams["teachers.architectures"].string_value == "('convnet:8',)"
+    experiment = HParamsPluginData.FromString(
+        report.SummaryMetadata("_hparams_/experiment").plugin_data.content
+    ).experiment
+    assert {"report/result/matched", "report/result/real"} <= {m.name.tag for m in experiment.metric_infos} <= there

@@ -7,17 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from gdd_dist import config as configuration
 from gdd_dist.artifacts import Store, link_latest, write_json
 from gdd_dist.context import Context, seeded
 from gdd_dist.distributed import World
+from gdd_dist.logit_cache import MEANS, logit_file
 from gdd_dist.models.classifiers import build_classifier
 from gdd_dist.models.generator import Generator
 from gdd_dist.networks import GENERATOR, TEACHERS, save_network
 from gdd_dist.settings import Config, Loader, Report
 from sharding.manifest import Manifest
+from sharding.shards import Shards
 
 HISTORY = [
     {"step": 0, "val": 50.0, "stderr": 1.0, "gap": 9.0},
@@ -60,10 +63,19 @@ def make(out: Path, data: Path) -> Made:
         work.mkdir(parents=True)
         if step == "teachers":
             _teachers(work, manifest)
-        elif step != "logits":
+        elif step == "logits":
+            _logits(work, data, manifest)
+        else:
             with seeded(0, step):
                 net = Generator(classes=len(manifest.classes), channels=1, size=manifest.height, width=16)
-            save_network(work / GENERATOR, net, {"format": "gdd-generator/1", "arch": net.arch, "history": HISTORY})
+            meta = {
+                "format": "gdd-generator/1",
+                "arch": net.arch,
+                "classes": list(manifest.classes),
+                "history": HISTORY,
+            }
+            provenance = {"data": manifest.name, "fingerprints": made_from}
+            save_network(work / GENERATOR, net, {**meta, "provenance": provenance})
         link_latest(out, step, store.finish(step, fps[step], {"provenance": {"fingerprints": made_from}}))
     config = dataclasses.replace(settings(), data=str(data), out=str(out))
     (out / "config.yaml").write_text(configuration.to_yaml(config, "digits"))
@@ -71,6 +83,17 @@ def make(out: Path, data: Path) -> Made:
     write_json(out / "steps.json", {"format": "gdd-steps/1", "steps": {"gan": record}})
     dirs = {step: store.path(step, fps[step]) for step in ("teachers", "logits", "gan", "matching")}
     return Made(out, data, manifest, dirs, fps)
+
+
+def _logits(work: Path, data: Path, m: Manifest) -> None:
+    """Random answers of all four teachers to all of train, one view."""
+    rng, classes = np.random.default_rng(0), len(m.classes)
+    for teacher in range(4):
+        for shard, n in enumerate(Shards(data, m, "train").shard_samples):
+            path = logit_file(work, teacher, shard)
+            path.parent.mkdir(exist_ok=True)
+            np.save(path, rng.normal(size=(1, n, classes)).astype(np.float16))
+    np.save(work / MEANS, np.zeros((4, 1, classes, classes), np.float32))
 
 
 def _teachers(work: Path, m: Manifest) -> None:

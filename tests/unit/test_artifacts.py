@@ -1,20 +1,13 @@
-"""A step's directory is whole or not there; a lock has one holder, and a dead one does not keep it."""
+"""A step's directory is whole or not there."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gdd_dist import artifacts
-from gdd_dist.artifacts import Lock, Store, fingerprint, holding, link_latest, read_json, verify_file, write_json
+from gdd_dist.artifacts import Store, Whole, fingerprint, link_latest, read_json, verify_file, write_json
 from sharding.errors import UserError
 
 json_values = st.recursive(
@@ -132,110 +125,14 @@ def test_latest_is_a_relative_link_that_follows(tmp_path):
     assert [p.name for p in (tmp_path / "out" / "gan").iterdir()] == ["latest"]
 
 
-def test_a_lock_has_one_holder_who_is_named(tmp_path):
-    first, second = Lock(tmp_path / "sub" / "a.lock"), Lock(tmp_path / "sub" / "a.lock")
-    assert first.try_acquire() is None
-    holder = second.try_acquire()
-    assert holder["host"] == socket.gethostname()
-    assert holder["pid"] == os.getpid()
-    second.release()  # it holds nothing
-    assert second.try_acquire() is not None
-    first.release()
-    assert second.try_acquire() is None
-    second.release()
-    assert list((tmp_path / "sub").iterdir()) == []
-
-
-def test_a_lock_is_given_back_when_its_block_fails(tmp_path):
-    with pytest.raises(RuntimeError), holding(Lock(tmp_path / "a.lock"), busy=lambda holder: pytest.fail("busy")):
-        raise RuntimeError
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_waiting_block_begins_when_the_holder_is_done(tmp_path):
-    first, told = Lock(tmp_path / "a.lock"), []
-    assert first.try_acquire() is None
-    threading.Timer(0.3, first.release).start()
-    with holding(Lock(tmp_path / "a.lock"), told.append):
-        assert told
-        assert told[0]["pid"] == os.getpid()
-
-
-HOLD = (
-    "import sys; from gdd_dist.artifacts import Lock; from pathlib import Path; Lock(Path(sys.argv[1])).try_acquire()"
-)
-
-
-def left_by(path, **changes):
-    """A lock file as a process left it."""
-    mine = {"host": socket.gethostname(), "pid": os.getpid(), "born": 1, "since": "2020-01-01 00:00:00", "id": "x" * 32}
-    path.write_text(json.dumps(mine | changes))
-
-
-def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
-    path = tmp_path / "a.lock"
-    dead = subprocess.Popen([sys.executable, "-c", f"{HOLD}; import os; os.kill(os.getpid(), 9)", str(path)])
-    os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)  # dead, but nobody has taken note: a zombie
-    assert json.loads(path.read_text())["pid"] == dead.pid
-    lock = Lock(path)
-    assert lock.try_acquire() is None
-    assert json.loads(path.read_text())["pid"] == os.getpid()
-    dead.wait()
-    lock.release()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_process_that_got_the_number_of_the_dead_one_does_not_keep_its_lock(tmp_path):
-    left_by(tmp_path / "a.lock", pid=os.getpid(), born=1)
-    assert Lock(tmp_path / "a.lock").try_acquire() is None
-
-
-def test_of_many_who_find_a_dead_holder_one_takes_over(tmp_path):
-    for _ in range(20):
-        left_by(tmp_path / "a.lock")
-        locks = [Lock(tmp_path / "a.lock") for _ in range(8)]
-        with ThreadPoolExecutor(8) as pool:
-            holders = list(pool.map(lambda lock: lock.try_acquire(), locks))
-        assert holders.count(None) == 1
-        for lock in locks:
-            lock.release()
-        assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("text", [None, "", '{"host":'], ids=["another host's", "empty", "torn"])
-def test_a_lock_that_cannot_be_looked_up_is_judged_by_its_heartbeat(tmp_path, text):
-    path = tmp_path / "a.lock"
-    left_by(path, host="elsewhere")
-    if text is not None:
-        path.write_text(text)
-    assert Lock(path).try_acquire() is not None
-    long_ago = time.time() - artifacts.DEAD_AFTER - 1
-    os.utime(path, (long_ago, long_ago))
-    assert Lock(path).try_acquire() is None
-
-
-def test_the_holder_touches_its_lock(tmp_path, monkeypatch):
-    monkeypatch.setattr(artifacts, "HEARTBEAT", 0.02)
-    lock = Lock(tmp_path / "a.lock")
-    assert lock.try_acquire() is None
-    os.utime(lock.path, (0, 0))
-    end = time.monotonic() + 10
-    while lock.path.stat().st_mtime < 1 and time.monotonic() < end:
-        time.sleep(0.01)
-    assert time.time() - lock.path.stat().st_mtime < 60
-    lock.release()
-
-
-def test_a_lock_given_back_while_another_looks_is_taken(tmp_path, monkeypatch):
-    first, second = Lock(tmp_path / "a.lock"), Lock(tmp_path / "a.lock")
-    assert first.try_acquire() is None
-    look = Lock._holder
-
-    def gone_when_looked_at(self):
-        first.path.unlink(missing_ok=True)
-        monkeypatch.setattr(Lock, "_holder", look)
-        return look(self)
-
-    monkeypatch.setattr(Lock, "_holder", gone_when_looked_at)
-    assert second.try_acquire() is None
-    second.release()
+def test_files_that_were_written_whole_are_known_whatever_a_kill_cut_short(tmp_path):
+    first, second = Whole(tmp_path, 0), Whole(tmp_path, 1)
+    assert first.known() == {}
+    first.note(tmp_path / "deep" / "a.npy", b"abc")
+    second.note(tmp_path / "b.npy", b"")
+    torn = tmp_path / "checkpoints" / "whole-00000.jsonl"
+    with torn.open("a") as stream:
+        stream.write('\n{"file": "c.npy", "byt')
+    first.note(tmp_path / "d.npy", b"d")
+    assert set(second.known()) == {"deep/a.npy", "b.npy", "d.npy"}
+    assert second.known()["deep/a.npy"] == (3, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad")

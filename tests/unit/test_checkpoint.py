@@ -1,5 +1,7 @@
 """A checkpoint comes back as it was saved, or the one before it does."""
 
+import os
+
 import pytest
 import torch
 
@@ -46,11 +48,13 @@ def test_the_newest_comes_back_exactly(checkpoints):
         assert equal(found[1], s)
 
 
-def test_two_are_kept_and_nothing_else(checkpoints):
+@pytest.mark.parametrize("keep", [1, 3])
+def test_the_last_few_are_kept_and_nothing_else(tmp_path, said, keep):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 0, said.append, keep)
     for n in range(5):
         checkpoints.save(n, state(n))
     names = sorted(p.name for p in checkpoints.directory.iterdir())
-    assert names == ["latest.json", "step-000000003.pt", "step-000000004.pt"]
+    assert names == [f"step-{n:09d}{suffix}" for n in range(5 - keep, 5) for suffix in (".json", ".pt")]
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
@@ -70,6 +74,7 @@ def test_a_damaged_newest_is_named_and_the_one_before_is_used(checkpoints, said,
     assert equal(found[1], older)
     assert len(said) == 1
     assert str(path) in said[0]
+    assert said[0].endswith("; going on from the one before")
     checkpoints.save(2, state(2))  # going on from there, the same step is saved once more
     assert checkpoints.load()[0] == 2
 
@@ -82,14 +87,51 @@ def test_when_all_are_damaged_the_step_starts_over_and_says_so(checkpoints, said
     assert len(said) == 2
 
 
-@pytest.mark.parametrize("text", ["", "{", "{}", "[]", '{"checkpoints": [{}]}', '{"checkpoints": 3}'])
-def test_a_damaged_list_starts_the_step_over_and_says_so(checkpoints, said, text):
-    checkpoints.save(1, state(1))
-    (checkpoints.directory / "latest.json").write_text(text)
-    assert checkpoints.load() is None
-    assert len(said) == 1
-    checkpoints.save(2, state(2))
+@pytest.mark.parametrize("text", ["", "{", "{}", "[]", '{"bytes": 3}', '{"bytes": 3, "sha256": 4}'])
+def test_a_damaged_record_costs_its_checkpoint_alone(checkpoints, said, text):
+    for n in (1, 2, 3):
+        checkpoints.save(n, state(n))
+    (checkpoints.directory / "step-000000003.json").write_text(text)
     assert checkpoints.load()[0] == 2
+    assert len(said) == 1
+    assert "step-000000003" in said[0]
+
+
+def test_two_damaged_ones_in_a_row_cost_no_good_one(checkpoints, said):
+    for n in (1, 2, 3):
+        checkpoints.save(n, state(n))
+    for n in (2, 3):
+        (checkpoints.directory / f"step-00000000{n}.pt").write_bytes(b"")
+    assert checkpoints.load()[0] == 1
+    checkpoints.save(2, state(2))  # what was damaged and later is gone, the good one is still there
+    (checkpoints.directory / "step-000000002.pt").write_bytes(b"")
+    assert checkpoints.load()[0] == 1
+    assert len(list(checkpoints.directory.glob("step-*.pt"))) == 2
+
+
+def test_ranks_that_go_on_together_all_load_one_that_each_of_them_found_whole(tmp_path, said):
+    """This rank finds all whole; another finds the newest damaged."""
+    alone = Checkpoints(tmp_path, 0, said.append)
+    for n in (1, 2):
+        alone.save(n, state(n))
+    others = iter([[[2, 1]], ["/its/view/step-2.pt is damaged"], [""]])
+    together = Checkpoints(tmp_path, 0, said.append, among=lambda value: [value, *next(others)])
+    assert together.load()[0] == 1
+    assert said == ["checkpoint skipped: /its/view/step-2.pt is damaged; going on from the one before"]
+
+
+class Code:
+    def __reduce__(self):
+        return (os.mkdir, ("/tmp/gdd-unpickled",))
+
+
+def test_code_in_a_checkpoint_is_not_run(checkpoints, said):
+    """Not even when whoever wrote it gave it the right checksum."""
+    checkpoints.save(1, state(1))
+    checkpoints.save(2, {"evil": Code()})
+    assert checkpoints.load()[0] == 1
+    assert not os.path.exists("/tmp/gdd-unpickled")
+    assert "holds what no checkpoint of ours does" in said[0]
 
 
 @pytest.mark.parametrize("call", [1, 2])

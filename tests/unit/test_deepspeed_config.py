@@ -83,13 +83,13 @@ def test_gradients_that_would_be_rounded_on_their_way_are_refused(write):
 
 
 def test_an_engines_configuration_never_clips_and_keeps_what_was_given():
-    config = engine_config({"zero_optimization": {"stage": 2, "reduce_bucket_size": 7}}, 1000, 4)
+    config = engine_config({"zero_optimization": {"stage": 2, "reduce_bucket_size": 7}}, 1001, 4)
     assert config["gradient_clipping"] == 0.0
     assert config["gradient_accumulation_steps"] == 4
     assert config["zero_optimization"] == {
         "stage": 2,
         "reduce_bucket_size": 7,
-        "allgather_bucket_size": 1000,
+        "allgather_bucket_size": 1024,
         "memory_efficient_linear": False,
     }
     assert engine_config({}, 1000, 1)["zero_optimization"]["stage"] == 1

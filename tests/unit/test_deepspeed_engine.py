@@ -1,6 +1,7 @@
 """ZeRO 0 to 3 behind the engine: DDP's numbers, states that any engine and any number of ranks go on from."""
 
 import copy
+import os
 
 import pytest
 import ranks
@@ -144,9 +145,7 @@ def test_a_state_goes_on_at_another_number_of_ranks(ddp, tmp_path, kind, size):
         assert close(one["losses"], ddp["losses"][HALF:], 1e-5)
 
 
-@pytest.mark.parametrize(
-    "kind", ["ddp", 2, pytest.param(0, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("kind", ["ddp", 3, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 2))])
 def test_micro_batches_give_the_whole_batchs_numbers(ddp, tmp_path, kind):
     found = ranks.call(tmp_path, 2, whole, kind, "float32", 2)[0]
     for name, expected in ddp["weights"].items():
@@ -165,8 +164,22 @@ def test_autocast_gives_ddps_numbers_overflowing_steps_included(tmp_path, stage,
     assert close(resumed["losses"], expected["losses"], 1e-3)
 
 
-@pytest.mark.slow
+def without_launcher(rank, kind):
+    """As `python -m gdd_dist.train` starts: none of the launchers' variables is set."""
+    for name in (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "TORCHELASTIC_RUN_ID",
+    ):
+        os.environ.pop(name, None)
+    return whole(rank, kind)
+
+
 def test_one_process_alone_needs_no_launcher(tmp_path):
-    found = ranks.call(tmp_path, 1, whole, 3)[0]
-    alone = ranks.call(tmp_path / "ddp", 1, whole, "ddp")[0]
+    found = ranks.call(tmp_path, 1, without_launcher, 3)[0]
+    alone = ranks.call(tmp_path / "ddp", 1, without_launcher, "ddp")[0]
     assert close(found["losses"], alone["losses"], 1e-5)

@@ -2,13 +2,19 @@
 
 import errno
 import os
+import signal
+import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import ranks
 import torch
 
-from gdd_dist.distributed import PeerError, World
+from gdd_dist.distributed import World
+from gdd_dist.heartbeat import Watch
+from gdd_dist.meeting import PeerError
 from gdd_dist.program import describe, run_program
 from sharding.errors import UserError
 
@@ -24,7 +30,6 @@ def agree(rank):
         "broadcast": world.broadcast([1.5, "main"] if rank == 0 else "not this"),
         "sum": world.sum(2**rank),
         "mean": world.mean({"a": torch.tensor(float(rank)), "b": torch.tensor(1.0)}),
-        "any": [world.any(rank == 2), world.any(False)],
     }
     taken = []
     for job in world.queue(20):
@@ -59,9 +64,8 @@ def test_broadcast_gives_rank_0s_value_and_sum_adds(agreed):
     assert all(f["sum"] == 15 for f in agreed)
 
 
-def test_mean_and_any_reduce_tensors(agreed):
+def test_mean_reduces_tensors(agreed):
     assert all(f["mean"] == {"a": 1.5, "b": 1.0} for f in agreed)
-    assert all(f["any"] == [True, False] for f in agreed)
 
 
 def test_the_queue_gives_each_job_once_and_more_to_the_faster(agreed):
@@ -74,7 +78,12 @@ def test_the_queue_gives_each_job_once_and_more_to_the_faster(agreed):
 def test_one_process_waits_for_nobody():
     world = World("cpu")
     torch.set_num_threads(1)
-    assert (world.gather(3), world.broadcast("x"), world.sum(5), world.any(True)) == ([3], "x", 5, True)
+    assert (world.gather(3), world.broadcast("x"), world.sum(5), world.vote(True).result()) == (
+        [3],
+        "x",
+        5,
+        (False, True),
+    )
     assert list(world.queue(3)) == [0, 1, 2]
     assert world.mean({"a": torch.tensor(2.0)}) == {"a": 2.0}
     assert world.claim_failure()
@@ -182,13 +191,18 @@ def test_ranks_that_are_done_leave_with_0_though_rank_0_hosts_the_store(tmp_path
         (errno.ENOSPC, "free some space"),
         (errno.EROFS, "make it writable"),
         (errno.EACCES, "permissions"),
-        (errno.EIO, "mend it"),
+        (errno.EIO, "whether the disk is still there"),
+        (errno.ENOTDIR, "mend it"),
     ],
 )
 def test_a_fault_of_the_system_is_one_line_with_file_and_remedy(number, says):
     text = describe(OSError(number, os.strerror(number), "/a/b"))
     assert text.startswith(f"/a/b: {os.strerror(number)}; ")
     assert says in text
+
+
+def test_a_file_that_a_library_names_in_bytes_is_named_as_any_other():
+    assert describe(OSError(errno.EIO, "gone", b"/a/b")).startswith("/a/b: gone; ")
 
 
 def test_a_message_of_several_lines_becomes_one():
@@ -222,3 +236,80 @@ def test_a_user_may_ask_for_fewer_threads_but_what_torchrun_sets_is_not_asking(m
     under_torchrun = World("cpu").threads
     torch.set_num_threads(1)
     assert (alone, under_torchrun) == (1, len(os.sched_getaffinity(0)))
+
+
+def comes_late(rank):
+    if rank == 1:
+        time.sleep(3)
+        return
+
+    def main(argv, joined):
+        joined(World("cpu", timeout=1))
+
+    run_program(main, [])
+
+
+def test_a_rank_that_never_comes_ends_the_others(tmp_path):
+    ended = ranks.launch(tmp_path, 3, comes_late, ()).wait(60)
+    assert [ended.codes[r] for r in (0, 2)] == [2, 2], ended.text
+    assert len(ended.errors) == 1, ended.text
+    assert "3 ranks did not meet at 127.0.0.1:" in ended.errors[0]
+    assert "within 1 s; see that all are started, or raise --timeout" in ended.errors[0]
+
+
+def test_a_silence_is_counted_in_the_time_of_who_listens():
+    watch = Watch([1, 2], step=2.0)
+    assert watch.look({1: b"a", 2: None}, 1.0) == {1: 0.0, 2: 1.0}
+    assert watch.look({1: b"a", 2: b"x"}, 1.0) == {1: 1.0, 2: 0.0}
+    assert watch.look({1: b"a", 2: b"x"}, 500.0) == {1: 3.0, 2: 2.0}  # it was the listener who slept
+    assert watch.look({1: b"b", 2: b"x"}, 1.0) == {1: 0.0, 2: 3.0}
+
+
+def listens(rank):
+    """Addresses that this rank's own sockets listen on, and not the store's, which torchrun hosts elsewhere."""
+    before = listening()
+    world = World("cpu")
+    world.mean({"a": torch.tensor(1.0)})
+    found = listening()
+    world.close()
+    return {"all": sorted(found), "new": sorted(found - before if rank else set())}
+
+
+def listening():
+    """Hexadecimal addresses that this process listens on."""
+    inodes = set()
+    for path in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):
+            inodes.add(os.readlink(path))
+    rows = [
+        line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/self/net/{name}").read_text().splitlines()[1:]
+    ]
+    return {row[1].rpartition(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in inodes}
+
+
+def test_ranks_of_one_host_listen_on_loopback_alone(tmp_path):
+    found = ranks.call(tmp_path, 2, listens)
+    assert set(found[1]["new"]) <= {"0100007F", "00000000000000000000000001000000"}
+    assert found[1]["new"], found
+
+
+def waits(rank, folder, handler):
+    def main(argv, joined):
+        if handler:  # as Ray does
+            signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(7))
+        (folder / "there").touch()
+        time.sleep(60)
+
+    run_program(main, [])
+
+
+@pytest.mark.parametrize(("handler", "status"), [(False, 143), (True, 7)], ids=["", "a library has its own handler"])
+def test_a_signal_before_there_is_anything_to_save_ends_at_once(tmp_path, handler, status):
+    job = ranks.launch(tmp_path, 1, waits, (tmp_path, handler))
+    job.until((tmp_path / "there").exists)
+    begin = time.monotonic()
+    job.send(signal.SIGTERM)
+    ended = job.wait(30)
+    assert ended.codes == [status], ended.text
+    assert time.monotonic() - begin < 8
+    assert ("stopped: rank 0, by SIGTERM" in ended.err[0]) == (not handler)

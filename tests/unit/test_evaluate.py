@@ -117,9 +117,9 @@ def test_real_rows_see_as_many_distinct_images_as_they_say(made: Made) -> None:
             continue
         asked: list[np.ndarray] = []
         read = images.read
-        images.read = lambda indices, out=None: (asked.append(indices), read(indices, out))[1]  # type: ignore[method-assign, func-returns-value]  # noqa: B023
+        images.read = lambda indices: (asked.append(indices), read(indices))[1]  # type: ignore[method-assign, func-returns-value]  # noqa: B023
         try:
-            _, distinct = train(ctx, Frozen(ctx, made.dirs), job)
+            distinct = train(ctx, Frozen(ctx, made.dirs), job)[0].distinct
         finally:
             images.read = read  # type: ignore[method-assign]
         seen = np.concatenate(asked)
@@ -134,7 +134,7 @@ def test_golden_accuracy(made: Made) -> None:
     )
     ctx = made.context(config)
     found = {j.row.train_on: j for j in jobs(config, made.manifest, "float32", made.fingerprints)}
-    accuracies = [train(ctx, Frozen(ctx, made.dirs), found[kind])[0] for kind in ("real", "gan")]
+    accuracies = [train(ctx, Frozen(ctx, made.dirs), found[kind])[0].accuracy for kind in ("real", "gan")]
     assert accuracies == pytest.approx([69.4, 11.9], abs=4.0)
 
 
@@ -152,7 +152,7 @@ def test_every_row_has_its_keys_budget_and_accuracies(results: tuple[list[dict[s
     rows, _, _ = results
     keys = (
         "train_on student protocol labels ipc optimizer_steps batch images_seen distinct_images_seen "
-        "mean std seeds accuracies ceiling_share"
+        "mean std seeds accuracies ceiling_share balanced_mean lrs ars"
     )
     assert len(rows) == 13
     for r in rows:

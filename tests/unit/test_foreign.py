@@ -120,7 +120,7 @@ def test_tars_that_fit_are_indexed_where_they_lie(source, tmp_path):
     data = tmp_path / "data"
     manifest = build(source, data, Options(val_fraction=0.2, workers=1)).manifest
     assert {split: info.samples for split, info in manifest.splits.items()} == {"train": 72, "val": 18, "test": 12}
-    assert manifest.name == "train"
+    assert manifest.name == "in"
     links = sorted(p for p in data.rglob("*.tar"))
     assert all(p.is_symlink() for p in links)
     assert {p.resolve() for p in links} == set((tmp_path / "in").glob("*.tar"))

@@ -8,12 +8,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tars import image, jpeg_bomb, tar
 
 from gdd_dist.data import loader
 from gdd_dist.data.loader import Images, prefetch, to_float, to_uint8
 from sharding.errors import UserError
 from sharding.manifest import Manifest
+from sharding.plan import Options
 from sharding.shards import Shards, decode
+from sharding.writer import build
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +112,20 @@ def test_an_image_that_does_not_decode_is_named_with_its_file(digits, manifest, 
     assert images.read(np.arange(8, 20)).shape == (12, 1, 16, 16)
 
 
+@pytest.mark.parametrize("size", [4, 12, 65500])
+def test_a_jpeg_of_another_size_is_refused_and_not_decoded(tmp_path, size):
+    files = {f"{i}.{ext}": data for i in range(40) for ext, data in (("jpg", image(i)), ("cls", b"%d" % (i % 2)))}
+    path = tar(tmp_path / "in.tar", files)
+    build(f"webdataset:{path}", tmp_path / "data", Options(test_fraction=0.2, val_fraction=0.2, workers=1))
+    manifest = Manifest.load(tmp_path / "data")
+    images = Images(tmp_path / "data", manifest, "train", resident="none")
+    assert images.read(np.arange(5)).shape == (5, 3, 8, 8)
+    wrong = jpeg_bomb() if size > 100 else image(0, size=size)
+    images.shards.payloads = lambda indices: iter([memoryview(wrong)] * len(indices))
+    with pytest.raises(UserError, match=r"train/000000\.tar, row 3: "):
+        images.read(np.array([3, 4]))
+
+
 def test_bytes_and_floats_are_each_others_inverse():
     every = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     floats = to_float(every, torch.device("cpu"))
@@ -128,7 +145,7 @@ def test_prefetch_reads_so_far_ahead_and_no_farther():
     batches = prefetch(lambda s: read.append(s) or s, 0, 10, 2)
     assert next(batches) == 0
     time.sleep(0.1)
-    assert read == [0, 1, 2]
+    assert sorted(read) == [0, 1, 2]
     batches.close()
 
 
@@ -138,7 +155,7 @@ def test_prefetch_keeps_within_its_bytes_but_for_one_batch(size, ahead):
     batches = prefetch(lambda s: read.append(s) or (s, np.empty(size, np.uint8)), 0, 10, 4, limit=100)
     assert next(batches)[0] == 0
     time.sleep(0.1)
-    assert read == list(range(1 + ahead))
+    assert sorted(read) == list(range(1 + ahead))
     assert [step for step, _ in batches] == list(range(1, 10))
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
+import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +16,14 @@ import pytest
 from PIL import Image
 from students import HISTORY, Made, make, settings
 
-from gdd_dist import figures, report
+from gdd_dist import config as configuration
+from gdd_dist import evidence, figures, report
+from gdd_dist.html import html
 from gdd_dist.metrics import selected, shortcut_gap
 from gdd_dist.settings import Config, Matching
-from gdd_dist.tables import headline, markdown, table
+from gdd_dist.tables import headline, markdown, markdown_table, table
+
+PICTURES = ("samples.png", "curves.png", "classes.png", "confusion.png", "answers.png", "neighbours.png")
 
 
 def row(train_on: str, mean: float, **changed: Any) -> dict[str, Any]:
@@ -106,7 +114,10 @@ def test_settings_name_what_shapes_the_report_and_no_matching_setting() -> None:
 def test_metrics_hold_what_the_format_names(written: Path, made: Made) -> None:
     text = (written / "metrics.json").read_text()
     metrics = json.loads(text)
-    assert " ".join(metrics) == ("format fingerprints hardware versions commit verified classes shortcut_gap results")
+    assert " ".join(metrics) == (
+        "format fingerprints hardware versions commit verified classes shortcut_gap nearest results"
+    )
+    assert metrics["nearest"].keys() == {"median_generated", "median_held_out", "close_share"}
     assert metrics["format"] == "gdd-report/1"
     assert metrics["fingerprints"] == {
         "data": made.manifest.fingerprint,
@@ -117,10 +128,15 @@ def test_metrics_hold_what_the_format_names(written: Path, made: Made) -> None:
     assert metrics["verified"] is True
     assert metrics["classes"] == [str(i) for i in range(10)]
     assert len(metrics["results"]) == 13
+    for r in metrics["results"]:
+        drawn = r["train_on"] in ("gan", "matched")
+        assert (r["lrs"] is not None) == drawn
+        assert (r["ars"] is not None) == (r["train_on"] == "matched" and r["protocol"] == "fixed")
+        assert all(0 <= r[k] <= 1 for k in ("lrs", "ars") if r[k] is not None)
 
 
 def test_no_path_of_this_machine_is_written(written: Path, made: Made) -> None:
-    for name in ("metrics.json", "report.md"):
+    for name in ("metrics.json", "report.md", "report.html"):
         text = (written / name).read_text()
         for path in (made.out, made.data, Path.home(), Path(report.__file__).parent):
             assert str(path) not in text
@@ -131,8 +147,14 @@ def test_the_page_holds_rows_history_settings_and_timings(written: Path, made: M
     for row_name in ("| full |", "| real |", "| gan |", "| matched |"):
         assert row_name in text
     assert "| 5 | 60.0 | 1.0 | 8.0 | kept |" in text
-    assert "| gan | computed | 1.5 | 10 |" in text
+    assert "| gan | computed | – | – | – |" in text  # as it was computed before steps noted what they cost
     assert "| report | computed |" in text
+    for heading in ("Rows", "Classes", "Training", "How a teacher answers", "Does it memorise?", "How to reproduce it"):
+        assert f"## {heading}" in text
+    assert (
+        "| IPC | accuracy % | ceiling share | balanced % | LRS | ARS | steps |"
+        in text.splitlines()[text.splitlines().index("## Rows") + 2]
+    )
     assert "temperature: 2.0" in text
     assert made.fingerprints["matching"] in text
     assert "hashed first" in text
@@ -145,8 +167,8 @@ def test_the_page_says_that_nothing_was_hashed(written: Path, made: Made, tmp_pa
     report.run(ctx, tmp_path, made.dirs, made.fingerprints)
     assert "were not hashed (`--no-verify`)" in (tmp_path / "report.md").read_text()
     assert json.loads((tmp_path / "metrics.json").read_text())["verified"] is False
-    # Every student was there already: only the pictures' images were drawn.
-    assert ctx.forwards == 2 * 10 * report.SAMPLE_COLUMNS
+    # Every student was there already: only the pictures' images went through a network.
+    assert ctx.forwards == 2 * 10 * report.SAMPLE_COLUMNS + evidence.forwards(ctx)
 
 
 def test_a_killed_report_says_that_it_was_resumed(made: Made, tmp_path: Path) -> None:
@@ -162,7 +184,7 @@ def test_a_killed_report_says_that_it_was_resumed(made: Made, tmp_path: Path) ->
 
 
 def test_the_pictures_are_pictures(written: Path) -> None:
-    for name in ("samples.png", "curves.png"):
+    for name in PICTURES:
         with Image.open(written / name) as image:
             pixels = np.asarray(image.convert("L"))
             assert min(image.size) > 400
@@ -181,3 +203,94 @@ def test_a_mosaic_keeps_pixels_and_parts_images_with_white() -> None:
     assert picture.shape == (5, 8, 1)
     assert (picture[2] == 255).all()
     assert (picture[3:5, 6:8] == images[1, 2]).all()
+
+
+def test_the_settings_of_the_page_are_a_file_that_config_reads_and_give_the_same_run(
+    written: Path, made: Made, tmp_path: Path
+) -> None:
+    text = (written / "report.md").read_text()
+    path = tmp_path / "settings.yaml"
+    path.write_text(text.partition("```yaml\n")[2].partition("```")[0])
+    again = configuration.parse(["--config", str(path), "--data", str(made.data)]).config
+    for section in ("teachers", "logits", "gan", "matching", "report", "loader"):
+        assert again.shaping(section) == settings().shaping(section)
+    assert (again.seed, again.precision) == (0, "float32")
+
+
+def test_the_html_page_is_one_file_that_asks_no_network_for_anything(written: Path) -> None:
+    text = (written / "report.html").read_text()
+    sources = re.findall(r'(?:src|href)="([^"]*)"', text)
+    assert sum(s.startswith("data:image/png;base64,") for s in sources) == len(PICTURES)
+    assert all(s.startswith(("data:image/png;base64,", "#")) for s in sources)
+    assert "http" not in re.sub(r"data:image/png;base64,[^\"]*", "", text)
+    for picture in PICTURES:
+        assert base64.b64encode((written / picture).read_bytes()).decode() in text
+    for link in re.findall(r'href="#([^"]+)"', text):
+        assert f'id="{link}"' in text
+    assert "<title>Distilled: digits</title>" in text
+
+
+def test_names_that_hold_markup_stay_names(made: Made, tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script>|x"
+    manifest = dataclasses.replace(made.manifest, name=evil, classes=(evil, *made.manifest.classes[1:]))
+    report.run(dataclasses.replace(made, manifest=manifest).context(settings()), tmp_path, made.dirs, made.fingerprints)
+    text = (tmp_path / "report.html").read_text()
+    assert "<script" not in text
+    assert "&lt;script&gt;" in text or "&lt;script>" in text
+
+
+def test_a_picture_that_is_missing_is_an_error() -> None:
+    with pytest.raises(KeyError):
+        html("# x\n\n![a](b.png)\n", {})
+
+
+def test_balanced_accuracy_stands_beside_accuracy_where_classes_are_unequal() -> None:
+    equal = [row("matched", 93.0, balanced_mean=93.0)]
+    unequal = [row("matched", 93.0, balanced_mean=81.5)]
+    assert "balanced" not in markdown_table(equal)
+    assert "balanced %" in markdown_table(unequal)
+    assert "81.5" in markdown_table(unequal)
+
+
+def page_facts(path: Path, width: int, tmp_path: Path) -> dict[str, Any]:
+    """What headless Chromium says of a page at this width: sizes, pictures that did not load, requests."""
+    probe = """<script>addEventListener("load", () => { document.title = JSON.stringify({
+        page: document.documentElement.scrollWidth, window: innerWidth,
+        broken: [...document.images].filter(i => !i.complete || !i.naturalWidth).length, images: document.images.length,
+        hidden: [...document.images].filter(i => i.getBoundingClientRect().width < 200).length,
+        asked: performance.getEntriesByType("resource").filter(e => !e.name.startsWith("data:")).length,
+    }) })</script>"""
+    copy = tmp_path / f"page-{width}.html"
+    copy.write_text(path.read_text().replace("</body>", f"{probe}</body>"))
+    dom = chromium(tmp_path, f"--window-size={width},2000", "--dump-dom", copy.as_uri())
+    return json.loads(re.search(r"<title>(.*?)</title>", dom)[1])  # type: ignore[index]
+
+
+def chromium(profile: Path, *arguments: str) -> str:
+    command = [BROWSER or "", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}/profile"]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout
+
+
+BROWSER = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+)
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(BROWSER is None, reason="no headless Chromium here")
+@pytest.mark.parametrize("width", [1400, 500])
+def test_a_browser_shows_the_page_whole_on_a_wide_and_on_a_narrow_screen(
+    written: Path, tmp_path: Path, width: int
+) -> None:
+    facts = page_facts(written / "report.html", width, tmp_path)
+    assert facts["page"] <= facts["window"] == width, "the page scrolls sideways"
+    assert (facts["images"], facts["broken"], facts["hidden"], facts["asked"]) == (len(PICTURES), 0, 0, 0)
+    shot = tmp_path / "shot.png"
+    page = (written / "report.html").as_uri()
+    chromium(tmp_path, f"--window-size={width},2600", "--hide-scrollbars", f"--screenshot={shot}", page)
+    with Image.open(shot) as image:
+        pixels = np.asarray(image.convert("L"))
+    assert pixels.shape[1] == width
+    for band in np.array_split(pixels, 6):
+        assert band.std() > 3, "a part of the page is blank"

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from students import FINGERPRINTS, settings
 
+from gdd_dist.confusion import Measured
 from gdd_dist.rows import Row, budget, check, jobs, plan, result, step_bounds, with_ceiling_shares
-from gdd_dist.settings import Config, Matching
+from gdd_dist.settings import Config, Loader, Matching
 from sharding.errors import UserError
 from sharding.manifest import Manifest, ShardInfo, SplitInfo
 
@@ -33,7 +34,7 @@ def manifest(*counts: int) -> Manifest:
 
 def test_plan_holds_every_combination_once_and_full_once_a_student() -> None:
     config = settings(ipc=(1, 2, 1), students=("convnet:8", "alexnet:8"))
-    rows = plan(config)
+    rows = [r for r in plan(config) if r.augmented]
     assert len(rows) == len(set(rows)) == 2 * (1 + 2 * 2 * 2 * 3)
     assert [r for r in rows if r.train_on == "full"] == [
         Row("full", "convnet:8", None, "hard", None),
@@ -120,9 +121,27 @@ def test_settings_change_the_rows_that_they_shape() -> None:
 def test_each_student_seed_has_its_own_fingerprint_and_more_seeds_keep_the_old_ones() -> None:
     few = {j.fingerprint for j in jobs(settings(seeds=2), manifest(), "float32", FINGERPRINTS)}
     many = {j.fingerprint for j in jobs(settings(seeds=3), manifest(), "float32", FINGERPRINTS)}
-    assert len(few) == 2 * 13
+    assert len(few) == 2 * (13 + 4)
     assert few < many
     assert not few & {j.fingerprint for j in jobs(settings(seeds=2), manifest(), "bf16", FINGERPRINTS)}
+
+
+def test_for_the_ars_the_fixed_rows_of_real_and_matched_images_come_once_more_without_augmentation() -> None:
+    def plain(**report: Any) -> list[tuple[str, str, str | None]]:
+        return [(r.train_on, r.labels, r.protocol) for r in plan(settings(**report)) if not r.augmented]
+
+    assert plain() == [(k, y, "fixed") for y in ("hard", "soft") for k in ("real", "matched")]
+    assert plain(labels=("soft",)) == [("real", "soft", "fixed"), ("matched", "soft", "fixed")]
+    assert plain(ars=False) == plain(baselines=("gan",)) == plain(protocol=("regenerate",)) == []
+    bare = dataclasses.replace(settings(), loader=Loader(augment="none", flip=False))
+    assert all(r.augmented for r in plan(bare))
+
+
+def test_augmentation_shapes_augmented_rows_alone() -> None:
+    base, other = (dataclasses.replace(settings(), loader=Loader(augment=a, flip=False)) for a in ("color", "crop"))
+    m = manifest()
+    first, second = ({j.row: j.fingerprint for j in jobs(c, m, "float32", FINGERPRINTS)} for c in (base, other))
+    assert {r for r in first if first[r] == second[r]} == {r for r in first if not r.augmented}
 
 
 # results
@@ -130,7 +149,7 @@ def test_each_student_seed_has_its_own_fingerprint_and_more_seeds_keep_the_old_o
 
 def measured(train_on: str, mean: float, labels: str = "hard", protocol: str = "regenerate") -> dict[str, Any]:
     row = Row(train_on, "convnet", protocol, labels, 1)
-    return result(row, budget(settings(), manifest(), row), [0, 1], [mean - 1, mean + 1], 10)
+    return result(row, budget(settings(), manifest(), row), [0, 1], [Measured(m, m, 10) for m in (mean - 1, mean + 1)])
 
 
 def test_ceiling_share_is_the_way_from_chance_to_the_hard_regenerated_real_row() -> None:
@@ -148,7 +167,7 @@ def test_ceiling_share_is_null_without_a_ceiling_and_at_chance() -> None:
 def test_deviation_is_over_seeds_with_ddof_1_and_null_for_one_seed() -> None:
     assert measured("gan", 50.0)["std"] == pytest.approx(2**0.5)
     row = Row("gan", "convnet", "fixed", "hard", 1)
-    assert result(row, budget(settings(), manifest(), row), [0], [50.0], 10)["std"] is None
+    assert result(row, budget(settings(), manifest(), row), [0], [Measured(50.0, 50.0, 10)])["std"] is None
 
 
 # check

@@ -1,0 +1,63 @@
+"""What TensorBoard needs to tell at one glance whether a run is healthy: units, a page of the curves that matter, hparams."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams as hparams_summaries
+
+UNITS = {
+    "loss": "loss minimised, no unit",
+    "loss_g": "generator's adversarial loss, no unit; falls and rises against loss_d, neither should run to 0 or away",
+    "loss_d": "discriminator's loss without penalties, no unit; ln 2 = 0.69 means that it cannot tell real from generated",
+    "pair": "standardized KL of teacher answers, generated against real, no unit, unweighted",
+    "mean": "squared distance of mean logits, logits squared, unweighted; may be negative (its bias is taken off)",
+    "adv": "generator's adversarial loss in matching, no unit, unweighted",
+    "lr": "learning rate",
+    "gamma": "weight of the gradient penalties",
+    "images_per_second": "images per second since this invocation began, all ranks together",
+    "val_accuracy": "percent of val; matching: mean of quick students trained on fresh draws; teachers: over the pool",
+    "val_stderr": "percentage points, standard error over quick students",
+    "shortcut_gap": "percentage points: accuracy on fresh generated images minus on val; grows when the class is written as a pattern",
+    "accuracy": "percent of test, mean over student seeds, over IPC",
+}
+
+# Charts of TensorBoard's "Custom scalars" page, the order in which one looks: regular expressions of tags.
+LAYOUT: dict[str, dict[str, tuple[str, list[str]]]] = {
+    "Is it healthy?": {
+        "1 teachers learn (loss falls)": ("Multiline", [r"teachers/loss/.*"]),
+        "2 the GAN is in balance (neither runs away)": ("Multiline", [r"gan/loss_g", r"gan/loss_d"]),
+        "3 matching: the parts of its loss": ("Multiline", [r"matching/pair", r"matching/mean", r"matching/adv"]),
+        "4 matching helps (quick students on val, %)": ("Multiline", [r"matching/val_accuracy"]),
+        "5 no shortcut (gap in points stays flat)": ("Multiline", [r"matching/shortcut_gap"]),
+        "6 speed (images per second)": ("Multiline", [r".*/images_per_second"]),
+    },
+    "What came of it": {"accuracy on test, % over IPC": ("Multiline", [r"report/accuracy/.*"])},
+}
+
+
+def scalar(tag: str, value: float) -> Summary:
+    """A point whose tag says what it is and in which unit: STEP/NAME or STEP/NAME/…"""
+    name = tag.split("/")[1] if "/" in tag else tag
+    metadata = SummaryMetadata(summary_description=UNITS.get(name, ""))
+    return Summary(value=[Summary.Value(tag=tag, simple_value=float(value), metadata=metadata)])
+
+
+def write_layout(directory: Path) -> None:
+    """The page of charts, in place of an earlier one."""
+    with SummaryWriter(str(directory), purge_step=0) as writer:
+        writer.add_custom_scalars(LAYOUT)
+
+
+def hparams(settings: Mapping[str, Any], results: Mapping[str, float]) -> tuple[Summary, ...]:
+    """The run's line in TensorBoard's HPARAMS page, for its own directory (add_hparams makes one of its own each call).
+
+    ``settings``: flat; what is neither number nor text becomes text. ``results``: by the tag of the scalar that holds it.
+    """
+    flat = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in settings.items() if v is not None}
+    found: tuple[Summary, ...] = hparams_summaries(flat, dict(results))
+    return found

@@ -1,0 +1,59 @@
+"""Shell completion for all programs: ``eval "$(python -m gdd_dist.completion bash)"``; they complete under the names that a wheel installs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+import shtab
+
+from gdd_dist import config, doctor, evaluate, export, status
+from gdd_dist.arguments import Parser
+from gdd_dist.distributed import World
+from gdd_dist.program import run_program
+
+DIRECTORIES, FILES = ("data", "out", "store", "dest"), ("config", "deepspeed_config")
+PROGRAMS: dict[str, Callable[[], argparse.ArgumentParser]] = {
+    "gdd-train": config.command_line,
+    "gdd-evaluate": evaluate.parser,
+    "gdd-export": export.parser,
+    "gdd-status": status.parser,
+    "gdd-doctor": doctor.parser,
+}
+
+
+def script(shell: str) -> str:
+    """The completion of all programs for a shell."""
+    parts = []
+    for name, make in PROGRAMS.items():
+        parser = make()
+        parser.prog = name
+        choices = {option: f.metadata["choices"] for option, _, f in config.options()}
+        for action in parser._actions:
+            if action.choices is None and choices.get(action.dest):
+                action.choices = choices[action.dest]
+            if action.dest in DIRECTORIES:
+                action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
+            elif action.dest in FILES:
+                action.complete = shtab.FILE  # type: ignore[attr-defined]
+        parts.append(shtab.complete(parser, shell))
+    return "\n".join(parts)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = Parser(
+        prog="python -m gdd_dist.completion", description="Print a shell's completion of gdd-train and the others."
+    )
+    p.add_argument("shell", choices=shtab.SUPPORTED_SHELLS, help="which shell")
+    return p
+
+
+def main(argv: Sequence[str], _joined: Callable[[World], None] | None = None) -> None:
+    """Print it."""
+    sys.stdout.write(f"{script(parser().parse_args(argv).shell)}\n")
+
+
+if __name__ == "__main__":
+    run_program(main, sys.argv[1:])

@@ -1,0 +1,18 @@
+"""Between 8-bit pixels and the floats that networks see. Needs nothing but torch: a generator's file is used far from here."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def to_float(images: Tensor, device: torch.device) -> Tensor:
+    """uint8 [B, C, H, W] → float32 in [-1, 1] on ``device``."""
+    if images.is_cuda:
+        images.record_stream(torch.cuda.current_stream(images.device))  # its memory may come from a loader's stream
+    return images.to(device, non_blocking=True).contiguous().float().mul_(1 / 127.5).sub_(1)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Float in [-1, 1] → uint8, rounded."""
+    return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)

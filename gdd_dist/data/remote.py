@@ -1,0 +1,190 @@
+"""Data sets in object stores and behind web servers: s3://…, gs://…, https://….
+
+A remote data set has a mirror in a local cache directory, named by its manifest's fingerprint: the manifest and all indexes, and those
+shards that are being read. Shards are fetched ahead, each checked against its sha256 before it is used, fetched again with growing
+pauses when it does not match or the store errs, downloaded once for all ranks of a host, and the longest unused removed when the
+cache grows over its limit.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import re
+import threading
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from gdd_dist.data.fetch import Source, locked, whole
+from gdd_dist.monitor import say
+from sharding.errors import UserError
+from sharding.files import write_atomic
+from sharding.manifest import FILE, Manifest, ShardInfo, parse_manifest
+from sharding.plan import parse_size
+
+SCHEMES = ("s3", "s3a", "gs", "gcs", "https", "http")
+DOWNLOADS = 2
+"""Downloads ahead at a time, of one rank."""
+INDEX_DOWNLOADS = 16
+
+
+def is_remote(data: str) -> bool:
+    """Whether ``data`` is a URL. Raises UserError for one that is not read, commands among them."""
+    if data.lower().startswith("pipe:") or data.startswith("|"):
+        raise UserError(f"--data {data} is a command, and commands are never run; give a directory or a URL")
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", data)
+    if "::" in data or (scheme and scheme[1].lower() not in SCHEMES):
+        raise UserError(f"--data {data} is not read; give a directory or a URL of {', '.join(SCHEMES)}")
+    return scheme is not None
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Where mirrors lie, how many bytes their shards may take, and for how many seconds a store may fail."""
+
+    directory: Path
+    limit: int
+    patience: float
+
+    @staticmethod
+    def of(directory: str, limit: str, patience: float) -> Cache:
+        """From settings; without a directory, the user's own cache."""
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        return Cache(Path(directory) if directory else home / "gdd_dist" / "data", parse_size(limit), patience)
+
+
+def read_manifest(data: str) -> Manifest:
+    """The manifest of a directory or a URL; of a URL once in a process, so that it cannot change under a run."""
+    return remote_manifest(data) if is_remote(data) else Manifest.load(data)
+
+
+@cache
+def remote_manifest(data: str, patience: float = 60.0) -> Manifest:
+    """The manifest of a URL. ``patience``: seconds for which the store may fail."""
+    return parse_manifest(Source(data, patience).content(FILE), f"{data}/{FILE}")
+
+
+@cache
+def open_data(data: str, cache: Cache) -> Path:
+    """The directory of a data set; of a remote one its mirror, with manifest and indexes, which is then known to `mirror_of`."""
+    if not is_remote(data):
+        return Path(data)
+    mirror = Mirror(data, read_manifest(data), cache)
+    _mirrors[mirror.directory] = mirror
+    return mirror.directory
+
+
+_mirrors: dict[Path, Mirror] = {}
+
+
+def mirror_of(directory: Path) -> Mirror | None:
+    """The mirror that this process opened in ``directory``, if it is one."""
+    return _mirrors.get(directory)
+
+
+class Mirror:
+    """A remote data set's files on this host."""
+
+    def __init__(self, url: str, manifest: Manifest, cache: Cache) -> None:
+        self.url, self._cache = url, cache
+        self.directory = cache.directory / manifest.fingerprint
+        self._source = Source(url, cache.patience)
+        shards = [info for split in manifest.splits.values() for info in split.shards]
+        largest = max(info.bytes for info in shards)
+        if largest > cache.limit:
+            raise UserError(f"--loader.cache_limit is smaller than a shard of {url} ({largest} bytes); give more")
+        self.open_shards = max(1, cache.limit // largest)
+        """Shards that a process may hold open: what is open stays on the disk even when it is removed."""
+        for split in manifest.splits:
+            (self.directory / split).mkdir(parents=True, exist_ok=True)
+        write_atomic(self.directory / FILE, manifest.to_bytes())
+        with ThreadPoolExecutor(INDEX_DOWNLOADS) as pool:
+            list(pool.map(self._index, _from_own_place(shards)))
+        self._wanted: queue.SimpleQueue[ShardInfo] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+
+    def _index(self, info: ShardInfo) -> None:
+        path = self.directory / info.index_file
+        with locked(path):
+            if not path.exists():
+                self._source.download(info.index_file, path, None, info.index_sha256)
+
+    def open(self, info: ShardInfo) -> BinaryIO:
+        """A shard, open for reading, downloaded if it is not there. Raises UserError when the store cannot give it whole."""
+        path = self.directory / info.file
+        while True:
+            if whole(path, info.bytes):
+                try:
+                    stream = path.open("rb")
+                    os.utime(path)  # for the next removal: used just now
+                    return stream
+                except FileNotFoundError:  # removed between the two
+                    continue
+            self._fetch(info, wait=True)
+
+    def ahead(self, shards: Iterable[ShardInfo]) -> None:
+        """Download these in the background, in this order; what another rank is downloading is left to it."""
+        for info in shards:
+            self._wanted.put(info)
+        while len(self._threads) < DOWNLOADS:
+            thread = threading.Thread(target=self._work, name="download", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def all_ahead(self, shards: tuple[ShardInfo, ...]) -> None:
+        """Download all shards of a split ahead, each rank of the host from another place, if half the cache holds them."""
+        if 2 * sum(info.bytes for info in shards) <= self._cache.limit:
+            self.ahead(_from_own_place(shards))
+
+    def _work(self) -> None:
+        while True:
+            info = self._wanted.get()
+            try:
+                if not whole(self.directory / info.file, info.bytes):
+                    self._fetch(info, wait=False)
+            except (UserError, OSError) as e:
+                say(f"{info.file} could not be fetched ahead ({e}); it will be fetched when it is needed")
+
+    def _fetch(self, info: ShardInfo, wait: bool) -> None:
+        path = self.directory / info.file
+        with locked(path, wait=wait) as mine:
+            if mine and not whole(path, info.bytes):
+                self._make_room(info.bytes)
+                self._source.download(info.file, path, info.bytes, info.sha256)
+
+    def _make_room(self, size: int) -> None:
+        """Remove shards, of any mirror, that were not used for longest, until ``size`` more bytes fit the limit."""
+        with locked(self._cache.directory / "room"):
+            found = []
+            for path in self._cache.directory.glob("*/*/*.tar"):
+                try:
+                    found.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+                except FileNotFoundError:
+                    continue
+            total = sum(bytes_ for _, bytes_, _ in found) + size
+            for _, bytes_, path in sorted(found):
+                if total <= self._cache.limit:
+                    return
+                path.unlink(missing_ok=True)
+                total -= bytes_
+
+    def check(self, info: ShardInfo) -> None:
+        """Hash what an earlier run left of a shard; what is not as it should be is fetched again, now or when it is needed."""
+        tar, index = self.directory / info.file, self.directory / info.index_file
+        if not whole(index, None, info.index_sha256):
+            say(f"{index} was altered; fetching it again")
+            self._source.download(info.index_file, index, None, info.index_sha256)
+        if tar.exists() and not whole(tar, info.bytes, info.sha256):
+            say(f"{tar} was altered; it will be fetched again")
+            tar.unlink(missing_ok=True)
+
+
+def _from_own_place(shards: Any) -> list[ShardInfo]:
+    """All shards, each rank of a host beginning at another: together they download each once, and none waits long."""
+    rank, size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    first = len(shards) * rank // max(size, rank + 1)
+    return [*shards[first:], *shards[:first]]

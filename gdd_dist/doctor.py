@@ -1,0 +1,163 @@
+"""The program that says whether this machine can run the others, and how to mend what it cannot: python -m gdd_dist.doctor."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import textwrap
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from gdd_dist import checks, trials
+from gdd_dist.arguments import Parser
+from gdd_dist.checks import FAIL, OK, WARN, Finding
+from gdd_dist.distributed import World
+from gdd_dist.metrics import versions
+from gdd_dist.program import run_program
+
+WIDTH = 110
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = Parser(
+        allow_abbrev=False,
+        prog="python -m gdd_dist.doctor",
+        description="Check versions, devices, backends, compiler, DeepSpeed, Ray, disks, ports and JPEG speed, with a fix for each fault. "
+        "Under torchrun on several nodes: that all of them see the same --out and have the same versions.",
+    )
+    p.add_argument("--out", default="runs", metavar="DIR", help="where runs will be written (default: runs)")
+    p.add_argument("--data", metavar="DIR", help="a data set to look at too")
+    p.add_argument(
+        "--deep", action="store_true", help="also build DeepSpeed's operations (minutes, once) and start Ray"
+    )
+    p.add_argument("--json", action="store_true", help="print the findings as JSON")
+    p.add_argument("--debug", action="store_true", help="show tracebacks")
+    return p
+
+
+def main(argv: Sequence[str], joined: Callable[[World], None]) -> None:
+    """Print what was found; leaves with 1 if anything failed."""
+    arguments = parser().parse_args(argv)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        world = World("cpu", 60)
+        joined(world)
+        found = together(world, Path(arguments.out))
+        shown = world.is_main
+    else:
+        found, shown = list(_watched(arguments)), True
+    if shown:
+        sys.stdout.write(f"{as_json(found) if arguments.json else page(found)}\n")
+    if any(f.state == FAIL for f in found):
+        raise SystemExit(1)
+
+
+def _watched(arguments: argparse.Namespace) -> Iterator[Finding]:
+    """All findings, with a word on a terminal about what is being tried."""
+    bar = tqdm(
+        examine(arguments), desc="doctor", bar_format="{desc} {postfix} {elapsed}", disable=not sys.stderr.isatty()
+    )
+    for finding in bar:
+        bar.set_postfix_str(finding.name)
+        yield finding
+
+
+def examine(arguments: argparse.Namespace) -> Iterator[Finding]:
+    """This machine, check by check, the cheap ones first."""
+    yield checks.python()
+    yield from checks.packages()
+    yield checks.torch_pair()
+    yield checks.devices()
+    yield from checks.ports_and_disks([Path(arguments.out)])
+    if arguments.data:
+        yield checks.data_set(Path(arguments.data))
+    yield checks.descriptors()
+    yield checks.jpeg_speed()
+    yield trials.backends()
+    yield trials.compiler()
+    yield trials.deepspeed(arguments.deep)
+    yield trials.ray(arguments.deep)
+
+
+def page(found: Sequence[Finding]) -> str:
+    """The findings for a terminal, then what they come to."""
+    wide = max(len(f.name) for f in found)
+    lines = []
+    for f in found:
+        lines += textwrap.wrap(f"{f.state:4}  {f.name:{wide}}  {f.detail}", WIDTH, subsequent_indent=" " * (wide + 8))
+        if f.fix:
+            lines += textwrap.wrap(
+                f"→ {f.fix}", WIDTH, initial_indent=" " * (wide + 8), subsequent_indent=" " * (wide + 10)
+            )
+    failed, warned = (sum(f.state == state for f in found) for state in (FAIL, WARN))
+    if failed:
+        end = f"{failed} of {len(found)} checks failed: mend those first"
+    elif warned:
+        end = f"ready; {warned} optional part{'s are' if warned > 1 else ' is'} missing or limited"
+    else:
+        end = "ready"
+    return "\n".join([*lines, "", end])
+
+
+def as_json(found: Sequence[Finding]) -> str:
+    """The findings for a program."""
+    return json.dumps([dataclasses.asdict(f) for f in found], indent=1)
+
+
+def together(world: World, out: Path) -> list[Finding]:
+    """What only several ranks can find out. All ranks call it; the answer is the same on each."""
+    token = world.broadcast(uuid.uuid4().hex)
+    mark = out / f".doctor-{token}-{world.rank}"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        mark.write_text(str(world.rank))
+        fault = ""
+    except OSError as e:
+        fault = f"{e.strerror or e}"
+    faults = world.gather(fault)
+    missing = [r for r in range(world.size) if not (out / f".doctor-{token}-{r}").exists()]
+    unseen = world.gather(missing)
+    mark.unlink(missing_ok=True)
+    return [_shared(out, faults, unseen), _same_versions(world.gather(versions()))]
+
+
+def _shared(out: Path, faults: Sequence[str], unseen: Sequence[Sequence[int]]) -> Finding:
+    size = len(faults)
+    broken = {r: f for r, f in enumerate(faults) if f}
+    if broken:
+        rank, reason = next(iter(broken.items()))
+        return Finding(
+            "shared disk",
+            FAIL,
+            f"rank {rank} cannot write {out}: {reason.lower()}",
+            f"make {out} writable on every node",
+        )
+    blind = next(((r, list(m)) for r, m in enumerate(unseen) if m), None)
+    if blind:
+        detail = f"rank {blind[0]} does not see what rank {blind[1][0]} wrote in {out}"
+        return Finding(
+            "shared disk",
+            FAIL,
+            detail,
+            "mount one disk at the same path on all nodes (NFS, Lustre …) and give it as --out",
+        )
+    return Finding("shared disk", OK, f"all {size} ranks see each other's files in {out}")
+
+
+def _same_versions(everybody: Sequence[dict[str, str]]) -> Finding:
+    for rank, own in enumerate(everybody):
+        for name, number in own.items():
+            if number != everybody[0].get(name):
+                detail = f"rank 0 has {name} {everybody[0].get(name)}, rank {rank} has {number}"
+                return Finding("versions", FAIL, detail, "make env on every node, from the same checkout")
+    return Finding("versions", OK, ", ".join(f"{name} {number}" for name, number in everybody[0].items()))
+
+
+if __name__ == "__main__":
+    run_program(main, sys.argv[1:])

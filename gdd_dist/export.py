@@ -1,0 +1,244 @@
+"""The program that turns a generator into a data set on disk: python -m gdd_dist.export OUT DEST --ipc 10 --format webdataset."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from gdd_dist.arguments import Parser
+from gdd_dist.card import Drawn, card, sample_picture
+from gdd_dist.distributed import World
+from gdd_dist.metrics import versions
+from gdd_dist.monitor import Monitor
+from gdd_dist.program import run_program
+from gdd_dist.sampler import Sampler, load_generator
+from sharding.encode import Moments, Stored, mean_and_std, write_tar
+from sharding.errors import UserError
+from sharding.files import fsync_dir, write_atomic
+from sharding.manifest import Manifest, ShardInfo, SplitInfo
+
+SHARD_IMAGES = 10_000
+CHUNK = 1_000
+FORMATS = ("webdataset", "folder", "npz")
+PIXELS = "train.npz"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive images of the set: uint8 [n, H, W, C], labels int64 [n], soft float32 [n, K] or None."""
+
+    first: int
+    images: np.ndarray
+    labels: np.ndarray
+    soft: np.ndarray | None
+
+    def samples(self) -> Iterator[Stored]:
+        """Each as a PNG with its label."""
+        for i, (image, label) in enumerate(zip(self.images, self.labels.tolist(), strict=True)):
+            extras = {} if self.soft is None else {"soft.npy": npy(self.soft[i])}
+            yield Stored(f"{self.first + i:06d}", label, "png", png(image), extras)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = Parser(
+        allow_abbrev=False,
+        prog="python -m gdd_dist.export",
+        description="Draw a distilled set from a finished run's generator and write it, with a card (README.md), into the directory DEST.",
+    )
+    p.add_argument(
+        "out", metavar="OUT", help="run directory of gdd_dist.train, or a generator.safetensors (hard labels only)"
+    )
+    p.add_argument("dest", metavar="DEST", help="directory to write, new or empty")
+    what = p.add_argument_group("what is drawn")
+    size = what.add_mutually_exclusive_group(required=True)
+    size.add_argument("--ipc", type=int, metavar="N", help="images of each class")
+    size.add_argument("--total", type=int, metavar="N", help="images in all, classes as even as can be")
+    what.add_argument(
+        "--labels",
+        choices=("hard", "soft"),
+        default="hard",
+        help="soft: the teachers' mean softmax beside the class (default: hard)",
+    )
+    what.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, another set (default: 0)")
+    what.add_argument(
+        "--truncation",
+        type=float,
+        metavar="T",
+        help="cut latents at ± T: more typical, less varied images (default: no cut)",
+    )
+    how = p.add_argument_group("how it is written")
+    how.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="webdataset",
+        help="webdataset: tar shards with a manifest; folder: PNGs by class; npz: one numpy file (default: webdataset)",
+    )
+    how.add_argument(
+        "--licence",
+        default="unknown",
+        metavar="NAME",
+        help="of the set, for its card, say cc-by-4.0; it derives from the data it was distilled from (default: unknown)",
+    )
+    how.add_argument(
+        "--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto, CUDA where there is one)"
+    )
+    how.add_argument("--debug", action="store_true", help="show tracebacks")
+    return p
+
+
+def main(argv: Sequence[str], _joined: Callable[[World], None] | None = None) -> None:
+    """Draw, write, say where it is."""
+    arguments = parser().parse_args(argv)
+    if (arguments.total if arguments.ipc is None else arguments.ipc) < 1:
+        raise UserError("a set of no images; give --ipc or --total at least 1")
+    dest = Path(arguments.dest)
+    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
+        raise UserError(f"{dest} is not empty; choose a new DEST")
+    generator = load_generator(arguments.out, arguments.device)
+    total = arguments.total or arguments.ipc * len(generator.classes)
+    drawn = Drawn(
+        total,
+        arguments.ipc,
+        arguments.format,
+        arguments.labels == "soft",
+        arguments.seed,
+        arguments.truncation,
+        arguments.licence,
+    )
+    work = dest.with_name(f".{dest.name}.{os.getpid()}.partial")
+    work.mkdir(parents=True)
+    try:
+        write(generator, drawn, work)
+        picture = sample_picture(generator, drawn)
+        write_atomic(work / "samples.png", picture)
+        write_atomic(work / "README.md", card(generator, drawn, Path(arguments.out)).encode())
+        for directory in (*(d for d in work.rglob("*") if d.is_dir()), work):
+            fsync_dir(directory)
+        os.replace(work, dest)
+        fsync_dir(dest.parent)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    sys.stdout.write(
+        f"{total:,} images of {len(generator.classes)} classes: {dest} (how to read it: {dest}/README.md)\n"
+    )
+
+
+def write(generator: Sampler, drawn: Drawn, work: Path) -> None:
+    """The images and labels, in the format asked for."""
+    parts = draw(generator, drawn)
+    if drawn.format == "webdataset":
+        write_webdataset(generator, drawn, parts, work)
+    elif drawn.format == "folder":
+        write_folder(generator, parts, work)
+    else:
+        write_npz(generator, list(parts), work)
+
+
+def draw(generator: Sampler, drawn: Drawn) -> Iterator[Part]:
+    """The set, part by part: image i has class i mod K, so that every shard has nearly the same class mix."""
+    images, labels = generator.balanced(drawn.total, drawn.seed, drawn.truncation)
+    monitor = Monitor(None, "export", drawn.total, unit="image")
+    for first in range(0, drawn.total, CHUNK):
+        part: Tensor = images[first : first + CHUNK]
+        soft = generator.soft_labels(part).cpu().numpy() if drawn.soft else None
+        yield Part(first, part.cpu().permute(0, 2, 3, 1).contiguous().numpy(), labels[first : first + CHUNK], soft)
+        monitor.advance(min(first + CHUNK, drawn.total))
+    monitor.close()
+
+
+def write_webdataset(generator: Sampler, drawn: Drawn, parts: Iterator[Part], work: Path) -> None:
+    """A DATA directory with a train split alone: train/000000.tar, its index, manifest.json."""
+    channels, height, width = generator.image_shape
+    moments, shards = Moments(channels), list[ShardInfo]()
+    (work / "train").mkdir()
+
+    def samples() -> Iterator[Stored]:
+        for part in parts:
+            for image in part.images:
+                moments.add(image)
+            yield from part.samples()
+
+    stream = samples()
+    for shard in range(-(-drawn.total // SHARD_IMAGES)):
+        count = min(SHARD_IMAGES, drawn.total - shard * SHARD_IMAGES)
+        shards.append(write_tar(work, f"train/{shard:06d}.tar", (next(stream) for _ in range(count))))
+    for _ in stream:
+        raise AssertionError("more images than shards have room for")
+    classes = len(generator.classes)
+    counts = np.bincount(np.arange(drawn.total) % classes, minlength=classes)
+    sums, squares = moments.sums()
+    mean, std = mean_and_std([sums], [squares], drawn.total * height * width)
+    split = SplitInfo(drawn.total, tuple(counts.tolist()), tuple(shards))
+    Manifest(
+        f"{generator.data_name}-distilled",
+        generator.classes,
+        height,
+        width,
+        channels,
+        mean,
+        std,
+        versions(),
+        {"train": split},
+    ).save(work)
+
+
+def write_folder(generator: Sampler, parts: Iterator[Part], work: Path) -> None:
+    """DEST/0007_name/000123.png: folders sort as the class numbers do."""
+    folders = [work / f"{c:04d}_{safe(name)}" for c, name in enumerate(generator.classes)]
+    for folder in folders:
+        folder.mkdir()
+    for part in parts:
+        for sample in part.samples():
+            path = folders[sample.label] / f"{sample.key}.{sample.suffix}"
+            path.write_bytes(sample.payload)
+            for suffix, extra in sample.extras.items():
+                path.with_suffix(f".{suffix}").write_bytes(extra)
+
+
+def write_npz(generator: Sampler, parts: list[Part], work: Path) -> None:
+    """DEST/train.npz: images uint8 [N, C, H, W], labels int64 [N], soft float32 [N, K] if asked for, classes [K]. No pickle."""
+    arrays = {
+        "images": np.concatenate([p.images for p in parts]).transpose(0, 3, 1, 2),
+        "labels": np.concatenate([p.labels for p in parts]),
+        "classes": np.array(generator.classes, dtype=np.str_),
+    }
+    if parts[0].soft is not None:
+        arrays["soft"] = np.concatenate([p.soft for p in parts if p.soft is not None])
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+    write_atomic(work / PIXELS, buffer.getvalue())
+
+
+def safe(name: str) -> str:
+    """A class name as part of a file name."""
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)[:80]
+
+
+def png(image: np.ndarray) -> bytes:
+    """uint8 [H, W, C] as a PNG file."""
+    stream = io.BytesIO()
+    Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def npy(array: np.ndarray) -> bytes:
+    """An array as a .npy file."""
+    stream = io.BytesIO()
+    np.save(stream, array, allow_pickle=False)
+    return stream.getvalue()
+
+
+if __name__ == "__main__":
+    run_program(main, sys.argv[1:])

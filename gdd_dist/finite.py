@@ -1,0 +1,89 @@
+"""Losses and gradients that are not finite: the step is skipped and counted; many in a row, and the loop goes back once, then ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from sharding.errors import UserError
+
+LIMIT = 10
+"""Steps in a row that may be skipped."""
+_ANOTHER = 2**32
+Result = TypeVar("Result")
+
+
+class Diverged(Exception):
+    """LIMIT steps in a row were skipped. ``draw``: of the noise that they saw."""
+
+    def __init__(self, draw: int) -> None:
+        super().__init__(f"{LIMIT} steps in a row had a loss or gradient that is not finite")
+        self.draw = draw
+
+
+def poisoned(loss: Tensor) -> Tensor:
+    """``loss``, a scalar, with gradients of NaN where it is not finite itself: their mean then says so to all ranks."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, float("nan"))
+
+
+@torch.no_grad()
+def all_finite(parameters: Iterable[Tensor]) -> bool:
+    """Whether every gradient is; waits for the device."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return True
+    largest = torch.stack(torch._foreach_norm(gradients, float("inf")))
+    return bool(largest.isfinite().all())
+
+
+class Skips:
+    """Skipped steps of one loop. ``draw``: which noise it sees, another one after it went back."""
+
+    def __init__(self) -> None:
+        self.total, self.in_a_row, self.draw = 0, 0, 0
+
+    def note(self, moved: bool) -> None:
+        """A step was taken, or skipped. Raises Diverged at the LIMIT-th skipped in a row."""
+        self.in_a_row = 0 if moved else self.in_a_row + 1
+        self.total += not moved
+        if self.in_a_row >= LIMIT:
+            raise Diverged(self.draw)
+
+    def seed(self, seed: int) -> int:
+        """The seed of this loop's noise, where ``seed`` is that of an undisturbed one."""
+        return seed + self.draw * _ANOTHER
+
+    def line(self, step: str, done: int) -> str:
+        """What to say after a skipped step, "" after any other and after those that follow it."""
+        if self.in_a_row != 1:
+            return ""
+        return f"{step}: step {done - 1} skipped on all ranks, its loss or gradient is not finite ({self.total} in all)"
+
+    def state_dict(self) -> dict[str, int]:
+        """For a checkpoint."""
+        return {"total": self.total, "in_a_row": self.in_a_row, "draw": self.draw}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What ``state_dict`` gave."""
+        self.total, self.in_a_row, self.draw = state["total"], state["in_a_row"], state["draw"]
+
+
+def going_back_once(step: str, attempt: Callable[[int], Result], remedy: str, say: Callable[[str], None]) -> Result:
+    """``attempt(0)``; when it diverges ``attempt(1)``, which goes on from the last checkpoint with another draw of noise.
+
+    Raises UserError, with a ``remedy``, when that diverges too.
+    """
+    try:
+        return attempt(0)
+    except Diverged as e:
+        if e.draw == 0:
+            say(f"{step}: {e}; going back to the last checkpoint, with another draw of noise")
+        else:
+            raise UserError(f"{step}: {e}, after going back to a checkpoint too; {remedy}") from e
+    try:
+        return attempt(1)
+    except Diverged as e:
+        raise UserError(f"{step}: {e}, after going back to a checkpoint too; {remedy}") from e

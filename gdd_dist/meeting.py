@@ -1,0 +1,100 @@
+"""How ranks meet: the store of this attempt, and who may report a fault that came before."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import time
+import uuid
+from typing import Any
+
+import torch.distributed as dist
+
+from sharding.errors import UserError
+
+_POLL = 0.002
+_A_YEAR = datetime.timedelta(days=365)
+_SOON = datetime.timedelta(seconds=10)
+
+_ECHO = 10.0
+"""Seconds that the others give rank 0 to say who is missing."""
+
+
+class PeerError(Exception):
+    """Another rank failed; its own message says why."""
+
+
+def meet(rank: int, size: int, timeout: float) -> Any:
+    """A store that the ranks of this attempt share, and none of an attempt before it (torchrun's own outlives a restart).
+
+    Each rank says a fresh word; what rank 0 says is of this attempt if it repeats that word. Raises UserError when one does
+    not come within ``timeout`` seconds, PeerError when one failed.
+    """
+    store = _store(rank, size, timeout)
+    word, wait = uuid.uuid4().hex[:16], _POLL
+    deadline = time.monotonic() + timeout + (0 if rank == 0 else _ECHO)
+    store.set(f"hello/{rank}", word)
+    missing = [0]
+    while time.monotonic() < deadline:
+        if rank == 0:
+            missing = _call(store, word, size)
+            session = word
+        else:
+            session = _answer(store, word)
+            missing = [] if session else [0]
+        if not missing:
+            return dist.PrefixStore(session, store)
+        if store.check([failed_early()]):
+            raise PeerError("another rank failed")
+        time.sleep(wait)
+        wait = min(wait * 1.5, 0.1)
+    who = "rank " + ", ".join(map(str, missing))
+    raise UserError(f"{who} of {size} did not come within {timeout:g} s; see that all are started, or raise --timeout")
+
+
+def _store(rank: int, size: int, timeout: float) -> Any:
+    """torchrun's store; without torchrun rank 0 hosts one, and does not return before all have reached it."""
+    limit = datetime.timedelta(seconds=timeout + (0 if rank == 0 else _ECHO))
+    try:
+        store, _, _ = next(iter(dist.rendezvous("env://", timeout=limit)))
+    except dist.DistError as e:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        why = "see that all are started, or raise --timeout"
+        raise UserError(f"{size} ranks did not meet at {where} within {timeout:g} s; {why}") from e
+    store.set_timeout(_A_YEAR)  # from here on it is heartbeats that tell who is gone
+    return store
+
+
+def _call(store: Any, word: str, size: int) -> list[int]:
+    """Rank 0 repeats all words it hears; returns the ranks that have not answered to it."""
+    there = [r for r in range(1, size) if store.check([f"hello/{r}"])]
+    words = [w.decode() for w in store.multi_get([f"hello/{r}" for r in there])] if there else []
+    store.set("session", json.dumps([word, words]))
+    answered = {r for r, w in zip(there, words, strict=True) if store.check([f"{word}/{w}"])}
+    return [r for r in range(1, size) if r not in answered]
+
+
+def _answer(store: Any, word: str) -> str:
+    """The name of the attempt, "" while rank 0 has not repeated this rank's word."""
+    if not store.check(["session"]):
+        return ""
+    session, words = json.loads(store.get("session"))
+    if word not in words:
+        return ""
+    store.set(f"{session}/{word}", "")
+    return str(session)
+
+
+def failed_early() -> str:
+    """The key of a fault before the ranks have met, in this attempt."""
+    return f"failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+
+
+def claim_before_joining() -> bool:
+    """True for the first of the ranks that fail before they join the others (wrong settings, no data on this host)."""
+    try:
+        store, _, _ = next(iter(dist.rendezvous("env://", timeout=_SOON)))
+        return bool(store.add(failed_early(), 1) == 1)
+    except (RuntimeError, ValueError):  # no store within reach
+        return int(os.environ.get("RANK", 0)) == 0

@@ -1,0 +1,171 @@
+"""The program that says how a run stands, and tidies its store: python -m gdd_dist.status OUT [--prune [--yes]]."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gdd_dist.arguments import Parser
+from gdd_dist.artifacts import CONTENTS, Store, read_json
+from gdd_dist.distributed import World
+from gdd_dist.dryrun import duration, size
+from gdd_dist.locks import Lock
+from gdd_dist.program import run_program
+from gdd_dist.settings import STEPS, Config
+from gdd_dist.tables import aligned, headline
+from gdd_dist.users import Directory, data_of, plans_of, read_run, remove, store_of, unused
+from sharding.errors import UserError
+from sharding.manifest import Manifest
+
+COLUMNS = ("step", "state", "fingerprint", "size", "finished")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = Parser(
+        allow_abbrev=False,
+        prog="python -m gdd_dist.status",
+        description="Say what of a run is there, running or done. Reads only, unless told to remove.",
+    )
+    p.add_argument("out", metavar="OUT", help="run directory of gdd_dist.train")
+    p.add_argument("--prune", action="store_true", help="list directories of its store that no run needs")
+    p.add_argument("--yes", action="store_true", help="with --prune: remove them")
+    p.add_argument("--debug", action="store_true", help="show tracebacks")
+    return p
+
+
+def main(argv: Sequence[str], _joined: Callable[[World], None] | None = None) -> None:
+    """Print, and prune if asked."""
+    arguments = parser().parse_args(argv)
+    if arguments.yes and not arguments.prune:
+        raise UserError("--yes without --prune removes nothing; give both")
+    out = Path(arguments.out)
+    config = read_run(out)
+    sys.stdout.write(f"{overview(out, config)}\n")
+    if arguments.prune:
+        sys.stdout.write(f"\n{prune(out, config, arguments.yes)}\n")
+
+
+def overview(out: Path, config: Config) -> str:
+    """The whole page."""
+    root = store_of(out, config)
+    lines = [f"{out}: {running(out)}", f"data: {data_line(out, config)}", f"store: {root}", ""]
+    plan = plan_of(out, root)
+    last = STEPS.index(config.until)
+    rows = [COLUMNS, *(step_line(out, root, step, plan.get(step)) for step in STEPS[1 : last + 1])]
+    lines += aligned(rows, left=len(COLUMNS))
+    report = out / "report" / "latest" / "metrics.json"
+    if report.exists():
+        lines += ["", headline(read_json(report)["results"]).replace("**", ""), f"report: {report.parent}/report.md"]
+    return "\n".join(lines)
+
+
+def running(out: Path) -> str:
+    """Who holds OUT."""
+    holder = Lock(out / "run.lock").holder()
+    if holder is None:
+        return "not running"
+    return f"running, process {holder['pid']} on {holder['host']} since {holder['since']}"
+
+
+def data_line(out: Path, config: Config) -> str:
+    """The data set in words."""
+    data = data_of(out, config)
+    try:
+        m = Manifest.load(data)
+    except UserError as e:
+        return str(e)
+    splits = ", ".join(f"{name} {split.samples:,}" for name, split in m.splits.items())
+    return f"{data} ({m.name} {m.fingerprint}: {splits})"
+
+
+def plan_of(out: Path, root: Path) -> Mapping[str, str]:
+    """STEP → fingerprint; with ``precision: auto`` that of the precision this run has gone furthest with."""
+    plans = plans_of(out)
+    if not plans:
+        return {}
+    store = Store(root)
+
+    def there(plan: Mapping[str, str]) -> int:
+        return sum(store.finished(s, plan[s]) or store.partial(s, plan[s]).exists() for s in STEPS[1:])
+
+    return max(plans, key=there)
+
+
+def step_line(out: Path, root: Path, step: str, fp: str | None) -> tuple[str, ...]:
+    """One step's cells. Without a plan (the data set is not there) what ``latest`` shows."""
+    store = Store(root)
+    if fp is None:
+        latest = (out / step / "latest").resolve()
+        if not (latest / CONTENTS).exists():
+            return (step, "unknown: the data set is not there", "", "", "")
+        fp = latest.name
+    if store.finished(step, fp):
+        path = store.path(step, fp)
+        finished = time.strftime("%Y-%m-%d %H:%M", time.localtime((path / CONTENTS).stat().st_mtime))
+        return (step, "done", fp, size(Directory(path, step, fp).bytes()), finished)
+    partial = store.partial(step, fp)
+    holder = Lock(root / step / f"{fp}.lock").holder()
+    bytes_so_far = size(Directory(partial, step, fp).bytes()) if partial.exists() else ""
+    if holder is not None:
+        return (step, f"running, {progress(partial)}", fp, bytes_so_far, "")
+    if partial.exists():
+        return (step, f"interrupted, {progress(partial)}; the same command goes on", fp, bytes_so_far, "")
+    return (step, "to do", fp, "", "")
+
+
+def progress(partial: Path) -> str:
+    """How far a step's checkpoints reach."""
+    newest = checkpoints(partial)
+    if not newest:
+        files = sum(p.is_file() for p in partial.rglob("*"))
+        return f"{files} file{'' if files == 1 else 's'} so far"
+    age = time.time() - max(p.stat().st_mtime for p, _ in newest)
+    reached = ", ".join(f"{step:,}" for _, step in newest)
+    return f"checkpoint at step {reached}, {duration(max(age, 1.0))} ago"
+
+
+def checkpoints(partial: Path) -> list[tuple[Path, int]]:
+    """(pointer, step) of each loop in the step. A pointer that is just being replaced is left out."""
+    found = []
+    for path in sorted((partial / "checkpoints").rglob("latest.json")):
+        try:
+            entries: list[dict[str, Any]] = read_json(path)["checkpoints"]
+        except UserError:
+            continue
+        found += [(path, entries[0]["step"])] if entries else []
+    return found
+
+
+def prune(out: Path, config: Config, yes: bool) -> str:
+    """List what no run needs; with ``yes`` remove it."""
+    root = store_of(out, config)
+    idle, found = unused(root, out)
+    lines = [
+        f"{name} is listed in {root / 'users'} but is no run any more: nothing is kept for it" for name in found.gone
+    ]
+    lines += [
+        f"{name}: its data set is not there; what its latest links show is kept, and every unfinished step"
+        for name in found.unplanned
+    ]
+    if not idle:
+        return "\n".join([*lines, f"nothing to prune in {root}"])
+    sizes = {d: d.bytes() for d in idle}
+    lines += aligned([(str(d.path), size(n)) for d, n in sizes.items()], left=1)
+    total = size(sum(sizes.values()))
+    many = f"{len(idle)} director{'y' if len(idle) == 1 else 'ies'}"
+    if not yes:
+        return "\n".join([*lines, f"{many}, {total}, needed by no run; --prune --yes removes them"])
+    kept = [d for d in idle if not remove(root, out, d)]
+    lines += [f"{d.path} came into use and is kept" for d in kept]
+    return "\n".join(
+        [*lines, f"removed {len(idle) - len(kept)} of {many}, {size(sum(sizes[d] for d in idle if d not in kept))}"]
+    )
+
+
+if __name__ == "__main__":
+    run_program(main, sys.argv[1:])

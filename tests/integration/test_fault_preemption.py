@@ -1,0 +1,111 @@
+"""SIGTERM and SIGUSR1: the step is finished, all ranks agree, save, and the launcher finds OUT/preempted."""
+
+import functools
+import json
+import signal
+import time
+
+import hooks
+import pytest
+import ranks
+
+SELDOM = ["--checkpoint_seconds", "100000"]  # so that what is saved was saved because of the signal
+FIRST = ["teachers", "logits", "gan"]
+
+
+def same_weights(undisturbed, out, step):
+    fp = undisturbed.steps[step]["fingerprint"]
+    one, two = (root / step / fp for root in (undisturbed.out, out))
+    names = [p.relative_to(one) for p in one.rglob("*") if p.suffix in (".safetensors", ".npy", ".pt")]
+    assert names
+    return all(ranks.weights(one / name) == ranks.weights(two / name) for name in names)
+
+
+PLACES = {
+    "teachers": ("teachers.train_step", 9, 2),
+    "logits": ("logits._write", 5, 2),
+    "gan": ("gan.train_step", 7, 4),
+    "matching": ("matching.train_step", 7, 4),
+    "matching's quick students": ("quick.train_step", 7, 4),  # six students of five steps: some rank trains two
+}
+
+PLACED = [
+    ("teachers", signal.SIGUSR1),
+    ("logits", signal.SIGTERM),
+    ("gan", signal.SIGTERM),
+    ("matching", signal.SIGUSR1),
+    ("matching's quick students", signal.SIGTERM),
+]
+
+
+@pytest.mark.parametrize(("place", "number"), PLACED, ids=lambda value: getattr(value, "name", value))
+def test_one_rank_is_signalled_and_all_save_leave_and_go_on_to_the_same_weights(undisturbed, tmp_path, place, number):
+    where, call, size = PLACES[place]
+    step = place.partition("'")[0]
+    out = undisturbed.copy(tmp_path / "out", *FIRST[: len(FIRST) if step == "matching" else FIRST.index(step)])
+    argv = [*undisturbed.argv, *SELDOM, "--until", step]
+    victim = None if "quick" in place else 1
+    hook = functools.partial(hooks.signal_in, where=where, call=call, number=number, victim=victim)
+    ended = ranks.start(out, argv, size, before=hook).wait()
+    assert ended.codes == [128 + number] * size, ended.text
+    assert not ended.errors
+    line = f"asked to by {number.name}; all is saved, the same command goes on from here"
+    assert all(line in err for err in ended.err), ended.text
+    note = json.loads((out / "preempted").read_text())
+    assert (note["signal"], note["step"]) == (number.name, step)
+
+    found = ranks.train(out, argv, size)
+    assert not (out / "preempted").exists()
+    assert found[step]["status"] == "resumed"
+    assert 0 < found[step]["images_processed"] <= undisturbed.steps[step]["images_processed"]
+    assert same_weights(undisturbed, out, step)
+
+
+def test_a_preempted_report_goes_on_by_student(reported, tmp_path):
+    out = reported.copy(tmp_path / "out", "teachers", "logits", "gan", "matching")
+    hook = functools.partial(hooks.signal_in, where="grading.save_record", call=6, number=signal.SIGTERM, victim=0)
+    ended = ranks.start(out, reported.argv, 2, before=hook).wait()
+    assert ended.codes == [143, 143], ended.text
+    assert json.loads((out / "preempted").read_text())["step"] == "report"
+    found = ranks.train(out, reported.argv, 2)
+    assert found["report"]["status"] == "resumed"
+    assert 0 < found["report"]["images_processed"] < 0.9 * reported.steps["report"]["images_processed"]
+
+
+def test_when_a_peer_does_not_answer_nothing_is_saved_and_nobody_waits_longer_than_agreed(undisturbed, tmp_path):
+    """As when torchrun asks the others to stop because one is gone."""
+    out = undisturbed.copy(tmp_path / "out", "teachers", "logits")
+    hook = functools.partial(hooks.signal_in, where="gan.train_step", call=4, number=signal.SIGSTOP, victim=1)
+    job = ranks.start(out, [*undisturbed.argv, *SELDOM, "--until", "gan"], 2, before=hook)
+    job.until(lambda: stopped(job.processes[1].pid))
+    begin = time.monotonic()
+    job.send(signal.SIGTERM, 0)
+    job.until(lambda: job.processes[0].exitcode is not None)
+    assert 9 < time.monotonic() - begin < 20
+    job.send(signal.SIGKILL)
+    ended = job.wait()
+    assert ended.codes[0] == 143
+    assert "without saving: the ranks did not agree within 10 s; the last checkpoint is whole" in ended.err[0]
+    assert not (out / "preempted").exists()
+    assert not list(out.glob("gan/*.partial/checkpoints/step-*.pt"))
+
+
+def test_a_second_signal_forces_the_exit(undisturbed, tmp_path):
+    out = undisturbed.copy(tmp_path / "out", "teachers", "logits")
+    hook = functools.partial(hooks.hold_in_gan, until=tmp_path / "never")
+    job = ranks.start(out, [*undisturbed.argv, "--until", "gan"], 2, before=hook)
+    job.until(lambda: bool(list(out.glob("gan/*.partial/checkpoints/step-*5.pt"))))
+    begin = time.monotonic()
+    job.send(signal.SIGTERM)
+    time.sleep(0.3)
+    job.send(signal.SIGTERM)
+    ended = job.wait()
+    assert time.monotonic() - begin < 8
+    assert set(ended.codes) <= {143}, ended.text
+    assert "at once, on a second signal" in ended.text
+    assert not (out / "preempted").exists()
+
+
+def stopped(pid):
+    with open(f"/proc/{pid}/stat") as f:
+        return f.read().rpartition(")")[2].split()[0] == "T"

@@ -1,0 +1,173 @@
+"""Every command in README and docs is parsed by the program it calls; one cheap example of each is run."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Finished
+
+from gdd_dist import completion, config, doctor, evaluate, export, pretrained, status
+from sharding import __main__ as sharding_program
+from tune import options
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+LAUNCHERS = ("torchrun", "deepspeed", "srun", "python", "python3")
+PROGRAMS: dict[str, Callable[[list[str]], object]] = {
+    "gdd_dist.train": config.parse,
+    "gdd_dist.evaluate": lambda argv: evaluate.parser().parse_args(argv),
+    "gdd_dist.export": lambda argv: export.parser().parse_args(argv),
+    "gdd_dist.status": lambda argv: status.parser().parse_args(argv),
+    "gdd_dist.doctor": lambda argv: doctor.parser().parse_args(argv),
+    "gdd_dist.completion": lambda argv: completion.parser().parse_args(argv),
+    "tune.search": lambda argv: options.parse([a for a in argv if a != "--resume"]),  # that wants one to resume
+    "sharding": lambda argv: sharding_program.parser().parse_args(argv),
+}
+BLOCK = re.compile(r"^```(?:sh|bash|shell|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def commands(page: Path) -> Iterator[str]:
+    """Lines of shell blocks, continued lines joined, comments and prompts off; substitutions `$(…)` are commands too."""
+    for block in BLOCK.findall(page.read_text()):
+        for line in block.replace("\\\n", " ").splitlines():
+            text = " ".join(shlex.split(line, comments=True, posix=False)).removeprefix("$ ")
+            yield from re.findall(r"\$\(([^)]*)\)", text)
+            yield from (part.strip() for part in re.split(r"&&|\|\||;|\|", text) if part.strip())
+
+
+def called(command: str) -> tuple[str, list[str]] | None:
+    """(module, its arguments) of a command that starts one of our programs, under whatever launcher."""
+    words = [w for w in shlex.split(command) if w not in ("&", "\\")]
+    if "tune/search.py" in words:
+        return "tune.search", words[words.index("tune/search.py") + 1 :]
+    for i, word in enumerate(words[:-1]):
+        if word == "-m" and words[i + 1] in PROGRAMS:
+            return words[i + 1], words[i + 2 :]
+    return None
+
+
+ALL = [(page.name, command) for page in PAGES for command in commands(page)]
+
+
+def test_the_pages_show_every_program() -> None:
+    shown = {found[0] for _, command in ALL if (found := called(command))}
+    assert shown == set(PROGRAMS)
+
+
+@pytest.mark.parametrize(("page", "command"), ALL, ids=[f"{p}: {c[:60]}" for p, c in ALL])
+def test_every_command_parses(page: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(config, "_preset_of_data", lambda _data: "digits")
+    given = pretrained.Pretrained(Path("a.safetensors"), "convnet", None, None)
+    monkeypatch.setattr(pretrained, "files", lambda _directory: [given])
+    words = shlex.split(command)
+    if found := called(command):
+        program, argv = found
+        if "--config" in argv:
+            file = tmp_path / argv[argv.index("--config") + 1]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("seed: 3\n")
+        if "--help" in argv:
+            with pytest.raises(SystemExit, match="0"):
+                PROGRAMS[program](argv)
+        else:
+            PROGRAMS[program](argv)
+    elif Path(words[0]).name == "make":
+        targets = (ROOT / "Makefile").read_text()
+        for target in (w for w in words[1:] if "=" not in w):
+            assert re.search(rf"^{target}:", targets, re.MULTILINE), f"no make target {target}"
+    elif scripts := [w for w in words if w.endswith((".py", ".sh")) and "/" in w and not w.startswith(("/", "~"))]:
+        for script in scripts:
+            assert (ROOT / script).exists(), f"{script} is not there"
+
+
+def run(*argv: object, cwd: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, argv)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_one_cheap_example_of_each_program_runs(reported: Finished, digits: Path, tmp_path: Path) -> None:
+    """As a user types them, each in a process of its own (train itself runs in most other tests)."""
+    assert "digits" in run("sharding", "info", digits, cwd=tmp_path)
+    assert "matching" in run("gdd_dist.train", "--print_config", cwd=tmp_path)
+    assert "10 images of 10 classes" in run("gdd_dist.export", reported.out, "set", "--ipc", 1, cwd=tmp_path)
+    assert "done" in run("gdd_dist.status", reported.out, cwd=tmp_path)
+    assert "_shtab_gdd_train" in run("gdd_dist.completion", "bash", cwd=tmp_path)
+    assert "matched" in run("gdd_dist.evaluate", reported.out, "--device", "cpu", cwd=tmp_path)
+
+
+def test_completion_knows_settings_and_their_choices(tmp_path: Path) -> None:
+    (tmp_path / "c.sh").write_text(completion.script("bash"))
+    asked = {"--until ma": "matching", "--matching.temp": "--matching.temperature", "--report.pro": "--report.protocol"}
+    for typed, wanted in asked.items():
+        script = f"source {tmp_path}/c.sh; COMP_WORDS=(gdd-train {typed}); COMP_CWORD={len(typed.split())}; "
+        script += "_shtab_gdd_train; echo ${COMPREPLY[@]}"
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+        assert done.stdout.split() == [wanted]
+
+
+@pytest.mark.slow
+def test_a_wheel_builds_and_works_in_a_fresh_environment(reported: Finished, tmp_path: Path) -> None:
+    """Built from a copy, installed beside the same libraries, far from the checkout: programs, data files, types."""
+    source = tmp_path / "source"
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
+    for name in filter(None, tracked):
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        ".",
+    ]
+    subprocess.run(build, cwd=source, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("gdd_dist-*.whl")
+    env = tmp_path / "env"
+    # The libraries are those of this environment; only what the wheel holds is new.
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", env], check=True)
+    site = next((env / "lib").glob("python*/site-packages"))
+    pip = [sys.executable, "-m", "pip", "--python", str(env / "bin" / "python")]
+    subprocess.run([*pip, "install", "--quiet", "--no-deps", str(wheel)], check=True, capture_output=True)
+    here = next(p for p in map(Path, sys.path) if p.name == "site-packages")
+    (site / "libraries.pth").write_text(f"{here}\n")
+    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+
+    def call(*argv: object) -> str:
+        done = subprocess.run(
+            list(map(str, argv)), cwd=tmp_path, env=clean, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    where = call(env / "bin" / "python", "-c", "import gdd_dist; print(gdd_dist.__file__)")
+    assert str(env) in where
+    assert (site / "gdd_dist" / "py.typed").exists()
+    assert (site / "sharding" / "py.typed").exists()
+    assert "100 images of 10 classes" in call(env / "bin" / "gdd-export", reported.out, "set", "--ipc", 10)
+    assert "train 100" in " ".join(call(env / "bin" / "gdd-shards", "info", "set").split())
+    assert "seed: 0" in call(env / "bin" / "gdd-train", "--print_config")
+    assert "done" in call(env / "bin" / "gdd-status", reported.out)

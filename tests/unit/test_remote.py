@@ -1,0 +1,236 @@
+"""Remote data: every sample right whatever the store does, one download per shard and host, a cache within its limit."""
+
+import functools
+import os
+import shutil
+import time
+from collections import deque
+
+import hooks
+import numpy as np
+import pytest
+import ranks
+import stores
+import torch
+
+from gdd_dist.data.loader import Images
+from gdd_dist.data.remote import Cache, is_remote, mirror_of, open_data, read_manifest, remote_manifest
+from sharding.errors import UserError
+from sharding.manifest import Manifest
+from sharding.plan import Options
+from sharding.writer import build
+
+SHARDS = 5
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Digits in five shards of train."""
+    where = tmp_path_factory.mktemp("data") / "digits"
+    build("digits", where, Options(shard_size=600_000, workers=1))
+    assert len(Manifest.load(where).splits["train"].shards) == SHARDS
+    return where
+
+
+@pytest.fixture(scope="module")
+def store():
+    found = stores.Store()
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def url(store, data):
+    return store.upload(data, "digits")
+
+
+@pytest.fixture
+def here(store, monkeypatch):
+    """This process is a client of the store, which begins anew."""
+    for name, value in store.environment.items():
+        monkeypatch.setenv(name, value)
+    store.log.clear()
+    store.faults.clear()
+    store.delay = 0.0
+    for known in (remote_manifest, open_data):
+        known.cache_clear()
+    return store
+
+
+def every(data, split="train", **options):
+    manifest = Manifest.load(data)
+    images = Images(data, manifest, split, resident="none", **options)
+    return images.read(np.arange(len(images))).clone(), images.labels
+
+
+def opened(url, directory, limit="1GB", patience=60.0):
+    return open_data(url, Cache.of(str(directory), limit, patience))
+
+
+def test_a_remote_data_set_reads_as_the_local_one(url, data, here, tmp_path):
+    mirror = opened(url, tmp_path)
+    assert read_manifest(url) == Manifest.load(mirror) == Manifest.load(data)
+    for split in ("train", "val", "test"):
+        for found, expected in zip(every(mirror, split, threads=2), every(data, split), strict=True):
+            assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("fault", [stores.throttled, stores.broken, stores.truncated, stores.flipped])
+def test_a_store_that_errs_costs_time_and_no_sample(url, data, here, tmp_path, fault):
+    here.faults = {f"00000{i}.tar": deque([fault] * 2) for i in range(SHARDS)}
+    mirror = opened(url, tmp_path)
+    assert torch.equal(every(mirror)[0], every(data)[0])
+    assert not any(here.faults.values())
+
+
+def test_indexes_and_the_manifest_are_fetched_again_too(url, data, here, tmp_path):
+    here.faults = {"manifest.json": deque([stores.broken] * 2), "000000.npy": deque([stores.flipped, stores.truncated])}
+    assert torch.equal(every(opened(url, tmp_path))[0], every(data)[0])
+
+
+def test_a_store_that_dies_for_ten_seconds_is_waited_for(url, data, here, tmp_path):
+    mirror = opened(url, tmp_path)
+    begin = time.monotonic()
+    here.die_for(10)
+    assert torch.equal(every(mirror)[0], every(data)[0])
+    assert time.monotonic() - begin > 9
+
+
+def test_a_store_that_stays_dead_is_one_error(url, here, tmp_path):
+    mirror = opened(url, tmp_path, patience=3.0)
+    here.close()
+    try:
+        with pytest.raises(UserError, match=r"cannot fetch s3://digits/sets/train/00000\d\.tar .*check the store"):
+            every(mirror)
+    finally:
+        here.start()
+
+
+def test_another_file_than_the_manifests_is_named_and_never_used(store, data, here, tmp_path):
+    wrong = tmp_path / "wrong"
+    shutil.copytree(data, wrong)
+    path = wrong / "train/000002.tar"
+    content = bytearray(path.read_bytes())
+    content[700] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(content)
+    mirror = opened(store.upload(wrong, "wrong"), tmp_path / "cache")
+    with pytest.raises(UserError, match=r"wrong/sets/train/000002\.tar \(its sha256 is not the manifest's\); copy"):
+        every(mirror)
+    assert not (mirror / "train/000002.tar").exists()
+
+
+def test_what_is_not_there_is_said_at_once(store, data, here, tmp_path):
+    store.upload(tmp_path, "empty")
+    with pytest.raises(UserError, match=r"cannot fetch s3://empty/sets/manifest\.json .*check the URL"):
+        read_manifest("s3://empty/sets")
+    shutil.copytree(data, tmp_path / "part")
+    (tmp_path / "part/train/000001.tar").unlink()
+    mirror = opened(store.upload(tmp_path / "part", "part"), tmp_path / "cache")
+    with pytest.raises(UserError, match=r"part/sets/train/000001\.tar .*copy the whole data set"):
+        every(mirror)
+
+
+def test_the_cache_keeps_within_its_limit_and_what_was_used_last(url, data, here, tmp_path):
+    sizes = [info.bytes for info in Manifest.load(data).splits["train"].shards]
+    limit = 2 * max(sizes) + 1000
+    mirror = opened(url, tmp_path, limit=str(limit))
+    images = Images(mirror, Manifest.load(mirror), "train", resident="none")
+    starts = np.concatenate([[0], np.cumsum(images.shards.shard_samples)])
+    expected = every(data)[0]
+    for shard in (0, 1, 2, 1, 3, 4, 0):
+        rows = np.arange(starts[shard], starts[shard + 1])
+        assert torch.equal(images.read(rows), expected[rows])
+        tars = sorted(mirror.rglob("*.tar"))
+        assert sum(p.stat().st_size for p in tars) <= limit
+        assert mirror / f"train/{shard:06d}.tar" in tars
+    assert here.downloads() == {f"/digits/sets/train/00000{i}.tar": 1 + (i == 0) for i in range(SHARDS)}
+
+
+def test_a_limit_that_holds_no_shard_is_refused(url, here, tmp_path):
+    with pytest.raises(UserError, match="--loader.cache_limit is smaller than a shard"):
+        opened(url, tmp_path, limit="1kB")
+
+
+def test_a_later_run_downloads_nothing_and_mends_what_was_altered(url, data, here, tmp_path):
+    mirror = opened(url, tmp_path)
+    every(mirror)
+    here.log.clear()
+    open_data.cache_clear()
+    assert torch.equal(every(opened(url, tmp_path))[0], every(data)[0])
+    assert not here.downloads()
+    for name in ("train/000001.tar", "val/000000.npy"):
+        content = bytearray((mirror / name).read_bytes())
+        content[1000] ^= 1
+        (mirror / name).write_bytes(content)
+    mine = mirror_of(mirror)
+    for split in Manifest.load(data).splits.values():
+        for info in split.shards:
+            mine.check(info)
+    assert torch.equal(every(mirror)[0], every(data)[0])
+    assert here.downloads() == {"/digits/sets/train/000001.tar": 1}
+    assert torch.equal(every(mirror, "val")[0], every(data, "val")[0])
+
+
+def read_on_a_host(rank, url, caches, hosts, environment):
+    """What a rank of one of several hosts reads, in its order of training: int64 sums of images."""
+    size = len(caches)
+    os.environ.update(environment, LOCAL_RANK=str(rank % (8 // hosts)), LOCAL_WORLD_SIZE=str(8 // hosts))
+    from gdd_dist.data.order import Order
+
+    mirror = opened(url, caches[rank * hosts // 8])
+    images = Images(mirror, Manifest.load(mirror), "train", resident="none")
+    order = Order(images.shards.shard_samples, 64, 64, 0)
+    assert size == hosts
+    steps = range(order.steps_per_epoch)
+    found = [images.read(order.batch(s, rank, 8)).long().sum((1, 2, 3)).tolist() for s in steps]
+    # As in a run, no rank leaves before the others are done: a download that it has begun for them would be begun again.
+    (done := caches[0].parent / "done").mkdir(exist_ok=True)
+    (done / str(rank)).touch()
+    while len(list(done.iterdir())) < 8:
+        time.sleep(0.01)
+    return found
+
+
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_each_host_downloads_each_shard_once(url, data, here, tmp_path, hosts):
+    here.delay = 0.05
+    caches = [tmp_path / f"host-{i}" for i in range(hosts)]
+    found = ranks.call(tmp_path / "job", 8, read_on_a_host, url, caches, hosts, here.environment)
+    from gdd_dist.data.order import Order
+
+    images, _ = every(data)
+    order = Order(tuple(i.samples for i in Manifest.load(data).splits["train"].shards), 64, 64, 0)
+    sums = images.long().sum((1, 2, 3))
+    for step in range(order.steps_per_epoch):
+        together = [value for rank in found for value in rank[step]]
+        assert together == sums[order.batch(step)].tolist()
+    assert here.downloads() == {f"/digits/sets/train/00000{i}.tar": hosts for i in range(SHARDS)}
+
+
+@pytest.mark.parametrize("wrong", ["pipe:cat x", "|cat", "sftp://host/x", "simplecache::s3://a/b", "file:///x"])
+def test_other_urls_and_commands_are_refused(wrong):
+    with pytest.raises(UserError, match="commands are never run|is not read; give"):
+        is_remote(wrong)
+
+
+def test_a_run_trains_on_remote_data_as_on_local(url, here, tiny, data, tmp_path):
+    argv = [*tiny[2:], "--until", "teachers", "--teachers.seeds", "1"]
+    outs = []
+    for name, where in (("local", str(data)), ("remote", url)):
+        cache = ["--loader.cache_dir", str(tmp_path / "cache"), "--loader.resident", "none"]
+        before = functools.partial(hooks.environment, values=here.environment)
+        ranks.train(tmp_path / name, ["--data", where, *argv, *cache], 2, before=before)
+        (file,) = {p.resolve() for p in (tmp_path / name / "teachers").glob("*/teacher-001.safetensors")}
+        outs.append((file.parent.name, ranks.weights(file)))
+    assert outs[0] == outs[1]
+
+
+def test_what_is_fetched_ahead_is_fetched_in_the_background(url, here, tmp_path):
+    mirror = mirror_of(opened(url, tmp_path))
+    shards = read_manifest(url).splits["train"].shards
+    mirror.all_ahead(shards)
+    end = time.monotonic() + 60
+    while len(here.downloads()) < SHARDS and time.monotonic() < end:
+        time.sleep(0.02)
+    assert here.downloads() == {f"/digits/sets/train/00000{i}.tar": 1 for i in range(SHARDS)}
