@@ -32,6 +32,13 @@ def meet(rank: int, size: int, timeout: float) -> Any:
     not come within ``timeout`` seconds, PeerError when one failed.
     """
     store = _store(rank, size, timeout)
+    try:
+        return _meet(store, rank, size, timeout)
+    except dist.DistError as e:  # rank 0 hosted it, and has left
+        raise PeerError("the store is gone") from e
+
+
+def _meet(store: Any, rank: int, size: int, timeout: float) -> Any:
     word, wait = uuid.uuid4().hex[:16], _POLL
     deadline = time.monotonic() + timeout + (0 if rank == 0 else _ECHO)
     store.set(f"hello/{rank}", word)

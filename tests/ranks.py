@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -71,7 +71,8 @@ class Job:
         """Send a signal to one rank, or to all that are there."""
         for r, process in enumerate(self.processes):
             if rank in (None, r) and process.exitcode is None and process.pid:
-                os.kill(process.pid, number)
+                with suppress(ProcessLookupError):  # it ended just now
+                    os.kill(process.pid, number)
 
     def until(self, condition: Callable[[], bool], timeout: float = 120) -> None:
         """Wait for a condition while the job runs."""
