@@ -205,9 +205,8 @@ def step_lock(ctx: Context, step: str, fp: str) -> AbstractContextManager[None]:
 def compute(ctx: Context, step: str, fps: Mapping[str, str]) -> None:
     """Let the step work in its .partial directory; rank 0 renames it when all are done."""
     work = ctx.store.partial(step, fps[step])
-    work.mkdir(parents=True, exist_ok=True)
+    (work / CHECKPOINTS).mkdir(parents=True, exist_ok=True)  # by every rank: hosts may have disks of their own
     if ctx.world.is_main:
-        (work / CHECKPOINTS).mkdir(exist_ok=True)
         clean(work)
     ctx.world.barrier()
     begin, dirs = time.monotonic(), {name: ctx.store.path(name, fps[name]) for name in INPUTS[step] if name != "shards"}

@@ -60,7 +60,7 @@ def read_run(out: Path) -> Config:
 
 def data_of(out: Path, config: Config) -> Path:
     """The data set of a run."""
-    return Path(config.data) if config.data else out / "data"
+    return configuration.data_directory(config) or out / "data"
 
 
 def planned(out: Path, config: Config, precision: str) -> dict[str, str] | None:

@@ -30,7 +30,9 @@ if [[ $head_address == 127.* || " $(hostname -I) " == *" $head_address "* ]]; th
     is_host=1
 fi
 
+# SIGUSR1 too is passed on to the ranks, which save and leave; by default it ends torchrun and orphans them.
 exec "$BIN/torchrun" --nnodes="$NODES" --nproc_per_node="$RANKS" --max_restarts="${RESTARTS:-3}" "${where[@]}" \
     --rdzv_backend=c10d --rdzv_endpoint="$HEAD" --rdzv_id="${JOB:-gdd}" \
-    --rdzv_conf="join_timeout=${JOIN_SECONDS:-900},is_host=$is_host" -m gdd_dist.train \
+    --rdzv_conf="join_timeout=${JOIN_SECONDS:-900},is_host=$is_host" \
+    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 -m gdd_dist.train \
     ${DATA:+--data "$DATA"} --out "${OUT:-runs/mine}" "$@"

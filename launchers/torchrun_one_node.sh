@@ -13,5 +13,7 @@ BIN=${BIN:-.venv/bin}
 gpus=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
 RANKS=${RANKS:-$((gpus > 0 ? gpus : 2))}
 
-exec "$BIN/torchrun" --standalone --nproc_per_node="$RANKS" -m gdd_dist.train \
+# SIGUSR1 too is passed on to the ranks, which save and leave; by default it ends torchrun and orphans them.
+exec "$BIN/torchrun" --standalone --nproc_per_node="$RANKS" \
+    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 -m gdd_dist.train \
     ${DATA:+--data "$DATA"} --out "${OUT:-runs/mine}" "$@"

@@ -39,6 +39,10 @@ def run(command: Command) -> None:
     search, out = command.search, command.search.out
     if (out / FILE).exists() and not command.resume:
         raise UserError(f"{out} holds a search already; --resume goes on with it, or choose another --out")
+    if "://" in (search.config.data or ""):
+        raise UserError(
+            f"a search cannot read {search.config.data} yet; copy it to a disk that all nodes share and give that as --data"
+        )
     with holding(Lock(out / "run.lock"), _busy(out)):
         data = Path(search.config.data) if search.config.data else out / "data"
         if search.config.data is None:
