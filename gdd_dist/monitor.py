@@ -94,9 +94,13 @@ class Monitor:
             self.scalars(0, own)
 
     def histogram(self, name: str, values: np.ndarray, step: int) -> None:
-        """Log a histogram as STEP/NAME."""
+        """Log a histogram of the finite ``values`` as STEP/NAME; what is said of the others is their number."""
         if self._writer:
-            self._writer.add_histogram(f"{self.step}/{name}", values, step)
+            finite = values[np.isfinite(values)]
+            if finite.size < values.size:
+                say(f"{self.step}: {values.size - finite.size} of {values.size} {name} are not finite at step {step}")
+            if finite.size:  # TensorBoard refuses an empty one
+                self._writer.add_histogram(f"{self.step}/{name}", finite, step)
 
     def picture(self, name: str, image: np.ndarray, step: int) -> None:
         """Log a uint8 picture [H, W, 3] as STEP/NAME."""

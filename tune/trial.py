@@ -12,6 +12,7 @@ import ray.tune
 import torch
 from torch import nn
 
+from gdd_dist import finite
 from gdd_dist.metrics import selected
 from gdd_dist.networks import GENERATOR, read_network
 from gdd_dist.quick import Measured
@@ -77,8 +78,9 @@ def trial(config: Mapping[str, Any], base: Job) -> None:
     except Diverged as e:
         teller.tell({"status": DIVERGED, "reason": str(e)})
     except Exception as e:
+        status = DIVERGED if isinstance(e.__cause__, finite.Diverged) else FAILED
         reason = " ".join(str(e).split())[:300]
-        teller.tell({"status": FAILED, "reason": f"{type(e).__name__}: {reason}"})
+        teller.tell({"status": status, "reason": f"{type(e).__name__}: {reason}"})
     else:
         teller.tell({"status": FINISHED, **result(job, steps)})
 
