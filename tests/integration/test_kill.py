@@ -80,7 +80,8 @@ def test_after_a_kill_the_same_command_ends_with_the_same_weights(undisturbed, t
     fp = undisturbed.steps[step]["fingerprint"]
     assert (store / step / f"{fp}.partial").is_dir()
     assert not (store / step / fp).exists()
-    assert (store / "run.lock").exists() == whole  # who can still leave gives it back
+    # Rank 0 holds it, and gives it back if it can still leave; in logits it may be the one that was killed.
+    assert (store / "run.lock").exists() == (ended.codes[0] == -signal.SIGKILL)
 
     found = ranks.train(store, undisturbed.argv, SIZE)
     statuses = [found[s]["status"] for s in STEPS]
