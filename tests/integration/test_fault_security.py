@@ -79,6 +79,7 @@ def with_secrets(rank, out, digits, argv):
     ranks._train(rank, ["--out", str(out), *argv, "--store", url, "--until", "gan"], None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("debug", [[], ["--debug"]], ids=["", "debug"])
 def test_a_fault_names_its_url_without_the_key(tmp_path, debug):
     url = f"https://{SECRETS[0]}:{SECRETS[1]}@host/digits?token={SECRETS[1]}"

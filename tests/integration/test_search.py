@@ -216,6 +216,7 @@ def test_the_program_starts_from_anywhere_and_as_a_module(tmp_path):
 SLOW = ["--matching.steps", "60", "--matching.interval", "10", "--checkpoint_seconds", "0"]
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on_where_it_was_and_reads_no_test_data(tiny, digits, tmp_path):
     """SIGKILL of the driver in the middle of trials; nothing of Ray is left; then --resume, with Ray's own state torn besides."""
     data = shutil.copytree(digits, tmp_path / "data")
