@@ -49,9 +49,8 @@ class Checkpoints:
         Whatever claims to be of a later step is of a past that did not come true (it was damaged, or rolled back): it goes.
         """
         begin = time.monotonic()
-        self.directory.mkdir(
-            exist_ok=True
-        )  # no parents: of a disk that is gone nothing is to be made anew on the one below
+        # No parents: of a disk that is gone nothing is to be made anew on the one below.
+        self.directory.mkdir(exist_ok=True)
         buffer = io.BytesIO()
         torch.save(state, buffer)
         data = buffer.getvalue()
@@ -72,7 +71,7 @@ class Checkpoints:
 
     def _forget(self, step: int) -> None:
         """Keep the newest few up to ``step``. The record goes first: without one, data is not looked at."""
-        steps = sorted({int(p.stem[5:]) for p in self.directory.glob("step-*.*")}, reverse=True)
+        steps = sorted({_step_of(p) for p in self.directory.glob("step-*.*")}, reverse=True)
         kept = [s for s in steps if s <= step][: self._keep]
         for old in steps:
             if old not in kept:
@@ -84,8 +83,7 @@ class Checkpoints:
 
         Where ranks go on together (``among`` is `World.gather`) all load the same one, which every rank found whole.
         """
-        steps = sorted((int(p.stem[5:]) for p in self.directory.glob("step-*.json")), reverse=True)
-        for step in self._among(steps)[0]:
+        for step in self._among([_step_of(record) for record in records(self.directory)])[0]:
             state, fault = None, ""
             try:
                 state = self._read(step)
@@ -117,3 +115,18 @@ class Checkpoints:
         except (RuntimeError, pickle.UnpicklingError, EOFError) as e:
             raise UserError(f"{path} holds what no checkpoint of ours does ({' '.join(str(e).split())[:80]})") from e
         return state
+
+
+def records(directory: Path) -> list[Path]:
+    """The records of the checkpoints in one loop's directory, newest first; none is looked into."""
+    return sorted(directory.glob("step-*.json"), key=_step_of, reverse=True)
+
+
+def newest_records(directory: Path) -> list[tuple[Path, int]]:
+    """(record, step) of the newest checkpoint of each loop at or below ``directory``, unverified."""
+    loops = sorted({record.parent for record in directory.rglob("step-*.json")})
+    return [(newest, _step_of(newest)) for newest in (records(loop)[0] for loop in loops)]
+
+
+def _step_of(path: Path) -> int:
+    return int(path.stem[5:])

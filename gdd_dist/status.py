@@ -7,10 +7,10 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from gdd_dist.arguments import Parser
-from gdd_dist.artifacts import CONTENTS, Store, read_json
+from gdd_dist.artifacts import CHECKPOINTS, CONTENTS, Store, read_json
+from gdd_dist.checkpoint import newest_records
 from gdd_dist.distributed import World
 from gdd_dist.dryrun import duration, size
 from gdd_dist.locks import Lock
@@ -120,25 +120,13 @@ def step_line(out: Path, root: Path, step: str, fp: str | None) -> tuple[str, ..
 
 def progress(partial: Path) -> str:
     """How far a step's checkpoints reach."""
-    newest = checkpoints(partial)
+    newest = newest_records(partial / CHECKPOINTS)
     if not newest:
         files = sum(p.is_file() for p in partial.rglob("*"))
         return f"{files} file{'' if files == 1 else 's'} so far"
     age = time.time() - max(p.stat().st_mtime for p, _ in newest)
     reached = ", ".join(f"{step:,}" for _, step in newest)
     return f"checkpoint at step {reached}, {duration(max(age, 1.0))} ago"
-
-
-def checkpoints(partial: Path) -> list[tuple[Path, int]]:
-    """(pointer, step) of each loop in the step. A pointer that is just being replaced is left out."""
-    found = []
-    for path in sorted((partial / "checkpoints").rglob("latest.json")):
-        try:
-            entries: list[dict[str, Any]] = read_json(path)["checkpoints"]
-        except UserError:
-            continue
-        found += [(path, entries[0]["step"])] if entries else []
-    return found
 
 
 def prune(out: Path, config: Config, yes: bool) -> str:

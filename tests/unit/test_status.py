@@ -10,6 +10,7 @@ from conftest import Finished
 
 from gdd_dist import status
 from gdd_dist.artifacts import Store, link_latest, write_json
+from gdd_dist.checkpoint import Checkpoints
 from gdd_dist.locks import Lock
 from gdd_dist.users import FILE, note_user, users
 from sharding.errors import UserError
@@ -156,7 +157,7 @@ def test_an_interrupted_step_says_how_far_it_is_and_is_kept(
     (out / "gan" / fp).rename(out / "gan" / f"{fp}.partial")
     points = out / "gan" / f"{fp}.partial" / "checkpoints"
     points.mkdir()
-    write_json(points / "latest.json", {"format": "gdd-checkpoints/1", "checkpoints": [{"step": 1234}]})
+    Checkpoints(points, 0).save(1234, {})
     text = said(capsys, out, "--prune", "--yes")
     assert "interrupted, checkpoint at step 1,234" in line(text, "gan")
     assert "nothing to prune" in text
