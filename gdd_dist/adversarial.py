@@ -77,7 +77,7 @@ class Adversaries:
         real, fake = augment(real).detach(), augment(fake.detach()).detach()
         parts = self.micro_batches(len(labels))
         scalars = mean_scalars([self._discriminator_backward(real[p], fake[p], labels[p], gamma) for p in parts])
-        self._moved &= self.d.step(lr) is not False
+        self._moved &= self.d.step(lr)
         return scalars
 
     def _discriminator_backward(self, real: Tensor, fake: Tensor, labels: Tensor, gamma: float) -> dict[str, Tensor]:
@@ -103,7 +103,7 @@ class Adversaries:
 
     def step_generator(self, lr: float, ema_decay: float) -> None:
         """The generator's step, and its running mean's; ends a training step. Raises Diverged when too many moved nothing."""
-        moved = self.g.step(lr) is not False and self._moved
+        moved = self.g.step(lr) and self._moved
         self.update_ema(ema_decay)
         self._moved = True
         self.skips.note(moved)

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,30 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is damaged (not JSON); remove its directory to compute it again") from e
 
 
+def append_json(path: Path, value: Any) -> None:
+    """Add a line of JSON, durable when this returns; a line that a crash cut short stays alone on its own."""
+    text = json.dumps(value, allow_nan=False) + "\n"
+    with path.open("ab+") as stream:
+        if stream.tell():
+            stream.seek(-1, os.SEEK_END)
+            text = text if stream.read(1) == b"\n" else "\n" + text
+        stream.write(text.encode())
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """(number, value) of each line of a file that ``append_json`` wrote, None for a damaged one; nothing where there is no file."""
+    content = path.read_bytes() if path.exists() else b""
+    for number, text in enumerate(content.split(b"\n"), 1):
+        if text.strip():
+            try:
+                value = json.loads(text)
+            except ValueError:
+                value = None
+            yield number, value
+
+
 class Whole:
     """Which files of an unfinished step were written whole: one list a rank, only ever appended to, so none can be torn."""
 
@@ -60,18 +84,14 @@ class Whole:
             "sha256": hashlib.sha256(data).hexdigest(),
         }
         self._folder.mkdir(exist_ok=True)
-        with self._mine.open("a") as stream:  # a line that a kill cut short ends at the next line's beginning
-            stream.write("\n" + json.dumps(entry))
-            stream.flush()
-            os.fsync(stream.fileno())
+        append_json(self._mine, entry)
 
     def known(self) -> dict[str, tuple[int, str]]:
         """File name → (bytes, sha256), of all ranks."""
         found = {}
         for path in sorted(self._folder.glob("whole-*.jsonl")):
-            for line in path.read_text(errors="replace").splitlines():
+            for _, entry in json_lines(path):
                 with suppress(ValueError, KeyError, TypeError):
-                    entry = json.loads(line)
                     found[entry["file"]] = (int(entry["bytes"]), str(entry["sha256"]))
         return found
 

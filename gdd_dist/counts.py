@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gdd_dist import evidence, gan, report, teachers
-from gdd_dist.artifacts import read_json
+from gdd_dist.artifacts import CHECKPOINTS, read_json
 from gdd_dist.context import Context, train_order
 from gdd_dist.grading import cached
 from gdd_dist.logit_cache import logit_file
@@ -43,7 +43,7 @@ def trainings_left(ctx: Context, work: Path) -> list[tuple[teachers.Training, in
     if ctx.config.teachers.pretrained:
         return left
     for one in teachers.pool(ctx.config, train_order(ctx.config, "teachers", samples, "teacher").steps_per_epoch):
-        name = work / "checkpoints" / f"training-{one.index:03d}"
+        name = work / CHECKPOINTS / f"training-{one.index:03d}"
         if not name.with_suffix(".json").exists():
             left.append((one, steps_done(ctx, name)))
     return left
@@ -69,7 +69,7 @@ def logits_left(ctx: Context, work: Path, pool: int) -> Left:
 
 def gan_left(ctx: Context, work: Path) -> tuple[Left, int]:
     """What is left, and how many grids of samples of it."""
-    g, start = ctx.config.gan, steps_done(ctx, work / "checkpoints")
+    g, start = ctx.config.gan, steps_done(ctx, work / CHECKPOINTS)
     grids = sum(gan.shows_grid(g, s) for s in range(start, g.steps))
     images = (g.steps - start) * GAN_FORWARDS * g.batch + grids * grid_images(ctx) + settling(ctx)
     return Left(start > 0, g.steps - start, images), grids
@@ -77,7 +77,7 @@ def gan_left(ctx: Context, work: Path) -> tuple[Left, int]:
 
 def matching_left(ctx: Context, work: Path) -> tuple[Left, int]:
     """What is left, and how many measurements of it. A step forwards its batch through generator, teachers and discriminator."""
-    m, start = ctx.config.matching, steps_done(ctx, work / "checkpoints")
+    m, start = ctx.config.matching, steps_done(ctx, work / CHECKPOINTS)
     measurements = sum(s % m.interval == 0 for s in range(start, m.steps)) + 1
     quick = (
         2 * m.quick_steps * m.quick_batch
@@ -102,7 +102,7 @@ def report_left(ctx: Context, work: Path, fps: Mapping[str, str]) -> tuple[Left,
     last, test = ctx.config.teachers.seeds * len(ctx.config.teachers.architectures), len(ctx.images("test"))
     images = sum(images_forwarded(j, last, test) for j in left)
     images += 2 * min(ctx.classes, report.SAMPLE_CLASSES) * report.SAMPLE_COLUMNS + evidence.forwards(ctx)
-    note = work / "checkpoints" / "start.json"
+    note = work / CHECKPOINTS / "start.json"
     resumes = note.exists() and len(known) > read_json(note)["students"]
     return Left(resumes, sum(j.budget.optimizer_steps for j in left), images), left
 

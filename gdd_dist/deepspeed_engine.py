@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gdd_dist.distributed import World
-from gdd_dist.engines import autocast
+from gdd_dist.engines import autocast, cpu_state
 from gdd_dist.finite import poisoned
 from gdd_dist.loss_scale import LossScale
 from sharding.errors import UserError
@@ -75,8 +75,6 @@ def engine_config(given: Mapping[str, Any], numel: int, accumulate: int) -> dict
 
 class DeepSpeedEngine:
     """One network and its Adam under ZeRO. ``given``: the checked --deepspeed-config; ``example``: inputs of the right shapes."""
-
-    collective = True
 
     def __init__(
         self,
@@ -173,7 +171,7 @@ class DeepSpeedEngine:
     def weights(self) -> dict[str, Tensor]:
         """Whole weights and buffers on the CPU. All ranks call it."""
         with self.gathered():
-            return {k: v.detach().cpu().contiguous().clone() for k, v in self.module.state_dict().items()}
+            return cpu_state(self.module)
 
     def state_dict(self) -> dict[str, Any]:
         """Network, optimizer, loss scale in the layout of DDPEngine. All ranks call it; whole on rank 0, less on the others."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from gdd_dist.artifacts import CONTENTS, Store
+from gdd_dist.artifacts import CHECKPOINTS, CONTENTS, Store
 from gdd_dist.distributed import World
 from sharding.errors import UserError
 from sharding.files import fsync_dir, sha256_file
@@ -82,7 +82,7 @@ class Disks:
             return
         partial, whole = store.partial(step, fp), store.path(step, fp)
         if self._keeper and not self._world.is_main and partial.exists():
-            shutil.rmtree(partial / "checkpoints", ignore_errors=True)
+            shutil.rmtree(partial / CHECKPOINTS, ignore_errors=True)
             if not whole.exists():
                 os.rename(partial, whole)  # without its list of contents it does not count as finished
         self._world.barrier()

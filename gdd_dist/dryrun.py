@@ -27,6 +27,7 @@ from gdd_dist.plan import fingerprints
 from gdd_dist.probe import CUDA_CONTEXT, Meter
 from gdd_dist.settings import STEPS, Config
 from gdd_dist.step_costs import StepCosts
+from gdd_dist.users import store_of
 from sharding.manifest import FILE, Manifest
 from sharding.writer import build
 
@@ -56,7 +57,7 @@ def show(world: World, config: Config) -> None:
         manifest = Manifest.load(data)
         check(config, manifest, world.size, world.device)
         precision = resolve_precision(config.precision, world.device)
-        store = Store(Path(config.store) if config.store else out)
+        store = Store(store_of(out, config))
         ctx = Context(config, world, data, manifest, store, out, precision, keeps=False)
         fps = fingerprints(config, manifest, precision)
         meter = Meter(world)

@@ -25,8 +25,6 @@ class Engine(Protocol):
     """
 
     module: nn.Module
-    collective: bool
-    """Whether all ranks must call ``weights`` and ``state_dict`` together."""
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """Forward for a backward to come."""
@@ -34,17 +32,17 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Gradients of a scalar loss, reduced over ranks."""
 
-    def step(self, lr: float) -> bool | None:
+    def step(self, lr: float) -> bool:
         """One optimizer step at this learning rate; clears gradients. False, on all ranks, when it was skipped: a gradient was not finite."""
 
     def gathered(self) -> contextlib.AbstractContextManager[Sequence[Tensor]]:
         """All weights in the network's order, whole, to be read inside the context. All ranks enter it."""
 
     def weights(self) -> dict[str, Tensor]:
-        """Whole weights and buffers on the CPU."""
+        """Whole weights and buffers on the CPU. All ranks call it."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Network and optimizer, for a checkpoint that any engine on any number of ranks can load; whole on rank 0."""
+        """Network and optimizer, for a checkpoint that any engine on any number of ranks can load; whole on rank 0. All ranks call it."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """What an engine's ``state_dict`` gave on rank 0. All ranks call it."""
@@ -59,8 +57,6 @@ class DDPEngine:
     DDP orders its buckets anew after its first backward, gloo then sums in another order, and from three ranks on a resumed
     run would differ in its last bits from an undisturbed one: backwards of nothing, first of all, settle the order for both.
     """
-
-    collective = False
 
     def __init__(
         self,

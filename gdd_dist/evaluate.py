@@ -23,6 +23,7 @@ from gdd_dist.program import run_program
 from gdd_dist.rows import check, plan
 from gdd_dist.settings import Config
 from gdd_dist.tables import table
+from gdd_dist.users import data_of
 from gdd_dist.verify import verify_inputs
 from sharding.errors import UserError
 from sharding.manifest import Manifest
@@ -116,7 +117,7 @@ def main(argv: Sequence[str], joined: Callable[[World], None]) -> None:
     """Measure, print, write OUT/evaluate.json."""
     config = settings(parser().parse_args(argv))
     out = Path(config.out or ".")
-    data = configuration.data_directory(config) or out / "data"
+    data = data_of(out, config)
     manifest = Manifest.load(data)
     check(config, manifest)
     store, fps = finished_steps(out, manifest)

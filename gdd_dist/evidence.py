@@ -6,7 +6,7 @@ Shapes: C classes, n images, k neighbours, D numbers an image.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -91,17 +91,7 @@ def forwards(ctx: Context) -> int:
 def first_group(matrices: Mapping[Row, np.ndarray]) -> tuple[Row, dict[str, np.ndarray]]:
     """The first matched row, and the matrices of those that share its student and budget: real, gan, matched."""
     first = next(r for r in matrices if r.train_on == "matched")
-
-    def same(r: Row) -> bool:
-        return (r.student, r.protocol, r.labels, r.ipc, r.augmented) == (
-            first.student,
-            first.protocol,
-            first.labels,
-            first.ipc,
-            first.augmented,
-        )
-
-    return first, {r.train_on: m for r, m in matrices.items() if same(r)}
+    return first, {r.train_on: m for r, m in matrices.items() if replace(r, train_on="matched") == first}
 
 
 @torch.no_grad()

@@ -71,19 +71,17 @@ class Skips:
         self.total, self.in_a_row, self.draw = state["total"], state["in_a_row"], state["draw"]
 
 
-def going_back_once(step: str, attempt: Callable[[int], Result], remedy: str, say: Callable[[str], None]) -> Result:
+def going_back_once(
+    step: str, attempt: Callable[[int], Result], remedy: str, say: Callable[[str], None], draw: int = 0
+) -> Result:
     """``attempt(0)``; when it diverges ``attempt(1)``, which goes on from the last checkpoint with another draw of noise.
 
     Raises UserError, with a ``remedy``, when that diverges too.
     """
     try:
-        return attempt(0)
+        return attempt(draw)
     except Diverged as e:
-        if e.draw == 0:
-            say(f"{step}: {e}; going back to the last checkpoint, with another draw of noise")
-        else:
+        if e.draw:
             raise UserError(f"{step}: {e}, after going back to a checkpoint too; {remedy}") from e
-    try:
-        return attempt(1)
-    except Diverged as e:
-        raise UserError(f"{step}: {e}, after going back to a checkpoint too; {remedy}") from e
+        say(f"{step}: {e}; going back to the last checkpoint, with another draw of noise")
+    return going_back_once(step, attempt, remedy, say, draw=1)

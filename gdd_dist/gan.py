@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gdd_dist.adversarial import Adversaries, augmentation, ema_decay, mean_scalars, mirrored
+from gdd_dist.artifacts import CHECKPOINTS
 from gdd_dist.context import Context, seeded, train_order
 from gdd_dist.data.loader import prefetch, to_float
 from gdd_dist.data.order import balanced_rows, normal
@@ -111,8 +112,8 @@ def train(ctx: Context, work: Path, provenance: dict[str, Any], draw: int) -> di
     g, world, images = ctx.config.gan, ctx.world, ctx.images("train")
     sampling = Sampling(ctx.config, images.labels, images.shards.shard_samples, ctx.classes)
     nets = Adversaries(ctx, *networks(ctx), (g.beta1, g.beta2))
-    ctx.disks.mirror(work / "checkpoints", ["*"])
-    checkpoints = ctx.checkpoints(work / "checkpoints", together=True)
+    ctx.disks.mirror(work / CHECKPOINTS, ["*"])
+    checkpoints = ctx.checkpoints(work / CHECKPOINTS, together=True)
     start = 0
     if (found := checkpoints.load()) is not None:
         start, state = found

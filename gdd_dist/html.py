@@ -48,7 +48,6 @@ def html(text: str, pictures: Mapping[str, bytes]) -> str:
     body = re.sub(r"<p>(<img [^>]*>)</p>", r'<div class="scroll">\1</div>', body)
     body = re.sub(r"<table>(.*?)</table>", _table, body, flags=re.DOTALL)
     body = body.replace("<tr>\n<td>matched</td>", '<tr class="matched">\n<td>matched</td>')
-    body = re.sub(r'<td style="text-align: left;">matched</td>', "<td>matched</td>", body)
     found = re.search(r"<h1[^>]*>(.*?)</h1>", body)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

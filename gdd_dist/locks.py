@@ -15,6 +15,7 @@ from typing import Any
 
 from gdd_dist.processes import born, local, me
 from gdd_dist.signals import at_end, end_with
+from sharding.errors import UserError
 
 HEARTBEAT = 5.0
 DEAD_AFTER = 60.0
@@ -182,3 +183,9 @@ def holding(lock: Lock, busy: Callable[[Mapping[str, Any]], None]) -> Iterator[N
         yield
     finally:
         lock.release()
+
+
+def in_use(out: Path, holder: Mapping[str, Any]) -> UserError:
+    """What to say of a run directory that another job holds."""
+    who = f"process {holder['pid']} on {holder['host']} since {holder['since']}"
+    return UserError(f"{out} is in use by {who}; wait for it, or choose another --out")

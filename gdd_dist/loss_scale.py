@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from gdd_dist.finite import all_finite
 
 FIRST, BACKOFF, GROWTH, INTERVAL = 2.0**16, 0.5, 2.0, 2000
 
@@ -32,8 +33,7 @@ class LossScale:
     def drop_overflow(self, parameters: Iterable[nn.Parameter]) -> None:
         """Without an optimizer that looks for itself: clear the gradients when one of the reduced ones is not finite."""
         parameters = list(parameters)
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        self.overflow = not all(bool(torch.isfinite(g).all()) for g in gradients)
+        self.overflow = not all_finite(parameters)
         if self.overflow:
             for p in parameters:
                 p.grad = None

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gdd_dist import losses
 from gdd_dist.adversarial import Adversaries, augmentation, ema_decay, mean_scalars, mirrored
+from gdd_dist.artifacts import CHECKPOINTS
 from gdd_dist.context import Context
 from gdd_dist.data.augment import AUGMENT_DRAWS
 from gdd_dist.data.loader import prefetch, to_float
@@ -118,8 +119,8 @@ class Run:
         self.nets.load_discriminator_state(gan_dir)
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Tensor] = {}
-        ctx.disks.mirror(work / "checkpoints", ["*"])
-        self.checkpoints = ctx.checkpoints(work / "checkpoints", together=True)
+        ctx.disks.mirror(work / CHECKPOINTS, ["*"])
+        self.checkpoints = ctx.checkpoints(work / CHECKPOINTS, together=True)
         self.start = 0
         if (found := self.checkpoints.load()) is not None:
             self.start, state = found

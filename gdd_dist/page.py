@@ -9,6 +9,7 @@ import numpy as np
 
 from gdd_dist.confusion import by_class
 from gdd_dist.context import Context
+from gdd_dist.ddranking import score
 from gdd_dist.evidence import NEAR_SIDE, Evidence
 from gdd_dist.metrics import changed, selected
 from gdd_dist.provenance import provenance_table, reproduce
@@ -95,8 +96,6 @@ def _legend(ctx: Context, results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _neutral() -> float:
-    from gdd_dist.ddranking import score
-
     return score(0.0)
 
 

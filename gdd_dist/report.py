@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from gdd_dist import figures
-from gdd_dist.artifacts import CONTENTS, json_bytes, read_json, write_json
+from gdd_dist.artifacts import CHECKPOINTS, CONTENTS, json_bytes, read_json, write_json
 from gdd_dist.context import Context
 from gdd_dist.data.order import permutation
 from gdd_dist.evidence import Evidence, collect, summary
@@ -97,7 +97,7 @@ def documents(
 
 def _note_start(ctx: Context, work: Path, known: int) -> None:
     """Whether this goes on with a report that was killed: then more students are there than when it began."""
-    note = work / "checkpoints" / "start.json"
+    note = work / CHECKPOINTS / "start.json"
     if ctx.world.is_main:
         if note.exists():
             ctx.resumed = known > read_json(note)["students"]

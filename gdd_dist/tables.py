@@ -50,15 +50,19 @@ def cells(r: Mapping[str, Any]) -> list[str]:
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
     """The rows as plain text for a terminal; a blank line parts budgets."""
-    lines = [list(COLUMNS), *(cells(r) for r in results)]
-    rule = ["-" * width for width in _widths(lines)]
-    header, rule_line, *body = aligned([lines[0], rule, *lines[1:]], LEFT)
-    out, last = [header, rule_line], None
+    header, rule, *body = ruled(COLUMNS, [cells(r) for r in results], LEFT)
+    out, last = [header, rule], None
     for r, line in zip(results, body, strict=True):
         group = tuple(r[k] for k in ("student", "protocol", "labels", "ipc"))
         out += ([""] if last not in (None, group) else []) + [line]
         last = group
     return "\n".join(out)
+
+
+def ruled(header: Sequence[str], lines: Sequence[Sequence[str]], left: int) -> list[str]:
+    """``aligned`` under a header and a rule."""
+    rule = ["-" * width for width in _widths([header, *lines])]
+    return aligned([header, rule, *lines], left)
 
 
 def aligned(lines: Sequence[Sequence[str]], left: int) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from gdd_dist import pretrained
-from gdd_dist.artifacts import fingerprint, read_json, verify_file, write_json
+from gdd_dist.artifacts import CHECKPOINTS, fingerprint, read_json, verify_file, write_json
 from gdd_dist.checkpoint import Checkpoints
 from gdd_dist.context import Context, train_order
 from gdd_dist.data.augment import AUGMENT_DRAWS
@@ -82,20 +82,17 @@ def run(ctx: Context, work: Path) -> dict[str, Any]:
     for job in ctx.world.queue(len(trainings)):
         if finished(work, trainings[job]) is None:
             logged.add(trainings[job].index)
-        done = train_one(ctx, trainings[job], work, monitor, done)
+            train_one(ctx, trainings[job], work, monitor, done)
+        else:
+            ctx.resumed = True
+        done += trainings[job].steps
     ctx.world.barrier()
     ctx.disks.share(work, FINISHED)
     trained = {t: read_json(_record(work, t)) for t in sorted(trainings, key=lambda t: t.index)}  # verified in this run
     for training, result in trained.items():
         if training.index not in logged:  # another rank's, or an interrupted run's
             _log(monitor, training, result["curve"])
-    records = [r for result in trained.values() for r in result["teachers"]]
-    if ctx.world.is_main:
-        write_json(work / TEACHERS, {"format": "gdd-teachers/1", "teachers": records})
-    for i, record in enumerate(records):
-        monitor.scalars(i, {"val_accuracy": record["val_accuracy"]})
-    monitor.close()
-    return {"val_accuracy": max(r["val_accuracy"] for r in records)}
+    return _list(ctx, work, monitor, [r for result in trained.values() for r in result["teachers"]])
 
 
 def take(ctx: Context, work: Path, directory: str) -> dict[str, Any]:
@@ -109,7 +106,13 @@ def take(ctx: Context, work: Path, directory: str) -> dict[str, Any]:
         mine.append(_keep(ctx, net, training, 1, work))
         say(f"teachers: {files[i].path.name}, {files[i].architecture}: {mine[-1]['val_accuracy']:.1f} % on val")
         monitor.advance(min((len(mine)) * ctx.world.size, len(files)))
-    records = sorted((r for part in ctx.world.gather(mine) for r in part), key=lambda r: r["file"])
+    return _list(
+        ctx, work, monitor, sorted((r for part in ctx.world.gather(mine) for r in part), key=lambda r: r["file"])
+    )
+
+
+def _list(ctx: Context, work: Path, monitor: Monitor, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Write teachers.json and log each teacher's accuracy; returns what the step's record says."""
     if ctx.world.is_main:
         write_json(work / TEACHERS, {"format": "gdd-teachers/1", "teachers": records})
     for i, record in enumerate(records):
@@ -119,7 +122,7 @@ def take(ctx: Context, work: Path, directory: str) -> dict[str, Any]:
 
 
 def _record(work: Path, training: Training) -> Path:
-    return work / "checkpoints" / f"training-{training.index:03d}.json"
+    return work / CHECKPOINTS / f"training-{training.index:03d}.json"
 
 
 def finished(work: Path, training: Training) -> dict[str, Any] | None:
@@ -151,15 +154,11 @@ def _log(monitor: Monitor, training: Training, curve: list[list[float]]) -> None
         monitor.scalars(int(step), values | ({"lr": lr} if training.index == 0 else {}))
 
 
-def train_one(ctx: Context, training: Training, work: Path, monitor: Monitor, done: int) -> int:
-    """Train one classifier on this rank, going on from its checkpoint; returns ``done`` and its steps."""
-    if finished(work, training) is not None:
-        ctx.resumed = True
-        return done + training.steps
+def train_one(ctx: Context, training: Training, work: Path, monitor: Monitor, done: int) -> None:
+    """Train one classifier on this rank, going on from its checkpoint; ``done``: steps of this rank's trainings before it."""
     name = f"teachers: {training.architecture} seed {training.seed}"
     attempt = partial(train_from_checkpoint, ctx, training, work, monitor, done)
     going_back_once(name, attempt, "lower --teachers.lr", say)
-    return done + training.steps
 
 
 def train_from_checkpoint(ctx: Context, training: Training, work: Path, monitor: Monitor, done: int, draw: int) -> None:
@@ -169,7 +168,7 @@ def train_from_checkpoint(ctx: Context, training: Training, work: Path, monitor:
     order = train_order(ctx.config, "teachers", images.shards.shard_samples, training.purpose)
     net = ctx.classifier(training.architecture, seed, training.purpose)
     optimizer = sgd(net, t.lr, t.momentum, t.weight_decay, nesterov=True)
-    checkpoints = ctx.checkpoints(work / "checkpoints" / f"training-{training.index:03d}")
+    checkpoints = ctx.checkpoints(work / CHECKPOINTS / f"training-{training.index:03d}")
     start, records, curve, skips = 0, [], [], Skips()
     if (found := _load(checkpoints, work)) is not None:
         start, state = found

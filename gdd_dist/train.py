@@ -23,14 +23,14 @@ from gdd_dist.context import Context
 from gdd_dist.disks import Disks
 from gdd_dist.distributed import World
 from gdd_dist.engines import resolve_precision
-from gdd_dist.locks import Lock, holding
+from gdd_dist.locks import Lock, holding, in_use
 from gdd_dist.metrics import commit, versions
 from gdd_dist.monitor import say, write_text
 from gdd_dist.plan import INPUTS, fingerprints
 from gdd_dist.program import run_program
 from gdd_dist.settings import STEPS, Config
 from gdd_dist.signals import asked
-from gdd_dist.users import note_user
+from gdd_dist.users import note_user, store_of
 from gdd_dist.verify import verify_inputs
 from sharding.errors import UserError
 from sharding.files import write_atomic
@@ -79,9 +79,7 @@ def run_lock(world: World, out: Path) -> AbstractContextManager[None]:
                 )
             told = True
             return
-        raise UserError(
-            f"{out} is in use by process {holder['pid']} on {holder['host']} since {holder['since']}; wait for it, or choose another --out"
-        )
+        raise in_use(out, holder)
 
     return holding(lock, busy) if world.is_main else nullcontext()
 
@@ -128,7 +126,7 @@ def run(
     manifest = Manifest.load(data)
     precision = resolve_precision(config.precision, world.device)
     check(config, manifest, world.size, world.device)
-    store = Store(Path(config.store) if config.store else out)
+    store = Store(store_of(out, config))
     ctx = Context(config, world, data, manifest, store, out, precision, on_interval=on_interval)
     ctx.disks = find_disks(ctx)
     fps = fingerprints(config, manifest, precision)

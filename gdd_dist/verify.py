@@ -22,9 +22,8 @@ def verify_inputs(ctx: Context, steps: Mapping[str, str], splits: Sequence[str] 
     files = [(*f, ctx.store.path(step, fp)) for step, fp in done for f in ctx.store.files(step, fp)]
     if ctx.config.loader.resident != "none":
         files += decoded_files(ctx.store.root / CACHE, ctx.manifest, splits)
-    if (
-        mirror := mirror_of(ctx.data)
-    ) is not None:  # each host has its own; what is not there yet is checked as it arrives
+    if (mirror := mirror_of(ctx.data)) is not None:
+        # Each host has its own; what is not there yet is checked as it arrives.
         for info in shards[ctx.world.local_rank :: ctx.world.local_size]:
             mirror.check(info)
         shards = []

@@ -21,9 +21,9 @@ from sharding.manifest import ShardInfo
 from sharding.plan import Planned, ShardPlan
 from sharding.pool import Tick
 from sharding.shards import decode, verify_shard
+from sharding.tars import BLOCK, padded
 
 OWNER, MODE = "gdd", 0o444
-_BLOCK = 512
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,8 @@ def write_tar(directory: Path, file: str, samples: Iterable[Stored]) -> ShardInf
         for s in samples:
             writer.write({"__key__": s.key, "cls": str(s.label).encode(), s.suffix: s.payload, **s.extras})
             # Members are written in alphabetical order: the image comes after cls and before the extras.
-            after = sum(_BLOCK + _padded(len(extra)) for extra in s.extras.values())
-            rows.append((writer.tarstream.offset - after - _padded(len(s.payload)), len(s.payload), s.label))
+            after = sum(BLOCK + padded(len(extra)) for extra in s.extras.values())
+            rows.append((writer.tarstream.offset - after - padded(len(s.payload)), len(s.payload), s.label))
         writer.close()
     return _with_index(directory, file, rows)
 
@@ -193,7 +193,3 @@ class _Sink:
     def write(self, data: bytes) -> None:
         if not self._stream.closed:
             self._stream.write(data)
-
-
-def _padded(size: int) -> int:
-    return -(-size // _BLOCK) * _BLOCK

@@ -13,6 +13,7 @@ from sharding.images import Seen, Target
 from sharding.listing import Listing, Sample
 from sharding.manifest import SPLITS
 from sharding.splits import cut, deal
+from sharding.tars import BLOCK, padded
 
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {unit + "B": 1000**power for power, unit in enumerate("KMGT", 1)}
@@ -209,4 +210,4 @@ def _as_they_lie(split: str, samples: list[Planned], paths: tuple[Path, ...]) ->
 
 def tar_bytes(size: int) -> int:
     """Return what a sample of `size` bytes takes up in a shard: two headers, the label's block, the padded payload."""
-    return 3 * 512 + -(-size // 512) * 512
+    return 3 * BLOCK + padded(size)

@@ -65,7 +65,7 @@ class _Walk:
             data = position + BLOCK
             if info.type in _LONG or info.type in _PAX:
                 extensions |= self._extension(info, data)
-                position = data + _padded(info.size)
+                position = data + padded(info.size)
                 continue
             name = _checked_name(extensions.get("path", info.name))
             size = _size(extensions["size"], name) if "size" in extensions else info.size
@@ -76,7 +76,7 @@ class _Walk:
                 continue
             self._check_room(name, size, data)
             yield Entry(name, size, data)
-            position = data + _padded(size)
+            position = data + padded(size)
         if extensions:
             raise ValueError("it ends after the extended header of a member that is not there")
         self._check_end(position)
@@ -114,7 +114,7 @@ class _Walk:
         return found
 
     def _check_room(self, name: str, size: int, data: int) -> None:
-        if data + _padded(size) > self._end:
+        if data + padded(size) > self._end:
             raise ValueError(
                 f"{shown(name)} claims {size} bytes where {max(0, self._end - data)} are left: cut or forged"
             )
@@ -129,7 +129,8 @@ class _Walk:
             position += len(chunk)
 
 
-def _padded(size: int) -> int:
+def padded(size: int) -> int:
+    """Bytes that a member of `size` bytes fills: whole blocks."""
     return -(-size // BLOCK) * BLOCK
 
 

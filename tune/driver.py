@@ -15,7 +15,7 @@ import yaml
 
 from gdd_dist import config as configuration
 from gdd_dist.check import check
-from gdd_dist.locks import Lock, holding
+from gdd_dist.locks import Lock, holding, in_use
 from gdd_dist.monitor import say
 from sharding.errors import UserError
 from sharding.files import write_atomic
@@ -70,9 +70,7 @@ def run(command: Command) -> None:
 
 def _busy(out: Path) -> Any:
     def busy(holder: Mapping[str, Any]) -> None:
-        raise UserError(
-            f"{out} is in use by process {holder['pid']} on {holder['host']} since {holder['since']}; wait for it, or choose another --out"
-        )
+        raise in_use(out, holder)
 
     return busy
 

@@ -10,11 +10,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
 from gdd_dist import config as configuration
+from gdd_dist.arguments import Parser
 from gdd_dist.settings import Config
 from sharding.errors import UserError
 from sharding.files import write_atomic
@@ -82,15 +83,10 @@ class Command:
     resume: bool
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
-
-
 def parser() -> argparse.ArgumentParser:
     """The search's own options; what is not given is None."""
     d = Options()
-    p = _Parser(
+    p = Parser(
         prog="python tune/search.py",
         allow_abbrev=False,
         description="Search temperature, loss weights and learning rate of matching. Shards, teachers, logits and GAN are computed once; "

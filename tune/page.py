@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gdd_dist.figures import DPI, png
-from gdd_dist.tables import markdown
+from gdd_dist.tables import markdown, ruled
 from sharding.files import write_atomic
 from tune import shared, space
 from tune.final import Gain
@@ -29,7 +29,8 @@ def write(search: Search, record: Record, best: Outcome, gain: Gain | None) -> N
     write_atomic(search.out / "search.png", png(figure(search, outcomes, best)))
     write_atomic(search.out / "search.md", page(search, record, outcomes, best, gain).encode())
     header, lines = table(search, outcomes, best)
-    sys.stdout.write(f"\n{_aligned(header, lines)}\n\n{gained(best, gain)}\n\n")
+    shown = "\n".join(ruled(header, lines, 2))
+    sys.stdout.write(f"\n{shown}\n\n{gained(best, gain)}\n\n")
     sys.stdout.write(
         f"page: {search.out}/search.md\nplots: {search.out}/search.png\n"
         f"TensorBoard: tensorboard --logdir {search.out}/tensorboard --host 127.0.0.1\n"
@@ -69,15 +70,6 @@ def _number(value: float | None, form: str) -> str:
 
 def _value(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def _aligned(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(line[i]) for line in (header, *lines)) for i in range(len(header))]
-
-    def row(line: Sequence[str]) -> str:
-        return "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-
-    return "\n".join(r.rstrip() for r in [row(header), "  ".join("-" * w for w in widths), *map(row, lines)])
 
 
 def gained(best: Outcome, gain: Gain | None) -> str:

@@ -8,14 +8,12 @@ OUT/trials.jsonl                 one line a trial that has ended
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gdd_dist.artifacts import read_json, write_json
+from gdd_dist.artifacts import append_json, json_lines, read_json, write_json
 from gdd_dist.monitor import say
 from sharding.errors import UserError
 
@@ -79,7 +77,7 @@ class Record:
 
     def report(self, trial: str, line: Mapping[str, Any]) -> None:
         """What a trial measured at an interval."""
-        _append(self.directory(trial) / "progress.jsonl", line)
+        append_json(self.directory(trial) / "progress.jsonl", line)
 
     def curve(self, trial: str) -> list[dict[str, Any]]:
         """What a trial measured, by step; of a step measured twice (by a second attempt) the later."""
@@ -95,7 +93,7 @@ class Record:
 
     def finish(self, outcome: Outcome) -> None:
         """A trial has ended."""
-        _append(self._file, {"format": "gdd-trial/1", **dataclasses.asdict(outcome)})
+        append_json(self._file, {"format": "gdd-trial/1", **dataclasses.asdict(outcome)})
 
     def outcomes(self) -> dict[str, Outcome]:
         """Id → how the trial ended, in order of ids."""
@@ -120,34 +118,9 @@ def best_of(record: Record, metric: str) -> Outcome:
     return max(finished, key=lambda o: o.value(metric))
 
 
-def _append(path: Path, line: Mapping[str, Any]) -> None:
-    """Add a line, durable when this returns; a line torn by a crash before it stays alone on its own."""
-    text = json.dumps(line, allow_nan=False) + "\n"
-    with path.open("ab+") as stream:
-        if stream.tell() and _last_byte(stream) != b"\n":
-            text = "\n" + text
-        stream.write(text.encode())
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _last_byte(stream: Any) -> bytes:
-    stream.seek(-1, os.SEEK_END)
-    byte: bytes = stream.read(1)
-    return byte
-
-
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     """The whole lines of a JSON-lines file; a damaged one is named and passed over."""
-    if not path.exists():
-        return
-    for number, text in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not text.strip():
-            continue
-        try:
-            line = json.loads(text)
-        except ValueError:
-            line = None
+    for number, line in json_lines(path):
         if isinstance(line, dict):
             yield line
         else:
