@@ -14,17 +14,11 @@ def _run(module: str) -> None:
 
 def train() -> None:
     """gdd-train; under torchrun: torchrun --no-python … gdd-train."""
-    import torch
-
-    torch.set_float32_matmul_precision("high")
     _run("train")
 
 
 def evaluate() -> None:
     """gdd-evaluate."""
-    import torch
-
-    torch.set_float32_matmul_precision("high")
     _run("evaluate")
 
 

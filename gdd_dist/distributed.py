@@ -19,6 +19,7 @@ import torch.distributed as dist
 from gdd_dist.heartbeat import Pulse, describe
 from gdd_dist.meeting import PeerError, meet
 from gdd_dist.signals import LONGEST_GRACE, Preempted, asked
+from gdd_dist.vote import Vote
 from sharding.errors import UserError
 
 _POLL = 0.002
@@ -43,6 +44,7 @@ class World:
         self._pulse: Pulse | None = None
         self._round, self._voted = 0, time.monotonic()
         torch.set_num_threads(self.threads)
+        torch.set_float32_matmul_precision("high")
         if self.size > 1:
             self._join()
 
@@ -157,9 +159,8 @@ class World:
     def vote(self, save: bool = False) -> Vote:
         """Begin to ask, at the start of a step that ranks take together: is any asked to stop, does rank 0 want to ``save``?"""
         now = time.monotonic()
-        asked.grace = (
-            max(asked.grace, min(2 * (now - self._voted), LONGEST_GRACE)) if asked.number == 0 else asked.grace
-        )
+        if not asked.number:
+            asked.grace = max(asked.grace, min(2 * (now - self._voted), LONGEST_GRACE))
         self._voted = now
         return Vote(asked.number, save and self.is_main, self.size)
 
@@ -277,24 +278,3 @@ def _loopback_is_up() -> bool:
         return bool(int(Path("/sys/class/net/lo/flags").read_text(), 16) & 1)
     except (OSError, ValueError):
         return False
-
-
-class Vote:
-    """One all-reduce of two flags, begun before a step and read after it, so that it hides behind the step.
-
-    All ranks get the same answer at the same step, whenever the signal reached each of them.
-    """
-
-    def __init__(self, number: int, save: bool, size: int) -> None:
-        self._flags = torch.tensor([number, int(save)])
-        self._work: Any = dist.all_reduce(self._flags, op=dist.ReduceOp.MAX, async_op=True) if size > 1 else None
-
-    def result(self) -> tuple[bool, bool]:
-        """(whether to save and stop now, whether to save)."""
-        if self._work is not None:
-            self._work.wait()
-        number, save = self._flags.tolist()
-        asked.agreed = number > 0
-        if number:
-            asked.note(number)
-        return asked.agreed, save > 0

@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gdd_dist import config as configuration
 from gdd_dist.arguments import Parser
 from gdd_dist.artifacts import CONTENTS, Store, read_json, write_json
@@ -19,7 +17,7 @@ from gdd_dist.engines import resolve_precision
 from gdd_dist.grading import evaluate, log_accuracies
 from gdd_dist.metrics import document
 from gdd_dist.networks import GENERATOR, read_network
-from gdd_dist.program import run_program
+from gdd_dist.program import note_preemption, run_program
 from gdd_dist.rows import check, plan
 from gdd_dist.settings import Config
 from gdd_dist.tables import table
@@ -124,9 +122,12 @@ def main(argv: Sequence[str], joined: Callable[[World], None]) -> None:
     dirs = needed(config, store, fps)
     world = World(config.device, config.timeout)
     joined(world)
+    note_preemption(world, out)
     ctx = Context(config, world, data, manifest, store, out, resolve_precision(config.precision, world.device))
+    world.enter("verify")
     if config.verify:
         verify_inputs(ctx, {step: fps[step] for step in dirs}, ("train", "test"))
+    world.enter("evaluate")
     results = measure(ctx, dirs, fps)
     if world.is_main:
         history = read_network(dirs["matching"] / GENERATOR)[1].get("history", [])
@@ -145,5 +146,4 @@ def measure(ctx: Context, dirs: dict[str, Path], fps: dict[str, str]) -> list[di
 
 
 if __name__ == "__main__":
-    torch.set_float32_matmul_precision("high")
     run_program(main, sys.argv[1:])

@@ -24,7 +24,6 @@ from gdd_dist.monitor import due
 from gdd_dist.networks import GENERATOR, save_network
 from gdd_dist.pictures import sample_grid
 from gdd_dist.settings import Config, Gan
-from gdd_dist.signals import Preempted
 
 VERSION = 1
 
@@ -124,12 +123,18 @@ def train(ctx: Context, work: Path, provenance: dict[str, Any], draw: int) -> di
     slots = np.arange(world.rank * share, (world.rank + 1) * share)
     monitor = ctx.monitor("gan", work, g.steps, start=start)
 
+    def save(step: int) -> None:
+        state = nets.state_dict()
+        if world.is_main:
+            monitor.flush()
+            checkpoints.save(step, state)
+
     def read(step: int) -> tuple[Tensor, ...]:
         indices = sampling.batch(step, world.rank, world.size)
         return images.read(indices), torch.from_numpy(images.labels[indices])
 
     for step, (batch, labels) in enumerate(prefetch(read, start, g.steps, ctx.config.loader.prefetch), start):
-        vote = world.vote(checkpoints.due())
+        vote = world.vote(checkpoints.due() and step + 1 < g.steps)
         real = mirrored(ctx, to_float(batch, ctx.device), step, slots, ctx.config.step_seed("gan"), "gan/flip")
         scalars = train_step(ctx, nets, step, slots, real, labels.to(ctx.device))
         if due(step, g.steps):
@@ -140,14 +145,8 @@ def train(ctx: Context, work: Path, provenance: dict[str, Any], draw: int) -> di
             monitor.picture("samples", sample_grid(ctx, nets.ema), step)
         monitor.advance(step + 1, images=g.batch)
         ctx.say(nets.skips.line("gan", step + 1))
-        stop, save = vote.result()
-        if (stop or (save and not nets.skips.in_a_row)) and step + 1 < g.steps:
-            state = nets.state_dict()
-            if world.is_main:
-                monitor.flush()
-                checkpoints.save(step + 1, state)
-            if stop:
-                raise Preempted
+        vote.obey(partial(save, step + 1), sound=not nets.skips.in_a_row)
+    world.vote().obey(partial(save, g.steps))  # a signal that came in the last step
     monitor.close()
     nets.save_discriminator(work, world.is_main)
     if world.is_main:

@@ -205,7 +205,7 @@ def match(
     ):
         if step % m.interval == 0 and pause(step):
             break
-        vote = world.vote(state.checkpoints.due())
+        vote = world.vote(state.checkpoints.due() and step + 1 < m.steps)
         scalars = train_step(ctx, state.nets, matcher, step, groups, real_logits, real)
         if step % m.interval == 0 or step == m.steps - 1:
             matcher.log(monitor, step)
@@ -213,11 +213,7 @@ def match(
             monitor.scalars(step, {**world.mean(scalars), "lr": cosine(step, m.steps, m.lr, m.lr / 10)})
         monitor.advance(step + 1, images=m.batch)
         ctx.say(state.nets.skips.line("matching", step + 1))
-        stop, save = vote.result()
-        if (stop or (save and not state.nets.skips.in_a_row)) and step + 1 < m.steps:
-            state.save(step + 1, monitor)
-            if stop:
-                raise Preempted
+        vote.obey(partial(state.save, step + 1, monitor), sound=not state.nets.skips.in_a_row)
     else:
         pause(m.steps)
     monitor.close()

@@ -9,13 +9,17 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
+from gdd_dist.artifacts import write_json
 from gdd_dist.distributed import World
 from gdd_dist.meeting import PeerError, claim_before_joining
 from gdd_dist.signals import Preempted, asked, end_with, listen
 from sharding.errors import UserError
 from sharding.redact import redact
 
+PREEMPTED = "preempted"
+"""The file in OUT that tells launchers to start the job again: torchrun itself exits with 1 whatever happened."""
 _PEER_FAULT = 5.0
 _GONE = "see whether the disk is still there, then run the same command again"
 
@@ -50,6 +54,18 @@ def _in_thread(fault: threading.ExceptHookArgs) -> None:
     """TensorBoard's writer hands its fault to the main thread, which says it in one line."""
     if type(fault.thread).__name__ != "_AsyncWriterThread":
         threading.__excepthook__(fault)
+
+
+def note_preemption(world: World, out: Path) -> None:
+    """From now on rank 0 writes OUT/preempted {signal, step, time} when all have saved; what an earlier job left there goes."""
+
+    def write() -> None:
+        when = time.strftime("%Y-%m-%d %H:%M:%S")
+        write_json(out / PREEMPTED, {"signal": asked.name, "step": world.step, "time": when})
+
+    if world.is_main:
+        (out / PREEMPTED).unlink(missing_ok=True)
+        world.on_preempted = write
 
 
 def preempted(world: World | None) -> str:

@@ -203,8 +203,8 @@ def train_from_checkpoint(ctx: Context, training: Training, work: Path, monitor:
         if (stop or (checkpoints.due() and not skips.in_a_row)) and step + 1 < training.steps:
             state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "skips": skips.state_dict()}
             checkpoints.save(step + 1, {**state, "records": records, "curve": curve})
-        if stop and step + 1 < training.steps:
-            ctx.world.check_stop()
+            if stop:
+                ctx.world.check_stop()
     _record(work, training).parent.mkdir(exist_ok=True)
     body = {"teachers": records, "curve": curve}
     write_json(_record(work, training), {**body, "check": fingerprint(body)})

@@ -8,11 +8,8 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from gdd_dist import config as configuration
 from gdd_dist import dryrun, gan, logits, matching, report, teachers
@@ -27,9 +24,8 @@ from gdd_dist.locks import Lock, holding, in_use
 from gdd_dist.metrics import commit, versions
 from gdd_dist.monitor import say, write_text
 from gdd_dist.plan import INPUTS, fingerprints
-from gdd_dist.program import run_program
+from gdd_dist.program import note_preemption, run_program
 from gdd_dist.settings import STEPS, Config
-from gdd_dist.signals import asked
 from gdd_dist.users import note_user, store_of
 from gdd_dist.verify import verify_inputs
 from sharding.errors import UserError
@@ -38,8 +34,6 @@ from sharding.manifest import FILE as MANIFEST
 from sharding.manifest import Manifest
 from sharding.redact import redact
 from sharding.writer import build
-
-PREEMPTED = "preempted"
 
 
 def main(argv: list[str], joined: Callable[[World], None]) -> None:
@@ -57,9 +51,7 @@ def main(argv: list[str], joined: Callable[[World], None]) -> None:
         return
     out = Path(config.out or ".")
     with run_lock(world, out):
-        if world.is_main:
-            (out / PREEMPTED).unlink(missing_ok=True)
-            world.on_preempted = partial(note_preempted, world, out)
+        note_preemption(world, out)
         begin = time.monotonic()
         data, status = prepare_data(world, config, out)
         run(world, config, command.preset, data, out, (status, time.monotonic() - begin))
@@ -82,11 +74,6 @@ def run_lock(world: World, out: Path) -> AbstractContextManager[None]:
         raise in_use(out, holder)
 
     return holding(lock, busy) if world.is_main else nullcontext()
-
-
-def note_preempted(world: World, out: Path) -> None:
-    """OUT/preempted tells launchers to start the job again: torchrun itself exits with 1 whatever happened."""
-    write_json(out / PREEMPTED, {"signal": asked.name, "step": world.step, "time": time.strftime("%Y-%m-%d %H:%M:%S")})
 
 
 def prepare_data(world: World, config: Config, out: Path) -> tuple[Path, str]:
@@ -255,5 +242,4 @@ def finish(ctx: Context, fps: Mapping[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_float32_matmul_precision("high")
     run_program(main, sys.argv[1:])

@@ -28,6 +28,20 @@ if [[ -n ${MASTER:-} ]]; then
     where+=(--master_addr "$MASTER")
 fi
 
-PATH="$BIN:$PATH" exec "$BIN/deepspeed" "${where[@]}" --master_port "${PORT:-29500}" --module gdd_dist.train \
+# Of all signals DeepSpeed passes on SIGTERM alone, and on one host from the process that it starts, not from its own.
+# shellcheck disable=SC2329 # called by the trap
+stop() {
+    if [[ -n ${HOSTFILE:-} ]]; then kill -TERM "$job"; else pkill -TERM -P "$job"; fi
+}
+trap stop INT TERM USR1
+
+PATH="$BIN:$PATH" "$BIN/deepspeed" "${where[@]}" --master_port "${PORT:-29500}" --module gdd_dist.train \
     --engine deepspeed ${DS_CONFIG:+--deepspeed-config "$DS_CONFIG"} \
-    ${DATA:+--data "$DATA"} --out "${OUT:-runs/mine}" "$@"
+    ${DATA:+--data "$DATA"} --out "${OUT:-runs/mine}" "$@" &
+job=$!
+
+status=0
+while kill -0 "$job" 2>/dev/null; do # a signal ends `wait` before its process has ended
+    wait "$job" && status=0 || status=$?
+done
+exit "$status"

@@ -257,6 +257,21 @@ def fail_writes(number: int) -> None:
     os.fsync = fsync
 
 
+def fail_last_file(rank: int, marker: Path, files: int, number: int) -> None:
+    """The disk fails rank 1 (see `fail_writes`) at its first file of the cache, when the others have written so many and wait."""
+    inner = logits._write
+
+    def write(path: Path, values: Any) -> bytes:
+        if rank == 1:
+            marker.touch()  # one of the files is its own
+            _until(lambda: len(list(path.parent.parent.glob("teacher-*/*.npy"))) == files)
+            fail_writes(number)
+        _until(marker.exists)
+        return inner(path, values)
+
+    logits._write = write
+
+
 def limit_files(size: int) -> None:
     """From now on no file of this process may grow beyond so many bytes, as by ``ulimit -f``."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))

@@ -1,13 +1,19 @@
 """--engine deepspeed: from the same artifacts the losses of DDP, and runs that change engine and ranks on their way."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import hooks
 import numpy as np
 import pytest
 import ranks
 from events import scalars
+from test_torchrun import LONG_GAN, steps_done, wait_for
 
 FIRST = 12
 
@@ -79,6 +85,30 @@ def test_a_run_killed_under_zero_3_ends_with_the_bits_of_one_that_was_not(undist
         directory = out / "matching" / found["matching"]["fingerprint"]
         ends.append([ranks.weights(directory / "generator.safetensors")])
     assert ends[0] == ends[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_its_launcher_reaches_the_ranks_who_save_and_leave(undisturbed, tmp_path, number):
+    out = undisturbed.copy(tmp_path / "out", "teachers", "logits")
+    script = Path(__file__).parents[2] / "launchers" / "deepspeed.sh"
+    env = {"BIN": str(Path(sys.executable).parent), "RANKS": "2", "PORT": str(ranks.free_port()), "OUT": str(out)}
+    job = subprocess.Popen(
+        [script, *undisturbed.argv, *LONG_GAN],
+        env={**os.environ, **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        wait_for(lambda: steps_done(out) >= 5 or job.poll() is not None)
+        job.send_signal(number)
+        text, _ = job.communicate(timeout=60)
+    finally:
+        job.kill()
+    assert job.returncode
+    assert text.count("all is saved, the same command goes on from here") == 2, text
+    assert json.loads((out / "preempted").read_text())["step"] == "gan"
 
 
 def test_wrong_use_is_said_in_one_line(undisturbed, tmp_path):

@@ -115,6 +115,18 @@ def test_a_flush_that_fails_names_its_file_and_what_to_do(undisturbed, tmp_path,
     assert goes_on(undisturbed, out)
 
 
+def test_a_disk_that_fails_one_rank_ends_those_too_who_wait_for_it_in_a_barrier(undisturbed, tmp_path):
+    out = undisturbed.copy(tmp_path / "out", "teachers")
+    hook = functools.partial(hooks.fail_last_file, marker=tmp_path / "there", files=23, number=errno.EIO)  # of 24
+    ended = ranks.start(out, [*undisturbed.argv, "--until", "logits"], 3, before=hook).wait()
+    assert ended.codes == [2, 2, 2], ended.text
+    (line,) = ended.errors
+    assert line in ended.err[1]
+    assert f"error: {out}" in line
+    assert ".npy: Input/output error; see whether the disk is still there" in line
+    assert all("because another rank failed" in ended.err[r] for r in (0, 2))
+
+
 def test_a_limit_on_the_size_of_files_is_a_disk_that_is_full(undisturbed, tmp_path):
     out = undisturbed.copy(tmp_path / "out", "teachers", "logits")
     line = refused_at_step_6(undisturbed, out, functools.partial(hooks.limit_files, 50_000))

@@ -78,14 +78,33 @@ def namespace(name):
         ip("netns", "del", name)
 
 
+@pytest.fixture(scope="module")
+def whole(undisturbed, tmp_path_factory):
+    """The gan of an undisturbed run on one host: its directory."""
+    out = undisturbed.copy(tmp_path_factory.mktemp("whole") / "out", "teachers", "logits")
+    return out / "gan" / ranks.train(out, [*undisturbed.argv, *LONG_GAN], 4)["gan"]["fingerprint"]
+
+
+def assert_resumed_to(whole, out):
+    found = ranks.steps(out)["gan"]
+    assert (found["status"], found["fingerprint"]) == ("resumed", whole.name)
+    for name in ("generator.safetensors", "discriminator-state.pt"):
+        assert ranks.weights(whole / name) == ranks.weights(out / "gan" / whole.name / name)
+
+
+def assert_names_ranks_2_and_3(log):
+    errors = [line for line in log.read_text().splitlines() if line.startswith("error:")]
+    assert len(errors) == 1, log.read_text()
+    assert "rank 2 (process " in errors[0]
+    assert "rank 3 (process " in errors[0]
+    assert "in step gan) is gone; run the same command again" in errors[0]
+
+
 def test_a_host_that_dies_ends_the_job_and_when_it_is_back_the_job_goes_on_to_the_same_weights(
-    undisturbed, hosts, tmp_path
+    undisturbed, whole, hosts, tmp_path
 ):
-    argv = [*undisturbed.argv, *LONG_GAN]
-    control = undisturbed.copy(tmp_path / "control", "teachers", "logits")
-    expected = ranks.train(control, argv, 4)["gan"]
     out = undisturbed.copy(tmp_path / "out", "teachers", "logits")
-    argv, logs = [*argv, "--out", str(out)], [tmp_path / "first.log", tmp_path / "second.log"]
+    argv, logs = [*undisturbed.argv, *LONG_GAN, "--out", str(out)], [tmp_path / "first.log", tmp_path / "second.log"]
     left = hosts[0].run(logs[0], argv, [])
     hosts[1].run(logs[1], argv, [])
     wait_for(lambda: steps_done(out) >= 10)
@@ -93,21 +112,31 @@ def test_a_host_that_dies_ends_the_job_and_when_it_is_back_the_job_goes_on_to_th
     begin = time.monotonic()
     assert left.wait(60) == 1
     print(f"the other host's part of the job ended after {time.monotonic() - begin:.0f} s")
-    errors = [line for line in logs[0].read_text().splitlines() if line.startswith("error:")]
-    assert len(errors) == 1, logs[0].read_text()
-    assert "rank 2 (process " in errors[0]
-    assert "rank 3 (process " in errors[0]
-    assert "in step gan) is gone; run the same command again" in errors[0]
+    assert_names_ranks_2_and_3(logs[0])
 
     jobs = [host.run(log, argv, []) for host, log in zip(hosts, logs, strict=True)]
     for job in jobs:
         assert job.wait(300) == 0, "\n".join(log.read_text() for log in logs)
-    found = ranks.steps(out)["gan"]
-    assert found["status"] == "resumed"
-    assert found["fingerprint"] == expected["fingerprint"]
-    names = ("generator.safetensors", "discriminator-state.pt")
-    one, two = (root / "gan" / found["fingerprint"] for root in (control, out))
-    assert all(ranks.weights(one / name) == ranks.weights(two / name) for name in names)
+    assert_resumed_to(whole, out)
+
+
+def test_with_max_restarts_the_host_that_is_left_waits_for_the_one_that_died_and_both_go_on(
+    undisturbed, whole, hosts, tmp_path
+):
+    """Nobody starts anything anew on the first host; on the second its system does, when it is up again."""
+    out = undisturbed.copy(tmp_path / "out", "teachers", "logits")
+    argv, logs = [*undisturbed.argv, *LONG_GAN, "--out", str(out)], [tmp_path / "first.log", tmp_path / "second.log"]
+    elastic = ["--max-restarts=2"]
+    left = hosts[0].run(logs[0], argv, elastic)
+    hosts[1].run(logs[1], argv, elastic)
+    wait_for(lambda: steps_done(out) >= 10)
+    hosts[1].die()
+    wait_for(lambda: "is gone; run the same command again" in logs[0].read_text(), timeout=60)
+    back = hosts[1].run(tmp_path / "back.log", argv, elastic)
+    text = [*logs, tmp_path / "back.log"]
+    assert [left.wait(300), back.wait(60)] == [0, 0], "\n".join(log.read_text() for log in text)
+    assert_names_ranks_2_and_3(logs[0])
+    assert_resumed_to(whole, out)
 
 
 def test_a_host_that_is_cut_off_without_a_word_is_missed_by_the_others(undisturbed, hosts, tmp_path):

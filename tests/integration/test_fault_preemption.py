@@ -2,12 +2,16 @@
 
 import functools
 import json
+import shutil
 import signal
 import time
 
 import hooks
 import pytest
 import ranks
+
+from gdd_dist import evaluate
+from gdd_dist.program import run_program
 
 SELDOM = ["--checkpoint_seconds", "100000"]  # so that what is saved was saved because of the signal
 FIRST = ["teachers", "logits", "gan"]
@@ -70,6 +74,43 @@ def test_a_preempted_report_goes_on_by_student(reported, tmp_path):
     found = ranks.train(out, reported.argv, 2)
     assert found["report"]["status"] == "resumed"
     assert 0 < found["report"]["images_processed"] < 0.9 * reported.steps["report"]["images_processed"]
+
+
+def test_a_signal_in_the_last_step_loses_nothing_of_the_loop(undisturbed, tmp_path):
+    out = undisturbed.copy(tmp_path / "out", "teachers", "logits")
+    argv = [*undisturbed.argv, *SELDOM, "--until", "gan"]
+    hook = functools.partial(hooks.signal_in, where="gan.train_step", call=11, number=signal.SIGTERM, victim=1)
+    ended = ranks.start(out, argv, 4, before=hook).wait()
+    assert ended.codes == [143] * 4, ended.text
+    found = ranks.train(out, argv, 4)
+    assert (found["gan"]["status"], found["gan"]["images_processed"]) == ("resumed", 0)
+    assert same_weights(undisturbed, out, "gan")
+
+
+def run_evaluate(rank, argv, before):
+    before(rank)
+    run_program(evaluate.main, argv)
+
+
+def test_evaluate_too_leaves_word_that_it_was_preempted_and_goes_on_by_student(reported, tmp_path):
+    out = shutil.copytree(reported.out, tmp_path / "out", symlinks=True)
+    argv = [str(out), "--ipc", "2", "--baselines", "gan", "--labels", "hard", "--device", "cpu"]
+    hook = functools.partial(hooks.signal_in, where="grading.save_record", call=1, number=signal.SIGUSR1, victim=0)
+    before = set(out.glob("report/rows/*.json"))
+    ended = ranks.launch(tmp_path / "one", 2, run_evaluate, (argv, hook)).wait()
+    assert ended.codes == [138, 138], ended.text
+    line = "asked to by SIGUSR1; all is saved, the same command goes on from here"
+    assert all(line in err for err in ended.err), ended.text
+    note = json.loads((out / "preempted").read_text())
+    assert (note["signal"], note["step"]) == ("SIGUSR1", "evaluate")
+    kept = {p: p.stat().st_mtime_ns for p in set(out.glob("report/rows/*.json")) - before}
+    assert 1 < len(kept) < 8
+
+    ended = ranks.launch(tmp_path / "two", 2, run_evaluate, (argv, lambda _rank: None)).wait()
+    assert ended.codes == [0, 0], ended.text
+    assert not (out / "preempted").exists()
+    assert kept == {p: p.stat().st_mtime_ns for p in kept}
+    assert len(json.loads((out / "evaluate.json").read_text())["results"]) == 4
 
 
 def test_when_a_peer_does_not_answer_nothing_is_saved_and_nobody_waits_longer_than_agreed(undisturbed, tmp_path):

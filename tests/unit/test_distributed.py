@@ -238,6 +238,13 @@ def test_a_user_may_ask_for_fewer_threads_but_what_torchrun_sets_is_not_asking(m
     assert (alone, under_torchrun) == (1, len(os.sched_getaffinity(0)))
 
 
+def test_how_exactly_matrices_are_multiplied_is_the_same_for_all_who_form_a_world():
+    torch.set_float32_matmul_precision("highest")
+    World("cpu")
+    torch.set_num_threads(1)
+    assert torch.get_float32_matmul_precision() == "high"
+
+
 def comes_late(rank):
     if rank == 1:
         time.sleep(3)

@@ -20,12 +20,15 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from gdd_dist.signals import LONGEST_GRACE
+
 SHELLCHECK = str(Path(sys.executable).parent / "shellcheck")  # from the dev extra; PATH need not hold the environment
 
 
 FOLDER = Path(__file__).parents[2] / "launchers"
 SCRIPTS = [*sorted(FOLDER.glob("*.sh")), FOLDER / "slurm.sbatch"]
 KUBERNETES = "1.30"
+TORCHRUN_KILLS_AFTER = 30.0
 OWN_FIELDS = {
     "PyTorchJob": {"nprocPerNode", "runPolicy", "pytorchReplicaSpecs", "elasticPolicy"},
     "RayCluster": {"rayVersion", "authOptions", "headGroupSpec", "workerGroupSpecs", "enableInTreeAutoscaling"},
@@ -174,11 +177,11 @@ def batch(tmp_path):
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
 
-    def start(srun=None, **env):
+    def start(srun=None, out="/o", **env):
         if srun is not None:
             (tmp_path / "srun").write_text(f"#!/usr/bin/env bash\n{srun}\n")
         slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4"}
-        path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DATA": "/d", "OUT": "/o"}
+        path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DATA": "/d", "OUT": str(out)}
         command = [str(FOLDER / "slurm.sbatch"), "--seed", "3"]
         return subprocess.Popen(command, cwd=tmp_path, env=os.environ | slurm | path | env)
 
@@ -204,3 +207,28 @@ def test_slurm_queues_a_job_again_that_had_to_stop(batch, tmp_path, number):
 def test_slurm_does_not_queue_a_job_again_that_ended_by_itself(batch, tmp_path, status):
     assert batch(srun=f"exit {status}").wait(timeout=30) == status
     assert not (tmp_path / "calls").exists()
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["", "and what an earlier job left is none of its own"])
+def test_slurm_looks_for_what_ranks_leave_that_were_preempted_when_it_was_told_nothing_itself(batch, tmp_path, before):
+    note = tmp_path / "preempted"
+    if before:
+        note.touch()
+    job = batch(srun="exit 1" if before else f"touch {note}; exit 1", out=tmp_path)
+    job.wait(timeout=30)
+    assert (tmp_path / "calls").exists() != before
+    assert note.exists() != before
+
+
+def test_pods_have_longer_to_save_than_ranks_take_to_agree_and_to_leave():
+    pods = [t["spec"] for name, doc in documents() if "ray" not in name for t in pod_templates(doc)]
+    assert len(pods) == 3
+    assert all(pod["terminationGracePeriodSeconds"] > 2 * LONGEST_GRACE + TORCHRUN_KILLS_AFTER for pod in pods)
+
+
+@pytest.mark.parametrize("name", ["torchrun_one_node.sh", "torchrun_many_nodes.sh", "slurm.sbatch", "Dockerfile"])
+def test_whoever_starts_torchrun_has_it_pass_sigusr1_on(name):
+    text = (FOLDER / name).read_text()
+    found = re.search(r"(?:--signals-to-handle|^ENV PET_SIGNALS_TO_HANDLE)=(\S+)", text, re.MULTILINE)
+    assert found is not None
+    assert set(found[1].split(",")) == {"SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1"}
