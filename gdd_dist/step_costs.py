@@ -62,8 +62,8 @@ class StepCosts:
             return Cost.peak(looks, makespan([look.seconds for look in looks], self._ctx.world.size))
         share = t.batch // t.ranks_per_teacher
         for name in dict.fromkeys(one.architecture for one, _ in left):
-            with teaching(self._ctx, name) as step:
-                cost = self._meter(step, share, 2 * t.accumulate).at(share)  # two: fewer have no batch statistics
+            with teaching(self._ctx, name) as prepare:
+                cost = self._meter(prepare, share, 2 * t.accumulate).at(share)  # two: fewer have no batch statistics
             costs[name] = cost, in_batches(self._answer(name), val, PREDICT_BATCH)
         spent = []
         for one, done in left:
