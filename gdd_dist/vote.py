@@ -28,6 +28,8 @@ class Vote:
         if self._work is not None:
             self._work.wait()
         number, word = self._flags.tolist()
+        if self._work is None:  # nobody to agree with: a signal that came in this step counts at once
+            number = asked.number
         asked.agreed = number > 0
         if number:
             asked.note(number)
