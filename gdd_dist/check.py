@@ -6,7 +6,7 @@ import torch
 
 from gdd_dist import deepspeed_config, pretrained, rows
 from gdd_dist.deepspeed_engine import import_deepspeed
-from gdd_dist.models.classifiers import parse_classifier
+from gdd_dist.models.classifiers import has_batch_norm, parse_classifier, parse_student
 from gdd_dist.models.residual import side_widths
 from gdd_dist.settings import Config
 from sharding.errors import UserError
@@ -25,11 +25,14 @@ def check(config: Config, manifest: Manifest, world: int, device: torch.device) 
         )
     side_widths(manifest.height, config.gan.width, config.gan.patch)
     trained = () if config.teachers.pretrained else config.teachers.architectures
-    for name in (*trained, config.matching.quick_student, *config.report.students):
+    for name in trained:
         parse_classifier(name)
+    parse_student(config.matching.quick_student)
     for file in pretrained.files(config.teachers.pretrained) if config.teachers.pretrained else ():
         pretrained.load(file, manifest)
     check_ranks(config, world)
+    if not config.teachers.pretrained:
+        check_teams(config, world)
     rows.check(config, manifest)
 
 
@@ -62,6 +65,25 @@ def check_ranks(config: Config, world: int) -> None:
             raise UserError(
                 f"--accumulate {config.accumulate} does not divide a rank's {share} {of}; use {_divisors(share)}"
             )
+
+
+def check_teams(config: Config, world: int) -> None:
+    """Teams divide the ranks, a team's ranks the streams of a teacher's batch, micro-batches a rank's share of it."""
+    t, streams = config.teachers, config.loader.streams_of(config.teachers.batch)
+    team, share = f"--teachers.ranks_per_teacher {t.ranks_per_teacher}", t.batch // t.ranks_per_teacher
+    if world % t.ranks_per_teacher:
+        raise UserError(f"{team} does not divide the {world} ranks; use {_divisors(world)}")
+    if streams % t.ranks_per_teacher:
+        raise UserError(
+            f"{team} does not divide the {streams} streams of --teachers.batch {t.batch}; use {_divisors(streams)}"
+        )
+    if share % t.accumulate:
+        raise UserError(
+            f"--teachers.accumulate {t.accumulate} does not divide a rank's {share} images of a teacher's step; "
+            f"use {_divisors(share)}"
+        )
+    if share == t.accumulate and any(has_batch_norm(name) for name in t.architectures):
+        raise UserError("a micro-batch of one image has no batch statistics; lower --teachers.accumulate")
 
 
 def check_engine(config: Config, device: torch.device) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from gdd_dist.models.classifiers import Classifier, build_classifier
 from gdd_dist.monitor import Monitor, say
 from gdd_dist.networks import Teacher
 from gdd_dist.settings import Config
+from gdd_dist.teams import Team
 from sharding.errors import UserError
 from sharding.manifest import Manifest
 
@@ -55,6 +57,11 @@ class Context:
     def device(self) -> torch.device:
         """Where this rank computes."""
         return self.world.device
+
+    @cached_property
+    def team(self) -> Team:
+        """The ranks that train this rank's teachers with it. All ranks ask for it first at the same place."""
+        return Team(self.world, self.config.teachers.ranks_per_teacher)
 
     @property
     def classes(self) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from gdd_dist import evidence, gan, report, teachers
+from gdd_dist import evidence, gan, report
 from gdd_dist.artifacts import CHECKPOINTS, read_json
 from gdd_dist.context import Context, train_order
 from gdd_dist.grading import cached
@@ -14,11 +14,12 @@ from gdd_dist.logit_cache import logit_file
 from gdd_dist.pictures import GRID_CLASSES, GRID_COLUMNS
 from gdd_dist.quick import FRESH_IMAGES, measured_after
 from gdd_dist.rows import Job, images_forwarded, jobs
+from gdd_dist.trainings import Training, pool, record_path
 
 GAN_FORWARDS, ADVERSARIAL_FORWARDS = 6, 4
 """Forwards of an image a step of the gan: generator twice, discriminator four times (which is what matching's adversarial term takes)."""
-SETTLING_FORWARDS = 4
-"""Images that a rank forwards as two engines settle the order of their buckets, where there are several ranks."""
+SETTLING_FORWARDS = 2
+"""Images that a rank forwards as an engine settles the order of its buckets, where there are several ranks."""
 
 
 @dataclass(frozen=True)
@@ -36,28 +37,29 @@ def steps_done(ctx: Context, directory: Path) -> int:
     return 0 if found is None else found[0]
 
 
-def trainings_left(ctx: Context, work: Path) -> list[tuple[teachers.Training, int]]:
+def trainings_left(ctx: Context, work: Path) -> list[tuple[Training, int]]:
     """Trainings that are not done, and how many steps of each are."""
     samples = ctx.images("train").shards.shard_samples
-    left: list[tuple[teachers.Training, int]] = []
+    left: list[tuple[Training, int]] = []
     if ctx.config.teachers.pretrained:
         return left
-    for one in teachers.pool(ctx.config, train_order(ctx.config, "teachers", samples, "teacher").steps_per_epoch):
-        name = work / CHECKPOINTS / f"training-{one.index:03d}"
-        if not name.with_suffix(".json").exists():
-            left.append((one, steps_done(ctx, name)))
+    for one in pool(ctx.config, train_order(ctx.config, "teachers", samples, "teacher").steps_per_epoch):
+        record = record_path(work, one)
+        if not record.exists():
+            left.append((one, steps_done(ctx, record.with_suffix(""))))
     return left
 
 
-def teachers_left(ctx: Context, left: list[tuple[teachers.Training, int]]) -> Left:
-    """Each step forwards a batch, each snapshot val."""
+def teachers_left(ctx: Context, left: list[tuple[Training, int]]) -> Left:
+    """Each step forwards a batch, each snapshot val; a team's engine settles first."""
     t, val = ctx.config.teachers, len(ctx.images("val"))
     if t.pretrained:
         return Left(False, 0, len(t.architectures) * val)
     steps = sum(one.steps - done for one, done in left)
     snapshots = sum(mark > done for one, done in left for mark in one.snapshots)
     resumes = len(left) < t.seeds * len(t.architectures) or any(done for _, done in left)
-    return Left(resumes, steps, steps * t.batch + snapshots * val)
+    images = steps * t.batch + snapshots * val + len(left) * settling(t.ranks_per_teacher)
+    return Left(resumes, steps, images)
 
 
 def logits_left(ctx: Context, work: Path, pool: int) -> Left:
@@ -71,7 +73,7 @@ def gan_left(ctx: Context, work: Path) -> tuple[Left, int]:
     """What is left, and how many grids of samples of it."""
     g, start = ctx.config.gan, steps_done(ctx, work / CHECKPOINTS)
     grids = sum(gan.shows_grid(g, s) for s in range(start, g.steps))
-    images = (g.steps - start) * GAN_FORWARDS * g.batch + grids * grid_images(ctx) + settling(ctx)
+    images = (g.steps - start) * GAN_FORWARDS * g.batch + grids * grid_images(ctx) + 2 * settling(ctx.world.size)
     return Left(start > 0, g.steps - start, images), grids
 
 
@@ -85,7 +87,7 @@ def matching_left(ctx: Context, work: Path) -> tuple[Left, int]:
         + len(measured_after(m.quick_steps)) * len(ctx.images("val"))
     )
     images = (m.steps - start) * (2 + (ADVERSARIAL_FORWARDS if m.lambda_adv else 0)) * m.batch
-    images += measurements * (m.quick_students * quick + grid_images(ctx)) + settling(ctx)
+    images += measurements * (m.quick_students * quick + grid_images(ctx)) + 2 * settling(ctx.world.size)
     return Left(start > 0, m.steps - start, images), measurements
 
 
@@ -107,9 +109,9 @@ def report_left(ctx: Context, work: Path, fps: Mapping[str, str]) -> tuple[Left,
     return Left(resumes, sum(j.budget.optimizer_steps for j in left), images), left
 
 
-def settling(ctx: Context) -> int:
-    """Images that the engines of a step forward before it begins."""
-    return SETTLING_FORWARDS * ctx.world.size if ctx.world.size > 1 else 0
+def settling(ranks: int) -> int:
+    """Images that one engine of so many ranks forwards before the first step."""
+    return SETTLING_FORWARDS * ranks if ranks > 1 else 0
 
 
 def grid_images(ctx: Context) -> int:

@@ -5,6 +5,7 @@ apart for minutes never stand in a collective, and nothing is unpickled.
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import os
 import time
@@ -18,7 +19,7 @@ import torch.distributed as dist
 
 from gdd_dist.heartbeat import Pulse, describe
 from gdd_dist.meeting import PeerError, meet
-from gdd_dist.signals import LONGEST_GRACE, Preempted, asked
+from gdd_dist.signals import Preempted, asked
 from gdd_dist.vote import Vote
 from sharding.errors import UserError
 
@@ -37,6 +38,8 @@ class World:
         # deepspeed's launcher has a name of its own for it
         self.local_size = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", 1)))
         self.timeout = timeout
+        self._limit = datetime.timedelta(seconds=max(_COLLECTIVE, timeout))
+        self.group: Any = None  # of collectives: torch's default, all ranks
         self.device = self._pick_device(device)
         self.step = "start"
         self.on_preempted: Callable[[], None] = lambda: None
@@ -57,10 +60,16 @@ class World:
         )
         self.barrier()
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-        limit = datetime.timedelta(seconds=max(_COLLECTIVE, self.timeout))
         store = dist.PrefixStore("gdd", self._store)
         with _on_loopback(self.local_size == self.size):
-            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=limit)
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=self._limit)
+
+    def cut(self, size: int) -> Any:
+        """Cut the ranks into groups of ``size`` (it divides them) consecutive ones; this rank's process group. All ranks call it."""
+        firsts = range(0, self.size, size)
+        with _on_loopback(self.local_size == self.size):
+            groups = [dist.new_group(list(range(r, r + size)), timeout=self._limit) for r in firsts]
+        return groups[self.rank // size]
 
     def _pick_device(self, device: str) -> torch.device:
         if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
@@ -134,16 +143,21 @@ class World:
 
     def queue(self, jobs: int) -> Iterator[int]:
         """Job numbers 0 … jobs - 1, each given to exactly one rank, to whoever is free next. All ranks must call it alike."""
-        self._round += 1
-        key, n = f"queue/{self._round}", 0
-        while True:
-            taken = n if self.size == 1 else self._store.add(key, 1) - 1
-            n += 1
-            if taken >= jobs:
-                return
-            self._check_peers()
+        take = self.counter()
+        while (taken := take()) < jobs:
             self.check_stop()
             yield taken
+
+    def counter(self) -> Callable[[], int]:
+        """Counts from 0, over all ranks together: no two calls get the same number. All ranks must ask for it alike."""
+        self._round += 1
+        key, alone = f"queue/{self._round}", itertools.count()
+
+        def take() -> int:
+            self._check_peers()
+            return next(alone) if self.size == 1 else int(self._store.add(key, 1)) - 1
+
+        return take
 
     @property
     def stopping(self) -> bool:
@@ -159,8 +173,7 @@ class World:
     def vote(self, save: bool = False) -> Vote:
         """Begin to ask, at the start of a step that ranks take together: is any asked to stop, does rank 0 want to ``save``?"""
         now = time.monotonic()
-        if not asked.number:
-            asked.grace = max(asked.grace, min(2 * (now - self._voted), LONGEST_GRACE))
+        asked.allow(now - self._voted)
         self._voted = now
         return Vote(asked.number, save and self.is_main, self.size)
 

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gdd_dist.distributed import World
 from gdd_dist.finite import all_finite, poisoned
+from gdd_dist.teams import Team
 
 
 class Engine(Protocol):
@@ -52,35 +53,39 @@ class Engine(Protocol):
 
 
 class DDPEngine:
-    """torch's DDP over the world; the bare network when there is one rank. ``example``: inputs of the right shapes.
+    """torch's DDP over the world, or over a team; the bare network when there is one rank. ``example``: inputs of the right shapes.
 
     DDP orders its buckets anew after its first backward, gloo then sums in another order, and from three ranks on a resumed
     run would differ in its last bits from an undisturbed one: backwards of nothing, first of all, settle the order for both.
+    ``loss_scale``: whether fp16 scales the loss.
     """
 
     def __init__(
         self,
         module: nn.Module,
         optimizer: torch.optim.Optimizer,
-        world: World,
+        world: World | Team,
         precision: str,
         example: tuple[Tensor, ...],
         accumulate: int = 1,
+        loss_scale: bool = True,
     ) -> None:
         self.module, self._optimizer, self._precision, self._device = module, optimizer, precision, world.device
-        self._accumulate, self._done = accumulate, 0
-        self._scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
+        self.accumulate, self._done = accumulate, 0
+        self._scaler = torch.amp.GradScaler(world.device.type, enabled=loss_scale and precision == "fp16")
         self._wrapped: nn.Module | None = module
         if world.size > 1:
             devices = [world.local_rank] if world.device.type == "cuda" else None
-            self._wrapped = DistributedDataParallel(module, device_ids=devices)
+            self._wrapped = DistributedDataParallel(module, device_ids=devices, process_group=world.group)
+            module.eval()  # or a batch norm would note what it sees
             for _ in range(2):  # the buckets are ordered as the second forward begins
                 (self._forward(*example).sum() * 0).backward()
+            module.train()
             self._optimizer.zero_grad(set_to_none=True)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """Forward under autocast; float32 out. Gradients of all micro-batches but a step's last stay on this rank."""
-        waits = self._done < self._accumulate - 1 and isinstance(self._wrapped, DistributedDataParallel)
+        waits = self._done < self.accumulate - 1 and isinstance(self._wrapped, DistributedDataParallel)
         with self._wrapped.no_sync() if waits else contextlib.nullcontext():  # type: ignore[union-attr, operator]
             return self._forward(*inputs)
 
@@ -93,7 +98,7 @@ class DDPEngine:
     def backward(self, loss: Tensor) -> None:
         """Mean gradients over ranks and micro-batches."""
         loss = poisoned(loss)
-        self._scaler.scale(loss / self._accumulate if self._accumulate > 1 else loss).backward()
+        self._scaler.scale(loss / self.accumulate if self.accumulate > 1 else loss).backward()
         self._done += 1
 
     def step(self, lr: float) -> bool:

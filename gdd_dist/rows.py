@@ -15,7 +15,7 @@ import numpy as np
 from gdd_dist.artifacts import fingerprint
 from gdd_dist.confusion import Measured
 from gdd_dist.data.order import Order, default_streams
-from gdd_dist.models.classifiers import parse_classifier
+from gdd_dist.models.classifiers import parse_student
 from gdd_dist.settings import Config
 from sharding.errors import UserError
 from sharding.manifest import Manifest
@@ -224,7 +224,7 @@ def check(config: Config, manifest: Manifest) -> None:
     """Raise UserError where the report's settings do not fit the data set: known before the first step runs."""
     r = config.report
     for name in r.students:
-        parse_classifier(name)
+        parse_student(name)
     for name, allowed in (
         ("protocol", ("regenerate", "fixed")),
         ("labels", ("hard", "soft")),

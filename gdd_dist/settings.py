@@ -75,7 +75,7 @@ class Teachers:
     seed: int | None = setting(None, _SEED, low=0)
     architectures: tuple[str, ...] = setting(
         ("convnet", "resnet10"),
-        "classifiers of the pool; NAME or NAME:WIDTH of convnet resnet10 resnet18 resnet10_ap resnet18_ap vgg11 alexnet",
+        "classifiers of the pool; NAME or NAME:WIDTH of convnet resnet10 resnet18 resnet10_ap resnet18_ap resnet10_bn resnet18_bn vgg11 alexnet",
     )
     seeds: int = setting(4, "teachers trained of each architecture", low=1)
     snapshots: int = setting(3, "snapshots kept of each training, early ones included", low=1)
@@ -84,6 +84,17 @@ class Teachers:
     lr: float = setting(0.05, "peak learning rate of SGD (linear warm-up over 5 %, then cosine to 0)", above=0)
     momentum: float = setting(0.9, "momentum of SGD (Nesterov)", low=0, high=1)
     weight_decay: float = setting(5e-4, "weight decay", low=0)
+    ranks_per_teacher: int = setting(
+        1, "ranks that train one teacher together, by DDP; it must divide the world size", low=1, where=True
+    )
+    accumulate: int = setting(
+        1, "micro-batches that a rank's share of a teacher's step is cut into, to save memory", low=1, where=True
+    )
+    activation_checkpointing: bool = setting(
+        False,
+        "keep only what enters each block of a teacher, and compute the rest again in the backward: less memory, a third more time",
+        where=True,
+    )
     pretrained: str | None = setting(
         None,
         "directory of classifiers (safetensors that name their architecture) to take instead of training",

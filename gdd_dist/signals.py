@@ -42,6 +42,11 @@ class Asked:
         self.heard.set()
         self.wake()
 
+    def allow(self, seconds: float) -> None:
+        """Ranks that take a step together get twice as long as it took to agree, before they are asked to stop."""
+        if not self.number:
+            self.grace = max(self.grace, min(2 * seconds, LONGEST_GRACE))
+
     @property
     def name(self) -> str:
         """SIGTERM, SIGUSR1."""

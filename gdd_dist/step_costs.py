@@ -21,7 +21,7 @@ from gdd_dist.quick import CHUNK, FRESH_IMAGES
 from gdd_dist.rows import GENERATORS, Job
 from gdd_dist.students import CHUNK_IMAGES, TEACHER_BATCH, Frozen
 from gdd_dist.synthetic import DRAW_BATCH
-from gdd_dist.teachers import Training
+from gdd_dist.trainings import Training
 from gdd_dist.trial_steps import (
     adversaries,
     answering,
@@ -31,6 +31,7 @@ from gdd_dist.trial_steps import (
     matching_step,
     painting,
     small_group,
+    teaching,
     training,
 )
 
@@ -59,14 +60,17 @@ class StepCosts:
         if t.pretrained:  # only measured on val
             looks = [in_batches(self._answer(name), val, PREDICT_BATCH) for name in t.architectures]
             return Cost.peak(looks, makespan([look.seconds for look in looks], self._ctx.world.size))
+        share = t.batch // t.ranks_per_teacher
         for name in dict.fromkeys(one.architecture for one, _ in left):
-            costs[name] = self._train(name, t.batch).at(t.batch), in_batches(self._answer(name), val, PREDICT_BATCH)
+            with teaching(self._ctx, name) as prepare:
+                cost = self._meter(prepare, share, 2 * t.accumulate).at(share)  # two: fewer have no batch statistics
+            costs[name] = cost, in_batches(self._answer(name), val, PREDICT_BATCH)
         spent = []
         for one, done in left:
             step, look = costs[one.architecture]
             marks = sum(mark > done for mark in one.snapshots)
             spent.append((one.steps - done) * step.seconds + marks * look.seconds)
-        return Cost.peak((c for pair in costs.values() for c in pair), makespan(spent, self._ctx.world.size))
+        return Cost.peak((c for pair in costs.values() for c in pair), makespan(spent, self._ctx.team.count))
 
     def logits(self, images: int) -> Cost:
         """``images``: forwards that are left, of all teachers alike."""

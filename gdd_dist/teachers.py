@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import io
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from gdd_dist import pretrained
-from gdd_dist.artifacts import CHECKPOINTS, fingerprint, read_json, verify_file, write_json
-from gdd_dist.checkpoint import Checkpoints
+from gdd_dist.artifacts import read_json, write_json
 from gdd_dist.context import Context, train_order
 from gdd_dist.data.augment import AUGMENT_DRAWS
 from gdd_dist.data.loader import prefetch, to_float
 from gdd_dist.data.order import uniform
+from gdd_dist.engines import DDPEngine
 from gdd_dist.finite import Skips, going_back_once
-from gdd_dist.fit import accuracy, sgd, train_step, warmup_cosine
-from gdd_dist.models.classifiers import Classifier
+from gdd_dist.fit import sgd, warmup_cosine
+from gdd_dist.models.classifiers import Classifier, has_batch_norm
 from gdd_dist.monitor import Monitor, due, say
-from gdd_dist.networks import TEACHERS, save_network
+from gdd_dist.networks import TEACHERS
 from gdd_dist.settings import Config
+from gdd_dist.trainings import Training, finish, finished, keep, pool, record_path, verify
 from sharding.errors import UserError
-from sharding.files import sha256_file
 
 VERSION = 1
+CUTS = ("ranks_per_teacher", "accumulate", "activation_checkpointing")
+"""Settings that say how a batch is cut, and how often it passes: with a batch norm they change numbers."""
 FINISHED = ("training-*.json", "teacher-*.safetensors")
 
 
@@ -34,33 +38,10 @@ def settings(config: Config) -> dict[str, Any]:
     """What shapes the pool's numbers."""
     if config.teachers.pretrained:
         return {"pretrained": pretrained.hashes(config.teachers.pretrained)}
-    loader = config.shaping("loader")
-    return {**config.shaping("teachers"), "loader": loader}
-
-
-@dataclass(frozen=True)
-class Training:
-    """One training of the pool; ``snapshots``: step counts after which a teacher is kept, ascending, the last one last."""
-
-    index: int
-    architecture: str
-    seed: int
-    steps: int
-    snapshots: tuple[int, ...]
-
-    @property
-    def purpose(self) -> str:
-        """The name of its random streams."""
-        return f"teacher/{self.architecture}/{self.seed}"
-
-
-def pool(config: Config, steps_per_epoch: int) -> list[Training]:
-    """All trainings. Snapshots stand at 1, 1/3, 1/9, … of a training: early ones teach coarse structure."""
-    t = config.teachers
-    steps = t.epochs * steps_per_epoch
-    marks = sorted({max(1, round(steps * 3.0**-k)) for k in range(t.snapshots)})
-    pairs = [(a, s) for s in range(t.seeds) for a in t.architectures]
-    return [Training(i, a, s, steps, tuple(marks)) for i, (a, s) in enumerate(pairs)]
+    shaping = {**config.shaping("teachers"), "loader": config.shaping("loader")}
+    if any(has_batch_norm(name) for name in config.teachers.architectures):
+        shaping |= {name: getattr(config.teachers, name) for name in CUTS}
+    return shaping
 
 
 def run(ctx: Context, work: Path) -> dict[str, Any]:
@@ -70,25 +51,28 @@ def run(ctx: Context, work: Path) -> dict[str, Any]:
     images = ctx.images("train")
     per_epoch = train_order(ctx.config, "teachers", images.shards.shard_samples, "teacher").steps_per_epoch
     trainings = pool(ctx.config, per_epoch)
-    monitor = ctx.monitor("teachers", work, sum(t.steps for t in trainings) // ctx.world.size or 1)
+    team = ctx.team
+    monitor = ctx.monitor("teachers", work, sum(t.steps for t in trainings) // team.count or 1)
     done = 0
-    # Costly ones first, so that no rank starts a long training when the others are done.
+    # Costly ones first, so that no team starts a long training when the others are done.
     costs = {
         a: sum(p.numel() for p in ctx.classifier(a, 0, "cost").parameters()) for a in ctx.config.teachers.architectures
     }
     trainings.sort(key=lambda t: -costs[t.architecture])
     logged = set()
     ctx.disks.share(work, FINISHED)
-    for job in ctx.world.queue(len(trainings)):
-        if finished(work, trainings[job]) is None:
+    for job in team.queue(len(trainings)):
+        if team.broadcast(team.is_main and finished(work, trainings[job]) is not None):
+            ctx.resumed = True
+        else:
             logged.add(trainings[job].index)
             train_one(ctx, trainings[job], work, monitor, done)
-        else:
-            ctx.resumed = True
         done += trainings[job].steps
     ctx.world.barrier()
     ctx.disks.share(work, FINISHED)
-    trained = {t: read_json(_record(work, t)) for t in sorted(trainings, key=lambda t: t.index)}  # verified in this run
+    trained = {
+        t: read_json(record_path(work, t)) for t in sorted(trainings, key=lambda t: t.index)
+    }  # verified in this run
     for training, result in trained.items():
         if training.index not in logged:  # another rank's, or an interrupted run's
             _log(monitor, training, result["curve"])
@@ -103,7 +87,7 @@ def take(ctx: Context, work: Path, directory: str) -> dict[str, Any]:
     for i in ctx.world.queue(len(files)):
         net = ctx.watch(pretrained.load(files[i], ctx.manifest)).eval()
         training = Training(i, files[i].architecture, i, 1, (1,))
-        mine.append(_keep(ctx, net, training, 1, work))
+        mine.append(keep(ctx, net, training, 1, work))
         say(f"teachers: {files[i].path.name}, {files[i].architecture}: {mine[-1]['val_accuracy']:.1f} % on val")
         monitor.advance(min((len(mine)) * ctx.world.size, len(files)))
     return _list(
@@ -121,32 +105,6 @@ def _list(ctx: Context, work: Path, monitor: Monitor, records: list[dict[str, An
     return {"val_accuracy": max(r["val_accuracy"] for r in records)}
 
 
-def _record(work: Path, training: Training) -> Path:
-    return work / CHECKPOINTS / f"training-{training.index:03d}.json"
-
-
-def finished(work: Path, training: Training) -> dict[str, Any] | None:
-    """The record of a training that is done, None of one that is not; a damaged file is named, and its training done again."""
-    path = _record(work, training)
-    if not path.exists():
-        return None
-    try:
-        body: dict[str, Any] = read_json(path)
-        if body.pop("check", None) != fingerprint(body):
-            raise UserError(f"{path} is damaged; its training is done again")
-        _verify(work, body["teachers"])
-    except UserError as e:
-        say(f"teachers: {e}")
-        return None
-    return body
-
-
-def _verify(work: Path, records: list[dict[str, Any]]) -> None:
-    """Raise UserError when a snapshot that was kept is not as it was written."""
-    for record in records:
-        verify_file(work / record["file"], record["bytes"], record["sha256"], "its training is done again")
-
-
 def _log(monitor: Monitor, training: Training, curve: list[list[float]]) -> None:
     """Points (step, loss, learning rate) of one training; all trainings have the same learning rates."""
     for step, loss, lr in curve:
@@ -155,90 +113,126 @@ def _log(monitor: Monitor, training: Training, curve: list[list[float]]) -> None
 
 
 def train_one(ctx: Context, training: Training, work: Path, monitor: Monitor, done: int) -> None:
-    """Train one classifier on this rank, going on from its checkpoint; ``done``: steps of this rank's trainings before it."""
-    name = f"teachers: {training.architecture} seed {training.seed}"
-    attempt = partial(train_from_checkpoint, ctx, training, work, monitor, done)
-    going_back_once(name, attempt, "lower --teachers.lr", say)
+    """Train one classifier on this team, going on from its checkpoint; ``done``: steps of this team's trainings before it."""
+
+    def attempt(draw: int) -> None:
+        train(ctx, Pupil(ctx, training, work, draw), monitor, done)
+
+    going_back_once(f"teachers: {training.name}", attempt, "lower --teachers.lr", ctx.team.say)
 
 
-def train_from_checkpoint(ctx: Context, training: Training, work: Path, monitor: Monitor, done: int, draw: int) -> None:
-    """One attempt; ``draw``: of the augmentation. Writes the training's record when it is done."""
-    seed, t = ctx.config.step_seed("teachers"), ctx.config.teachers
-    images = ctx.images("train")
+class Pupil:
+    """A training under way: network, engine, and what was kept of it, as of after ``start`` steps. Its files are the leader's."""
+
+    def __init__(self, ctx: Context, training: Training, work: Path, draw: int) -> None:
+        t = ctx.config.teachers
+        self._ctx, self.training, self._work = ctx, training, work
+        self.net = ctx.classifier(training.architecture, ctx.config.step_seed("teachers"), training.purpose)
+        self._optimizer = sgd(self.net, t.lr, t.momentum, t.weight_decay, nesterov=True)
+        self.engine = team_engine(ctx, self.net, self._optimizer)
+        self.checkpoints = ctx.checkpoints(record_path(work, training).with_suffix(""))
+        self.start, self.skips = 0, Skips()
+        self._records: list[dict[str, Any]] = []
+        self.curve: list[list[float]] = []
+        if (found := self._load()) is not None:
+            self.start, state = found
+            self.net.load_state_dict(state["net"])
+            self._optimizer.load_state_dict(state["optimizer"])
+            self._records, self.curve = state["records"], state["curve"]
+            self.skips.load_state_dict(state["skips"])
+            ctx.resumed = True
+        self.skips.draw = max(self.skips.draw, draw)
+
+    def _load(self) -> tuple[int, dict[str, Any]] | None:
+        """The checkpoint to go on from, if the snapshots kept before it are whole too; on every rank the leader's."""
+        found, team = None, self._ctx.team
+        if team.is_main:
+            found = self.checkpoints.load()
+            try:
+                verify(self._work, found[1]["records"] if found else [])
+            except UserError as e:
+                say(f"teachers: {e}")
+                found = None
+        if team.size == 1:
+            return found
+        buffer = io.BytesIO()
+        torch.save(found, buffer)
+        sent: tuple[int, dict[str, Any]] | None
+        sent = torch.load(io.BytesIO(team.send(buffer.getvalue())), map_location="cpu", weights_only=True)
+        return sent
+
+    def save(self, step: int) -> None:
+        """A checkpoint as of after ``step`` steps."""
+        if self._ctx.team.is_main:
+            state = {"net": self.net.state_dict(), "optimizer": self._optimizer.state_dict()}
+            kept = {"skips": self.skips.state_dict(), "records": self._records, "curve": self.curve}
+            self.checkpoints.save(step, {**state, **kept})
+
+    def keep(self, step: int) -> None:
+        """Keep the teacher of after ``step`` steps."""
+        if self._ctx.team.is_main:
+            self._records.append(keep(self._ctx, self.net, self.training, step, self._work))
+
+    def finish(self) -> None:
+        """All steps are done."""
+        self.engine.close()
+        if self._ctx.team.is_main:
+            finish(self._work, self.training, self._records, self.curve)
+
+
+def team_engine(ctx: Context, net: Classifier, optimizer: torch.optim.Optimizer) -> DDPEngine:
+    """What carries a classifier through its training on this rank's team."""
+    t, size = ctx.config.teachers, ctx.manifest.height
+    net.recompute = t.activation_checkpointing
+    example = torch.zeros(1, ctx.manifest.channels, size, size, device=ctx.device)
+    return DDPEngine(net, optimizer, ctx.team, ctx.precision, (example,), t.accumulate, loss_scale=False)
+
+
+def train(ctx: Context, pupil: Pupil, monitor: Monitor, done: int) -> None:
+    """One attempt at the steps that are left; ends with the training's record."""
+    training, skips, team = pupil.training, pupil.skips, ctx.team
+    images, steps, seed = ctx.images("train"), training.steps, ctx.config.step_seed("teachers")
     order = train_order(ctx.config, "teachers", images.shards.shard_samples, training.purpose)
-    net = ctx.classifier(training.architecture, seed, training.purpose)
-    optimizer = sgd(net, t.lr, t.momentum, t.weight_decay, nesterov=True)
-    checkpoints = ctx.checkpoints(work / CHECKPOINTS / f"training-{training.index:03d}")
-    start, records, curve, skips = 0, [], [], Skips()
-    if (found := _load(checkpoints, work)) is not None:
-        start, state = found
-        net.load_state_dict(state["net"])
-        optimizer.load_state_dict(state["optimizer"])
-        records, curve = state["records"], state["curve"]
-        skips.load_state_dict(state["skips"])
-        ctx.resumed = True
-    skips.draw = max(skips.draw, draw)
-    _log(monitor, training, curve)
+    _log(monitor, training, pupil.curve)
 
-    def read(step: int) -> tuple[torch.Tensor, ...]:
-        indices = order.batch(step)
-        draws = uniform(skips.seed(seed), f"{training.purpose}/augment", step, np.arange(len(indices)), AUGMENT_DRAWS)
+    def read(step: int) -> tuple[Tensor, ...]:
+        indices = order.batch(step, team.rank, team.size)
+        slots = np.arange(len(indices)) + team.rank * len(indices)
+        draws = uniform(skips.seed(seed), f"{training.purpose}/augment", step, slots, AUGMENT_DRAWS)
         return images.read(indices), torch.from_numpy(images.labels[indices]), torch.from_numpy(draws)
 
     for step, (batch, labels, draws) in enumerate(
-        prefetch(read, start, training.steps, ctx.config.loader.prefetch), start
+        prefetch(read, pupil.start, steps, ctx.config.loader.prefetch), pupil.start
     ):
-        lr = warmup_cosine(step, training.steps, t.lr)
+        vote = team.vote(pupil.checkpoints.due() and step + 1 < steps)
+        lr = warmup_cosine(step, steps, ctx.config.teachers.lr)
         x = ctx.augment(to_float(batch, ctx.device), draws)
-        loss = train_step(net, optimizer, x, labels.to(ctx.device), lr, ctx.precision, skips)
-        if line := skips.line(f"teachers: {training.architecture} seed {training.seed}", step + 1):
-            say(line)
-        if due(step, training.steps):
-            curve.append([step, float(loss), lr])
-            _log(monitor, training, curve[-1:])
+        loss = train_step(pupil.engine, x, labels.to(ctx.device), lr, skips)
+        team.say(skips.line(f"teachers: {training.name}", step + 1))
+        if due(step, steps):
+            pupil.curve.append([step, team.mean(loss), lr])
+            _log(monitor, training, pupil.curve[-1:])
         if step + 1 in training.snapshots:
-            records.append(_keep(ctx, net, training, step + 1, work))
-        monitor.advance(min(done + step + 1, monitor.total), f"{training.architecture} seed {training.seed}")
-        stop = ctx.world.stopping
-        if (stop or (checkpoints.due() and not skips.in_a_row)) and step + 1 < training.steps:
-            state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "skips": skips.state_dict()}
-            checkpoints.save(step + 1, {**state, "records": records, "curve": curve})
-            if stop:
-                ctx.world.check_stop()
-    _record(work, training).parent.mkdir(exist_ok=True)
-    body = {"teachers": records, "curve": curve}
-    write_json(_record(work, training), {**body, "check": fingerprint(body)})
+            pupil.keep(step + 1)
+        monitor.advance(min(done + step + 1, monitor.total), training.name)
+        vote.obey(partial(pupil.save, step + 1), sound=not skips.in_a_row)
+    pupil.finish()
 
 
-def _load(checkpoints: Checkpoints, work: Path) -> tuple[int, dict[str, Any]] | None:
-    """The checkpoint to go on from, if the snapshots kept before it are whole too."""
-    found = checkpoints.load()
-    try:
-        _verify(work, found[1]["records"] if found else [])
-    except UserError as e:
-        say(f"teachers: {e}")
-        return None
-    return found
+def train_step(engine: DDPEngine, images: Tensor, labels: Tensor, lr: float, skips: Skips) -> Tensor:
+    """One step of cross-entropy on this rank's share: float images [b, C, H, W] in [-1, 1], labels int64 [b]. Returns its loss.
 
-
-def _keep(ctx: Context, net: Classifier, training: Training, step: int, work: Path) -> dict[str, Any]:
-    """Measure a snapshot on val and write it."""
-    snapshot = training.snapshots.index(step)
-    name = f"teacher-{training.index * len(training.snapshots) + snapshot:03d}.safetensors"
-    score = accuracy(net, ctx.images("val"), ctx.device, ctx.precision)
-    save_network(
-        work / name,
-        net,
-        {"format": "gdd-classifier/1", "architecture": training.architecture, "data": ctx.manifest.fingerprint},
-    )
-    return {
-        "file": name,
-        "bytes": (work / name).stat().st_size,
-        "sha256": sha256_file(work / name),
-        "architecture": training.architecture,
-        "seed": training.seed,
-        "step": step,
-        "snapshot": snapshot,
-        "last": step == training.steps,
-        "val_accuracy": score,
-    }
+    A step whose loss or gradient is not finite, on any rank, moves nothing, and counts in ``skips``. Raises Diverged after too
+    many in a row.
+    """
+    running = [b.clone() for b in engine.module.buffers()]
+    losses = []
+    for x, y in zip(images.chunk(engine.accumulate), labels.chunk(engine.accumulate), strict=True):
+        loss = F.cross_entropy(engine(x), y)
+        engine.backward(loss)
+        losses.append(loss.detach())
+    moved = engine.step(lr)
+    if not moved:  # nor may a batch norm remember it
+        torch._foreach_copy_(list(engine.module.buffers()), running)
+    skips.note(moved)
+    return torch.stack(losses).mean()

@@ -6,19 +6,21 @@ Every function gives a Prepare: batch → a step of that many images of this ran
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gdd_dist import gan, matching
+from gdd_dist import gan, matching, teachers
 from gdd_dist.adversarial import Adversaries, mirrored
 from gdd_dist.context import Context
 from gdd_dist.data.augment import AUGMENT_DRAWS
 from gdd_dist.data.loader import to_float
 from gdd_dist.data.order import normal, uniform
 from gdd_dist.engines import autocast
+from gdd_dist.finite import Skips
 from gdd_dist.fit import sgd, train_step
 from gdd_dist.models.generator import Generator
 from gdd_dist.probe import Prepare
@@ -88,10 +90,29 @@ def small_group(group: int) -> int:
     return min(2, group)
 
 
-def training(ctx: Context, name: str, nesterov: bool = False) -> Prepare:
-    """A training step of a classifier."""
+@contextmanager
+def teaching(ctx: Context, name: str) -> Iterator[Prepare]:
+    """A training step of a teacher, on all teams at once."""
+    t, net = ctx.config.teachers, ctx.classifier(name, 0, "dry-run")
+    engine = teachers.team_engine(ctx, net, sgd(net, t.lr, t.momentum, t.weight_decay, nesterov=True))
+
+    def prepare(n: int) -> Callable[[], object]:
+        (batch, labels), draws = some_images(ctx, n), some_draws(n)
+
+        def step() -> object:
+            x = ctx.augment(to_float(batch, ctx.device), draws)
+            return teachers.train_step(engine, x, labels, t.lr, Skips())
+
+        return step
+
+    yield prepare
+    engine.close()
+
+
+def training(ctx: Context, name: str) -> Prepare:
+    """A training step of a student."""
     r, net = ctx.config.report, ctx.classifier(name, 0, "dry-run")
-    optimizer = sgd(net, r.lr, r.momentum, r.weight_decay, nesterov)
+    optimizer = sgd(net, r.lr, r.momentum, r.weight_decay)
 
     def prepare(n: int) -> Callable[[], object]:
         (batch, labels), draws = some_images(ctx, n), some_draws(n)

@@ -12,24 +12,28 @@ from gdd_dist.signals import Preempted, asked
 
 
 class Vote:
-    """One all-reduce of two flags, begun before a step and read after it, so that it hides behind the step.
+    """One all-reduce of two numbers, begun before a step and read after it, so that it hides behind the step.
 
-    All ranks get the same answer at the same step, whenever the signal reached each of them.
+    All ranks of ``group`` (None: all there are) get the same answer at the same step, whenever the signal reached each of them.
     """
 
-    def __init__(self, number: int, save: bool, size: int) -> None:
-        self._flags = torch.tensor([number, int(save)])
-        self._work: Any = dist.all_reduce(self._flags, op=dist.ReduceOp.MAX, async_op=True) if size > 1 else None
+    def __init__(self, number: int, word: int, size: int, group: Any = None) -> None:
+        self._flags = torch.tensor([number, int(word)])
+        self._work: Any = None
+        if size > 1:
+            self._work = dist.all_reduce(self._flags, op=dist.ReduceOp.MAX, group=group, async_op=True)
 
-    def result(self) -> tuple[bool, bool]:
-        """(whether to save and stop now, whether to save)."""
+    def result(self) -> tuple[bool, int]:
+        """(whether to save and stop now, the largest word: whether to save)."""
         if self._work is not None:
             self._work.wait()
-        number, save = self._flags.tolist()
+        number, word = self._flags.tolist()
+        if self._work is None:  # nobody to agree with: a signal that came in this step counts at once
+            number = asked.number
         asked.agreed = number > 0
         if number:
             asked.note(number)
-        return asked.agreed, save > 0
+        return asked.agreed, word
 
     def obey(self, save: Callable[[], None], sound: bool = True) -> None:
         """Call ``save`` where that was wanted and what there is to save is ``sound``, or where the job is to stop.

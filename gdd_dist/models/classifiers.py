@@ -1,6 +1,6 @@
 """The classifiers that serve as teachers and students, as the dataset-distillation literature builds them.
 
-None keeps batch statistics: a sample's logits do not depend on its batch mates. Each takes float images in [-1, 1] and
+None but those named `_bn` keeps batch statistics: a sample's logits do not depend on its batch mates. Each takes float images in [-1, 1] and
 normalises them itself, so a file of weights is self-contained. Shapes: B batch, C image channels, K classes.
 """
 
@@ -10,18 +10,27 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sharding.errors import UserError
 
 TORCHVISION = "torchvision:"
 """Before the names of torchvision's networks, which only serve as teachers that somebody else trained."""
 
+_BATCH_NORM = "_bn"
 _GROUP_CHANNELS = 8
 """Channels that share a group norm in the ResNets."""
 
 
+Norm = Callable[[int], nn.Module]
+"""Channels → their norm."""
+
+
 class Classifier(nn.Module):
-    """Normalise, extract features, classify: [B, C, H, W] float in [-1, 1] -> logits [B, K]."""
+    """Normalise, extract features, classify: [B, C, H, W] float in [-1, 1] -> logits [B, K].
+
+    ``recompute``: of the activations a backward needs, keep those between stages alone and compute the others again.
+    """
 
     mean: Tensor
     std: Tensor
@@ -31,11 +40,29 @@ class Classifier(nn.Module):
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
         self.body = body
+        self.recompute = False
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, K] of images [B, C, H, W] in [-1, 1]."""
-        logits: Tensor = self.body((images - self.mean) / self.std)
+        x = (images - self.mean) / self.std
+        if not (self.recompute and torch.is_grad_enabled()):
+            logits: Tensor = self.body(x)
+            return logits
+        *early, last = _stages(self.body)  # the last would be computed again at once
+        for stage in early:
+            x = checkpoint(stage, x, use_reentrant=False, preserve_rng_state=False)
+        logits = last(x)
         return logits
+
+
+def _stages(body: nn.Module) -> list[nn.Sequential]:
+    """The layers of a body in their order, cut before each convolution and each residual block."""
+    stages: list[list[nn.Module]] = [[]]
+    for layer in body.children():
+        if isinstance(layer, (nn.Conv2d, _ResidualBlock)) and stages[-1]:
+            stages.append([])
+        stages[-1].append(layer)
+    return [nn.Sequential(*layers) for layers in stages]
 
 
 def _instance_norm(width: int) -> nn.Module:
@@ -65,43 +92,50 @@ def convnet(*, channels: int, size: int, classes: int, width: int = 128) -> nn.M
 
 
 class _ResidualBlock(nn.Module):
-    """Basic block (He et al. 2016) with group norm; `pool` halves by averaging instead of by stride."""
+    """Basic block (He et al. 2016); `pool` halves by averaging instead of by stride."""
 
-    def __init__(self, inputs: int, width: int, stride: int, pool: bool) -> None:
+    def __init__(self, inputs: int, width: int, stride: int, pool: bool, norm: Norm) -> None:
         super().__init__()
         step = 1 if pool else stride
         halve = [nn.AvgPool2d(2)] if pool and stride == 2 else []
         self.residual = nn.Sequential(
             nn.Conv2d(inputs, width, 3, stride=step, padding=1, bias=False),
-            _group_norm(width),
+            norm(width),
             nn.ReLU(inplace=True),
             *halve,
             nn.Conv2d(width, width, 3, padding=1, bias=False),
-            _group_norm(width),
+            norm(width),
         )
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != width:
             conv = nn.Conv2d(inputs, width, 1, stride=step, bias=False)
-            self.shortcut = nn.Sequential(*halve, conv, _group_norm(width))
+            self.shortcut = nn.Sequential(*halve, conv, norm(width))
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(self.residual(x) + self.shortcut(x))
 
 
 def resnet(
-    *, channels: int, size: int, classes: int, width: int = 64, blocks: Sequence[int] = (1, 1, 1, 1), pool: bool = False
+    *,
+    channels: int,
+    size: int,
+    classes: int,
+    width: int = 64,
+    blocks: Sequence[int] = (1, 1, 1, 1),
+    pool: bool = False,
+    norm: Norm = _group_norm,
 ) -> nn.Module:
-    """ResNet for small images: 3x3 stem, four stages of basic blocks, group norm, global average (He et al. 2016)."""
+    """ResNet for small images: 3x3 stem, four stages of basic blocks, norm, global average (He et al. 2016)."""
     layers: list[nn.Module] = [
         nn.Conv2d(channels, width, 3, padding=1, bias=False),
-        _group_norm(width),
+        norm(width),
         nn.ReLU(inplace=True),
     ]
     inputs = width
     for stage, count in enumerate(blocks):
         for index in range(count):
             stride = 2 if stage and not index else 1
-            layers.append(_ResidualBlock(inputs, width << stage, stride, pool))
+            layers.append(_ResidualBlock(inputs, width << stage, stride, pool, norm))
             inputs = width << stage
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
 
@@ -137,10 +171,17 @@ CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {
     "resnet18": partial(resnet, blocks=(2, 2, 2, 2)),
     "resnet10_ap": partial(resnet, blocks=(1, 1, 1, 1), pool=True),
     "resnet18_ap": partial(resnet, blocks=(2, 2, 2, 2), pool=True),
+    "resnet10_bn": partial(resnet, blocks=(1, 1, 1, 1), norm=nn.BatchNorm2d),
+    "resnet18_bn": partial(resnet, blocks=(2, 2, 2, 2), norm=nn.BatchNorm2d),
     "vgg11": vgg11,
     "alexnet": alexnet,
 }
 """Architectures by name; a name may carry its width, as in `convnet:64`."""
+
+
+def has_batch_norm(name: str) -> bool:
+    """Whether what a classifier learns depends on how its batches are cut."""
+    return name.partition(":")[0].endswith(_BATCH_NORM)
 
 
 def parse_classifier(name: str) -> tuple[str, int | None]:
@@ -167,6 +208,13 @@ def _torchvision(name: str, channels: int, classes: int) -> nn.Module:
             f"torchvision has no classifier '{name.removeprefix(TORCHVISION)}'; see its list of models"
         ) from e
     return net
+
+
+def parse_student(name: str) -> tuple[str, int | None]:
+    """As parse_classifier; UserError, too, for a batch norm: the last batch of a student may be a single image."""
+    if has_batch_norm(name):
+        raise UserError(f"classifier '{name}' only serves as a teacher; a student needs one without batch norm")
+    return parse_classifier(name)
 
 
 def build_classifier(
