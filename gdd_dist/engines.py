@@ -72,7 +72,7 @@ class DDPEngine:
         self._scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
         self._wrapped: nn.Module | None = module
         if world.size > 1:
-            devices = [world.local_rank] if world.device.type == "cuda" else None
+            devices = [world.device.index] if world.device.type == "cuda" else None
             self._wrapped = DistributedDataParallel(module, device_ids=devices)
             for _ in range(2):  # the buckets are ordered as the second forward begins
                 (self._forward(*example).sum() * 0).backward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -13,9 +14,10 @@ from matplotlib.figure import Figure
 from gdd_dist.figures import DPI, png
 from gdd_dist.tables import markdown, ruled
 from sharding.files import write_atomic
-from tune import shared, space
+from tune import cluster, gang, shared, space
+from tune.arguments import METRICS
 from tune.final import Gain
-from tune.options import METRICS, Search
+from tune.options import Search
 from tune.record import DEFAULTS, DIVERGED, FAILED, FINISHED, STOPPED, Outcome, Record
 from tune.space import Axis
 
@@ -39,9 +41,13 @@ def write(search: Search, record: Record, best: Outcome, gain: Gain | None) -> N
 
 
 def next_line(search: Search) -> str:
-    """What to type to train with the best settings; the store holds all but the report already."""
-    ranks = search.options.ranks_per_trial
-    return f"torchrun --nproc_per_node={ranks} -m gdd_dist.train --config {search.out}/best.yaml"
+    """What to type on this host to train with the best settings; the store holds all but the report already."""
+    o, here = search.options, cluster.this_host()
+    gpus = cluster.gpus_of(o, [here])
+    fit = here.slots(o.cpus_per_trial, max(1.0, gpus) if gpus else 0.0)  # torchrun's ranks share no GPU
+    ranks = gang.with_ranks(search.config, max(1, min(o.ranks_per_trial, fit)))
+    file = shlex.quote(str(search.out / "best.yaml"))
+    return f"torchrun --nproc_per_node={ranks} -m gdd_dist.train --config {file}"
 
 
 def ranked(record: Record, metric: str) -> list[Outcome]:
