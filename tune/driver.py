@@ -41,7 +41,11 @@ def run(command: Command) -> None:
     search, out = command.search, command.search.out
     if (out / FILE).exists() and not command.resume:
         raise UserError(f"{out} holds a search already; --resume goes on with it, or choose another --out")
-    cluster.check_address(search.options.address)
+    record = Record(out.resolve())
+    if left(search, record):  # what is refused here leaves no trace
+        cluster.check_address(search.options.address)
+        if search.options.address is None:
+            cluster.check_resources(search.options, [cluster.this_host()])
     with holding(Lock(out / "run.lock"), _busy(out)):
         data = data_of(search)
         check(
@@ -50,13 +54,10 @@ def run(command: Command) -> None:
             search.options.ranks_per_trial,
             torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         )
-        record = Record(out.resolve())
         if command.resume:
             _say_what_is_there(search, record)
         gain = None
         if left(search, record):
-            if search.options.address is None:
-                cluster.check_resources(search.options, [cluster.this_host()])  # before Ray is started
             with cluster.cluster(search.options.address, search.config.debug) as nodes:
                 gain = _compute(search, record, data, nodes)
         best = best_of(record, search.options.metric)

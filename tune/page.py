@@ -108,8 +108,8 @@ def page(search: Search, record: Record, outcomes: Sequence[Outcome], best: Outc
         markdown(header, lines, left=2),
         f"Judged by {METRICS[o.metric]} (`--metric {o.metric}`); scheduler {o.scheduler}, algorithm {o.algorithm}, seed "
         f"{search.config.seed}. val: accuracy of {m.quick_students} quick students on the validation split, of the interval that "
-        "matching kept (kept 0: the GAN itself); their seeds are the same in all trials. The best of many is flattered by its own "
-        "noise on val: the gain above, on test and with new seeds, is not. Test was read by nothing else.",
+        "matching kept (kept 0: the GAN itself); their seeds are the same in all trials. `*`: the best of those that came to their end. The "
+        "best of many is flattered by its own noise on val: the gain, on test and with new seeds, is not. Test was read by nothing else.",
         "![Accuracy on val against each searched setting](search.png)",
         "## Gain" if gain else "",
         _gain_table(gain) if gain else "",
@@ -123,9 +123,15 @@ def page(search: Search, record: Record, outcomes: Sequence[Outcome], best: Outc
 
 
 def _gain_table(gain: Gain) -> str:
-    header = ("seed", "best", "defaults", "GAN", "gain")
-    rows = zip(gain.seeds, gain.best, gain.defaults, gain.gan, strict=True)
-    return markdown(header, [[str(s), f"{b:.2f}", f"{d:.2f}", f"{g:.2f}", f"{b - d:+.2f}"] for s, b, d, g in rows])
+    header = ("seed", "best %", "defaults %", "GAN %", "gain, points")
+    rows = [*zip(gain.seeds, gain.best, gain.defaults, gain.gan, strict=True)]
+    lines = [[str(s), f"{b:.2f}", f"{d:.2f}", f"{g:.2f}", f"{b - d:+.2f}"] for s, b, d, g in rows]
+    means = [f"{np.mean(values):.2f}" for values in (gain.best, gain.defaults, gain.gan)]
+    error = "" if gain.stderr is None else f" ± {gain.stderr:.2f}"
+    table = markdown(header, [*lines, ["mean", *means, f"{gain.mean:+.2f}{error}"]])
+    return (
+        f"Accuracy on test, a seed's mean over its students; ± is the standard error of the mean over seeds.\n\n{table}"
+    )
 
 
 def cost(search: Search, record: Record, outcomes: Sequence[Outcome]) -> str:
@@ -151,7 +157,7 @@ def _trials(count: int) -> str:
 
 
 def _hours(seconds: float) -> str:
-    return f"{seconds / 3600:.2f}"
+    return f"{seconds / 3600:.3f}"
 
 
 def _faults(outcomes: Sequence[Outcome]) -> str:

@@ -206,7 +206,7 @@ def test_resources_that_no_node_has_are_told_at_once(tmp_path):
         with pytest.raises(Exception, match=words):
             check_resources(options, hosts)
     assert "no node has the 4096 CPUs" in refused(tmp_path / "out", ["--cpus-per-trial", "4096"])
-    assert not (tmp_path / "out" / "search.yaml").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_address_where_nobody_answers_is_told_at_once(tmp_path, tiny):

@@ -176,6 +176,7 @@ def test_the_page_says_the_gain_whatever_it_is(a_record, capsys):
     assert "gain over the defaults -1.00 ± 0.00 points" in text
     assert "| 001 * | finished | 70.00 |" in text
     assert "not finite" in text
+    assert "| mean | 90.00 | 91.00 | 88.00 | -1.00 ± 0.00 |" in text
     lines = capsys.readouterr().out.splitlines()
     assert next(line for line in lines if line.startswith("next: ")).endswith(f"--config {a_record.out}/best.yaml")
     assert (a_record.out / "search.png").stat().st_size > 10_000
@@ -186,8 +187,8 @@ def test_the_page_says_the_gain_whatever_it_is(a_record, capsys):
 def test_what_was_saved_is_counted(a_record):
     (a_record.out / "shared.json").write_text(json.dumps({"steps": {"gan": {"seconds": 900.0, "ranks": 2}}}))
     text = page.cost(a_search(a_record), a_record, list(a_record.outcomes().values()))
-    assert "| shards, teachers, logits, GAN, once | 0.50 |" in text
-    assert "| saved by reuse | 1.50 |" in text  # four trials, one of which would have had to compute them anyway
+    assert "| shards, teachers, logits, GAN, once | 0.500 |" in text
+    assert "| saved by reuse | 1.500 |" in text  # four trials, one of which would have had to compute them anyway
     assert "| 1 trial stopped" in text
 
 
