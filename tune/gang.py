@@ -222,11 +222,12 @@ def run_all(jobs: Sequence[Job], meanwhile: Callable[[], None] = lambda: None) -
             meanwhile()
             ray.get(ended)
         return ray.get([answer for answer, _ in started])
-    except RayTaskError as e:
-        raise (e.cause if isinstance(e.cause, Exception) else e) from e
     except RayError as e:
+        cause = e.cause if isinstance(e, RayTaskError) and isinstance(e.cause, Exception) else e
+        if isinstance(e, RayTaskError) and not isinstance(cause, PeerLost):
+            raise cause from e
         raise UserError(
-            f"a job was lost too often ({' '.join(str(e).split())[:200]}); see to its node, then --resume goes on from its checkpoint"
+            f"a job was lost too often ({' '.join(str(cause).split())[:200]}); see to its node, then --resume goes on from its checkpoint"
         ) from e
     finally:
         for answer in waiting:
