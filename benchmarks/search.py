@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -23,6 +22,8 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from common import machine, versions
 
 from tune import environment
 
@@ -67,8 +68,9 @@ def through_search(out: Path, args: argparse.Namespace) -> tuple[float, float]:
 
 def by_hand(out: Path, store: Path) -> float:
     """Seconds of the same trials as the trainer's own command, one after the other, on a store without their results."""
-    for step in ("teachers", "logits", "gan", "cache"):
-        shutil.copytree(out / step, store / step)
+    for step in ("teachers", "logits", "gan", "cache"):  # the cache: images decoded once
+        if (out / step).exists():
+            shutil.copytree(out / step, store / step)
     begin = time.monotonic()
     for trial in sorted((out / "trials").iterdir()):
         typed(["--config", str(trial / "config.yaml"), "--out", str(store / trial.name), "--store", str(store)])
@@ -98,8 +100,8 @@ def line(name: str, ours: float, other: dict[str, float], unit: str, args: argpa
                 "unit": unit,
                 "ratio": round(min(other.values()) / ours, 4),
                 "settings": {"trials": args.trials, "rounds": args.rounds, "trainer": args.settings, **more},
-                "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
-                "versions": {"python": platform.python_version()},
+                "machine": machine(),
+                "versions": versions("torch", "ray", "optuna"),
             }
         ),
         flush=True,

@@ -75,7 +75,7 @@ class DDPEngine:
         self._scaler = torch.amp.GradScaler(world.device.type, enabled=loss_scale and precision == "fp16")
         self._wrapped: nn.Module | None = module
         if world.size > 1:
-            devices = [world.local_rank] if world.device.type == "cuda" else None
+            devices = [world.device.index] if world.device.type == "cuda" else None
             self._wrapped = DistributedDataParallel(module, device_ids=devices, process_group=world.group)
             module.eval()  # or a batch norm would note what it sees
             for _ in range(2):  # the buckets are ordered as the second forward begins

@@ -19,9 +19,11 @@ REUSED = ("shards", "teachers", "logits", "gan")
 
 
 class Running:
-    """A search in a process of its own, whose output goes to files."""
+    """A search in a process of its own, whose output goes to files. ``prefix``: what starts it, on another host say."""
 
-    def __init__(self, out: Path, argv: Sequence[str], env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, out: Path, argv: Sequence[str], env: dict[str, str] | None = None, prefix: Sequence[str] = ()
+    ) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         self.out, self._files = (
             out,
@@ -29,7 +31,7 @@ class Running:
         )
         with self._files[0].open("w") as stdout, self._files[1].open("w") as stderr:
             self.process = subprocess.Popen(
-                [sys.executable, str(ROOT / "tune" / "search.py"), "--out", str(out), *argv],
+                [*prefix, sys.executable, str(ROOT / "tune" / "search.py"), "--out", str(out), *argv],
                 stdout=stdout, stderr=stderr, env={**os.environ, **(env or {})}, start_new_session=True,
             )  # fmt: skip
 
@@ -61,18 +63,18 @@ class Running:
             self.process.wait()
 
 
-def search(out: Path, argv: Sequence[str], env: dict[str, str] | None = None) -> Running:
+def search(out: Path, argv: Sequence[str], env: dict[str, str] | None = None, prefix: Sequence[str] = ()) -> Running:
     """Run to a good end."""
-    running = Running(out, argv, env)
+    running = Running(out, argv, env, prefix)
     assert running.wait() == 0, running.text()
     assert "error:" not in running.text()
     assert "Traceback" not in running.text()
     return running
 
 
-def refused(out: Path, argv: Sequence[str], env: dict[str, str] | None = None) -> str:
+def refused(out: Path, argv: Sequence[str], env: dict[str, str] | None = None, prefix: Sequence[str] = ()) -> str:
     """Run to a fault that the user can mend; its one line."""
-    running = Running(out, argv, env)
+    running = Running(out, argv, env, prefix)
     assert running.wait() == 2, running.text()
     assert "Traceback" not in running.text()
     errors = [line for line in running.text().splitlines() if line.startswith("error:")]
@@ -100,10 +102,25 @@ def steps(out: Path, trial: str) -> dict[str, dict[str, Any]]:
     return found
 
 
+def open_trials(out: Path, reports: int = 1) -> list[str]:
+    """Trials that have reported at least so often and have not ended."""
+    ended = outcomes(out)
+    names = [p.name for p in sorted((out / "trials").glob("*"))]
+    return [name for name in names if name not in ended and len(progress(out, name)) >= reports]
+
+
+def nodes_of(out: Path, trial: str) -> list[str]:
+    """Nodes that a trial has reported from, in the order it came to them."""
+    hosts = [line["host"].partition("#")[2] for line in progress(out, trial) if "host" in line]
+    return list(dict.fromkeys(hosts))
+
+
 def assert_shared(out: Path) -> None:
-    """Teachers, logits and GAN were computed once, by nobody but the shared job."""
-    for trial in (out / "trials").glob("*/steps.json"):
-        found = steps(out, trial.parent.name)
+    """Every trial reused shards, teachers, logits and GAN, which were computed once, by nobody but the shared job."""
+    trials = [p.name for p in (out / "trials").iterdir()]
+    assert trials
+    for trial in trials:
+        found = steps(out, trial)
         assert [found[s]["status"] for s in REUSED] == ["reused"] * 4
         assert [found[s]["images_processed"] for s in REUSED] == [0] * 4
     for step in REUSED[1:]:

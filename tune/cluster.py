@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import signal
 import socket
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,12 +19,12 @@ import torch
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from gdd_dist.data.remote import is_remote, read_manifest
 from gdd_dist.metrics import versions
 from gdd_dist.monitor import say
 from sharding.errors import UserError
-from sharding.manifest import Manifest
-from tune.environment import python_path
-from tune.options import Options
+from tune.arguments import Options
+from tune.environment import python_path, token_is_known
 
 REACH_SECONDS = 5.0
 PROBE_SECONDS = 120.0
@@ -48,21 +50,26 @@ class Node:
 @contextmanager
 def cluster(address: str | None, debug: bool = False) -> Iterator[list[Node]]:
     """A local Ray or a connection to a running cluster; left, or ended with all it runs, at the end. ``debug``: show its workers' output."""
-    _start(address, debug)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put a handler of its own there
+    # Not below TMPDIR: a socket's path must be short.
+    files = tempfile.mkdtemp(prefix="gdd-ray-", dir=os.environ.get("RAY_TMPDIR", "/tmp")) if address is None else None
     try:
+        _start(address, files, debug)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put a handler of its own there
         yield nodes()
     finally:
         ray.shutdown()
+        if files is not None and debug:
+            say(f"search: Ray's logs are in {files}")
+        elif files is not None:
+            shutil.rmtree(files, ignore_errors=True)
 
 
-def _start(address: str | None, debug: bool) -> None:
+def _start(address: str | None, files: str | None, debug: bool) -> None:
     quiet: dict[str, Any] = {"log_to_driver": debug, "logging_level": "ERROR"}
     if address is None:
-        cores = int(this_host().cpus)
-        ray.init(address="local", num_cpus=cores, include_dashboard=False, object_store_memory=OBJECT_STORE, **quiet)
+        local = {"num_cpus": int(this_host().cpus), "include_dashboard": False, "object_store_memory": OBJECT_STORE}
+        ray.init(address="local", _temp_dir=files, **local, **quiet)
         return
-    _reach(address)
     try:
         ray.init(address=address, runtime_env={"env_vars": {"PYTHONPATH": python_path()}}, **quiet)
     except (ConnectionError, RuntimeError, ValueError, RayError) as e:
@@ -71,15 +78,21 @@ def _start(address: str | None, debug: bool) -> None:
 
 def _remedy(address: str) -> str:
     """Ray does not say that it was the token that was refused."""
-    if address == "auto":
-        return "start it with `ray start --head`, or leave out --address for a local one"
-    return "give its token in RAY_AUTH_TOKEN or ~/.ray/auth_token, or set RAY_AUTH_MODE=disabled if it asks for none"
+    token = "give its token in RAY_AUTH_TOKEN or ~/.ray/auth_token, or set RAY_AUTH_MODE=disabled if it asks for none"
+    return f"start one with `ray start --head`, or {token}" if address == "auto" else token
+
+
+def check_address(address: str | None) -> None:
+    """Raise UserError for a cluster that cannot be joined: Ray itself waits long, or ends the process, when nobody answers."""
+    if address is None:
+        return
+    if address != "auto":
+        _reach(address)
+    if not token_is_known():
+        raise UserError(f"no token for the Ray cluster at {address}; {_remedy(address)}")
 
 
 def _reach(address: str) -> None:
-    """Ray itself waits long, or ends the process, when nobody answers."""
-    if address == "auto":
-        return
     host, _, port = address.rpartition(":")
     if "://" in address or not host or not port.isdigit():
         raise UserError(f"--address {address} is no address of a cluster; give HOST:PORT of its head, or auto")
@@ -110,12 +123,33 @@ def this_host() -> Node:
     return Node("", "this host", float(len(os.sched_getaffinity(0))), float(torch.cuda.device_count()))
 
 
+def ranks_held(o: Options) -> int:
+    """How many ranks fit at a time, as the cluster is now."""
+    found = nodes()
+    return sum(n.slots(o.cpus_per_trial, gpus_of(o, found)) for n in found)
+
+
 def room(o: Options) -> int:
     """How many trials fit at a time, as the cluster is now, up to --max-concurrent."""
-    found = nodes()
-    ranks = sum(n.slots(o.cpus_per_trial, gpus_of(o, found)) for n in found)
-    fits = ranks // o.ranks_per_trial
+    fits = ranks_held(o) // o.ranks_per_trial
     return min(fits, o.max_concurrent) if o.max_concurrent else fits
+
+
+class Shrunk:
+    """Called now and then, says when the cluster has come to hold fewer than ``ranks`` ranks: nothing then goes on until nodes join."""
+
+    def __init__(self, o: Options, ranks: int) -> None:
+        self._options, self._ranks, self._told = o, ranks, False
+
+    def __call__(self) -> None:
+        """Say so, once each time it happens."""
+        held = ranks_held(self._options)
+        if held < self._ranks and not self._told:
+            say(
+                f"search: the cluster has come to hold {held} of the {self._ranks} ranks needed; it goes on when nodes join, "
+                "or after Ctrl-C with --resume and fewer ranks"
+            )
+        self._told = held < self._ranks
 
 
 def check_resources(o: Options, found: Sequence[Node]) -> int:
@@ -139,25 +173,28 @@ def _probe(out: str, data: str, token: str) -> dict[str, str]:
     """Run on a node: what it makes of the shared directories and which versions it has."""
     seen = Path(out, f".storage-check-{token}").read_text()
     Path(out, f".storage-check-{token}-{ray.get_runtime_context().get_node_id()}").write_text(seen)
-    return {"token": seen, "data": Manifest.load(Path(data)).fingerprint, **versions()}
+    return {"token": seen, "data": read_manifest(data).fingerprint, **versions()}
 
 
-def check_nodes(found: Sequence[Node], out: Path, data: Path) -> None:
-    """Every node must see OUT and DATA where the driver sees them, write to OUT, and run the same code. Raises UserError that names a node."""
+def check_nodes(found: Sequence[Node], out: Path, data: str) -> None:
+    """Every node must see OUT and DATA where the driver sees them, write to OUT, and run the same code. Raises UserError that names a node.
+
+    ``data``: a directory or a URL.
+    """
     token = secrets.token_hex(8)
     marker = out / f".storage-check-{token}"
     marker.write_text(token)
-    here = {"token": token, "data": Manifest.load(data).fingerprint, **versions()}
+    here = {"token": token, "data": read_manifest(data).fingerprint, **versions()}
     probe = ray.remote(num_cpus=0, max_retries=0)(_probe)
     try:
         asked = {
             n: probe.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n.id, soft=False)).remote(
-                str(out), str(data), token
+                str(out), data, token
             )
             for n in found
         }
         for node, answer in asked.items():
-            _check_answer(node, answer, here, out)
+            _check_answer(node, answer, here, out, data)
             if not (out / f".storage-check-{token}-{node.id}").exists():
                 raise UserError(
                     f"what node {node.host} writes to {out} does not arrive here; mount the same storage on all nodes"
@@ -167,25 +204,31 @@ def check_nodes(found: Sequence[Node], out: Path, data: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _check_answer(node: Node, answer: ray.ObjectRef, here: dict[str, str], out: Path) -> None:
+def _check_answer(node: Node, answer: ray.ObjectRef, here: dict[str, str], out: Path, data: str) -> None:
     try:
         there = ray.get(answer, timeout=PROBE_SECONDS)
     except ray.exceptions.GetTimeoutError as e:
         raise UserError(f"node {node.host} does not answer; look at it with `ray status`, or remove it") from e
     except ray.exceptions.RayTaskError as e:
         cause = e.cause if isinstance(getattr(e, "cause", None), Exception) else e
-        if isinstance(cause, (OSError, UserError)):
-            raise UserError(
-                f"node {node.host} does not share the storage of {out} ({_short(cause)}); mount it there at the same path"
-            ) from e
-        raise UserError(
-            f"node {node.host} cannot run a trial ({_short(cause)}); install the same gdd_dist there"
-        ) from e
+        raise UserError(_unfit(node, cause, out, data)) from e
     except RayError as e:
         raise UserError(f"node {node.host} cannot run a trial ({_short(e)}); look at its logs, or remove it") from e
     for name, value in here.items():
         if there.get(name) != value:
             raise UserError(f"node {node.host} has {name} {there.get(name)} instead of {value}; make the nodes alike")
+
+
+def _unfit(node: Node, cause: Exception, out: Path, data: str) -> str:
+    """What is wrong with a node, from what its probe met."""
+    if isinstance(cause, OSError):
+        return (
+            f"node {node.host} does not share the storage of {out} ({_short(cause)}); mount it there at the same path"
+        )
+    if isinstance(cause, UserError):
+        remedy = "give it the network and the keys for it" if is_remote(data) else "mount it there at the same path"
+        return f"node {node.host} does not see the data ({_short(cause)}); {remedy}"
+    return f"node {node.host} cannot run a trial ({_short(cause)}); install the same gdd_dist there"
 
 
 def _short(fault: Exception) -> str:

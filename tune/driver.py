@@ -15,11 +15,13 @@ import yaml
 
 from gdd_dist import config as configuration
 from gdd_dist.check import check
+from gdd_dist.data.remote import is_remote, read_manifest
 from gdd_dist.locks import Lock, holding, in_use
 from gdd_dist.monitor import say
+from gdd_dist.users import store_of
 from sharding.errors import UserError
 from sharding.files import write_atomic
-from sharding.manifest import Manifest
+from sharding.redact import redact
 from sharding.writer import build
 from tune import board, cluster, final, gang, page, shared, space
 from tune.cluster import Node
@@ -39,33 +41,38 @@ def run(command: Command) -> None:
     search, out = command.search, command.search.out
     if (out / FILE).exists() and not command.resume:
         raise UserError(f"{out} holds a search already; --resume goes on with it, or choose another --out")
-    if "://" in (search.config.data or ""):
-        raise UserError(
-            f"a search cannot read {search.config.data} yet; copy it to a disk that all nodes share and give that as --data"
-        )
+    record = Record(out.resolve())
+    if left(search, record):  # what is refused here leaves no trace
+        cluster.check_address(search.options.address)
+        if search.options.address is None:
+            cluster.check_resources(search.options, [cluster.this_host()])
     with holding(Lock(out / "run.lock"), _busy(out)):
-        data = Path(search.config.data) if search.config.data else out / "data"
-        if search.config.data is None:
-            build("digits", data)
+        data = data_of(search)
         check(
             search.config,
-            Manifest.load(data),
+            read_manifest(data),
             search.options.ranks_per_trial,
             torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         )
-        record = Record(out.resolve())
         if command.resume:
             _say_what_is_there(search, record)
         gain = None
         if left(search, record):
-            if search.options.address is None:
-                cluster.check_resources(search.options, [cluster.this_host()])  # before Ray is started
             with cluster.cluster(search.options.address, search.config.debug) as nodes:
-                gain = _compute(search, record, data.resolve(), nodes)
+                gain = _compute(search, record, data, nodes)
         best = best_of(record, search.options.metric)
         gain = gain or final.load(out, best.id, search.options.final_seeds)
         write_best(search, best, data)
         page.write(search, record, best, gain)
+
+
+def data_of(search: Search) -> str:
+    """The data set as every node finds it: an absolute path, or a URL. Without --data the digits are built in OUT/data on first use."""
+    given = search.config.data
+    if given is None:
+        build("digits", search.out / "data")
+        return str((search.out / "data").resolve())
+    return given if is_remote(given) else str(Path(given).resolve())
 
 
 def _busy(out: Path) -> Any:
@@ -86,7 +93,7 @@ def left(search: Search, record: Record) -> bool:
     return bool(search.options.final_seeds) and final.load(search.out, best.id, search.options.final_seeds) is None
 
 
-def _compute(search: Search, record: Record, data: Path, nodes: list[Node]) -> final.Gain | None:
+def _compute(search: Search, record: Record, data: str, nodes: list[Node]) -> final.Gain | None:
     """All that needs Ray."""
     o, out = search.options, record.out
     slots = cluster.check_resources(o, nodes)
@@ -94,14 +101,15 @@ def _compute(search: Search, record: Record, data: Path, nodes: list[Node]) -> f
     cluster.check_nodes(nodes, out, data)
     save(search)  # what is refused above is no search yet
     gpus = cluster.gpus_of(o, nodes)
-    store = Path(search.config.store).resolve() if search.config.store else out
-    config = dataclasses.replace(gang.on_cpu(search.config, gpus), data=str(data), store=str(store))
+    store = store_of(out, search.config).resolve()
+    config = dataclasses.replace(gang.on_cpu(search.config, gpus), data=data, store=str(store))
     if config.deepspeed_config:  # workers may stand in another directory
         config = dataclasses.replace(config, deepspeed_config=str(Path(config.deepspeed_config).resolve()))
     base = Job(config, search.preset, o.ranks_per_trial, o.cpus_per_trial, gpus)
     base = dataclasses.replace(base, config=shared.settle_precision(base))
     one_node = max(n.slots(o.cpus_per_trial, gpus) for n in nodes)
-    shared.compute(base, out, max(one_node, o.ranks_per_trial))
+    ranks = gang.with_ranks(base.config, max(one_node, o.ranks_per_trial))
+    shared.compute(base, out, ranks, cluster.Shrunk(o, ranks))
     trials(search, record, base)
     best = best_of(record, o.metric)
     if not o.final_seeds:
@@ -146,7 +154,10 @@ def trials(search: Search, record: Record, base: Job) -> None:
             name=time.strftime("%Y%m%d-%H%M%S"),
             storage_path=str(record.out / "ray"),
             failure_config=ray.tune.FailureConfig(max_failures=MAX_FAILURES),
-            callbacks=[Keeper(record, until), board.Writer(record, search.axes, search.config)],
+            callbacks=[
+                Keeper(record, until, cluster.Shrunk(o, o.ranks_per_trial)),
+                board.Writer(record, search.axes, search.config),
+            ],
             verbose=0,
         ),
     ).fit()
@@ -185,17 +196,18 @@ def damaged(path: Path) -> bool:
     return False
 
 
-def write_best(search: Search, best: Outcome, data: Path) -> None:
-    """OUT/best.yaml: the best trial's settings, on the store that holds what it was made from."""
-    out = search.out
+def write_best(search: Search, best: Outcome, data: str) -> None:
+    """OUT/best.yaml: the best trial's settings, on the store that holds what it was made from. Good from any working directory."""
+    out = search.out.resolve()
     ran = yaml.safe_load((out / "trials" / best.id / "config.yaml").read_text())
     config = dataclasses.replace(
         space.apply(search.config, best.settings),
         precision=ran["precision"],
-        data=str(data),
-        store=search.config.store or str(out),
+        data=data,
+        store=str(store_of(out, search.config).resolve()),
         out=str(out / "best"),
+        device="cpu" if search.options.gpus_per_trial == 0 else search.config.device,
         until="report",
         debug=False,
     )
-    write_atomic(out / "best.yaml", configuration.to_yaml(config, search.preset).encode())
+    write_atomic(out / "best.yaml", redact(configuration.to_yaml(config, search.preset)).encode())

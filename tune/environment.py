@@ -37,3 +37,10 @@ def python_path() -> str:
     """PYTHONPATH with this program first, so that Ray's workers import the same code."""
     rest = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and p != str(ROOT)]
     return os.pathsep.join([str(ROOT), *rest])
+
+
+def token_is_known() -> bool:
+    """Whether Ray will find a token, or needs none; where it looks is Ray's own rule."""
+    if os.environ.get("RAY_AUTH_MODE") != "token" or os.environ.get("RAY_AUTH_TOKEN"):
+        return True
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token").exists()

@@ -10,7 +10,6 @@ import os
 import socket
 import struct
 import threading
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,15 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from gdd_dist import config as configuration
 from gdd_dist import train
 from gdd_dist.artifacts import read_json
 from gdd_dist.distributed import World
 from gdd_dist.matching import OnInterval
 from gdd_dist.monitor import say
 from gdd_dist.settings import Config
+from sharding.errors import UserError
 
 _LAST_WORDS = 10.0
 """Seconds that a rank 0 gets to end by itself once a peer is gone."""
@@ -141,29 +142,31 @@ def _watch(running: Sequence[ray.ObjectRef], over: threading.Event) -> None:
 def run_rank(job: Job, place: Mapping[str, str], on_interval: OnInterval | None = None) -> None:
     """All steps of the job as one rank."""
     os.environ.update(place)
+    if job.gpus:
+        os.environ["LOCAL_RANK"] = "0"  # Ray shows each process its own GPUs alone
     if job.ranks > 1 and (name := interface(here()[1])):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)  # the host's name may lead elsewhere than Ray's address does
     world = World(job.config.device, job.config.timeout)
-    train.run(world, job.config, job.preset, Path(str(job.config.data)), job.out, on_interval=on_interval)
+    world.local_rank = int(place["LOCAL_RANK"])
+    data = configuration.data_directory(job.config)
+    assert data is not None
+    train.run(world, job.config, job.preset, data, job.out, on_interval=on_interval)
     world.close()
 
 
 def places(hosts: Sequence[tuple[str, str]], port: int) -> list[dict[str, str]]:
-    """Each rank's environment, as torchrun would set it; ``hosts``: (node id, address) by rank.
-
-    Ray shows each process its own GPUs alone, so every rank's device is number 0.
-    """
-    on_node = Counter(node for node, _ in hosts)
+    """Each rank's environment, as torchrun would set it; ``hosts``: (node id, address) by rank."""
+    names = [node for node, _ in hosts]
     return [
         {
             "RANK": str(rank),
             "WORLD_SIZE": str(len(hosts)),
-            "LOCAL_RANK": "0",
-            "LOCAL_WORLD_SIZE": str(on_node[node]),
+            "LOCAL_RANK": str(names[:rank].count(node)),
+            "LOCAL_WORLD_SIZE": str(names.count(node)),
             "MASTER_ADDR": hosts[0][1],
             "MASTER_PORT": str(port),
         }
-        for rank, (node, _) in enumerate(hosts)
+        for rank, node in enumerate(names)
     ]
 
 
@@ -196,7 +199,7 @@ def submit(job: Job) -> tuple[ray.ObjectRef, Any]:
     A lost node costs what was done since the last checkpoint: Ray runs the job again.
     """
     group = ray.util.placement_group(job.bundles(), strategy="PACK")
-    task = ray.remote(max_retries=3, max_calls=1)(run).options(
+    task = ray.remote(max_retries=3, retry_exceptions=[PeerLost], max_calls=1)(run).options(
         num_cpus=job.cpus,
         num_gpus=job.gpus,
         scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
@@ -219,8 +222,13 @@ def run_all(jobs: Sequence[Job], meanwhile: Callable[[], None] = lambda: None) -
             meanwhile()
             ray.get(ended)
         return ray.get([answer for answer, _ in started])
-    except RayTaskError as e:
-        raise (e.cause if isinstance(e.cause, Exception) else e) from e
+    except RayError as e:
+        cause = e.cause if isinstance(e, RayTaskError) and isinstance(e.cause, Exception) else e
+        if isinstance(e, RayTaskError) and not isinstance(cause, PeerLost):
+            raise cause from e
+        raise UserError(
+            f"a job was lost too often ({' '.join(str(cause).split())[:200]}); see to its node, then --resume goes on from its checkpoint"
+        ) from e
     finally:
         for answer in waiting:
             ray.cancel(answer, force=True)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,53 +13,17 @@ from typing import Any
 import yaml
 
 from gdd_dist import config as configuration
-from gdd_dist.arguments import Parser
 from gdd_dist.settings import Config
 from sharding.errors import UserError
 from sharding.files import write_atomic
+from sharding.redact import redact
 from tune import space
-from tune.proposals import ALGORITHMS
+from tune.arguments import ELSEWHERE, TRAINERS, Options, check_options, parser
 from tune.space import Axis
 
-SCHEDULERS = ("asha", "fifo")
-METRICS = {
-    "val": "accuracy of the kept generator's quick students on val",
-    "lower": "the same minus its standard error",
-}
 FILE = "search.yaml"
 _FORMAT = "gdd-search/1"
 _REFUSED = ("until", "print_config", "print-config", "dry_run", "dry-run")
-_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
-
-
-@dataclass(frozen=True)
-class Options:
-    """The search's own options. ``time_budget`` in seconds; ``max_concurrent`` 0: as many as fit."""
-
-    trials: int = 12
-    max_concurrent: int = 0
-    time_budget: float | None = None
-    address: str | None = None
-    cpus_per_trial: float = 1.0
-    gpus_per_trial: float | None = None
-    ranks_per_trial: int = 1
-    scheduler: str = "asha"
-    algorithm: str = "random"
-    metric: str = "val"
-    final_seeds: int = 3
-
-
-ELSEWHERE = (
-    "trials",
-    "max_concurrent",
-    "time_budget",
-    "address",
-    "cpus_per_trial",
-    "gpus_per_trial",
-    "ranks_per_trial",
-    "final_seeds",
-)
-"""Options that a --resume may change: how much and where, not what is compared."""
 
 
 @dataclass(frozen=True)
@@ -83,66 +45,6 @@ class Command:
     resume: bool
 
 
-def parser() -> argparse.ArgumentParser:
-    """The search's own options; what is not given is None."""
-    d = Options()
-    p = Parser(
-        prog="python tune/search.py",
-        allow_abbrev=False,
-        description="Search temperature, loss weights and learning rate of matching. Shards, teachers, logits and GAN are computed once; "
-        "a trial is the trainer's own matching step, judged by quick students on val. Ends with a table, best.yaml and search.md.",
-        epilog="Any setting of gdd_dist.train may be given too (--data, --store, --preset, --config FILE, --matching.steps 1000 …): it holds "
-        "for all trials. The same command with --resume, or --out alone with it, goes on with an interrupted search.",
-    )
-    p.add_argument("--out", metavar="DIR", default="runs/search", help="where everything goes (default %(default)s)")
-    p.add_argument("--space", metavar="FILE", help="YAML file that changes the space; --print-space prints an example")
-    p.add_argument("--print-space", action="store_true", help="print the space as YAML and exit")
-    p.add_argument(
-        "--trials", type=int, metavar="N", help=f"trials, the plain defaults (trial 0) among them (default {d.trials})"
-    )
-    p.add_argument("--max-concurrent", type=int, metavar="N", help="trials at a time; 0: as many as fit (default 0)")
-    p.add_argument(
-        "--time-budget", type=_seconds, metavar="T", help="stop the trials after this long: 600, 30m, 2h (default none)"
-    )
-    p.add_argument(
-        "--address",
-        metavar="HOST:PORT",
-        help="a running Ray cluster, auto: the one on this host (default: a local Ray)",
-    )
-    p.add_argument(
-        "--cpus-per-trial", type=float, metavar="N", help=f"CPUs of a rank of a trial (default {d.cpus_per_trial:g})"
-    )
-    p.add_argument(
-        "--gpus-per-trial",
-        type=float,
-        metavar="N",
-        help="GPUs of a rank of a trial (default: 1 if the cluster has any)",
-    )
-    p.add_argument(
-        "--ranks-per-trial",
-        type=int,
-        metavar="N",
-        help=f"ranks of a trial, which may span nodes (default {d.ranks_per_trial})",
-    )
-    p.add_argument(
-        "--scheduler", metavar="NAME", help="asha: stop trials that lag behind; fifo: run all to the end (default asha)"
-    )
-    p.add_argument("--algorithm", metavar="NAME", help="random, or optuna: its TPE sampler (default random)")
-    metrics = "; ".join(f"{k}: {v}" for k, v in METRICS.items())
-    p.add_argument("--metric", metavar="NAME", help=f"what the best trial is best in; {metrics} (default {d.metric})")
-    p.add_argument("--final-seeds", type=int, metavar="N", help="new seeds that best and defaults are retrained with and read on test "
-                   f"(default {d.final_seeds}; 0: do not)")  # fmt: skip
-    p.add_argument("--resume", action="store_true", help="go on with the search in --out")
-    return p
-
-
-def _seconds(text: str) -> float:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text} is no time; give seconds, or 30m, or 2h")
-    return float(found[1]) * _UNITS[found[2]]
-
-
 def parse(argv: Sequence[str]) -> Command:
     """Raises UserError for what does not fit; SystemExit(0) after --help and --print-space."""
     own, rest = _split(argv)
@@ -162,25 +64,9 @@ def parse(argv: Sequence[str]) -> Command:
     return Command(Search(out, options, command.config, command.preset, axes), resume=False)
 
 
-def check_options(o: Options) -> None:
-    """Raise UserError for the first option that makes no sense, whatever the cluster."""
-    for name, choices in (("scheduler", SCHEDULERS), ("algorithm", ALGORITHMS), ("metric", tuple(METRICS))):
-        if getattr(o, name) not in choices:
-            raise UserError(f"--{name} {getattr(o, name)} is not known; choose {' or '.join(choices)}")
-    for name, low in (("trials", 1), ("max_concurrent", 0), ("ranks_per_trial", 1), ("final_seeds", 0)):
-        if getattr(o, name) < low:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(o, name)} is too small; give at least {low}")
-    if o.time_budget is not None and o.time_budget <= 0:
-        raise UserError("--time-budget 0 leaves no time; give more")
-    if not 0 < o.cpus_per_trial < float("inf"):
-        raise UserError(f"--cpus-per-trial {o.cpus_per_trial:g} is too small; give more than 0")
-    if o.gpus_per_trial is not None and not 0 <= o.gpus_per_trial < float("inf"):
-        raise UserError(f"--gpus-per-trial {o.gpus_per_trial:g} is too small; give at least 0")
-
-
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """The search's own options, and those of the trainer."""
-    actions = {name: a for a in parser()._actions for name in a.option_strings}
+    actions = {name: a for a in parser()._actions if a.dest not in TRAINERS for name in a.option_strings}
     trainer = {name for name, _, _ in configuration.options()} | {"preset", "config", "no_verify"}
     own: list[str] = []
     rest: list[str] = []
@@ -213,14 +99,14 @@ def _check_known(token: str, name: str, trainer: set[str], actions: Mapping[str,
 
 
 def save(search: Search) -> None:
-    """OUT/search.yaml."""
+    """OUT/search.yaml; keys that stand in a URL are not written, so --data is to be typed again where there are any."""
     tree = {
         "format": _FORMAT,
         "options": dataclasses.asdict(search.options),
         "space": yaml.safe_load(space.dump(search.axes)),
         "config": yaml.safe_load(configuration.to_yaml(search.config, search.preset)),
     }
-    write_atomic(search.out / FILE, yaml.safe_dump(tree, sort_keys=False).encode())
+    write_atomic(search.out / FILE, redact(yaml.safe_dump(tree, sort_keys=False)).encode())
 
 
 def load(out: Path) -> Search:
@@ -276,6 +162,8 @@ def _same(search: Search, rest: Sequence[str]) -> Config:
     for name, _, f in configuration.options():
         section, _, leaf = name.rpartition(".")
         old, new = (getattr(getattr(c, section) if section else c, leaf) for c in (search.config, typed))
+        if name == "data" and old and new:
+            old, new = redact(old), redact(new)
         if old != new and (not f.metadata["where"] or name in ("data", "store")):
             raise UserError(f"--{name} cannot be changed by --resume; begin anew with another --out")
     return typed

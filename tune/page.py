@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -13,9 +14,10 @@ from matplotlib.figure import Figure
 from gdd_dist.figures import DPI, png
 from gdd_dist.tables import markdown, ruled
 from sharding.files import write_atomic
-from tune import shared, space
+from tune import cluster, gang, shared, space
+from tune.arguments import METRICS
 from tune.final import Gain
-from tune.options import METRICS, Search
+from tune.options import Search
 from tune.record import DEFAULTS, DIVERGED, FAILED, FINISHED, STOPPED, Outcome, Record
 from tune.space import Axis
 
@@ -39,9 +41,13 @@ def write(search: Search, record: Record, best: Outcome, gain: Gain | None) -> N
 
 
 def next_line(search: Search) -> str:
-    """What to type to train with the best settings; the store holds all but the report already."""
-    ranks = search.options.ranks_per_trial
-    return f"torchrun --nproc_per_node={ranks} -m gdd_dist.train --config {search.out}/best.yaml"
+    """What to type on this host to train with the best settings; the store holds all but the report already."""
+    o, here = search.options, cluster.this_host()
+    gpus = cluster.gpus_of(o, [here])
+    fit = here.slots(o.cpus_per_trial, max(1.0, gpus) if gpus else 0.0)  # torchrun's ranks share no GPU
+    ranks = gang.with_ranks(search.config, max(1, min(o.ranks_per_trial, fit)))
+    file = shlex.quote(str(search.out / "best.yaml"))
+    return f"torchrun --nproc_per_node={ranks} -m gdd_dist.train --config {file}"
 
 
 def ranked(record: Record, metric: str) -> list[Outcome]:
@@ -102,8 +108,8 @@ def page(search: Search, record: Record, outcomes: Sequence[Outcome], best: Outc
         markdown(header, lines, left=2),
         f"Judged by {METRICS[o.metric]} (`--metric {o.metric}`); scheduler {o.scheduler}, algorithm {o.algorithm}, seed "
         f"{search.config.seed}. val: accuracy of {m.quick_students} quick students on the validation split, of the interval that "
-        "matching kept (kept 0: the GAN itself); their seeds are the same in all trials. The best of many is flattered by its own "
-        "noise on val: the gain above, on test and with new seeds, is not. Test was read by nothing else.",
+        "matching kept (kept 0: the GAN itself); their seeds are the same in all trials. `*`: the best of those that came to their end. The "
+        "best of many is flattered by its own noise on val: the gain, on test and with new seeds, is not. Test was read by nothing else.",
         "![Accuracy on val against each searched setting](search.png)",
         "## Gain" if gain else "",
         _gain_table(gain) if gain else "",
@@ -117,9 +123,15 @@ def page(search: Search, record: Record, outcomes: Sequence[Outcome], best: Outc
 
 
 def _gain_table(gain: Gain) -> str:
-    header = ("seed", "best", "defaults", "GAN", "gain")
-    rows = zip(gain.seeds, gain.best, gain.defaults, gain.gan, strict=True)
-    return markdown(header, [[str(s), f"{b:.2f}", f"{d:.2f}", f"{g:.2f}", f"{b - d:+.2f}"] for s, b, d, g in rows])
+    header = ("seed", "best %", "defaults %", "GAN %", "gain, points")
+    rows = [*zip(gain.seeds, gain.best, gain.defaults, gain.gan, strict=True)]
+    lines = [[str(s), f"{b:.2f}", f"{d:.2f}", f"{g:.2f}", f"{b - d:+.2f}"] for s, b, d, g in rows]
+    means = [f"{np.mean(values):.2f}" for values in (gain.best, gain.defaults, gain.gan)]
+    error = "" if gain.stderr is None else f" ± {gain.stderr:.2f}"
+    table = markdown(header, [*lines, ["mean", *means, f"{gain.mean:+.2f}{error}"]])
+    return (
+        f"Accuracy on test, a seed's mean over its students; ± is the standard error of the mean over seeds.\n\n{table}"
+    )
 
 
 def cost(search: Search, record: Record, outcomes: Sequence[Outcome]) -> str:
@@ -145,7 +157,7 @@ def _trials(count: int) -> str:
 
 
 def _hours(seconds: float) -> str:
-    return f"{seconds / 3600:.2f}"
+    return f"{seconds / 3600:.3f}"
 
 
 def _faults(outcomes: Sequence[Outcome]) -> str:

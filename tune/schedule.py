@@ -111,10 +111,19 @@ def scheduler(kind: str, metric: str, grace: int, steps: int) -> TrialScheduler:
 
 
 class Keeper(Callback):
-    """Writes down what trials report and how they end; says so in one line each. ``until``: when the time budget ends."""
+    """Writes down what trials report and how they end; says so in one line each. ``until``: when the time budget ends.
 
-    def __init__(self, record: Record, until: float = float("inf")) -> None:
-        self._record, self._until = record, until
+    ``meanwhile`` is called now and then.
+    """
+
+    def __init__(
+        self, record: Record, until: float = float("inf"), meanwhile: Callable[[], None] = lambda: None
+    ) -> None:
+        self._record, self._until, self._meanwhile = record, until, meanwhile
+
+    def on_step_begin(self, iteration: int, trials: list[Trial], **_info: Any) -> None:
+        """A round of Tune's loop."""
+        self._meanwhile()
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **_info: Any

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,15 @@ FILE = "shared.json"
 STEPS = ("shards", "teachers", "logits", "gan")
 
 
-def compute(base: Job, out: Path, ranks: int) -> None:
-    """Compute what is missing, on ``ranks`` ranks, hashing what is there; keep what it cost in OUT/shared.json."""
+def compute(base: Job, out: Path, ranks: int, meanwhile: Callable[[], None] = lambda: None) -> None:
+    """Compute what is missing, on ``ranks`` ranks, hashing what is there; keep what it cost in OUT/shared.json.
+
+    ``meanwhile`` is called every second.
+    """
     config = dataclasses.replace(base.config, out=str(out / "shared"), until="gan")
-    job = dataclasses.replace(base, config=config, ranks=gang.with_ranks(config, ranks))
-    steps = gang.wait(job, _Lines(job.out))
+    job = dataclasses.replace(base, config=config, ranks=ranks)
+    tell = _Lines(job.out)
+    steps = gang.wait(job, lambda: (tell(), meanwhile()))
     path = out / FILE
     cost: dict[str, Any] = read_json(path) if path.exists() else {"format": "gdd-shared/1", "steps": {}}
     for name in STEPS:

@@ -53,6 +53,10 @@ class Hosts:
         """The node's processes are killed, as by a power cut."""
         self._ask("lose", node)
 
+    def free(self) -> float:
+        """CPUs that nothing holds."""
+        return float(self._ask("free", "CPU")["free"])
+
     def close(self) -> None:
         """End the cluster."""
         assert self._process.stdin is not None
@@ -61,9 +65,10 @@ class Hosts:
 
 
 def main() -> None:
+    import ray
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **SMALL})
+    cluster = Cluster(initialize_head=True, connect=True, head_node_args={"num_cpus": 0, **SMALL})
     nodes: dict[str, Any] = {}
     print(json.dumps({"address": cluster.address}), flush=True)
     for line in sys.stdin:
@@ -72,6 +77,8 @@ def main() -> None:
             node = cluster.add_node(num_cpus=int(word), object_store_memory=SMALL["object_store_memory"])
             nodes[node.node_id[:8]] = node
             print(json.dumps({"node": node.node_id[:8]}), flush=True)
+        elif verb == "free":
+            print(json.dumps({"free": ray.available_resources().get(word, 0.0)}), flush=True)
         else:
             cluster.remove_node(nodes.pop(word), allow_graceful=False)
             print(json.dumps({"lost": word}), flush=True)

@@ -1,14 +1,17 @@
-"""Two hosts as two network namespaces: `ray start` on each, trials on both, ranks across them, a host without the shared storage."""
+"""Two hosts as two network namespaces: `ray start` on each, trials on both, ranks across them; a host dies, another comes, one lacks
+the shared storage.
+"""
 
 import os
+import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from searching import ROOT, assert_shared, outcomes
+from searching import ROOT, Running, assert_shared, open_trials, outcomes, progress, refused, search, steps
 
 pytest.importorskip("ray")
 
@@ -17,6 +20,9 @@ pytestmark = [pytest.mark.root, pytest.mark.slow]
 NAMES = ("gdd-a", "gdd-b")
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
 PORT = 6390
+DRIVER = ["ip", "netns", "exec", NAMES[0]]
+"""What starts the search: on the first host."""
+TO_IT = ["--address", f"{ADDRESSES[0]}:{PORT}"]
 ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": "e" * 32,
@@ -87,29 +93,13 @@ def ray_start(number: int, folder: Path, hide: Path | None = None) -> subprocess
         )
 
 
-def search(out: Path, argv: list[str]) -> subprocess.CompletedProcess:
-    """The driver, on the first host."""
-    command = [
-        sys.executable,
-        str(ROOT / "tune" / "search.py"),
-        "--out",
-        str(out),
-        "--address",
-        f"{ADDRESSES[0]}:{PORT}",
-    ]
-    return subprocess.run(
-        ["ip", "netns", "exec", NAMES[0], *command, *argv],
-        capture_output=True, text=True, check=False, timeout=400, env={**os.environ, **ENVIRONMENT},
-    )  # fmt: skip
-
-
 def joined(count: int, timeout: float = 120) -> None:
     """Wait until so many hosts are there."""
     code = f"import ray; ray.init('{ADDRESSES[0]}:{PORT}', logging_level='ERROR'); print(sum(n['Alive'] for n in ray.nodes()))"
     end = time.monotonic() + timeout
     while time.monotonic() < end:
         done = subprocess.run(
-            ["ip", "netns", "exec", NAMES[0], sys.executable, "-c", code],
+            [*DRIVER, sys.executable, "-c", code],
             capture_output=True, text=True, check=False, env={**os.environ, **ENVIRONMENT},
         )  # fmt: skip
         if done.stdout.strip() == str(count):
@@ -128,37 +118,73 @@ def end(process: subprocess.Popen) -> None:
         process.wait()
 
 
+def power_cut(number: int, ray: subprocess.Popen) -> None:
+    """All that runs on a host is gone at once."""
+    found = subprocess.run(["ip", "netns", "pids", NAMES[number]], capture_output=True, text=True, check=True)
+    for pid in found.stdout.split():
+        with suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
+    ray.wait(60)
+
+
+def hosts_of(out: Path, trial: str) -> list[str]:
+    """Addresses that a trial has reported from."""
+    return [line["host"].partition("#")[0] for line in progress(out, trial) if "host" in line]
+
+
+def a_host_dies_and_another_comes(out: Path, tiny: list[str], running: list[subprocess.Popen], folder: Path) -> None:
+    """Every trial ends, none twice, and what the dead host was at goes on elsewhere."""
+    argv = [*tiny, "--matching.steps", "60", "--matching.interval", "10", "--checkpoint_seconds", "0"]
+    argv += ["--trials", "5", "--scheduler", "fifo", "--final-seeds", "0"]
+    searching = Running(out, [*argv, *TO_IT], ENVIRONMENT, DRIVER)
+
+    def victims() -> list[str]:
+        return [name for name in open_trials(out, 3) if hosts_of(out, name)[-1] == ADDRESSES[1]]
+
+    searching.until(lambda: bool(victims()))
+    moved = victims()
+    power_cut(1, running.pop())
+    running.append(ray_start(1, folder))
+    assert searching.wait() == 0, searching.text()
+    found = outcomes(out)
+    assert sorted(found) == [f"{n:03d}" for n in range(5)]
+    assert {line["status"] for line in found.values()} == {"finished"}, found
+    for name in moved:
+        assert len(found[name]["hosts"]) == 2
+        assert steps(out, name)["matching"]["status"] == "resumed"
+    assert_shared(out)
+
+
 def test_two_hosts(tiny, tmp_path):
     if not may_make_namespaces():
         pytest.skip("network namespaces cannot be made here")
     shared = tmp_path / "shared"
     shared.mkdir()
+    four = [*tiny, *TO_IT, "--trials", "4", "--scheduler", "fifo", "--final-seeds", "0"]
     with namespaces():
         running = [ray_start(0, tmp_path)]
         try:
             joined(1)
             running.append(ray_start(1, tmp_path, hide=shared))
             joined(2)
-            done = search(shared / "out", [*tiny, "--trials", "4"])
-            assert done.returncode == 2, done.stderr
-            errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-            assert len(errors) == 1
-            assert f"node {ADDRESSES[1]} does not share the storage" in errors[0]
+            said = refused(shared / "out", four, ENVIRONMENT, DRIVER)
+            assert f"node {ADDRESSES[1]} does not share the storage" in said
             assert not (shared / "out" / "trials").exists()
 
             end(running.pop())
             running.append(ray_start(1, tmp_path))
             joined(2)
-            done = search(shared / "out", [*tiny, "--trials", "4", "--scheduler", "fifo", "--final-seeds", "0"])
-            assert done.returncode == 0, done.stderr
+            search(shared / "out", four, ENVIRONMENT, DRIVER)
             found = outcomes(shared / "out")
             assert len(found) == 4
             assert {host.partition("#")[0] for line in found.values() for host in line["hosts"]} == set(ADDRESSES)
             assert_shared(shared / "out")
 
+            a_host_dies_and_another_comes(shared / "lost", tiny, running, tmp_path)
+
+            joined(2)
             two = ["--trials", "2", "--ranks-per-trial", "2", "--final-seeds", "0"]
-            done = search(shared / "ranks", [*tiny, *two])
-            assert done.returncode == 0, done.stderr
+            search(shared / "ranks", [*tiny, *TO_IT, *two], ENVIRONMENT, DRIVER)
             assert {line["status"] for line in outcomes(shared / "ranks").values()} <= {"finished", "stopped"}
         finally:
             for process in reversed(running):

@@ -6,20 +6,24 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
 import pytest
 import ranks
+import stores
 import yaml
 from searching import (
+    REUSED,
     ROOT,
     Running,
     assert_shared,
     family,
     gone,
     listening,
+    open_trials,
     outcomes,
     progress,
     refused,
@@ -28,6 +32,7 @@ from searching import (
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from gdd_dist.users import planned, read_run
 from tune import space
 from tune.cluster import Node, check_resources
 from tune.options import Options
@@ -78,7 +83,7 @@ def searched(tiny, tmp_path_factory) -> Searched:
     folder = tmp_path_factory.mktemp("search")
     (folder / "space.yaml").write_text(yaml.safe_dump(FAULTS))
     argv = [*tiny, "--trials", "4", "--scheduler", "fifo", "--final-seeds", "2", "--seed", str(faulty_seed(4))]
-    out = folder / "out"
+    out = folder / "my search"  # what it says is to be typed as it stands
     running = search(out, [*argv, "--space", str(folder / "space.yaml")])
     return Searched(out, argv, running.text())
 
@@ -119,16 +124,22 @@ def test_a_trial_says_what_its_quick_students_say(searched):
             assert [p["step"] for p in progress(searched.out, name)[:-1]] == [0, 6]
 
 
-def test_best_is_trained_from_its_yaml_without_matching_anew(searched, tmp_path):
+def test_the_next_line_works_as_it_stands_and_matches_nothing_anew(searched, tmp_path):
     best = yaml.safe_load((searched.out / "best.yaml").read_text())
-    found = outcomes(searched.out)
-    finished = {name: line for name, line in found.items() if line["status"] == "finished"}
+    finished = {name: line for name, line in outcomes(searched.out).items() if line["status"] == "finished"}
     winner = min(finished, key=lambda name: (-finished[name]["val"], name))
     assert best["matching"]["temperature"] == finished[winner]["settings"].get("matching.temperature", 2.0)
-    assert f"-m gdd_dist.train --config {searched.out}/best.yaml" in searched.text
-    again = ranks.train(tmp_path / "out", ["--config", str(searched.out / "best.yaml"), "--until", "matching"])
-    assert [step["status"] for step in again.values()] == ["reused"] * 5
-    assert again["matching"]["fingerprint"] == finished[winner]["fingerprint"]
+    (line,) = [text for text in searched.text.splitlines() if text.startswith("next: ")]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        line.removeprefix("next: "), shell=True, cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    trained = json.loads((searched.out / "best" / "steps.json").read_text())["steps"]
+    assert [step["status"] for step in trained.values()] == ["reused"] * 5 + ["computed"]
+    assert trained["matching"]["fingerprint"] == finished[winner]["fingerprint"]
+    assert "matched" in done.stdout
 
 
 def test_the_gain_is_read_on_test_with_new_seeds(searched):
@@ -141,7 +152,7 @@ def test_the_gain_is_read_on_test_with_new_seeds(searched):
     for n in (1, 2):
         found = json.loads((searched.out / "final" / f"defaults-{n}" / "steps.json").read_text())["steps"]
         assert found["matching"]["status"] == "computed"
-        assert found["gan"]["status"] == "reused"
+        assert [found[step]["status"] for step in REUSED] == ["reused"] * 4
         results = json.loads((searched.out / "final" / f"defaults-{n}" / "report/latest/metrics.json").read_text())[
             "results"
         ]
@@ -195,7 +206,7 @@ def test_resources_that_no_node_has_are_told_at_once(tmp_path):
         with pytest.raises(Exception, match=words):
             check_resources(options, hosts)
     assert "no node has the 4096 CPUs" in refused(tmp_path / "out", ["--cpus-per-trial", "4096"])
-    assert not (tmp_path / "out" / "search.yaml").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_address_where_nobody_answers_is_told_at_once(tmp_path, tiny):
@@ -228,10 +239,7 @@ def test_killed_it_goes_on_where_it_was_and_reads_no_test_data(tiny, digits, tmp
 
     def midway() -> bool:
         """One trial has ended, and another is past its second report."""
-        ended = outcomes(out)
-        return bool(ended) and any(
-            len(progress(out, p.name)) >= 3 for p in (out / "trials").iterdir() if p.name not in ended
-        )
+        return bool(outcomes(out)) and bool(open_trials(out, 3))
 
     running.until(lambda: len(progress(out, "000")) >= 1)
     processes = family(running.process.pid)
@@ -243,7 +251,7 @@ def test_killed_it_goes_on_where_it_was_and_reads_no_test_data(tiny, digits, tmp
     running.process.send_signal(signal.SIGKILL)
     running.wait()
     ended = outcomes(out)
-    open_ = [p.name for p in (out / "trials").iterdir() if p.name not in ended and len(progress(out, p.name)) >= 3]
+    open_ = open_trials(out, 3)
     assert ended
     assert open_
     written = {p: p.stat().st_mtime_ns for name in ended for p in (out / "trials" / name).rglob("*") if p.is_file()}
@@ -264,6 +272,73 @@ def test_killed_it_goes_on_where_it_was_and_reads_no_test_data(tiny, digits, tmp
             assert steps(out, name)["matching"]["status"] in ("resumed", "reused")
             assert_same_as_undisturbed(out, name, tmp_path / f"alone-{name}")
     assert not gone(processes)  # Ray's agents look for their raylet now and then only
+
+
+@pytest.mark.slow
+def test_interrupted_it_leaves_nothing_behind_and_a_trial_that_loses_its_process_goes_on(tiny, tmp_path):
+    """Ctrl-C, then SIGTERM, then SIGKILL of a trial's process, as the kernel sends it when memory runs out."""
+    out, argv = tmp_path / "out", [*tiny, *SLOW, "--trials", "3", "--scheduler", "fifo", "--final-seeds", "0"]
+    with tempfile.TemporaryDirectory(dir="/tmp") as files:  # Ray's sockets need a short path
+        env = {"RAY_TMPDIR": files}
+        for number, more in ((signal.SIGINT, []), (signal.SIGTERM, ["--resume"])):
+            running = Running(out, [*argv, *more], env)
+            before = {name: len(progress(out, name)) for name in open_trials(out)}
+            running.until(lambda was=before: any(len(progress(out, n)) > was.get(n, 0) for n in open_trials(out, 2)))
+            assert any(Path(files).iterdir())
+            processes = family(running.process.pid)
+            os.killpg(running.process.pid, number)  # the whole group, as a terminal does
+            assert running.wait() == 130, running.text()
+            assert "--resume goes on from where it was" in running.text()
+            assert "Traceback" not in running.text()
+            assert not gone(processes)
+            assert not any(Path(files).iterdir())
+
+        running = Running(out, [*argv, "--resume"], env)
+        running.until(lambda: any((out / "matching").glob("*.lock")))
+        running.until(lambda: bool(open_trials(out, 3)))
+        (robbed, *_) = open_trials(out, 3)
+        lock = out / "matching" / f"{matching_of(out, robbed)}.lock"
+        os.kill(json.loads(lock.read_text())["pid"], signal.SIGKILL)
+        assert running.wait() == 0, running.text()
+        assert not any(Path(files).iterdir())
+    assert f"trial {robbed}: lost its process or node" in running.text()
+    assert {line["status"] for line in outcomes(out).values()} == {"finished"}
+    assert len(outcomes(out)) == 3
+    assert steps(out, robbed)["matching"]["status"] == "resumed"
+    assert_same_as_undisturbed(out, robbed, tmp_path / "alone")
+    left = [p for p in out.rglob("*") if p.name.startswith(".") or p.suffix in (".lock", ".dead", ".partial")]
+    assert not [p for p in left if out / "ray" not in p.parents]
+
+
+def matching_of(out: Path, trial: str) -> str:
+    """The fingerprint of the matching step that a trial is at."""
+    plan = planned(out / "trials" / trial, read_run(out / "trials" / trial), "float32")
+    assert plan is not None
+    return plan["matching"]
+
+
+@pytest.mark.slow
+def test_remote_data_on_the_store_of_a_finished_run(undisturbed, tiny, digits, tmp_path):
+    """Two ranks a trial; nothing that the store holds is computed, and trial 0 is what the trainer would compute from local data."""
+    server = stores.Store()
+    try:
+        argv = ["--data", server.upload(digits, "digits"), *tiny[2:]]
+        store = undisturbed.copy(tmp_path / "store", "teachers", "logits", "gan")
+        argv += ["--store", str(store), "--loader.cache_dir", str(tmp_path / "cache"), "--loader.resident", "none"]
+        argv += ["--trials", "2", "--ranks-per-trial", "2", "--final-seeds", "1", "--scheduler", "fifo"]
+        search(tmp_path / "out", argv, server.environment)
+        assert all(count == 1 for count in server.downloads().values())
+        assert server.downloads()
+    finally:
+        server.close()
+    out = tmp_path / "out"
+    assert [line["status"] for line in outcomes(out).values()] == ["finished"] * 2
+    assert outcomes(out)["000"]["fingerprint"] == undisturbed.steps["matching"]["fingerprint"]
+    for step in REUSED[1:]:
+        assert len([p for p in (store / step).iterdir() if p.is_dir()]) == 1
+        assert not (out / step).exists()
+    assert "computed by another run on this store" in (out / "search.md").read_text()
+    assert json.loads((out / "final.json").read_text())["seeds"] == [1]
 
 
 @pytest.mark.slow
@@ -292,3 +367,16 @@ def assert_same_as_undisturbed(out: Path, name: str, alone: Path) -> None:
     assert found["matching"]["fingerprint"] == steps(out, name)["matching"]["fingerprint"]
     one, two = (p / "matching" / "latest" / "generator.safetensors" for p in (trial, alone))
     assert ranks.weights(one) == ranks.weights(two)
+
+
+@pytest.mark.slow
+def test_the_benchmark_prints_both_its_lines(tiny, tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "search.py"), "--trials", "2", "--out", str(tmp_path / "out")]
+    done = subprocess.run([*command, "--", *tiny], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [line["benchmark"] for line in lines] == ["search-overhead", "search-reuse"]
+    for line in lines:
+        assert line.keys() >= {"ours", "other", "unit", "ratio", "settings", "machine", "versions"}
+        assert line["ratio"] == pytest.approx(min(line["other"].values()) / line["ours"], rel=0.01)
+        assert line["ours"] > 0

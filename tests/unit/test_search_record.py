@@ -6,7 +6,7 @@ import json
 import pytest
 
 from sharding.errors import UserError
-from tune import options
+from tune import arguments, options
 from tune.record import FINISHED, Outcome, Record, best_of
 
 
@@ -140,6 +140,30 @@ def test_wrong_use_is_one_clear_line(tmp_path, argv, words):
         options.parse(["--out", str(tmp_path / "none"), *argv])
     assert "\n" not in str(e.value)
     assert not (tmp_path / "none").exists()
+
+
+def test_keys_in_a_url_are_not_written_down(tmp_path):
+    url = "https://me:secret@127.0.0.1/set"
+    saved(tmp_path, "--data", url, "--preset", "digits")
+    assert "secret" not in "".join(p.read_text() for p in tmp_path.iterdir())
+    again = options.parse(["--out", str(tmp_path), "--resume", "--data", url])
+    assert again.search.config.data == url
+    with pytest.raises(UserError, match="--data cannot be changed"):
+        options.parse(["--out", str(tmp_path), "--resume", "--data", url + "2"])
+
+
+def test_the_help_has_groups_units_and_defaults(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        options.parse(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for group in ("where:", "how much:", "what is searched, and how:", "what a trial gets:"):
+        assert group in said
+    for action in arguments.parser()._actions:
+        assert action.option_strings[-1] in said
+        if action.nargs != 0 and action.dest != "config":
+            assert "default" in action.help, action.dest
+    for unit in ("seconds, or 30m", "in percent", "CPU cores", "GPUs"):
+        assert unit in said
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90", 90.0), ("1.5m", 90.0), ("2h", 7200.0), ("30s", 30.0)])

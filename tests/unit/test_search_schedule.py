@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,9 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from gdd_dist.settings import Config, Gan, Matching
-from tune import board, final, gang, page, space
+from sharding.errors import UserError
+from tune import board, cluster, final, gang, page, space
+from tune.cluster import Node
 from tune.driver import damaged, left, write_best
 from tune.final import Gain
 from tune.options import Options, Search
@@ -164,13 +167,16 @@ def test_the_page_says_the_gain_whatever_it_is(a_record, capsys):
     search = a_search(a_record)
     best = best_of(a_record, "val")
     (a_record.out / "trials" / "001" / "config.yaml").write_text("precision: bf16\n")
-    write_best(search, best, a_record.out / "data")
-    assert "precision: bf16\n" in (a_record.out / "best.yaml").read_text()
+    write_best(search, best, "s3://bucket/set")
+    text = (a_record.out / "best.yaml").read_text()
+    assert "precision: bf16\n" in text
+    assert "data: s3://bucket/set\n" in text
     page.write(search, a_record, best, gain(best=(89.0, 90.0, 91.0)))
     text = (a_record.out / "search.md").read_text()
     assert "gain over the defaults -1.00 ± 0.00 points" in text
     assert "| 001 * | finished | 70.00 |" in text
     assert "not finite" in text
+    assert "| mean | 90.00 | 91.00 | 88.00 | -1.00 ± 0.00 |" in text
     lines = capsys.readouterr().out.splitlines()
     assert next(line for line in lines if line.startswith("next: ")).endswith(f"--config {a_record.out}/best.yaml")
     assert (a_record.out / "search.png").stat().st_size > 10_000
@@ -181,8 +187,8 @@ def test_the_page_says_the_gain_whatever_it_is(a_record, capsys):
 def test_what_was_saved_is_counted(a_record):
     (a_record.out / "shared.json").write_text(json.dumps({"steps": {"gan": {"seconds": 900.0, "ranks": 2}}}))
     text = page.cost(a_search(a_record), a_record, list(a_record.outcomes().values()))
-    assert "| shards, teachers, logits, GAN, once | 0.50 |" in text
-    assert "| saved by reuse | 1.50 |" in text  # four trials, one of which would have had to compute them anyway
+    assert "| shards, teachers, logits, GAN, once | 0.500 |" in text
+    assert "| saved by reuse | 1.500 |" in text  # four trials, one of which would have had to compute them anyway
     assert "| 1 trial stopped" in text
 
 
@@ -226,6 +232,7 @@ def test_ranks_know_their_place_and_their_network():
     found = gang.places(hosts, 1234)
     assert [p["RANK"] for p in found] == ["0", "1", "2"]
     assert {p["WORLD_SIZE"] for p in found} == {"3"}
+    assert [p["LOCAL_RANK"] for p in found] == ["0", "0", "1"]
     assert [p["LOCAL_WORLD_SIZE"] for p in found] == ["2", "1", "2"]
     assert {(p["MASTER_ADDR"], p["MASTER_PORT"]) for p in found} == {("10.0.0.1", "1234")}
     assert gang.interface("127.0.0.1") == "lo"
@@ -236,3 +243,53 @@ def test_the_shared_steps_take_as_many_ranks_as_their_batches_allow():
     config = Config(gan=Gan(batch=48), matching=Matching(batch=64, group=8))
     assert [gang.with_ranks(config, n) for n in (1, 3, 7, 100)] == [1, 2, 4, 8]
     assert isinstance(Outcome("000", "finished", {}).value("val"), float)
+
+
+def test_no_more_trials_at_a_time_than_asked_for_and_than_fit(monkeypatch):
+    monkeypatch.setattr(cluster, "nodes", lambda: [Node("a", "10.0.0.1", 4, 0), Node("b", "10.0.0.2", 3, 0)])
+    assert cluster.room(Options()) == 7
+    assert cluster.room(Options(max_concurrent=2)) == 2
+    assert cluster.room(Options(max_concurrent=9)) == 7
+    assert cluster.room(Options(cpus_per_trial=2, ranks_per_trial=2)) == 1
+    assert cluster.room(Options(gpus_per_trial=1)) == 0
+
+
+def test_a_cluster_that_has_come_to_hold_too_little_says_so_once_each_time(monkeypatch, capsys):
+    there = [Node("a", "10.0.0.1", 1, 0), Node("b", "10.0.0.2", 1, 0)]
+    monkeypatch.setattr(cluster, "nodes", lambda: there)
+    shrunk = cluster.Shrunk(Options(ranks_per_trial=2), 2)
+    shrunk()
+    assert not capsys.readouterr().err
+    for _ in range(2):
+        lost = there.pop()
+        shrunk()
+        shrunk()
+        assert capsys.readouterr().err.count("has come to hold 1 of the 2 ranks needed") == 1
+        there.append(lost)
+        shrunk()
+        assert not capsys.readouterr().err
+
+
+def test_a_cluster_whose_token_is_not_known_is_not_waited_for(monkeypatch, tmp_path):
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="no token for the Ray cluster at auto; start one with `ray start --head`, or"):
+        cluster.check_address("auto")
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("e" * 32)
+    cluster.check_address("auto")
+    cluster.check_address(None)
+    with pytest.raises(UserError, match="--address nonsense is no address of a cluster"):
+        cluster.check_address("nonsense")
+
+
+def test_the_next_line_fits_this_host_and_a_path_with_spaces(a_record, monkeypatch):
+    out = a_record.out / "my search"
+    for ranks, here, expected in ((1, (8, 0), 1), (4, (8, 0), 4), (8, (3, 0), 2), (2, (16, 1), 1), (2, (1, 0), 1)):
+        monkeypatch.setattr(cluster, "this_host", lambda here=here: Node("", "this host", *here))
+        search = dataclasses.replace(a_search(a_record, ranks_per_trial=ranks), out=out)
+        words = shlex.split(page.next_line(search))
+        assert words[1] == f"--nproc_per_node={expected}"
+        assert words[-1] == f"{out}/best.yaml"

@@ -1,0 +1,188 @@
+"""The search's own options: what they are called, what they mean, which values make sense."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from gdd_dist.arguments import Parser
+from sharding.errors import UserError
+from tune.proposals import ALGORITHMS
+
+SCHEDULERS = ("asha", "fifo")
+METRICS = {
+    "val": "accuracy of the kept generator's quick students on val",
+    "lower": "the same minus its standard error",
+}
+TRAINERS = ("data", "preset", "config")
+"""The trainer's own options that the help shows among the search's; the trainer's parser reads them."""
+_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+@dataclass(frozen=True)
+class Options:
+    """The search's own options. ``time_budget`` in seconds; ``max_concurrent`` 0: as many as fit."""
+
+    trials: int = 12
+    max_concurrent: int = 0
+    time_budget: float | None = None
+    address: str | None = None
+    cpus_per_trial: float = 1.0
+    gpus_per_trial: float | None = None
+    ranks_per_trial: int = 1
+    scheduler: str = "asha"
+    algorithm: str = "random"
+    metric: str = "val"
+    final_seeds: int = 3
+
+
+ELSEWHERE = (
+    "trials",
+    "max_concurrent",
+    "time_budget",
+    "address",
+    "cpus_per_trial",
+    "gpus_per_trial",
+    "ranks_per_trial",
+    "final_seeds",
+)
+"""Options that a --resume may change: how much and where, not what is compared."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options in groups; what is not given is None."""
+    p = Parser(
+        prog="python tune/search.py",
+        usage="%(prog)s [--data DIR] [--out DIR] [--trials N] [OPTION VALUE ...] [--SECTION.NAME VALUE ...]",
+        allow_abbrev=False,
+        description="Search temperature, loss weights and learning rate of matching. Shards, teachers, logits and GAN are computed once; "
+        "a trial is the trainer's own matching step, judged by quick students on val. Ends with a table, best.yaml and search.md.",
+        epilog="Any setting of gdd_dist.train may be given too (--matching.steps 1000, --store DIR, --seed 1 …) and holds for all trials; "
+        "python -m gdd_dist.train --help lists them.",
+    )
+    _add_where(p)
+    _add_how_much(p)
+    _add_what(p)
+    _add_trial(p)
+    return p
+
+
+def _add_where(p: argparse.ArgumentParser) -> None:
+    group = p.add_argument_group("where")
+    group.add_argument(
+        "--out", metavar="DIR", default="runs/search", help="where everything goes (default %(default)s)"
+    )
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the search in --out; what it was begun with need not be typed again",
+    )
+    group.add_argument(
+        "--address",
+        metavar="HOST:PORT",
+        help="head of a running Ray cluster; auto: the one that this host is part of (default: a Ray of its own on this host)",
+    )
+    for name, metavar, text in (
+        (
+            "data",
+            "DIR",
+            "data set made by python -m sharding build, or its URL (default: the digits, built in OUT/data)",
+        ),
+        ("preset", "NAME", "the trainer's settings to start from (default: by the data set)"),
+        ("config", "FILE", "YAML file of the trainer's settings"),
+    ):
+        group.add_argument(f"--{name}", metavar=metavar, help=text)
+
+
+def _add_how_much(p: argparse.ArgumentParser) -> None:
+    d = Options()
+    group = p.add_argument_group("how much")
+    group.add_argument(
+        "--trials", type=int, metavar="N", help=f"trials, the plain defaults (trial 0) among them (default {d.trials})"
+    )
+    group.add_argument(
+        "--max-concurrent", type=int, metavar="N", help="trials at a time at most; 0: as many as fit (default 0)"
+    )
+    group.add_argument(
+        "--time-budget",
+        type=_seconds,
+        metavar="TIME",
+        help="stop the trials of this invocation after so many seconds, or 30m, 2h; --resume does the rest (default: no limit)",
+    )
+    group.add_argument(
+        "--final-seeds",
+        type=int,
+        metavar="N",
+        help=f"new seeds that best and defaults are retrained with and read on test; 0: do not (default {d.final_seeds})",
+    )
+
+
+def _add_what(p: argparse.ArgumentParser) -> None:
+    d = Options()
+    group = p.add_argument_group("what is searched, and how")
+    group.add_argument(
+        "--space",
+        metavar="FILE",
+        help="YAML file that changes the space; --print-space prints one (default: as printed)",
+    )
+    group.add_argument("--print-space", action="store_true", help="print the space as YAML and exit")
+    group.add_argument(
+        "--algorithm",
+        metavar="NAME",
+        help=f"which settings come next: random, or optuna (its TPE sampler) (default {d.algorithm})",
+    )
+    group.add_argument(
+        "--scheduler",
+        metavar="NAME",
+        help=f"asha: stop trials that lag behind; fifo: run all to their end (default {d.scheduler})",
+    )
+    metrics = "; ".join(f"{k}: {v}, in percent" if k == "val" else f"{k}: {v}" for k, v in METRICS.items())
+    group.add_argument(
+        "--metric", metavar="NAME", help=f"what the best trial is best in; {metrics} (default {d.metric})"
+    )
+
+
+def _add_trial(p: argparse.ArgumentParser) -> None:
+    d = Options()
+    group = p.add_argument_group("what a trial gets")
+    group.add_argument(
+        "--ranks-per-trial", type=int, metavar="N", help=f"ranks, which may span nodes (default {d.ranks_per_trial})"
+    )
+    group.add_argument(
+        "--cpus-per-trial",
+        type=float,
+        metavar="N",
+        help=f"CPU cores of each of its ranks (default {d.cpus_per_trial:g})",
+    )
+    group.add_argument(
+        "--gpus-per-trial",
+        type=float,
+        metavar="N",
+        help="GPUs of each of its ranks; 0.5: two share one (default: 1 if the cluster has any, else 0)",
+    )
+
+
+def _seconds(text: str) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text} is no time; give seconds, or 30m, or 2h")
+    return float(found[1]) * _UNITS[found[2]]
+
+
+def check_options(o: Options) -> None:
+    """Raise UserError for the first option that makes no sense, whatever the cluster."""
+    known: dict[str, tuple[Any, ...]] = {"scheduler": SCHEDULERS, "algorithm": ALGORITHMS, "metric": tuple(METRICS)}
+    for name, choices in known.items():
+        if getattr(o, name) not in choices:
+            raise UserError(f"--{name} {getattr(o, name)} is not known; choose {' or '.join(choices)}")
+    for name, low in (("trials", 1), ("max_concurrent", 0), ("ranks_per_trial", 1), ("final_seeds", 0)):
+        if getattr(o, name) < low:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(o, name)} is too small; give at least {low}")
+    if o.time_budget is not None and o.time_budget <= 0:
+        raise UserError("--time-budget 0 leaves no time; give more")
+    if not 0 < o.cpus_per_trial < float("inf"):
+        raise UserError(f"--cpus-per-trial {o.cpus_per_trial:g} is too small; give more than 0")
+    if o.gpus_per_trial is not None and not 0 <= o.gpus_per_trial < float("inf"):
+        raise UserError(f"--gpus-per-trial {o.gpus_per_trial:g} is too small; give at least 0")
