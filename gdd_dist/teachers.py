@@ -85,6 +85,7 @@ def run(ctx: Context, work: Path) -> dict[str, Any]:
             train_one(ctx, trainings[job], work, monitor, done)
         else:
             ctx.resumed = True
+            monitor.already(min(done + trainings[job].steps, monitor.total))
         done += trainings[job].steps
     ctx.world.barrier()
     ctx.disks.share(work, FINISHED)
@@ -177,6 +178,7 @@ def train_from_checkpoint(ctx: Context, training: Training, work: Path, monitor:
         records, curve = state["records"], state["curve"]
         skips.load_state_dict(state["skips"])
         ctx.resumed = True
+        monitor.already(min(done + start, monitor.total))
     skips.draw = max(skips.draw, draw)
     _log(monitor, training, curve)
 
