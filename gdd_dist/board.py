@@ -30,7 +30,7 @@ UNITS = {
 LAYOUT: dict[str, dict[str, tuple[str, list[str]]]] = {
     "Is it healthy?": {
         "1 teachers learn (loss falls)": ("Multiline", [r"teachers/loss/.*"]),
-        "2 the GAN is in balance: ■ loss_g, ◆ loss_d, neither runs away": ("Multiline", [r"gan/loss_g", r"gan/loss_d"]),
+        "2 GAN: ■ loss_g, ◆ loss_d; neither runs away": ("Multiline", [r"gan/loss_g", r"gan/loss_d"]),
         "3 matching: ■ pair, ◆ mean, ▲ adv, unweighted": (
             "Multiline",
             [r"matching/pair", r"matching/mean", r"matching/adv"],
@@ -39,7 +39,11 @@ LAYOUT: dict[str, dict[str, tuple[str, list[str]]]] = {
         "5 no shortcut (gap in points stays flat)": ("Multiline", [r"matching/shortcut_gap"]),
         "6 speed (images per second, a curve for each step)": ("Multiline", [r".*/images_per_second"]),
     },
-    "What came of it": {"accuracy on test, % over IPC": ("Multiline", [r"report/accuracy/.*"])},
+    "What came of it: accuracy on test, % over IPC": {
+        f"{protocol}, {labels} labels": ("Multiline", [rf"report/accuracy/.*/{protocol}/{labels}"])
+        for protocol in ("regenerate", "fixed")
+        for labels in ("hard", "soft")
+    },
 }
 
 

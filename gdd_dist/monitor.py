@@ -138,7 +138,7 @@ class Monitor:
             self._line = now
             rate = (done - self._start) / max(now - self._begin, 1e-9)
             left = f", {duration((self.total - done) / rate)} left" if rate > 0 and done < self.total else ""
-            text = f"{self.step}: {done:,} of {self.total:,} {self.unit}s, {rate:.1f} {self.unit}s/s{left}"
+            text = f"{self.step}: {done:,} of {self.total:,} {self.unit}s, {rate:{'.1f' if rate >= 1 else '.2g'}} {self.unit}s/s{left}"
             say(f"{text}, {note}" if note else text)
 
     def flush(self) -> None:

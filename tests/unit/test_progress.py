@@ -87,7 +87,11 @@ def test_what_an_earlier_run_did_does_not_count_in_the_rate(
     for second, call, done in ((0, watched.advance, 10), (10, watched.already, 900), (20, watched.advance, 910)):
         now[0] = second
         call(done)
-    assert capsys.readouterr().err == "teachers: 910 of 1,000 steps, 1.0 steps/s, 90.0 s left\n"
+    now[0] = 800
+    watched.advance(920)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "teachers: 910 of 1,000 steps, 1.0 steps/s, 90.0 s left"
+    assert second == "teachers: 920 of 1,000 steps, 0.037 steps/s, 36 min left"
 
 
 def test_the_end_of_a_step_is_one_line_that_of_a_part_none(capsys: pytest.CaptureFixture[str]) -> None:
