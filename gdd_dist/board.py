@@ -30,20 +30,28 @@ UNITS = {
 LAYOUT: dict[str, dict[str, tuple[str, list[str]]]] = {
     "Is it healthy?": {
         "1 teachers learn (loss falls)": ("Multiline", [r"teachers/loss/.*"]),
-        "2 the GAN is in balance (neither runs away)": ("Multiline", [r"gan/loss_g", r"gan/loss_d"]),
-        "3 matching: the parts of its loss": ("Multiline", [r"matching/pair", r"matching/mean", r"matching/adv"]),
+        "2 GAN: ■ loss_g, ◆ loss_d; neither runs away": ("Multiline", [r"gan/loss_g", r"gan/loss_d"]),
+        "3 matching: ■ pair, ◆ mean, ▲ adv, unweighted": (
+            "Multiline",
+            [r"matching/pair", r"matching/mean", r"matching/adv"],
+        ),
         "4 matching helps (quick students on val, %)": ("Multiline", [r"matching/val_accuracy"]),
         "5 no shortcut (gap in points stays flat)": ("Multiline", [r"matching/shortcut_gap"]),
-        "6 speed (images per second)": ("Multiline", [r".*/images_per_second"]),
+        "6 speed (images per second, a curve for each step)": ("Multiline", [r".*/images_per_second"]),
     },
-    "What came of it": {"accuracy on test, % over IPC": ("Multiline", [r"report/accuracy/.*"])},
+    "What came of it: accuracy on test, % over IPC": {
+        f"{protocol}, {labels} labels": ("Multiline", [rf"report/accuracy/.*/{protocol}/{labels}"])
+        for protocol in ("regenerate", "fixed")
+        for labels in ("hard", "soft")
+    },
 }
 
 
 def scalar(tag: str, value: float) -> Summary:
     """A point whose tag says what it is and in which unit: STEP/NAME or STEP/NAME/…"""
     name = tag.split("/")[1] if "/" in tag else tag
-    metadata = SummaryMetadata(summary_description=UNITS.get(name, ""))
+    plugin = SummaryMetadata.PluginData(plugin_name="scalars")  # without it readers warn of each tag
+    metadata = SummaryMetadata(summary_description=UNITS.get(name, ""), plugin_data=plugin)
     return Summary(value=[Summary.Value(tag=tag, simple_value=float(value), metadata=metadata)])
 
 

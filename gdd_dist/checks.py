@@ -53,7 +53,7 @@ def packages() -> list[Finding]:
     """Every requirement of the installed package: there, and new enough. One line for the base, one for each extra."""
     from packaging.requirements import Requirement
 
-    found, faults = dict[str, int](), dict[str, list[str]]()
+    found, faults = dict[str, int](), dict[str, dict[str, str]]()
     for text in metadata.requires("gdd_dist") or []:
         requirement = Requirement(text)
         match = re.search(r"extra == ['\"]([\w-]+)['\"]", text)
@@ -62,19 +62,21 @@ def packages() -> list[Finding]:
         try:
             have = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
-            faults.setdefault(group, []).append(f"{requirement.name} is missing")
+            faults.setdefault(group, {})[f"{requirement.name} is missing"] = text.partition(";")[0].strip()
             continue
         if not requirement.specifier.contains(have, prereleases=True):
-            faults.setdefault(group, []).append(f"{requirement.name} is {have}, needed is {requirement.specifier}")
-    return [_package_finding(group, count, faults.get(group, [])) for group, count in found.items()]
+            fault = f"{requirement.name} is {have}, needed is {requirement.specifier}"
+            faults.setdefault(group, {})[fault] = text.partition(";")[0].strip()
+    return [_package_finding(group, count, faults.get(group, {})) for group, count in found.items()]
 
 
-def _package_finding(group: str, count: int, faults: list[str]) -> Finding:
+def _package_finding(group: str, count: int, faults: dict[str, str]) -> Finding:
+    """``faults``: what is wrong → the requirement, as pip takes it."""
     name = "packages" if group == "base" else f"extra {group}"
     if not faults:
         return Finding(name, OK, f"{count} of {count} there and new enough")
-    what = "gdd_dist" if group == "base" else f"gdd_dist[{group}]"
-    fix = f"python -m pip install --upgrade '{what}', or make env in the checkout"
+    wanted = " ".join(f"'{text}'" for text in faults.values())
+    fix = f"python -m pip install --upgrade {wanted}"
     return Finding(name, FAIL if group == "base" else WARN, "; ".join(faults), fix)
 
 
@@ -137,7 +139,8 @@ def disk(directory: Path, name: str = "disk") -> Finding:
         free = shutil.disk_usage(directory).free
     except OSError as e:
         reason = (e.strerror or str(e)).lower()
-        return Finding(name, FAIL, f"{directory}: {reason}", _disk_fix(reason, directory))
+        there = next(d for d in (directory, *directory.absolute().parents) if d.exists())
+        return Finding(name, FAIL, f"{directory}: {reason}", _disk_fix(reason, there))
     finally:
         for path in (probe, probe.with_suffix(".link"), probe.with_suffix(".symlink")):
             _forget(path)

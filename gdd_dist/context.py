@@ -141,6 +141,10 @@ class Context:
         directory = self.out / "tensorboard" / step / work.name[:8]
         return Monitor(directory, step, total, start=start, unit=unit, active=self.world.is_main)
 
+    def passing(self, what: str, total: int, unit: str = "step") -> Monitor:
+        """Progress of a part of a step: on rank 0, of its own share."""
+        return Monitor(None, what, total, unit=unit, active=self.world.is_main, passing=True)
+
 
 def train_order(config: Config, step: str, shard_samples: Sequence[int], purpose: str) -> Order:
     """The order in which ``step`` sees train, in batches of its ``batch``. Raises UserError when that does not fit."""

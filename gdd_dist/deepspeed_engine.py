@@ -39,7 +39,7 @@ def import_deepspeed(device: torch.device) -> Any:
         import deepspeed
     except ImportError as e:
         raise UserError(
-            f"--engine deepspeed cannot import deepspeed ({e}); pip install 'gdd_dist[deepspeed]', or use --engine ddp"
+            f"--engine deepspeed cannot import deepspeed ({e}); pip install deepspeed ninja, or use --engine ddp"
         ) from e
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module=r"torch\.distributed"

@@ -29,6 +29,7 @@ from gdd_dist.settings import STEPS, Config
 from gdd_dist.step_costs import StepCosts
 from gdd_dist.users import store_of
 from sharding.manifest import FILE, Manifest
+from sharding.progress import duration
 from sharding.writer import build
 
 PROVENANCE_BYTES, ENTRY_BYTES = 800, 125
@@ -201,12 +202,3 @@ def size(n: float) -> str:
         if n >= scale:
             return f"{n / scale:.1f} {unit}" if n < 100 * scale else f"{n / scale:.0f} {unit}"
     return f"{n:.0f} B" if n else "0"
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words."""
-    if seconds < 100:
-        return f"{seconds:.1f} s" if seconds else "0"
-    if seconds < 6000:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 360_000 else f"{seconds / 86400:.0f} days"

@@ -136,9 +136,13 @@ def nearest_real(ctx: Context, generator: Generator) -> Near:
     picked = _spread(len(train), TRAIN_MOST)
     queries = torch.cat([flat(drawn.cpu(), ctx.device), flat(val.read(rows), ctx.device)])
 
+    monitor = ctx.passing("report: nearest neighbours", len(picked), unit="image")
+
     def chunks() -> Iterator[Tensor]:
         for i in range(0, len(picked), TRAIN_CHUNK):
             yield flat(train.read(picked[i : i + TRAIN_CHUNK]), ctx.device)
+            monitor.advance(min(i + TRAIN_CHUNK, len(picked)))
+        monitor.close()
 
     distances, places = nearest(queries, chunks(), min(NEIGHBOURS, len(picked)))
     shown = permutation(seed, "report/near/shown", 0, NEAR)[: min(ctx.classes, 10)]

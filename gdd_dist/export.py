@@ -148,8 +148,10 @@ def write(generator: Sampler, drawn: Drawn, work: Path) -> None:
 
 def draw(generator: Sampler, drawn: Drawn) -> Iterator[Part]:
     """The set, part by part: image i has class i mod K, so that every shard has nearly the same class mix."""
-    images, labels = generator.balanced(drawn.total, drawn.seed, drawn.truncation)
-    monitor = Monitor(None, "export", drawn.total, unit="image")
+    monitor = Monitor(None, "export: drawing", drawn.total, unit="image", passing=True)
+    images, labels = generator.balanced(drawn.total, drawn.seed, drawn.truncation, monitor.advance)
+    monitor.close()
+    monitor = Monitor(None, "export: writing", drawn.total, unit="image", passing=True)
     for first in range(0, drawn.total, CHUNK):
         part: Tensor = images[first : first + CHUNK]
         soft = generator.soft_labels(part).cpu().numpy() if drawn.soft else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,16 +62,24 @@ def run(ctx: Context, work: Path, teachers_dir: Path) -> dict[str, Any]:
     todo = missing(ctx, work, [(t.index, s) for t, s in jobs], whole)
     ctx.resumed |= len(todo) < len(jobs)
     _check_space(ctx, work, sum(file_bytes(counts[s], views, ctx.classes) for _, s in todo))
-    monitor = ctx.monitor("logits", work, len(jobs), start=len(jobs) - len(todo), unit="file")
+    total, left = (sum(counts[s] for _, s in some) for some in (jobs, todo))
+    monitor = ctx.monitor("logits", work, total, start=total - left, unit="image")
     net: tuple[int, Classifier] | None = None
-    for n, job in enumerate(ctx.world.queue(len(todo))):
+    mine = 0
+
+    def tick(done: int) -> None:
+        # As if all ranks were as far as this one.
+        monitor.advance(min(total - left + (mine + done) * ctx.world.size, total))
+
+    for job in ctx.world.queue(len(todo)):
         index, shard = todo[job]
         if net is None or net[0] != index:
             net = (index, ctx.teacher(teachers[index]))
         path = logit_file(work, index, shard)
-        whole.note(path, _write(path, answer(ctx, net[1], shard)))
-        monitor.advance(min(len(jobs) - len(todo) + (n + 1) * ctx.world.size, len(jobs)))
+        whole.note(path, _write(path, answer(ctx, net[1], shard, tick)))
+        mine += counts[shard]
     ctx.world.barrier()
+    monitor.advance(total)
     ctx.disks.share(work, ["*.npy", "*.jsonl"])
     if ctx.world.is_main:
         _finish(ctx, work, teachers, jobs, whole, monitor.histogram)
@@ -110,8 +118,8 @@ def _check_space(ctx: Context, work: Path, needed: int) -> None:
 
 
 @torch.no_grad()
-def answer(ctx: Context, net: Classifier, shard: int) -> np.ndarray:
-    """One teacher's logits of one shard: float16 [V, n, C], rows in index order."""
+def answer(ctx: Context, net: Classifier, shard: int, tick: Callable[[int], None]) -> np.ndarray:
+    """One teacher's logits of one shard: float16 [V, n, C], rows in index order; ``tick``: images done."""
     images, seed = ctx.images("train"), ctx.config.step_seed("logits")
     starts = np.concatenate([[0], np.cumsum(images.shards.shard_samples)])
     rows = np.arange(starts[shard], starts[shard + 1])
@@ -126,6 +134,7 @@ def answer(ctx: Context, net: Classifier, shard: int) -> np.ndarray:
             with autocast(ctx.device, ctx.precision):
                 logits = net(x).float()
             out[view, i : i + len(part)] = logits.clamp(-65504, 65504).cpu().numpy()
+        tick(i + len(part))
     return out
 
 

@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from gdd_dist.board import hparams, scalar
+from sharding.progress import duration
 from sharding.redact import redact
 
 EVERY_STEP_UNTIL = 20
@@ -51,13 +52,21 @@ class Monitor:
     """Scalars, pictures and progress of one step, from ``start`` (steps done) to ``total``. Silent on ranks other than 0.
 
     ``directory`` is this step's own (None: no TensorBoard): after a resume, points of ``start`` and later that an
-    interrupted run wrote are purged.
+    interrupted run wrote are purged. ``passing``: of a part of a step; at its end its bar goes and no line is said.
     """
 
     def __init__(
-        self, directory: Path | None, step: str, total: int, *, start: int = 0, unit: str = "step", active: bool = True
+        self,
+        directory: Path | None,
+        step: str,
+        total: int,
+        *,
+        start: int = 0,
+        unit: str = "step",
+        active: bool = True,
+        passing: bool = False,
     ) -> None:
-        self.step, self.total, self.unit, self._active = step, total, unit, active
+        self.step, self.total, self.unit, self._active, self._passing = step, total, unit, active, passing
         self._begin = self._line = time.monotonic()
         self._start, self._done = start, start
         self._writer: SummaryWriter | None = None
@@ -68,14 +77,18 @@ class Monitor:
                 with naming(directory):
                     self._writer = SummaryWriter(str(directory), purge_step=start)
             if sys.stderr.isatty():
-                self._bar = tqdm(total=total, initial=start, desc=step, unit=unit, dynamic_ncols=True)
+                self._bar = tqdm(
+                    total=total, initial=start, desc=step, unit=unit, dynamic_ncols=True, leave=not passing
+                )
 
     def already(self, done: int) -> None:
-        """``done`` units were there before this began: they count as done, but not in the rate."""
-        self._start = self._done = done
+        """``done`` units are done, those since the last ``advance`` by an earlier run: they do not count in the rate."""
+        self._start += done - self._done
         if self._bar is not None:
-            self._bar.initial = self._bar.n = done
+            self._bar.initial += done - self._done
+            self._bar.n = self._bar.last_print_n = done
             self._bar.refresh()
+        self._done = done
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Log ``values`` as STEP/NAME."""
@@ -119,15 +132,14 @@ class Monitor:
         if self._bar is not None:
             self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(done - self._done)
+        now, ended = time.monotonic(), done == self.total and done > self._done and not self._passing
         self._done = done
-        now = time.monotonic()
-        if self._bar is None and (now - self._line > LINE_SECONDS or done == self.total):
+        if self._bar is None and (now - self._line > LINE_SECONDS or ended):
             self._line = now
             rate = (done - self._start) / max(now - self._begin, 1e-9)
-            left = (self.total - done) / rate if rate > 0 else float("inf")
-            say(
-                f"{self.step}: {done}/{self.total} {self.unit}s, {rate:.1f} {self.unit}s/s, {left:.0f} s left{', ' + note if note else ''}"
-            )
+            left = f", {duration((self.total - done) / rate)} left" if rate > 0 and done < self.total else ""
+            text = f"{self.step}: {done:,} of {self.total:,} {self.unit}s, {rate:{'.1f' if rate >= 1 else '.2g'}} {self.unit}s/s{left}"
+            say(f"{text}, {note}" if note else text)
 
     def flush(self) -> None:
         """Hand all points to the system: before a checkpoint, so that a resume from it leaves no gap in the curves."""

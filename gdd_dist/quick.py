@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,18 +50,27 @@ class Measured:
 def measure(ctx: Context, generator: Generator, step: int) -> Measured:
     """Train the quick students, dealt to ranks, on fresh draws; the same random streams at every interval. All ranks call it."""
     m = ctx.config.matching
+    mine: list[list[float]] = []
+    # Who is done first takes the next: rank 0's share is known at the end alone.
+    monitor = ctx.passing("matching: quick students", -(-m.quick_students // ctx.world.size) * m.quick_steps)
+
+    def tick(steps: int) -> None:
+        monitor.advance(min(len(mine) * m.quick_steps + steps, monitor.total))
+
     try:
-        mine = [[j, *student(ctx, generator, j)] for j in ctx.world.queue(m.quick_students)]
+        for j in ctx.world.queue(m.quick_students):
+            mine.append([j, *student(ctx, generator, j, tick)])
     except Diverged as e:
         raise UserError(f"matching: of a quick student {e}; lower --report.lr") from e
+    monitor.close()
     results = sorted(r for rank in ctx.world.gather(mine) for r in rank)
     val, fresh = np.array([r[1] for r in results]), np.array([r[2] for r in results])
     stderr = float(val.std(ddof=1) / len(val) ** 0.5) if len(val) > 1 else 0.0
     return Measured(step, float(val.mean()), stderr, float((fresh - val).mean()))
 
 
-def student(ctx: Context, generator: Generator, j: int) -> tuple[float, float]:
-    """(accuracy on val, accuracy on fresh generated images) of quick student ``j``, in percent."""
+def student(ctx: Context, generator: Generator, j: int, tick: Callable[[int], None]) -> tuple[float, float]:
+    """(accuracy on val, accuracy on fresh generated images) of quick student ``j``, in percent; ``tick``: steps done."""
     m, r, seed = ctx.config.matching, ctx.config.report, ctx.config.step_seed("matching")
     net = ctx.classifier(m.quick_student, seed, f"quick/{j}")
     optimizer = sgd(net, r.lr, r.momentum, r.weight_decay)
@@ -80,6 +90,7 @@ def student(ctx: Context, generator: Generator, j: int) -> tuple[float, float]:
             train_step(net, optimizer, x, targets[part], r.lr, ctx.precision, skips)
             if first + k + 1 in readings:
                 scores.append(accuracy(net, ctx.images("val"), ctx.device, ctx.precision))
+        tick(first + steps)
     labels = np.arange(FRESH_IMAGES) % ctx.classes
     fresh = draw(ctx, generator, labels, seed, f"quick/{j}/fresh", 0)
     logits = predict(net, lambda indices: fresh[torch.from_numpy(indices)], FRESH_IMAGES, ctx.device, ctx.precision)

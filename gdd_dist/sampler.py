@@ -122,10 +122,15 @@ class Sampler:
         images = images.cpu()[take]
         return DistilledSet(images, torch.from_numpy(labels[order]), None if soft is None else soft[take], transform)
 
-    def balanced(self, total: int, seed: int = 0, truncation: float | None = None) -> tuple[Tensor, np.ndarray]:
-        """``total`` images, uint8 [N, C, H, W] on the device, and their labels 0, 1, …, K-1, 0, 1, …, int64 [N]."""
+    def balanced(
+        self, total: int, seed: int = 0, truncation: float | None = None, tick: Callable[[int], None] | None = None
+    ) -> tuple[Tensor, np.ndarray]:
+        """``total`` images, uint8 [N, C, H, W] on the device, and their labels 0, 1, …, K-1, 0, 1, …, int64 [N].
+
+        ``tick``: told how many are drawn, now and then.
+        """
         labels = np.arange(total) % len(self.classes)
-        return self._draw(labels, seed, "dataset/z", np.arange(total), truncation), labels
+        return self._draw(labels, seed, "dataset/z", np.arange(total), truncation, tick), labels
 
     def stream(
         self, batch_size: int, seed: int = 0, soft_labels: bool = False, truncation: float | None = None
@@ -183,7 +188,15 @@ class Sampler:
             self._teachers = load_teachers(self._step, self.network.arch, self.device)
         return self._teachers
 
-    def _draw(self, labels: np.ndarray, seed: int, purpose: str, slots: np.ndarray, truncation: float | None) -> Tensor:
+    def _draw(
+        self,
+        labels: np.ndarray,
+        seed: int,
+        purpose: str,
+        slots: np.ndarray,
+        truncation: float | None,
+        tick: Callable[[int], None] | None = None,
+    ) -> Tensor:
         if truncation is not None and not truncation > 0:
             raise UserError(f"truncation {truncation} is not positive; give more than 0, say 1.0, or None for no cut")
         parts = [torch.empty(0, *self.image_shape, dtype=torch.uint8, device=self.device)]
@@ -192,6 +205,8 @@ class Sampler:
                 y = torch.from_numpy(labels[i : i + DRAW_BATCH]).to(self.device)
                 z = torch.from_numpy(normal(seed, purpose, 0, slots[i : i + len(y)], self.network.latent))
                 parts.append(to_uint8(self.network(truncated(z, truncation).to(self.device), y)))
+                if tick is not None:
+                    tick(i + len(y))
         return torch.cat(parts)
 
 

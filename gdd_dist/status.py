@@ -12,7 +12,7 @@ from gdd_dist.arguments import Parser
 from gdd_dist.artifacts import CHECKPOINTS, CONTENTS, Store, read_json
 from gdd_dist.checkpoint import newest_records
 from gdd_dist.distributed import World
-from gdd_dist.dryrun import duration, size
+from gdd_dist.dryrun import size
 from gdd_dist.locks import Lock
 from gdd_dist.program import run_program
 from gdd_dist.settings import STEPS, Config
@@ -20,6 +20,7 @@ from gdd_dist.tables import aligned, headline
 from gdd_dist.users import Directory, data_of, plans_of, read_run, remove, store_of, unused
 from sharding.errors import UserError
 from sharding.manifest import Manifest
+from sharding.progress import duration
 
 COLUMNS = ("step", "state", "fingerprint", "size", "finished")
 

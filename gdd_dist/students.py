@@ -27,6 +27,7 @@ from gdd_dist.finite import Diverged, Skips
 from gdd_dist.fit import predict, sgd, train_step
 from gdd_dist.models.classifiers import Classifier
 from gdd_dist.models.generator import Generator
+from gdd_dist.monitor import Monitor
 from gdd_dist.networks import GENERATOR, load_generator_network, read_teachers
 from gdd_dist.rows import GENERATORS, Job, Row, full_order, step_bounds
 from gdd_dist.synthetic import draw
@@ -133,22 +134,24 @@ def train(ctx: Context, frozen: Frozen, job: Job) -> tuple[Measured, np.ndarray]
     """Train one student from its first weights on. Returns its result and its confusion matrix on test, int64 [K, K]."""
     seed = ctx.config.step_seed("report")
     net = ctx.classifier(job.row.student, seed, f"report/{job.row.student}/{job.seed}")
+    monitor = ctx.passing(f"report: {job.row.student} on {job.row.train_on}", job.budget.optimizer_steps)
     try:
         if job.row.ipc is None:
-            distinct = _fit_full(ctx, net, job)
+            distinct = _fit_full(ctx, net, job, monitor)
         else:
             distinct = job.budget.distinct_images_seen
-            _fit_sets(ctx, net, frozen, job)
+            _fit_sets(ctx, net, frozen, job, monitor)
     except Diverged as e:
         lr = "--report.full_lr" if job.row.ipc is None else "--report.lr"
         raise UserError(f"report: of {job.row.student}, trained on {job.row.train_on}, {e}; lower {lr}") from e
+    monitor.close()
     test = ctx.images("test")
     answers = predict(net, test.read, len(test), ctx.device, ctx.precision).argmax(1).numpy()
     matrix = confusion.confusion(test.labels, answers, ctx.classes)
     return Measured(confusion.accuracy(matrix), confusion.balanced(matrix), distinct), matrix
 
 
-def _fit_sets(ctx: Context, net: Classifier, frozen: Frozen, job: Job) -> None:
+def _fit_sets(ctx: Context, net: Classifier, frozen: Frozen, job: Job, monitor: Monitor) -> None:
     r, seed = ctx.config.report, ctx.config.step_seed("report")
     sets, skips = Sets(ctx, frozen, job.row, job.seed), Skips()
     optimizer = sgd(net, r.lr, r.momentum, r.weight_decay)
@@ -167,9 +170,10 @@ def _fit_sets(ctx: Context, net: Classifier, frozen: Frozen, job: Job) -> None:
             y = frozen.soft_labels(x, r.label_temperature)
         for a, b in pairwise((ends - ends[0]).tolist()):
             train_step(net, optimizer, x[a:b], y[a:b], r.lr, ctx.precision, skips)
+        monitor.advance(first + len(ends) - 1)
 
 
-def _fit_full(ctx: Context, net: Classifier, job: Job) -> int:
+def _fit_full(ctx: Context, net: Classifier, job: Job, monitor: Monitor) -> int:
     """Train on all of train; returns how many of its images came at least once."""
     r, images = ctx.config.report, ctx.images("train")
     order = full_order(ctx.config, images.shards.shard_samples, job.seed)
@@ -182,8 +186,10 @@ def _fit_full(ctx: Context, net: Classifier, job: Job) -> int:
         draws = uniform(order.seed, f"{order.purpose}/augment", step, np.arange(len(indices)), AUGMENT_DRAWS)
         return images.read(indices), torch.from_numpy(images.labels[indices]), torch.from_numpy(draws)
 
-    for batch, labels, draws in prefetch(read, 0, job.budget.optimizer_steps, ctx.config.loader.prefetch):
+    steps = prefetch(read, 0, job.budget.optimizer_steps, ctx.config.loader.prefetch)
+    for step, (batch, labels, draws) in enumerate(steps):
         ctx.world.check_stop()
         x = ctx.augment(to_float(batch, ctx.device), draws)
         train_step(net, optimizer, x, labels.to(ctx.device), r.full_lr, ctx.precision, skips)
+        monitor.advance(step + 1)
     return int(seen.sum())

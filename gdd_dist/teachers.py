@@ -64,6 +64,7 @@ def run(ctx: Context, work: Path) -> dict[str, Any]:
     for job in team.queue(len(trainings)):
         if team.broadcast(team.is_main and finished(work, trainings[job]) is not None):
             ctx.resumed = True
+            monitor.already(min(done + trainings[job].steps, monitor.total))
         else:
             logged.add(trainings[job].index)
             train_one(ctx, trainings[job], work, monitor, done)
@@ -194,6 +195,8 @@ def train(ctx: Context, pupil: Pupil, monitor: Monitor, done: int) -> None:
     images, steps, seed = ctx.images("train"), training.steps, ctx.config.step_seed("teachers")
     order = train_order(ctx.config, "teachers", images.shards.shard_samples, training.purpose)
     _log(monitor, training, pupil.curve)
+    if pupil.start:
+        monitor.already(min(done + pupil.start, monitor.total))
 
     def read(step: int) -> tuple[Tensor, ...]:
         indices = order.batch(step, team.rank, team.size)

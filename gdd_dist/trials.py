@@ -18,6 +18,7 @@ from gdd_dist.checks import FAIL, OK, WARN, Finding
 
 PATIENCE = 90.0
 """Seconds."""
+HUNG = "no answer in"
 
 
 def call(script: str, env: Mapping[str, str] | None = None, seconds: float = PATIENCE) -> str | None:
@@ -32,9 +33,14 @@ def call(script: str, env: Mapping[str, str] | None = None, seconds: float = PAT
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return f"no answer in {seconds:.0f} s"
+        return f"{HUNG} {seconds:.0f} s"
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     return None if done.returncode == 0 else (lines[-1] if lines else f"exit status {done.returncode}")
+
+
+def remedy(fault: str, fix: str) -> str:
+    """What to do about a fault: of what was merely late, first that."""
+    return f"if the machine is busy try again when it is not, else {fix}" if HUNG in fault else fix
 
 
 GLOO = """
@@ -57,7 +63,7 @@ def backends() -> Finding:
     fault = call(GLOO.format(port=number))
     if fault:
         fix = "export GLOO_SOCKET_IFNAME=lo (one host) or the interface that joins the nodes; let this host's own name resolve"
-        return Finding("backends", FAIL, f"gloo: {fault}; {nccl}", fix)
+        return Finding("backends", FAIL, f"gloo: {fault}; {nccl}", remedy(fault, fix))
     if torch.cuda.is_available() and not torch.distributed.is_nccl_available():
         return Finding("backends", FAIL, "gloo works; no NCCL", "install the default (CUDA) build of torch")
     return Finding("backends", OK, f"gloo: 2 processes agree; {nccl}")
@@ -82,12 +88,15 @@ def compiler() -> Finding:
     return Finding("compiler", OK, f"{name} compiles, ninja is there")
 
 
+REINSTALL = "python -m pip install --force-reinstall --no-deps deepspeed"
+
+
 def deepspeed(build: bool) -> Finding:
     """DeepSpeed imports; with ``build`` its operation for this machine is built and loaded."""
     try:
         version = metadata.version("deepspeed")
     except metadata.PackageNotFoundError:
-        fix = "python -m pip install 'gdd_dist[deepspeed]'; only --engine deepspeed needs it"
+        fix = "python -m pip install deepspeed ninja; only --engine deepspeed needs it"
         return Finding("deepspeed", WARN, "not installed", fix)
     env = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
     operation = "FusedAdamBuilder" if torch.cuda.is_available() else "ShareMemCommBuilder"
@@ -95,8 +104,8 @@ def deepspeed(build: bool) -> Finding:
     script += f"; a().create_op_builder('{operation}').load(verbose=False)" if build else "; a()"
     fault = call(script, env, 600 if build else PATIENCE)
     if fault:
-        fix = "see compiler above; then rm -rf ~/.cache/torch_extensions and try again" if build else "make env again"
-        return Finding("deepspeed", WARN, f"{version}: {fault}", fix)
+        fix = "see compiler above; then rm -rf ~/.cache/torch_extensions and try again" if build else REINSTALL
+        return Finding("deepspeed", WARN, f"{version}: {fault}", remedy(fault, fix))
     return Finding(
         "deepspeed", OK, f"{version}{': its operations build and load' if build else ' (--deep builds its operations)'}"
     )
@@ -115,9 +124,11 @@ def ray(start: bool) -> Finding:
     try:
         version = metadata.version("ray")
     except metadata.PackageNotFoundError:
-        return Finding("ray", WARN, "not installed", "python -m pip install 'gdd_dist[tune]'; only the search needs it")
+        return Finding(
+            "ray", WARN, "not installed", "python -m pip install 'ray[tune]' optuna; only the search needs it"
+        )
     fault = call(RAY) if start else None
     if fault:
         fix = "ray stop --force (leftovers of another), see that /tmp and /dev/shm have room, and try again"
-        return Finding("ray", WARN, f"{version}: {fault}", fix)
+        return Finding("ray", WARN, f"{version}: {fault}", remedy(fault, fix))
     return Finding("ray", OK, f"{version}{': starts and runs a task' if start else ' (--deep starts it)'}")

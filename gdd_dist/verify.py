@@ -30,11 +30,15 @@ def verify_inputs(ctx: Context, steps: Mapping[str, str], splits: Sequence[str] 
     world = ctx.world
     # Where hosts have their own disks, each looks after its own.
     first, every = (world.rank, world.size) if ctx.disks.shared else (world.local_rank, world.local_size)
-    for i in range(first, len(shards) + len(files), every):
+    mine = range(first, len(shards) + len(files), every)
+    monitor = ctx.passing("verify", len(mine), unit="file")
+    for n, i in enumerate(mine):
         world.check_stop()
+        monitor.advance(n)
         if i < len(shards):
             verify_shard(ctx.data, shards[i])
         else:
             path, size, sha256, directory = files[i - len(shards)]
             verify_file(path, size, sha256, f"remove {directory} to compute it again")
+    monitor.close()
     world.barrier()

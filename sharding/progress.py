@@ -1,4 +1,4 @@
-"""How far a phase of a build is: a bar on a terminal, plain lines elsewhere."""
+"""How far long work is, how fast, and how long it will take: a bar on a terminal, plain lines elsewhere."""
 
 import time
 from collections.abc import Callable
@@ -10,12 +10,21 @@ Log = Callable[[str], None]
 INTERVAL_S = 10.0
 
 
-class Progress:
-    """Counts images of one phase. Use as a context manager; `update` takes the number done so far."""
+def duration(seconds: float) -> str:
+    """Seconds in words."""
+    if seconds < 100:
+        return f"{seconds:.1f} s" if seconds else "0"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 360_000 else f"{seconds / 86400:.0f} days"
 
-    def __init__(self, label: str, total: int, *, log: Log, bar: bool) -> None:
-        self._label, self._total, self._log = label, total, log
-        self._bar = tqdm(total=total, desc=label, unit=" images", unit_scale=False) if bar else None
+
+class Progress:
+    """Counts images (or `unit`s) of one phase. Use as a context manager; `update` takes the number done so far."""
+
+    def __init__(self, label: str, total: int, *, log: Log, bar: bool, unit: str = "images") -> None:
+        self._label, self._total, self._log, self._unit = label, total, log, unit
+        self._bar = tqdm(total=total, desc=label, unit=f" {unit}", unit_scale=False) if bar else None
         self._done, self._start = 0, time.monotonic()
         self._last = self._start
 
@@ -25,7 +34,8 @@ class Progress:
             self._bar.update(done - self._done)
         elif time.monotonic() - self._last >= INTERVAL_S:
             self._last = time.monotonic()
-            self._log(f"{self._label}: {done:,} of {self._total:,} images, {self._rate(done):,.0f} images/s")
+            left = f", {duration((self._total - done) / self._rate(done))} left" if done else ""
+            self._log(f"{self._label}: {done:,} of {self._total:,} {self._speed(done)}{left}")
         self._done = done
 
     def __enter__(self) -> "Progress":
@@ -35,7 +45,10 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
         elif kind is None:
-            self._log(f"{self._label}: {self._done:,} images, {self._rate(self._done):,.0f} images/s")
+            self._log(f"{self._label}: {self._done:,} {self._speed(self._done)}")
+
+    def _speed(self, done: int) -> str:
+        return f"{self._unit}, {self._rate(done):,.0f} {self._unit}/s"
 
     def _rate(self, done: int) -> float:
         return done / max(time.monotonic() - self._start, 1e-9)

@@ -47,8 +47,14 @@ def verify(directory: Path | str, *, deep: bool = False, log: Log, bar: bool = F
     directory = Path(directory)
     manifest = Manifest.load(directory)
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
-    with ThreadPoolExecutor(available_cores()) as threads:
-        results = list(threads.map(lambda shard: _fault(directory, shard), shards))
+    results = list[str | None]()
+    with (
+        ThreadPoolExecutor(available_cores()) as threads,
+        Progress("hashing", len(shards), log=log, bar=bar, unit="shards") as progress,
+    ):
+        for fault in threads.map(lambda shard: _fault(directory, shard), shards):
+            results.append(fault)
+            progress.update(len(results))
     faults = [fault for fault in results if fault] + list(_strays(directory, shards))
     if deep and not faults:
         faults = _deep(directory, manifest, log, bar)

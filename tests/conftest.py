@@ -31,11 +31,12 @@ TINY = (
 
 @dataclass(frozen=True)
 class Finished:
-    """A run that ended well. ``argv``: its settings without --out; ``steps``: what steps.json said."""
+    """A run that ended well. ``argv``: its settings without --out; ``steps``: what steps.json said; ``err``: what rank 0 said."""
 
     out: Path
     argv: list[str]
     steps: dict[str, Any]
+    err: str = ""
 
     def copy(self, to: Path, *steps: str) -> Path:
         """A store that holds these steps alone, with the same fingerprints."""
@@ -69,6 +70,8 @@ def undisturbed(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Fi
 
 @pytest.fixture(scope="session")
 def reported(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """One process, all steps."""
+    """One process, all steps; it says each time how far it is."""
     out = tmp_path_factory.mktemp("reported") / "out"
-    return Finished(out, tiny, ranks.train(out, tiny))
+    ended = ranks.start(out, tiny, before=hooks.talkative).wait()
+    assert ended.codes == [0], ended.text
+    return Finished(out, tiny, ranks.steps(out), ended.err[0])

@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from gdd_dist import gan, grading, logits, matching, teachers
+from gdd_dist import gan, grading, logits, matching, monitor, teachers
 from gdd_dist.adversarial import Adversaries
 from gdd_dist.checkpoint import Checkpoints
 from gdd_dist.context import Context
@@ -29,6 +29,11 @@ from gdd_dist.models.generator import Generator
 def environment(rank: int, values: dict[str, str]) -> None:
     """Set environment variables."""
     os.environ.update(values)
+
+
+def talkative(rank: int) -> None:
+    """From now on progress is said at every step, not every ten seconds."""
+    monitor.LINE_SECONDS = -1.0
 
 
 def no_test_data(rank: int) -> None:

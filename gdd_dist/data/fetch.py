@@ -39,7 +39,9 @@ class Source:
 
             self._fs, root = fsspec.core.url_to_fs(self._url, use_listings_cache=False)
         except ImportError as e:
-            raise UserError(f"--data {url} needs {e.name or 'a library'}; pip install 'gdd_dist[remote]'") from None
+            raise UserError(
+                f"--data {url} needs {e.name or 'a library'}; pip install fsspec s3fs gcsfs aiohttp"
+            ) from None
         except ValueError as e:
             raise UserError(f"--data {url} is not a URL that can be read ({e}); check it") from None
         self._root = str(root).rstrip("/")

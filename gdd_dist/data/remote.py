@@ -12,6 +12,7 @@ import os
 import queue
 import re
 import threading
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,11 +21,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from gdd_dist.data.fetch import Source, locked, whole
-from gdd_dist.monitor import say
+from gdd_dist.monitor import LINE_SECONDS, Monitor, say
 from sharding.errors import UserError
 from sharding.files import write_atomic
 from sharding.manifest import FILE, Manifest, ShardInfo, parse_manifest
 from sharding.plan import parse_size
+from sharding.progress import duration
 
 SCHEMES = ("s3", "s3a", "gs", "gcs", "https", "http")
 DOWNLOADS = 2
@@ -102,10 +104,16 @@ class Mirror:
         for split in manifest.splits:
             (self.directory / split).mkdir(parents=True, exist_ok=True)
         write_atomic(self.directory / FILE, manifest.to_bytes())
+        self._tells = os.environ.get("LOCAL_RANK", "0") == "0"
+        monitor = Monitor(None, "download: indexes", len(shards), unit="file", active=self._tells, passing=True)
         with ThreadPoolExecutor(INDEX_DOWNLOADS) as pool:
-            list(pool.map(self._index, _from_own_place(shards)))
+            for n, _ in enumerate(pool.map(self._index, _from_own_place(shards))):
+                monitor.advance(n + 1)
+        monitor.close()
         self._wanted: queue.SimpleQueue[ShardInfo] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
+        self._asked: list[ShardInfo] = []
+        self._telling, self._told, self._here = threading.Lock(), 0.0, 0.0
 
     def _index(self, info: ShardInfo) -> None:
         path = self.directory / info.index_file
@@ -138,7 +146,25 @@ class Mirror:
     def all_ahead(self, shards: tuple[ShardInfo, ...]) -> None:
         """Download all shards of a split ahead, each rank of the host from another place, if half the cache holds them."""
         if 2 * sum(info.bytes for info in shards) <= self._cache.limit:
+            self._asked += shards
+            self._told, self._here = time.monotonic(), self._megabytes()
             self.ahead(_from_own_place(shards))
+
+    def _megabytes(self) -> float:
+        """Of all that was asked for ahead: what is here, whoever fetched it."""
+        return sum(info.bytes for info in self._asked if whole(self.directory / info.file, info.bytes)) / 1e6
+
+    def _tell(self) -> None:
+        """Every LINE_SECONDS, from one process of a host: how far the download is, and how fast."""
+        with self._telling:
+            passed = time.monotonic() - self._told
+            if self._tells and passed > LINE_SECONDS:
+                here, total = self._megabytes(), sum(info.bytes for info in self._asked) / 1e6
+                rate = max(here - self._here, 1e-9) / passed
+                say(
+                    f"download: {here:,.0f} of {total:,.0f} MB, {rate:.1f} MB/s, {duration((total - here) / rate)} left"
+                )
+                self._told, self._here = time.monotonic(), here
 
     def _work(self) -> None:
         while True:
@@ -146,6 +172,7 @@ class Mirror:
             try:
                 if not whole(self.directory / info.file, info.bytes):
                     self._fetch(info, wait=False)
+                self._tell()
             except (UserError, OSError) as e:
                 say(f"{info.file} could not be fetched ahead ({e}); it will be fetched when it is needed")
 

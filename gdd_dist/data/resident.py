@@ -20,7 +20,7 @@ import torch
 from gdd_dist.artifacts import fingerprint, read_json, write_json
 from gdd_dist.data.batches import Workers, prefetch
 from gdd_dist.locks import Lock, holding
-from gdd_dist.monitor import say
+from gdd_dist.monitor import Monitor, say
 from sharding.errors import UserError
 from sharding.files import atomic_file, remove_temporaries
 from sharding.manifest import Manifest
@@ -93,10 +93,13 @@ class Decoded:
             fill(indices, out, workers)
             return out
 
+        monitor = Monitor(None, f"{self._split}: decoding", samples, unit="image", passing=True)
         with atomic_file(self.path) as stream:
-            for part in prefetch(chunk, 0, -(-samples // rows), 2):
+            for n, part in enumerate(prefetch(chunk, 0, -(-samples // rows), 2)):
                 stream.write(part.data)
                 digest.update(part.data)
+                monitor.advance(min((n + 1) * rows, samples))
+        monitor.close()
         size = self.path.stat().st_size
         write_json(self._note, {"format": FORMAT, "bytes": size, "sha256": digest.hexdigest()})
 

@@ -121,53 +121,55 @@ def test_completion_knows_settings_and_their_choices(tmp_path: Path) -> None:
         assert done.stdout.split() == [wanted]
 
 
-@pytest.mark.slow
-def test_a_wheel_builds_and_works_in_a_fresh_environment(reported: Finished, tmp_path: Path) -> None:
-    """Built from a copy, installed beside the same libraries, far from the checkout: programs, data files, types."""
-    source = tmp_path / "source"
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
-        "\n"
-    )
-    for name in filter(None, tracked):
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh environment with the wheel in it, built from a copy of what git tracks; only the libraries are those of this one."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source, env = folder / "source", folder / "env"
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in tracked.splitlines():
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
-    build = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(tmp_path),
-        ".",
-    ]
+    pip = [sys.executable, "-m", "pip"]
+    build = [*pip, "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder, "."]
     subprocess.run(build, cwd=source, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("gdd_dist-*.whl")
-    env = tmp_path / "env"
-    # The libraries are those of this environment; only what the wheel holds is new.
+    (wheel,) = folder.glob("gdd_dist-*.whl")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", env], check=True)
-    site = next((env / "lib").glob("python*/site-packages"))
-    pip = [sys.executable, "-m", "pip", "--python", str(env / "bin" / "python")]
-    subprocess.run([*pip, "install", "--quiet", "--no-deps", str(wheel)], check=True, capture_output=True)
-    here = next(p for p in map(Path, sys.path) if p.name == "site-packages")
-    (site / "libraries.pth").write_text(f"{here}\n")
+    into = [*pip, "--python", env / "bin" / "python", "install", "--quiet", "--no-deps", wheel]
+    subprocess.run(into, check=True, capture_output=True)
+    libraries = next(p for p in map(Path, sys.path) if p.name == "site-packages")
+    (next((env / "lib").glob("python*/site-packages")) / "libraries.pth").write_text(f"{libraries}\n")
+    return env
+
+
+@pytest.mark.slow
+def test_a_wheel_works_from_an_empty_directory_of_a_fresh_environment(
+    installed: Path, reported: Finished, tmp_path: Path
+) -> None:
+    """Every program, every preset, types and launchers, with no checkout in sight."""
     clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
 
     def call(*argv: object) -> str:
-        done = subprocess.run(
-            list(map(str, argv)), cwd=tmp_path, env=clean, capture_output=True, text=True, check=False
-        )
+        command = [str(installed / "bin" / str(argv[0])), *map(str, argv[1:])]
+        done = subprocess.run(command, cwd=tmp_path, env=clean, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    where = call(env / "bin" / "python", "-c", "import gdd_dist; print(gdd_dist.__file__)")
-    assert str(env) in where
-    assert (site / "gdd_dist" / "py.typed").exists()
-    assert (site / "sharding" / "py.typed").exists()
-    assert "100 images of 10 classes" in call(env / "bin" / "gdd-export", reported.out, "set", "--ipc", 10)
-    assert "train 100" in " ".join(call(env / "bin" / "gdd-shards", "info", "set").split())
-    assert "seed: 0" in call(env / "bin" / "gdd-train", "--print_config")
-    assert "done" in call(env / "bin" / "gdd-status", reported.out)
+    for package in ("gdd_dist", "sharding", "tune"):
+        where = Path(call("python", "-c", f"import {package}; print({package}.__file__)"))
+        assert installed in where.parents
+        assert (where.parent / "py.typed").exists()
+    for launcher in (ROOT / "launchers").iterdir():
+        assert (installed / "share" / "gdd_dist" / "launchers" / launcher.name).read_bytes() == launcher.read_bytes()
+    assert "100 images of 10 classes" in call("gdd-export", reported.out, "set", "--ipc", 10)
+    assert "train 100" in " ".join(call("gdd-shards", "info", "set").split())
+    assert "done" in call("gdd-status", reported.out)
+    assert "matched" in call("gdd-evaluate", reported.out, "--device", "cpu")
+    assert "ok" in call("gdd-doctor", "--out", "runs")
+    for preset in ("digits", "cifar10", "cifar100", "tiny-imagenet"):
+        assert "matching:" in call("gdd-train", "--preset", preset, "--print_config")
+    assert "_shtab_gdd_train" in call("python", "-m", "gdd_dist.completion", "bash")
+    assert "--trials" in call("python", "-m", "tune.search", "--help")
+    call("gdd-train", *reported.argv, "--out", "run", "--until", "shards")
+    assert '"shards"' in (tmp_path / "run" / "steps.json").read_text()

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import shutil
 import time
 from collections import deque
@@ -13,6 +14,7 @@ import ranks
 import stores
 import torch
 
+from gdd_dist.data import remote
 from gdd_dist.data.loader import Images
 from gdd_dist.data.remote import Cache, is_remote, mirror_of, open_data, read_manifest, remote_manifest
 from sharding.errors import UserError
@@ -234,3 +236,14 @@ def test_what_is_fetched_ahead_is_fetched_in_the_background(url, here, tmp_path)
     while len(here.downloads()) < SHARDS and time.monotonic() < end:
         time.sleep(0.02)
     assert here.downloads() == {f"/digits/sets/train/00000{i}.tar": 1 for i in range(SHARDS)}
+
+
+def test_a_download_says_how_fast_it_is_and_what_is_left(url, here, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(remote, "LINE_SECONDS", -1.0)
+    mirror = mirror_of(opened(url, tmp_path))
+    mirror.all_ahead(read_manifest(url).splits["train"].shards)
+    said, end = "", time.monotonic() + 60
+    while " 0 left" not in said and time.monotonic() < end:
+        time.sleep(0.02)
+        said += capsys.readouterr().err
+    assert re.search(r"^download: [\d,]+ of [\d,]+ MB, [\d.]+ MB/s, [\d.]+ (s|min|h|days) left$", said, re.MULTILINE)

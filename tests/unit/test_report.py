@@ -6,13 +6,13 @@ import base64
 import dataclasses
 import json
 import re
-import shutil
-import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from browser import Browser, browser, needed
 from PIL import Image
 from students import HISTORY, Made, make, settings
 
@@ -252,45 +252,31 @@ def test_balanced_accuracy_stands_beside_accuracy_where_classes_are_unequal() ->
     assert "81.5" in markdown_table(unequal)
 
 
-def page_facts(path: Path, width: int, tmp_path: Path) -> dict[str, Any]:
-    """What headless Chromium says of a page at this width: sizes, pictures that did not load, requests."""
-    probe = """<script>addEventListener("load", () => { document.title = JSON.stringify({
-        page: document.documentElement.scrollWidth, window: innerWidth,
-        broken: [...document.images].filter(i => !i.complete || !i.naturalWidth).length, images: document.images.length,
-        hidden: [...document.images].filter(i => i.getBoundingClientRect().width < 200).length,
-        asked: performance.getEntriesByType("resource").filter(e => !e.name.startsWith("data:")).length,
-    }) })</script>"""
-    copy = tmp_path / f"page-{width}.html"
-    copy.write_text(path.read_text().replace("</body>", f"{probe}</body>"))
-    dom = chromium(tmp_path, f"--window-size={width},2000", "--dump-dom", copy.as_uri())
-    return json.loads(re.search(r"<title>(.*?)</title>", dom)[1])  # type: ignore[index]
+@pytest.fixture(scope="module")
+def window(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with browser(tmp_path_factory.mktemp("browser")) as found:
+        yield found
 
 
-def chromium(profile: Path, *arguments: str) -> str:
-    command = [BROWSER or "", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}/profile"]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120, check=True)
-    return done.stdout
-
-
-BROWSER = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
-)
+FACTS = """return {
+    page: document.documentElement.scrollWidth, window: innerWidth, images: document.images.length,
+    broken: [...document.images].filter(i => !i.complete || !i.naturalWidth).length,
+    hidden: [...document.images].filter(i => i.getBoundingClientRect().width < 200).length,
+    beyond: [...document.querySelectorAll("h1, h2, p, li, nav, pre, .scroll")].filter(e =>
+        e.getBoundingClientRect().right > innerWidth).length,
+}"""
 
 
 @pytest.mark.browser
-@pytest.mark.skipif(BROWSER is None, reason="no headless Chromium here")
-@pytest.mark.parametrize("width", [1400, 500])
+@needed
+@pytest.mark.parametrize("width", [1400, 390])
 def test_a_browser_shows_the_page_whole_on_a_wide_and_on_a_narrow_screen(
-    written: Path, tmp_path: Path, width: int
+    written: Path, window: Browser, width: int
 ) -> None:
-    facts = page_facts(written / "report.html", width, tmp_path)
-    assert facts["page"] <= facts["window"] == width, "the page scrolls sideways"
-    assert (facts["images"], facts["broken"], facts["hidden"], facts["asked"]) == (len(PICTURES), 0, 0, 0)
-    shot = tmp_path / "shot.png"
-    page = (written / "report.html").as_uri()
-    chromium(tmp_path, f"--window-size={width},2600", "--hide-scrollbars", f"--screenshot={shot}", page)
-    with Image.open(shot) as image:
-        pixels = np.asarray(image.convert("L"))
-    assert pixels.shape[1] == width
-    for band in np.array_split(pixels, 6):
+    window.open((written / "report.html").as_uri(), width, 900)
+    facts = window.run(FACTS)
+    assert facts.pop("page") <= facts.pop("window") == width, "the page scrolls sideways"
+    assert facts == {"images": len(PICTURES), "broken": 0, "hidden": 0, "beyond": 0}
+    assert not window.strangers()
+    for band in np.array_split(window.picture(whole=True).mean(2), 12):
         assert band.std() > 3, "a part of the page is blank"

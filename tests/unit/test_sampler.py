@@ -125,6 +125,15 @@ def test_a_stream_never_ends_deals_classes_evenly_and_starts_alike(generator: Sa
     assert torch.allclose(soft, generator.soft_labels(x))
 
 
+def test_a_stream_is_drawn_on_the_generators_device(made: Made) -> None:
+    """The meta device computes nothing, and refuses whatever lies elsewhere."""
+    generator = gdd_dist.load_generator(made.out, "meta")
+    for soft in (False, True):
+        images, targets = next(generator.stream(4, soft_labels=soft))
+        assert (images.device.type, targets.device.type) == ("meta", "meta")
+        assert (images.shape, targets.shape) == ((4, 1, 16, 16), (4, 10) if soft else (4,))
+
+
 def test_soft_labels_of_a_single_file_are_one_line_that_says_what_to_give(bare: Path) -> None:
     alone = gdd_dist.load_generator(bare, "cpu")
     for ask in (
