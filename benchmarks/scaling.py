@@ -50,8 +50,8 @@ BATCH = 64
 STEP_NAMES = ("gan", "matching")
 SMALL = (
     "--preset tiny-imagenet --precision float32 --checkpoint_seconds 1000000 --teachers.architectures convnet:16 --teachers.seeds 1 "
-    f"--teachers.snapshots 1 --teachers.epochs 1 --logits.views 2 --gan.steps {STEPS} --gan.batch {BATCH} --gan.width 128 "
-    f"--gan.d_width 128 --gan.blocks 1 --gan.d_blocks 1 --gan.patch 4 --matching.steps {STEPS} --matching.interval {STEPS} "
+    f"--teachers.snapshots 1 --teachers.epochs 1 --logits.views 2 --gan.steps {STEPS} --gan.batch {BATCH} --gan.width 192 "
+    f"--gan.d_width 192 --gan.blocks 1 --gan.d_blocks 1 --gan.patch 8 --matching.steps {STEPS} --matching.interval {STEPS} "
     f"--matching.batch {BATCH} --matching.quick_students 1 --matching.quick_steps 1 --matching.quick_student convnet:8"
 )
 
@@ -142,7 +142,7 @@ def launch(ranks: int, argv: list[str], results: Path | None = None) -> None:
 
 def measure(args: argparse.Namespace, scratch: Path) -> dict[tuple[str, int], list[dict[str, float]]]:
     """(step, ranks) → what each round found."""
-    data = args.data or made_up(scratch, 2000)
+    data = args.data or made_up(scratch, 1000)
     argv = ["--data", str(data), *SMALL.split(), *args.settings]
     launch(1, [*argv, "--out", str(scratch / "base"), "--until", "logits"])
     found: dict[tuple[str, int], list[dict[str, float]]] = {(s, n): [] for s in STEP_NAMES for n in args.ranks}
