@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from gdd_dist.metrics import commit
+
 
 def line(
     benchmark: str, ours: np.ndarray, others: dict[str, np.ndarray], unit: str, settings: dict[str, Any]
@@ -28,8 +30,9 @@ def line(
         "settings": settings,
         "machine": machine(),
         "versions": versions(
-            "torch", "numpy", "simplejpeg", "pillow", "webdataset", "mosaicml-streaming", "torchvision"
+            "torch", "numpy", "simplejpeg", "pillow", "webdataset", "mosaicml-streaming", "torchvision", "deepspeed"
         ),
+        "commit": commit(),
     }
 
 

@@ -1,57 +1,48 @@
-"""Step time and memory of a GAN step under DDP and each ZeRO stage: same work, one run, engines in turn, one JSON line each.
+"""Step time of the gan's networks under DDP and each ZeRO stage: same work, one run, engines in turn, one JSON line a stage.
 
-torchrun --nproc_per_node=2 benchmarks/engines.py [--width 256] [--size 32] [--batch 16] [--rounds 5]
+    torchrun --nproc_per_node=2 benchmarks/engines.py [--width 64] [--size 32] [--batch 8] [--steps 3] [--rounds 3] [--precision float32]
 
-``ours``: images per second under DDP; ``other``: under that ZeRO stage; ``ratio``: DDP over ZeRO. ``settings`` holds the bytes that a rank keeps
-for weights, gradients and optimizer (counted tensors of networks and optimizers after a step), by engine.
+``ours``: images a second under that ZeRO stage, ``other``: under DDP, the median over rounds; ``ratio``: ZeRO's over DDP's. What a stage
+keeps and needs in memory is measured by memory.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import platform
-import statistics
-import sys
 import time
-from typing import Any
 
+import numpy as np
 import torch
+from common import line
 from torch import Tensor
 
 from gdd_dist import losses
 from gdd_dist.deepspeed_engine import DeepSpeedEngine
 from gdd_dist.distributed import World
 from gdd_dist.engines import DDPEngine, Engine, image_gradient
-from gdd_dist.metrics import versions
 from gdd_dist.models.discriminator import Discriminator
 from gdd_dist.models.generator import Generator
 
-KINDS: tuple[Any, ...] = ("ddp", 0, 1, 2, 3)
+KINDS = ("ddp", "zero_0", "zero_1", "zero_2", "zero_3")
 
 
-def engines(kind: Any, world: World, options: argparse.Namespace) -> tuple[Engine, Engine]:
-    """Generator and discriminator on one kind of engine."""
-    shape = {"classes": 10, "channels": 3, "size": options.size, "width": options.width}
-    torch.manual_seed(0)
-    nets = Generator(**shape).to(world.device), Discriminator(**shape).to(world.device)
+def build(net: Generator | Discriminator, world: World, kind: str, precision: str, bucket: int = 0) -> Engine:
+    """A network on one of KINDS, with Adam. ``bucket``: numbers in DeepSpeed's buckets, 0 for the trainer's choice."""
     label = torch.zeros(1, dtype=torch.int64, device=world.device)
-    image = torch.zeros(1, 3, options.size, options.size, device=world.device)
-    examples = (torch.zeros(1, 64, device=world.device), label), (image, label)
-    given = {"zero_optimization": {"stage": kind, "stage3_param_persistence_threshold": 0}}
-    made: list[Engine] = []
-    for net, example in zip(nets, examples, strict=True):
-        adam = torch.optim.Adam(net.parameters(), betas=(0.0, 0.99))
-        if kind == "ddp":
-            made.append(DDPEngine(net, adam, world, options.precision, example))
-        else:
-            made.append(DeepSpeedEngine(net, adam, world, options.precision, example, given))
-    return made[0], made[1]
+    size, channels = net.arch["size"], net.arch["channels"]
+    latent, image = label.new_zeros(1, 64).float(), label.new_zeros(1, channels, size, size).float()
+    example = (latent if isinstance(net, Generator) else image, label)
+    adam = torch.optim.Adam(net.parameters(), betas=(0.0, 0.99))
+    if kind == "ddp":
+        return DDPEngine(net, adam, world, precision, example)
+    buckets = {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket} if bucket else {}
+    zero = {"stage": int(kind[-1]), "stage3_param_persistence_threshold": 0, **buckets}
+    return DeepSpeedEngine(net, adam, world, precision, example, {"zero_optimization": zero})
 
 
-def step(g: Engine, d: Engine, world: World, batch: int, size: int) -> float:
-    """A discriminator step with gradient penalties and a generator step; returns the discriminator's loss."""
+def step(g: Engine, d: Engine, world: World, batch: int, size: int) -> None:
+    """A discriminator step with gradient penalties and a generator step."""
     labels = torch.arange(batch, device=world.device) % 10
     real = torch.randn(batch, 3, size, size, device=world.device).requires_grad_()
     with torch.no_grad():
@@ -72,23 +63,15 @@ def step(g: Engine, d: Engine, world: World, batch: int, size: int) -> float:
     _, gradient = image_gradient(of_generator, images)
     g.backward((images * gradient).sum())
     g.step(1e-4)
-    return float(loss.detach())
 
 
-def held() -> int:
-    """Bytes of all tensors that this process holds, each storage once."""
-    gc.collect()
-    tensors = [o for o in gc.get_objects() if isinstance(o, torch.Tensor)]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
-
-
-def measure(kind: Any, world: World, options: argparse.Namespace) -> tuple[float, int]:
-    """(seconds a step, bytes held after it) of one engine, made and closed here."""
-    before = held()
-    g, d = engines(kind, world, options)
+def seconds_a_step(kind: str, world: World, options: argparse.Namespace) -> float:
+    """Of networks and engines that are made and closed here."""
+    shape = {"classes": 10, "channels": 3, "size": options.size, "width": options.width}
+    torch.manual_seed(0)
+    nets = Generator(**shape).to(world.device), Discriminator(**shape).to(world.device)
+    g, d = (build(net, world, kind, options.precision) for net in nets)
     step(g, d, world, options.batch, options.size)
-    kept = held() - before
     world.barrier()
     begin = time.perf_counter()
     for _ in range(options.steps):
@@ -99,7 +82,7 @@ def measure(kind: Any, world: World, options: argparse.Namespace) -> tuple[float
     seconds = (time.perf_counter() - begin) / options.steps
     g.close()
     d.close()
-    return seconds, kept
+    return seconds
 
 
 def main() -> None:
@@ -109,33 +92,15 @@ def main() -> None:
     parser.add_argument("--precision", default="float32")
     options = parser.parse_args()
     world = World()
-    seconds: dict[Any, list[float]] = {kind: [] for kind in KINDS}
-    kept: dict[Any, int] = {}
+    rates: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for _ in range(options.rounds):
         for kind in KINDS:  # in turn, so that other jobs on this machine burden all alike
-            spent, bytes_held = measure(kind, world, options)
-            seconds[kind].append(spent)
-            kept[kind] = max(world.gather(bytes_held))
+            rates[kind].append(options.batch * world.size / seconds_a_step(kind, world, options))
     if world.is_main:
-        images = options.batch * world.size
-        rate = {kind: images / statistics.median(s) for kind, s in seconds.items()}
+        settings = {**vars(options), "ranks": world.size, "device": world.device.type}
         for kind in KINDS[1:]:
-            line = {
-                "benchmark": "engines",
-                "ours": rate["ddp"],
-                "other": {f"zero_{kind}": rate[kind]},
-                "unit": "images/s",
-                "ratio": rate["ddp"] / rate[kind],
-                "settings": {
-                    **vars(options),
-                    "ranks": world.size,
-                    "device": world.device.type,
-                    "bytes_held_a_rank": {"ddp": kept["ddp"], f"zero_{kind}": kept[kind]},
-                },
-                "machine": platform.processor() or platform.machine(),
-                "versions": versions(),
-            }
-            sys.stdout.write(json.dumps(line) + "\n")
+            text = line(f"engines/{kind}", np.array(rates[kind]), {"ddp": np.array(rates["ddp"])}, "images/s", settings)
+            print(json.dumps(text), flush=True)
     world.close()
 
 

@@ -12,7 +12,7 @@ import resource
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,18 @@ def environment(rank: int, values: dict[str, str]) -> None:
 def talkative(rank: int) -> None:
     """From now on progress is said at every step, not every ten seconds."""
     monitor.LINE_SECONDS = -1.0
+
+
+def all_of(rank: int, hooks: Sequence[Callable[[int], None]]) -> None:
+    """Several hooks, in turn."""
+    for hook in hooks:
+        hook(rank)
+
+
+def log_every_step(rank: int) -> None:
+    """From now on gan and matching log the scalars of each step. All ranks need it."""
+    for module in (gan, matching):
+        module.due = lambda *_args: True
 
 
 def no_test_data(rank: int) -> None:
