@@ -67,8 +67,9 @@ def cluster(address: str | None, debug: bool = False) -> Iterator[list[Node]]:
 def _start(address: str | None, files: str | None, debug: bool) -> None:
     quiet: dict[str, Any] = {"log_to_driver": debug, "logging_level": "ERROR"}
     if address is None:
-        local = {"num_cpus": int(this_host().cpus), "include_dashboard": False, "object_store_memory": OBJECT_STORE}
-        ray.init(address="local", _temp_dir=files, **local, **quiet)
+        cores = int(this_host().cpus)
+        own: dict[str, Any] = {"num_cpus": cores, "object_store_memory": OBJECT_STORE, "_temp_dir": files}
+        ray.init(address="local", include_dashboard=False, **own, **quiet)
         return
     try:
         ray.init(address=address, runtime_env={"env_vars": {"PYTHONPATH": python_path()}}, **quiet)

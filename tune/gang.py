@@ -199,7 +199,8 @@ def submit(job: Job) -> tuple[ray.ObjectRef, Any]:
     A lost node costs what was done since the last checkpoint: Ray runs the job again.
     """
     group = ray.util.placement_group(job.bundles(), strategy="PACK")
-    task = ray.remote(max_retries=3, retry_exceptions=[PeerLost], max_calls=1)(run).options(
+    retried: Any = [PeerLost]
+    task = ray.remote(max_retries=3, retry_exceptions=retried, max_calls=1)(run).options(
         num_cpus=job.cpus,
         num_gpus=job.gpus,
         scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),

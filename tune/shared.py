@@ -27,8 +27,7 @@ def compute(base: Job, out: Path, ranks: int, meanwhile: Callable[[], None] = la
     """
     config = dataclasses.replace(base.config, out=str(out / "shared"), until="gan")
     job = dataclasses.replace(base, config=config, ranks=ranks)
-    tell = _Lines(job.out)
-    steps = gang.wait(job, lambda: (tell(), meanwhile()))
+    steps = gang.wait(job, _Lines(job.out, meanwhile))
     path = out / FILE
     cost: dict[str, Any] = read_json(path) if path.exists() else {"format": "gdd-shared/1", "steps": {}}
     for name in STEPS:
@@ -46,13 +45,14 @@ def cost(out: Path) -> float:
 
 
 class _Lines:
-    """Says once of each shared step how it went, as it ends."""
+    """Says once of each shared step how it went, as it ends; calls ``meanwhile`` too."""
 
-    def __init__(self, directory: Path) -> None:
-        self._path, self._told = directory / "steps.json", set[str]()
+    def __init__(self, directory: Path, meanwhile: Callable[[], None]) -> None:
+        self._path, self._told, self._meanwhile = directory / "steps.json", set[str](), meanwhile
         self._path.unlink(missing_ok=True)
 
     def __call__(self) -> None:
+        self._meanwhile()
         if not self._path.exists():
             return
         for name, step in read_json(self._path)["steps"].items():
