@@ -151,8 +151,8 @@ def _losses(axis: Axes, title: str, curves: Curves, tags: Sequence[str]) -> None
         late = np.concatenate([curves[t][1][len(curves[t][1]) // 20 :] for t in drawn])
         low, high = np.quantile(late, [0.002, 0.998])
         pad = 0.08 * (high - low) or 0.1
-        axis.set_ylim(low - pad, high + pad)
-        axis.legend(frameon=False, fontsize=9)
+        axis.set_ylim(low - pad, high + 3 * pad)  # the legend's place; looking for the best one is slow
+        axis.legend(frameon=False, fontsize=9, loc="upper right", ncols=4)
     _titled(axis, title, "step", "loss", bool(drawn), "no curve here: the step was computed by another run")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,6 +15,13 @@ from gdd_dist.figures import COLORS, DPI, LONGEST_NAME, mosaic
 
 KINDS = ("real", "gan", "matched")
 WORDS = {"real": "real", "gan": "GAN", "matched": "matched"}
+# Where matching kept the GAN itself the two are equal: one must not hide the other, nor real images both.
+MARKS: dict[str, dict[str, Any]] = {
+    "real": {"marker": "|", "s": 260, "zorder": 4, "linewidths": 2.2},
+    "gan": {"marker": "o", "s": 130, "zorder": 2},
+    "matched": {"marker": "o", "s": 45, "zorder": 3},
+}
+WIDTHS = {"real": 1.8, "gan": 4.0, "matched": 1.8}
 MOST_CLASSES, MOST_NAMES = 24, 24
 
 
@@ -43,8 +51,7 @@ def classes_figure(matrices: Mapping[str, np.ndarray], names: Sequence[str]) -> 
     if "gan" in scores:
         axis.hlines(places, before[chosen], scores["matched"][chosen], color="#cccccc", lw=3, zorder=1)
     for kind, values in scores.items():
-        mark = "|" if kind == "real" else "o"
-        axis.scatter(values[chosen], places, color=COLORS[kind], marker=mark, s=60, label=WORDS[kind], zorder=2)
+        axis.scatter(values[chosen], places, color=COLORS[kind], label=WORDS[kind], **MARKS[kind])
     axis.set_yticks(places, [short(names[c]) for c in chosen])
     axis.set_xlim(-2, 102)
     axis.set_ylim(-0.8, len(chosen) - 0.2)
@@ -99,7 +106,7 @@ def answers_figure(answers: Mapping[str, Answers]) -> Figure:
         edges = np.linspace(low, max(high, low + 1e-3), 41)
         for kind, v in values.items():
             density, _ = np.histogram(v, edges, density=True)
-            axis.stairs(density, edges, color=COLORS[kind], lw=1.8, label=WORDS[kind], fill=False)
+            axis.stairs(density, edges, color=COLORS[kind], lw=WIDTHS[kind], label=WORDS[kind], fill=False)
             axis.axvline(float(v.mean()), color=COLORS[kind], lw=1, ls=":")
         axis.set_title(f"Standardized logits {title}", loc="left", fontsize=11)
         axis.set_xlabel("standard deviations from the sample's mean logit")

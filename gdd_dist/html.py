@@ -33,6 +33,8 @@ pre { background: var(--soft); padding: .8rem 1rem; overflow: auto; max-height: 
 code { font-size: .92em; overflow-wrap: anywhere; }
 @media (max-width: 40rem) {
   .scroll img { max-width: none; width: 40rem; }
+  table { font-size: .74rem; } th, td { padding: .3rem .26rem; }
+  th:first-child, td:first-child { position: sticky; left: 0; } td:first-child { background: var(--back); }
   body { font-size: 15px; } h1 { font-size: 1.45rem; } h1 + p { font-size: 1.05rem; } }
 @media print { body { max-width: none; } h2 { break-after: avoid; } img { break-inside: avoid; } }
 """

@@ -10,7 +10,8 @@ from torchvision.models import resnet18
 
 def load(pattern: str) -> tuple[torch.Tensor, torch.Tensor]:
     """All images of some shards, float [N, 3, H, W] in [0, 1], and their classes."""
-    rows = webdataset.WebDataset(sorted(glob(pattern)), shardshuffle=False).decode("torchrgb")
+    shards = sorted(glob(pattern)) or sys.exit(f"no shards at {pattern}")
+    rows = webdataset.WebDataset(shards, shardshuffle=False).decode("torchrgb")
     images, labels = zip(*rows.to_tuple("png;jpg;webp", "cls"), strict=True)
     return torch.stack(images), torch.tensor(labels)
 

@@ -277,6 +277,8 @@ def test_a_browser_shows_the_page_whole_on_a_wide_and_on_a_narrow_screen(
     facts = window.run(FACTS)
     assert facts.pop("page") <= facts.pop("window") == width, "the page scrolls sideways"
     assert facts == {"images": len(PICTURES), "broken": 0, "hidden": 0, "beyond": 0}
+    accuracy = "return [...document.querySelectorAll('th')].find(e => e.textContent == 'accuracy %')"
+    assert window.run(f"{accuracy}.getBoundingClientRect().right") <= width, "one has to scroll for the accuracy"
     assert not window.strangers()
     for band in np.array_split(window.picture(whole=True).mean(2), 12):
         assert band.std() > 3, "a part of the page is blank"
