@@ -180,6 +180,8 @@ def train_from_checkpoint(ctx: Context, training: Training, work: Path, monitor:
     skips.draw = max(skips.draw, draw)
     _log(monitor, training, curve)
 
+    images.expect(order.batch, start, training.steps)
+
     def read(step: int) -> tuple[torch.Tensor, ...]:
         indices = order.batch(step)
         draws = uniform(skips.seed(seed), f"{training.purpose}/augment", step, np.arange(len(indices)), AUGMENT_DRAWS)

@@ -12,12 +12,11 @@ import os
 import queue
 import re
 import threading
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from gdd_dist.data.fetch import Source, locked, whole
 from gdd_dist.monitor import say
@@ -126,19 +125,18 @@ class Mirror:
                     continue
             self._fetch(info, wait=True)
 
-    def ahead(self, shards: Iterable[ShardInfo]) -> None:
-        """Download these in the background, in this order; what another rank is downloading is left to it."""
-        for info in shards:
-            self._wanted.put(info)
+    @property
+    def room(self) -> int:
+        """Bytes of shards that a rank may have downloaded ahead: half of the cache is for those that are in use."""
+        return self._cache.limit // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+    def ahead(self, info: ShardInfo) -> None:
+        """Download a shard in the background, after those asked for before; what another rank is downloading is left to it."""
+        self._wanted.put(info)
         while len(self._threads) < DOWNLOADS:
             thread = threading.Thread(target=self._work, name="download", daemon=True)
             self._threads.append(thread)
             thread.start()
-
-    def all_ahead(self, shards: tuple[ShardInfo, ...]) -> None:
-        """Download all shards of a split ahead, each rank of the host from another place, if half the cache holds them."""
-        if 2 * sum(info.bytes for info in shards) <= self._cache.limit:
-            self.ahead(_from_own_place(shards))
 
     def _work(self) -> None:
         while True:
@@ -183,8 +181,8 @@ class Mirror:
             tar.unlink(missing_ok=True)
 
 
-def _from_own_place(shards: Any) -> list[ShardInfo]:
-    """All shards, each rank of a host beginning at another: together they download each once, and none waits long."""
+def _from_own_place(shards: list[ShardInfo]) -> list[ShardInfo]:
+    """All shards, each rank of a host beginning at another: together they download each index once, and none waits long."""
     rank, size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     first = len(shards) * rank // max(size, rank + 1)
     return [*shards[first:], *shards[:first]]
