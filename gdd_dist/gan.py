@@ -129,8 +129,11 @@ def train(ctx: Context, work: Path, provenance: dict[str, Any], draw: int) -> di
             monitor.flush()
             checkpoints.save(step, state)
 
+    mine = partial(sampling.batch, rank=world.rank, world=world.size)
+    images.expect(mine, start, g.steps)
+
     def read(step: int) -> tuple[Tensor, ...]:
-        indices = sampling.batch(step, world.rank, world.size)
+        indices = mine(step)
         return images.read(indices), torch.from_numpy(images.labels[indices])
 
     for step, (batch, labels) in enumerate(prefetch(read, start, g.steps, ctx.config.loader.prefetch), start):

@@ -75,6 +75,7 @@ def run(ctx: Context, work: Path, teachers_dir: Path) -> dict[str, Any]:
         index, shard = todo[job]
         if net is None or net[0] != index:
             net = (index, ctx.teacher(teachers[index]))
+        _expect(ctx, [s for _, s in todo[job :: ctx.world.size]])
         path = logit_file(work, index, shard)
         whole.note(path, _write(path, answer(ctx, net[1], shard, tick)))
         mine += counts[shard]
@@ -115,6 +116,14 @@ def _check_space(ctx: Context, work: Path, needed: int) -> None:
                 f"the logits need {needed / 1e6:.0f} MB but {work.parent} has {free / 1e6:.0f} MB; "
                 "free some space, point --store elsewhere, or lower --logits.views or --teachers.snapshots"
             )
+
+
+def _expect(ctx: Context, shards: list[int]) -> None:
+    """Say that these shards come, whole, one after another."""
+    images, size = ctx.images("train"), ctx.config.logits.batch
+    starts = np.cumsum([0, *images.shards.shard_samples])
+    reads = [s for s in shards for _ in range(-(-images.shards.shard_samples[s] // size))]
+    images.expect(lambda read: starts[reads[read]][None], 0, len(reads))
 
 
 @torch.no_grad()

@@ -195,8 +195,12 @@ def match(
             state.save(step, monitor)
             raise
 
+    mine = partial(matcher.dealer.batch, rank=world.rank, world=world.size)
+    if m.lambda_adv:
+        images.expect(lambda step: mine(step).samples, state.start, m.steps)
+
     def read(step: int) -> tuple[Any, ...]:
-        groups = matcher.dealer.batch(step, world.rank, world.size)
+        groups = mine(step)
         real = images.read(groups.samples) if m.lambda_adv else torch.empty(0)
         return groups, matcher.real_logits(groups), real
 

@@ -179,6 +179,7 @@ def _fit_full(ctx: Context, net: Classifier, job: Job, monitor: Monitor) -> int:
     order = full_order(ctx.config, images.shards.shard_samples, job.seed)
     optimizer = sgd(net, r.full_lr, r.momentum, r.weight_decay)
     seen, skips = np.zeros(len(images), dtype=bool), Skips()
+    images.expect(order.batch, 0, job.budget.optimizer_steps)
 
     def read(step: int) -> tuple[Tensor, ...]:
         indices = order.batch(step)

@@ -198,8 +198,11 @@ def train(ctx: Context, pupil: Pupil, monitor: Monitor, done: int) -> None:
     if pupil.start:
         monitor.already(min(done + pupil.start, monitor.total))
 
+    mine = partial(order.batch, rank=team.rank, world=team.size)
+    images.expect(mine, pupil.start, steps)
+
     def read(step: int) -> tuple[Tensor, ...]:
-        indices = order.batch(step, team.rank, team.size)
+        indices = mine(step)
         slots = np.arange(len(indices)) + team.rank * len(indices)
         draws = uniform(skips.seed(seed), f"{training.purpose}/augment", step, slots, AUGMENT_DRAWS)
         return images.read(indices), torch.from_numpy(images.labels[indices]), torch.from_numpy(draws)

@@ -3,7 +3,7 @@
 import io
 import mmap
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -77,15 +77,15 @@ class Shards:
         offset = int(self._offsets[i])
         return self._map(shard)[offset : offset + int(self._sizes[i])]
 
-    def payloads(self, indices: NDArray[np.int64]) -> Iterator[memoryview]:
-        """Yield `payload` of each of the indices, int64 [n], for less: what can be is worked out for all at once."""
+    def payloads(self, indices: NDArray[np.int64]) -> list[memoryview]:
+        """Return `payload` of each of the indices, int64 [n], for less: what can be is worked out for all at once."""
         if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < self.samples:
             raise IndexError(f"a sample outside 0 … {self.samples - 1}")
         shards = np.searchsorted(self._starts, indices, side="right") - 1
         starts = self._offsets[indices]
         ends = starts + self._sizes[indices]
-        for shard, start, end in zip(shards.tolist(), starts.tolist(), ends.tolist(), strict=True):
-            yield self._map(shard)[start:end]
+        spans = zip(shards.tolist(), starts.tolist(), ends.tolist(), strict=True)
+        return [self._map(shard)[start:end] for shard, start, end in spans]
 
     def _open(self, shard: int) -> memoryview:
         info = self._infos[shard]

@@ -6,7 +6,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import pairwise
+from threading import Lock
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,41 +14,40 @@ import torch
 from torch import Tensor
 
 Batch = TypeVar("Batch")
+Task = TypeVar("Task")
 
 PREFETCH_BYTES = 256 * 2**20
 """Batches read ahead take no more memory than this, but for one, which is always read ahead."""
-IMAGES_A_TURN = 16
-"""Threads take so many images of a batch at a time, so that one that the system delays does not hold up the others."""
+READERS = 2
+"""Batches that are read at a time: when the last images of one are handed out, decoding threads go on with the next."""
+FEW = 32
+"""So many images are not worth waking other threads."""
 
 
 class Workers:
-    """Threads that share the images of a batch: the caller's own and ``threads`` - 1 others."""
+    """Threads that share the images of batches, in the order in which the batches came."""
 
     def __init__(self, threads: int) -> None:
-        self._threads = threads
-        self._pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="decode") if threads > 1 else None
+        self._threads, self._alone = threads, Lock()
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode") if threads > 1 else None
 
-    def share(self, work: Callable[[np.ndarray, np.ndarray], None], indices: np.ndarray, out: np.ndarray) -> None:
-        """``work(indices, out)`` in turns, at once. Raises what a turn raises, when no thread works any more."""
-        turns = len(indices) // IMAGES_A_TURN
-        if self._pool is None or turns < 2:
-            work(indices, out)
-            return
-        edges = np.linspace(0, len(indices), turns + 1).astype(int).tolist()
-        left = iter(list(pairwise(edges)))  # a list's iterator gives each turn to one thread
+    def share(self, work: Callable[[Iterator[Task]], None], tasks: list[Task]) -> None:
+        """``work(tasks)`` on every thread, of which each takes what no other has taken, one by one.
 
-        def take_turns() -> None:
-            for a, b in left:
-                work(indices[a:b], out[a:b])
-
-        helpers = [self._pool.submit(take_turns) for _ in range(min(self._threads, turns) - 1)]
-        try:
-            take_turns()
-        finally:
-            faults = [h.exception() for h in helpers if not h.cancel()]  # one that has not begun has nothing left to do
-        for fault in faults:
-            if fault is not None:
-                raise fault
+        Raises what ``work`` raises, when no thread works on these tasks any more.
+        """
+        left = iter(
+            tasks
+        )  # a list's iterator gives each task to one thread; one that the system delays holds up no other
+        if self._pool is None:
+            with self._alone:
+                work(left)
+        elif len(tasks) <= FEW:
+            work(left)
+        else:
+            for fault in [turn.exception() for turn in [self._pool.submit(work, left) for _ in range(self._threads)]]:
+                if fault is not None:
+                    raise fault
 
 
 class Buffers:
@@ -82,11 +81,11 @@ class PinnedBuffers:
 def prefetch(
     read: Callable[[int], Batch], start: int, stop: int, ahead: int, limit: int = PREFETCH_BYTES
 ) -> Iterator[Batch]:
-    """``read(step)`` for each step from ``start`` to ``stop``, some of them computed beforehand on one thread.
+    """``read(step)`` for each step from ``start`` to ``stop``, some of them computed beforehand, up to READERS at a time.
 
     Up to ``ahead`` batches, and of these as many as ``limit`` bytes hold, but at least one.
     """
-    pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+    pool = ThreadPoolExecutor(READERS, thread_name_prefix="prefetch")
     try:
         waiting: deque[Future[Batch]] = deque()
         most, submitted = 1, start

@@ -79,7 +79,7 @@ class Source:
                     raise
                 mismatches += isinstance(e, Damaged)
                 late = time.monotonic() - begin + pause > self._patience
-                if late or mismatches >= MISMATCHES or isinstance(e, (FileNotFoundError, PermissionError)):
+                if late or mismatches >= MISMATCHES or isinstance(e, FileNotFoundError) or _forbidden(e):
                     raise UserError(f"cannot fetch {self._url}/{file} ({_reason(e)}); {_remedy(e)}") from e
                 say(f"{self._url}/{file}: {_reason(e)}; again in {pause:.1f} s")
             time.sleep(pause * random.uniform(0.75, 1.25))
@@ -90,10 +90,16 @@ def _reason(e: Exception) -> str:
     return " ".join(str(e).split())[:200] or type(e).__name__
 
 
+def _forbidden(e: Exception) -> bool:
+    """As s3fs, aiohttp (by `status`) and gcsfs (by `code`, or by words alone) say it."""
+    codes = {getattr(e, "status", None), getattr(e, "code", None)}
+    return isinstance(e, PermissionError) or bool(codes & {401, 403}) or str(e).startswith("Forbidden: ")
+
+
 def _remedy(e: Exception) -> str:
     if isinstance(e, FileNotFoundError):
         return "check the URL, or copy the whole data set there"
-    if isinstance(e, PermissionError):
+    if _forbidden(e):
         return "check the credentials"
     if isinstance(e, Damaged):
         return "copy the data set there again"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import simplejpeg
 import torch
 from torch import Tensor
 
+from gdd_dist.data.ahead import Ahead
 from gdd_dist.data.batches import Buffers, PinnedBuffers, Workers
 from gdd_dist.data.batches import prefetch as prefetch
 from gdd_dist.data.pixels import to_float as to_float
@@ -61,11 +63,26 @@ class Images:
         self.resident_bytes = 0 if self.resident == "none" else size
         """Memory of the kept images once they are there; 0 where none are kept."""
         self._asked, self._lock = resident, threading.Lock()
+        self._ahead: Ahead | None = None
         self._kept: np.ndarray | None = None
         self._on_device: Tensor | None = None
 
     def __len__(self) -> int:
         return self.shards.samples
+
+    def expect(self, batch: Callable[[int], np.ndarray], start: int, stop: int) -> None:
+        """Say that ``read(batch(step))`` comes for each step from ``start`` to ``stop``; ``batch`` is a pure function.
+
+        Shards of a remote data set are then downloaded ahead, in the order in which they are needed.
+        """
+        if self.resident == "none":  # else each sample is decoded once, in another order
+            self._follow(batch, range(start, stop))
+
+    def _follow(self, batch: Callable[[int], np.ndarray], steps: range) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
+        if self._mirror is not None:
+            self._ahead = Ahead(self._mirror.ahead, self._mirror.room, self._infos, batch, steps)
 
     def read(self, indices: np.ndarray) -> Tensor:
         """Images by sample number, uint8 [B, C, H, W], where they are read: on the GPU if there is one.
@@ -81,10 +98,9 @@ class Images:
             return self._on_device[rows].permute(0, 3, 1, 2)
         batch, out = self._buffers.take((len(indices), *self.shape))
         if self._kept is None:
-            self._ahead()
-            self._pool.share(self._decode, indices, out)
+            self._decode_rows(indices, out, self._pool)
         else:
-            self._pool.share(self._copy, indices, out)
+            self._copy(self._kept, indices, out)
         return self._moved(batch.permute(0, 3, 1, 2))
 
     def _keep(self, decoded: Decoded) -> None:
@@ -94,6 +110,8 @@ class Images:
         with self._lock:
             if self._kept is not None or self._on_device is not None or self.resident == "none":
                 return
+            if not decoded.there:
+                self._follow(*decoded.parts(self.shards.samples))
             try:
                 kept = decoded.open(self._decode_rows, self.shards.samples)
             except OSError as e:
@@ -107,34 +125,28 @@ class Images:
             else:
                 self._kept = kept
 
-    def _ahead(self) -> None:
-        """Before the first image is decoded: download what else will be."""
-        if self._mirror is not None and self._infos:
-            infos, self._infos = self._infos, ()
-            self._mirror.all_ahead(infos)
+    def _decode_rows(self, indices: np.ndarray, out: np.ndarray, workers: Workers) -> None:
+        workers.share(self._decode, list(zip(indices.tolist(), self.shards.payloads(indices), out, strict=True)))
+        if self._ahead is not None:
+            self._ahead.advance()
 
-    def _decode_rows(self, indices: np.ndarray, out: np.ndarray, cores: Workers) -> None:
-        self._ahead()
-        cores.share(self._decode, indices, out)
+    def _copy(self, kept: np.ndarray, indices: np.ndarray, out: np.ndarray) -> None:
+        if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(kept):
+            raise IndexError(f"a sample outside 0 … {len(kept) - 1}")
+        np.take(kept, indices, axis=0, out=out, mode="clip")  # "raise" would copy twice
 
-    def _copy(self, indices: np.ndarray, out: np.ndarray) -> None:
-        assert self._kept is not None
-        if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(self._kept):
-            raise IndexError(f"a sample outside 0 … {len(self._kept) - 1}")
-        np.take(self._kept, indices, axis=0, out=out, mode="clip")  # "raise" would copy twice
-
-    def _decode(self, indices: np.ndarray, out: np.ndarray) -> None:
-        place, space = 0, "GRAY" if self.shape[2] == 1 else "RGB"
+    def _decode(self, samples: Iterator[tuple[int, memoryview, np.ndarray]]) -> None:
+        jpeg, shape, space = simplejpeg.decode_jpeg, self.shape, "GRAY" if self.shape[2] == 1 else "RGB"
+        sample = 0
         try:
-            for payload, image in zip(self.shards.payloads(indices), out, strict=True):
+            for sample, payload, image in samples:  # noqa: B007
                 # Without a look at the header first, 2 of 25 microseconds: one too large for the row is refused, not decoded.
                 if payload[0] != 0xFF:
                     decode(payload, image)
-                elif simplejpeg.decode_jpeg(payload, space, False, False, 0, 0, 1, image).shape != self.shape:
+                elif jpeg(payload, space, False, False, 0, 0, 1, image).shape != shape:
                     raise ValueError("a JPEG of another size than the data set's")
-                place += 1
         except ValueError as e:
-            shard, row = self.shards.locate(int(indices[place]))
+            shard, row = self.shards.locate(sample)
             raise UserError(
                 f"{self._files[shard]}, row {row}: {e}; rebuild the data set with python -m sharding build"
             ) from e

@@ -13,12 +13,11 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from gdd_dist.data.fetch import Source, locked, whole
 from gdd_dist.monitor import LINE_SECONDS, Monitor, say
@@ -112,8 +111,8 @@ class Mirror:
         monitor.close()
         self._wanted: queue.SimpleQueue[ShardInfo] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
-        self._asked: list[ShardInfo] = []
-        self._telling, self._told, self._here = threading.Lock(), 0.0, 0.0
+        self._telling, self._told = threading.Lock(), time.monotonic()
+        self._asked = self._here = self._said = 0  # bytes
 
     def _index(self, info: ShardInfo) -> None:
         path = self.directory / info.index_file
@@ -134,37 +133,33 @@ class Mirror:
                     continue
             self._fetch(info, wait=True)
 
-    def ahead(self, shards: Iterable[ShardInfo]) -> None:
-        """Download these in the background, in this order; what another rank is downloading is left to it."""
-        for info in shards:
-            self._wanted.put(info)
+    @property
+    def room(self) -> int:
+        """Bytes of shards that a rank may have downloaded ahead: half of the cache is for those that are in use."""
+        return self._cache.limit // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+    def ahead(self, info: ShardInfo) -> None:
+        """Download a shard in the background, after those asked for before; what another rank is downloading is left to it."""
+        with self._telling:
+            self._asked += info.bytes
+        self._wanted.put(info)
         while len(self._threads) < DOWNLOADS:
             thread = threading.Thread(target=self._work, name="download", daemon=True)
             self._threads.append(thread)
             thread.start()
 
-    def all_ahead(self, shards: tuple[ShardInfo, ...]) -> None:
-        """Download all shards of a split ahead, each rank of the host from another place, if half the cache holds them."""
-        if 2 * sum(info.bytes for info in shards) <= self._cache.limit:
-            self._asked += shards
-            self._told, self._here = time.monotonic(), self._megabytes()
-            self.ahead(_from_own_place(shards))
-
-    def _megabytes(self) -> float:
-        """Of all that was asked for ahead: what is here, whoever fetched it."""
-        return sum(info.bytes for info in self._asked if whole(self.directory / info.file, info.bytes)) / 1e6
-
-    def _tell(self) -> None:
-        """Every LINE_SECONDS, from one process of a host: how far the download is, and how fast."""
+    def _tell(self, size: int) -> None:
+        """``size`` bytes more are here. Every LINE_SECONDS, from one process of a host: how far the download is, and how fast."""
         with self._telling:
+            self._here += size
             passed = time.monotonic() - self._told
             if self._tells and passed > LINE_SECONDS:
-                here, total = self._megabytes(), sum(info.bytes for info in self._asked) / 1e6
-                rate = max(here - self._here, 1e-9) / passed
+                rate = max(self._here - self._said, 1) / passed
+                left = duration((self._asked - self._here) / rate)
                 say(
-                    f"download: {here:,.0f} of {total:,.0f} MB, {rate:.1f} MB/s, {duration((total - here) / rate)} left"
+                    f"download: {self._here / 1e6:,.0f} of {self._asked / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s, {left} left"
                 )
-                self._told, self._here = time.monotonic(), here
+                self._told, self._said = time.monotonic(), self._here
 
     def _work(self) -> None:
         while True:
@@ -172,7 +167,7 @@ class Mirror:
             try:
                 if not whole(self.directory / info.file, info.bytes):
                     self._fetch(info, wait=False)
-                self._tell()
+                self._tell(info.bytes)
             except (UserError, OSError) as e:
                 say(f"{info.file} could not be fetched ahead ({e}); it will be fetched when it is needed")
 
@@ -210,8 +205,8 @@ class Mirror:
             tar.unlink(missing_ok=True)
 
 
-def _from_own_place(shards: Any) -> list[ShardInfo]:
-    """All shards, each rank of a host beginning at another: together they download each once, and none waits long."""
+def _from_own_place(shards: list[ShardInfo]) -> list[ShardInfo]:
+    """All shards, each rank of a host beginning at another: together they download each index once, and none waits long."""
     rank, size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     first = len(shards) * rank // max(size, rank + 1)
     return [*shards[first:], *shards[:first]]

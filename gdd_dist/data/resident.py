@@ -81,24 +81,31 @@ class Decoded:
         # Copy on write: torch wants memory that may be written, and nobody may change the file.
         return np.memmap(self.path, dtype=np.uint8, mode="c", shape=shape).view(np.ndarray)
 
+    def parts(self, samples: int) -> tuple[Callable[[int], np.ndarray], range]:
+        """How it is built: part number → sample numbers, and the numbers of the parts."""
+        rows = max(1, CHUNK_BYTES // int(np.prod(self._row)))
+        return (lambda part: np.arange(part * rows, min((part + 1) * rows, samples))), range(-(-samples // rows))
+
     def _build(self, fill: Fill, samples: int) -> None:
         remove_temporaries(self._directory)
-        rows = max(1, CHUNK_BYTES // int(np.prod(self._row)))
         say(f"{self._split}: decoding {samples:,} images once, into {self.path}")
         workers, digest = Workers(available_cores()), hashlib.sha256()
+        rows_of, numbers = self.parts(samples)
 
-        def chunk(number: int) -> np.ndarray:
-            indices = np.arange(number * rows, min((number + 1) * rows, samples))
+        def decoded(number: int) -> np.ndarray:
+            indices = rows_of(number)
             out = np.empty((len(indices), *self._row), dtype=np.uint8)
             fill(indices, out, workers)
             return out
 
         monitor = Monitor(None, f"{self._split}: decoding", samples, unit="image", passing=True)
         with atomic_file(self.path) as stream:
-            for n, part in enumerate(prefetch(chunk, 0, -(-samples // rows), 2)):
+            done = 0
+            for part in prefetch(decoded, numbers.start, numbers.stop, 2):
                 stream.write(part.data)
                 digest.update(part.data)
-                monitor.advance(min((n + 1) * rows, samples))
+                done += len(part)
+                monitor.advance(done)
         monitor.close()
         size = self.path.stat().st_size
         write_json(self._note, {"format": FORMAT, "bytes": size, "sha256": digest.hexdigest()})

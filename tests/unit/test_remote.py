@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import time
-from collections import deque
+from collections import Counter, deque
 
 import hooks
 import numpy as np
@@ -185,6 +185,7 @@ def read_on_a_host(rank, url, caches, hosts, environment):
     order = Order(images.shards.shard_samples, 64, 64, 0)
     assert size == hosts
     steps = range(order.steps_per_epoch)
+    images.expect(lambda s: order.batch(s, rank, 8), 0, len(steps))
     found = [images.read(order.batch(s, rank, 8)).long().sum((1, 2, 3)).tolist() for s in steps]
     # As in a run, no rank leaves before the others are done: a download that it has begun for them would be begun again.
     (done := caches[0].parent / "done").mkdir(exist_ok=True)
@@ -195,19 +196,25 @@ def read_on_a_host(rank, url, caches, hosts, environment):
 
 
 @pytest.mark.parametrize("hosts", [1, 2])
-def test_each_host_downloads_each_shard_once(url, data, here, tmp_path, hosts):
+def test_each_host_downloads_each_shard_that_it_needs_once(url, data, here, tmp_path, hosts):
     here.delay = 0.05
     caches = [tmp_path / f"host-{i}" for i in range(hosts)]
     found = ranks.call(tmp_path / "job", 8, read_on_a_host, url, caches, hosts, here.environment)
     from gdd_dist.data.order import Order
 
     images, _ = every(data)
-    order = Order(tuple(i.samples for i in Manifest.load(data).splits["train"].shards), 64, 64, 0)
+    counts = tuple(i.samples for i in Manifest.load(data).splits["train"].shards)
+    order = Order(counts, 64, 64, 0)
     sums = images.long().sum((1, 2, 3))
     for step in range(order.steps_per_epoch):
         together = [value for rank in found for value in rank[step]]
         assert together == sums[order.batch(step)].tolist()
-    assert here.downloads() == {f"/digits/sets/train/00000{i}.tar": hosts for i in range(SHARDS)}
+    needed: Counter[str] = Counter()
+    for host in range(hosts):
+        rows = np.concatenate([order.batch(step, host, hosts) for step in range(order.steps_per_epoch)])
+        shards = np.unique(np.searchsorted(np.cumsum(counts), rows, side="right")).tolist()
+        needed.update(f"/digits/sets/train/00000{shard}.tar" for shard in shards)
+    assert here.downloads() == needed
 
 
 @pytest.mark.parametrize("wrong", ["pipe:cat x", "|cat", "sftp://host/x", "simplecache::s3://a/b", "file:///x"])
@@ -228,22 +235,79 @@ def test_a_run_trains_on_remote_data_as_on_local(url, here, tiny, data, tmp_path
     assert outs[0] == outs[1]
 
 
-def test_what_is_fetched_ahead_is_fetched_in_the_background(url, here, tmp_path):
-    mirror = mirror_of(opened(url, tmp_path))
-    shards = read_manifest(url).splits["train"].shards
-    mirror.all_ahead(shards)
+def test_what_will_be_read_comes_ahead_in_that_order_also_where_half_the_cache_holds_less(url, data, here, tmp_path):
+    infos = Manifest.load(data).splits["train"].shards
+    mirror = opened(url, tmp_path, limit=str(6 * max(info.bytes for info in infos)))  # ahead: three shards
+    images, use = Images(mirror, Manifest.load(mirror), "train", resident="none"), [4, 2, 0, 1, 3]
+    starts = np.cumsum([0, *images.shards.shard_samples])
+    rows = [np.arange(starts[shard], starts[shard + 1]) for shard in use]
+    images.expect(lambda step: rows[step], 0, SHARDS)
     end = time.monotonic() + 60
-    while len(here.downloads()) < SHARDS and time.monotonic() < end:
+    while len(here.downloads()) < 3 and time.monotonic() < end:
         time.sleep(0.02)
+    assert set(here.downloads()) == {f"/digits/sets/train/00000{i}.tar" for i in use[:3]}
+    expected = every(data)[0]
+    for here_rows in rows:
+        assert torch.equal(images.read(here_rows), expected[here_rows])
     assert here.downloads() == {f"/digits/sets/train/00000{i}.tar": 1 for i in range(SHARDS)}
 
 
 def test_a_download_says_how_fast_it_is_and_what_is_left(url, here, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(remote, "LINE_SECONDS", -1.0)
     mirror = mirror_of(opened(url, tmp_path))
-    mirror.all_ahead(read_manifest(url).splits["train"].shards)
+    for info in read_manifest(url).splits["train"].shards:
+        mirror.ahead(info)
     said, end = "", time.monotonic() + 60
     while " 0 left" not in said and time.monotonic() < end:
         time.sleep(0.02)
         said += capsys.readouterr().err
     assert re.search(r"^download: [\d,]+ of [\d,]+ MB, [\d.]+ MB/s, [\d.]+ (s|min|h|days) left$", said, re.MULTILINE)
+
+
+@pytest.fixture(params=[stores.Web, stores.Google], scope="module")
+def other(request):
+    """A store of another kind."""
+    found = request.param()
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def there(other, data, monkeypatch):
+    """It holds the data set and begins anew; returns the URL."""
+    for name, value in other.environment.items():
+        monkeypatch.setenv(name, value)
+    other.log.clear()
+    other.faults.clear()
+    for known in (remote_manifest, open_data):
+        known.cache_clear()
+    return other.upload(data, "digits")
+
+
+def test_every_kind_of_store_may_err(there, other, data, tmp_path):
+    faults = [stores.throttled, stores.broken, stores.truncated, stores.flipped]
+    other.faults = {f"00000{i}.tar": deque([fault]) for i, fault in enumerate(faults)}
+    other.faults["manifest.json"] = deque([stores.broken])
+    mirror = opened(there, tmp_path)
+    images = Images(mirror, Manifest.load(mirror), "train", resident="none")
+    images.expect(lambda _: np.arange(len(images)), 0, 1)
+    assert torch.equal(images.read(np.arange(len(images))), every(data)[0])
+    assert not any(other.faults.values())
+    whole = Counter({name: count for name, count in other.downloads().items() if name.endswith("000004.tar")})
+    assert list(whole.values()) == [1]
+
+
+def test_every_kind_of_store_may_die_for_a_while(there, other, data, tmp_path):
+    mirror = opened(there, tmp_path)
+    begin = time.monotonic()
+    other.die_for(3)
+    assert torch.equal(every(mirror)[0], every(data)[0])
+    assert time.monotonic() - begin > 2
+
+
+def test_what_another_store_has_not_or_forbids_is_said_at_once(there, other, tmp_path):
+    with pytest.raises(UserError, match=r"cannot fetch .*/manifest\.json .*check the URL"):
+        read_manifest(f"{there}/nowhere")
+    other.faults = {"manifest.json": deque([stores.forbidden])}
+    with pytest.raises(UserError, match=r"cannot fetch .*/manifest\.json .*check the credentials"):
+        read_manifest(there)
