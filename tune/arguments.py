@@ -51,6 +51,10 @@ ELSEWHERE = (
 """Options that a --resume may change: how much and where, not what is compared."""
 
 
+SMALL = ("--matching.steps", "300", "--matching.interval", "100")
+"""Settings of a search that was given none: the digits in minutes. They are in best.yaml, like all others."""
+
+
 def parser() -> argparse.ArgumentParser:
     """The options in groups; what is not given is None."""
     p = Parser(
@@ -60,7 +64,8 @@ def parser() -> argparse.ArgumentParser:
         description="Search temperature, loss weights and learning rate of matching. Shards, teachers, logits and GAN are computed once; "
         "a trial is the trainer's own matching step, judged by quick students on val. Ends with a table, best.yaml and search.md.",
         epilog="Any setting of gdd_dist.train may be given too (--matching.steps 1000, --store DIR, --seed 1 …) and holds for all trials; "
-        "python -m gdd_dist.train --help lists them.",
+        "python -m gdd_dist.train --help lists them. "
+        f"Without any of them, digits in minutes: {SMALL[1]} steps of matching a trial, measured every {SMALL[3]}.",
     )
     _add_where(p)
     _add_how_much(p)

@@ -18,7 +18,7 @@ from sharding.errors import UserError
 from sharding.files import write_atomic
 from sharding.redact import redact
 from tune import space
-from tune.arguments import ELSEWHERE, TRAINERS, Options, check_options, parser
+from tune.arguments import ELSEWHERE, SMALL, TRAINERS, Options, check_options, parser
 from tune.space import Axis
 
 FILE = "search.yaml"
@@ -57,7 +57,7 @@ def parse(argv: Sequence[str]) -> Command:
     typed = {f.name: getattr(given, f.name) for f in dataclasses.fields(Options) if getattr(given, f.name) is not None}
     if given.resume:
         return Command(_resumed(out, typed, rest, given.space), resume=True)
-    command = configuration.parse(rest)
+    command = configuration.parse(rest or SMALL)
     options = dataclasses.replace(Options(), **typed)
     check_options(options)
     space.check(axes, command.config)

@@ -178,3 +178,12 @@ def test_settings_of_the_trainer_hold_for_all_trials(tmp_path):
     search = options.parse(["--out", str(tmp_path), *argv]).search
     assert (search.config.matching.steps, search.config.matching.batch, search.config.report.ipc) == (77, 32, (1, 10))
     assert (search.options.trials, search.preset) == (4, "cifar10")
+
+
+def test_without_a_setting_the_search_is_short_and_says_so(tmp_path, capsys):
+    short = options.parse(["--out", str(tmp_path), "--trials", "3"]).search.config.matching
+    assert (short.steps, short.interval) == (300, 100)
+    assert options.parse(["--out", str(tmp_path), "--seed", "1"]).search.config.matching.steps > short.steps
+    with pytest.raises(SystemExit):
+        options.parse(["--help"])
+    assert "300 steps of matching" in " ".join(capsys.readouterr().out.split())
