@@ -7,17 +7,20 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import stores
 
 pytest.importorskip("ray")
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
-from gdd_dist.settings import Config, Gan, Matching
+from gdd_dist.settings import Config, Gan, Loader, Matching
 from sharding.errors import UserError
+from sharding.manifest import Manifest
 from tune import board, cluster, final, gang, page, space
 from tune.cluster import Node
 from tune.driver import damaged, left, write_best
 from tune.final import Gain
+from tune.gang import Job
 from tune.options import Options, Search
 from tune.proposals import Proposals
 from tune.record import DEFAULTS, Outcome, Record, best_of
@@ -237,6 +240,26 @@ def test_ranks_know_their_place_and_their_network():
     assert {(p["MASTER_ADDR"], p["MASTER_PORT"]) for p in found} == {("10.0.0.1", "1234")}
     assert gang.interface("127.0.0.1") == "lo"
     assert gang.interface("203.0.113.77") is None
+
+
+def test_a_rank_finds_remote_data_by_itself(digits, tmp_path, monkeypatch):
+    server = stores.Store()
+    try:
+        url = server.upload(digits, "digits")
+        (place,) = gang.places([("a", "127.0.0.1")], 1234)
+        for name, value in {**place, **server.environment}.items():
+            monkeypatch.setenv(name, value)  # and takes it back
+        config = Config(data=url, out=str(tmp_path / "out"), until="shards", device="cpu")
+        config = dataclasses.replace(config, loader=Loader(cache_dir=str(tmp_path / "cache")))
+        gang.run_rank(Job(config, "digits", 1, 1.0, 0.0), place)
+        steps = json.loads((tmp_path / "out" / "steps.json").read_text())["steps"]
+        assert steps["shards"]["fingerprint"] == Manifest.load(digits).fingerprint
+        assert steps["shards"]["status"] == "reused"
+        assert cluster._unfit(Node("a", "10.0.0.1", 1, 0), UserError("cannot fetch it"), tmp_path, url).startswith(
+            "node 10.0.0.1 does not see the data (cannot fetch it); give it the network and the keys"
+        )
+    finally:
+        server.close()
 
 
 def test_the_shared_steps_take_as_many_ranks_as_their_batches_allow():
