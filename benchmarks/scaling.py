@@ -46,13 +46,13 @@ from gdd_dist.program import run_program
 WARM, BLOCK, PAIRS = 4, 4, 3
 """First steps, which pay for first calls; steps of a block; pairs of blocks."""
 STEPS = WARM + 2 * BLOCK * PAIRS
-BATCH = 64
+BATCH = 16
 STEP_NAMES = ("gan", "matching")
 SMALL = (
     "--preset tiny-imagenet --precision float32 --checkpoint_seconds 1000000 --teachers.architectures convnet:16 --teachers.seeds 1 "
     f"--teachers.snapshots 1 --teachers.epochs 1 --logits.views 2 --gan.steps {STEPS} --gan.batch {BATCH} --gan.width 192 "
     f"--gan.d_width 192 --gan.blocks 1 --gan.d_blocks 1 --gan.patch 8 --matching.steps {STEPS} --matching.interval {STEPS} "
-    f"--matching.batch {BATCH} --matching.quick_students 1 --matching.quick_steps 1 --matching.quick_student convnet:8"
+    f"--matching.batch {BATCH} --matching.group 2 --matching.quick_students 1 --matching.quick_steps 1 --matching.quick_student convnet:8"
 )
 
 
