@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -136,9 +136,15 @@ def finished(work: Path, training: Training) -> dict[str, Any] | None:
             raise UserError(f"{path} is damaged; its training is done again")
         _verify(work, body["teachers"])
     except UserError as e:
-        say(f"teachers: {e}")
+        _tell(str(e))
         return None
     return body
+
+
+@cache
+def _tell(fault: str) -> None:
+    """Say it once: a training that is done again meets the same damaged file where it looks for its checkpoint."""
+    say(f"teachers: {fault}")
 
 
 def _verify(work: Path, records: list[dict[str, Any]]) -> None:
@@ -216,7 +222,7 @@ def _load(checkpoints: Checkpoints, work: Path) -> tuple[int, dict[str, Any]] | 
     try:
         _verify(work, found[1]["records"] if found else [])
     except UserError as e:
-        say(f"teachers: {e}")
+        _tell(str(e))
         return None
     return found
 
