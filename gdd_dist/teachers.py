@@ -25,7 +25,7 @@ from gdd_dist.models.classifiers import Classifier, has_batch_norm
 from gdd_dist.monitor import Monitor, due, say
 from gdd_dist.networks import TEACHERS
 from gdd_dist.settings import Config
-from gdd_dist.trainings import Training, finish, finished, keep, pool, record_path, verify
+from gdd_dist.trainings import Training, finish, finished, keep, pool, record_path, tell, verify
 from sharding.errors import UserError
 
 VERSION = 1
@@ -152,7 +152,7 @@ class Pupil:
             try:
                 verify(self._work, found[1]["records"] if found else [])
             except UserError as e:
-                say(f"teachers: {e}")
+                tell(str(e))
                 found = None
         if team.size == 1:
             return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,15 @@ def finished(work: Path, training: Training) -> dict[str, Any] | None:
             raise UserError(f"{path} is damaged; its training is done again")
         verify(work, body["teachers"])
     except UserError as e:
-        say(f"teachers: {e}")
+        tell(str(e))
         return None
     return body
+
+
+@cache
+def tell(fault: str) -> None:
+    """Say it once: a training that is done again meets the same damaged file where it looks for its checkpoint."""
+    say(f"teachers: {fault}")
 
 
 def verify(work: Path, records: list[dict[str, Any]]) -> None:

@@ -30,6 +30,10 @@ if [[ $head_address == 127.* || " $(hostname -I) " == *" $head_address "* ]]; th
     is_host=1
 fi
 
+# A host that comes again after a loss asks the store of its own round for the ranks' store: one that torchrun shares between rounds is
+# told there in the first alone, and it would wait for it in vain. So rank 0 hosts the ranks' store, anew in each round.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
 # SIGUSR1 too is passed on to the ranks, which save and leave; by default it ends torchrun and orphans them.
 exec "$BIN/torchrun" --nnodes="$NODES" --nproc_per_node="$RANKS" --max_restarts="${RESTARTS:-3}" "${where[@]}" \
     --rdzv_backend=c10d --rdzv_endpoint="$HEAD" --rdzv_id="${JOB:-gdd}" \

@@ -31,6 +31,8 @@ class Host:
         meet = ["--rdzv_backend=c10d", f"--rdzv_endpoint={FIRST}:29577", f"--local-addr={self.address}"]
         host = ["--rdzv_conf", f"is_host={int(self.address == FIRST)}"]
         env = {**os.environ, "GLOO_SOCKET_IFNAME": "cable", "OMP_NUM_THREADS": "1"}
+        if elastic:  # as launchers/torchrun_many_nodes.sh has it
+            env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         with log.open("w") as stream:
             job = subprocess.Popen(
                 ["ip", "netns", "exec", self.name, *command, *meet, *host, "-m", "gdd_dist.train", *argv],

@@ -147,6 +147,25 @@ def test_a_second_signal_forces_the_exit(undisturbed, tmp_path):
     assert not (out / "preempted").exists()
 
 
+def hold_and_mind_sigint(rank, until):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background a shell has it ignored
+    hooks.hold_in_gan(rank, until)
+
+
+def test_ctrl_c_ends_all_ranks_and_the_last_checkpoint_is_whole(undisturbed, tmp_path):
+    """Rank 0 waits in Python, rank 1 in a collective."""
+    out = undisturbed.copy(tmp_path / "out", "teachers", "logits")
+    hook = functools.partial(hold_and_mind_sigint, until=tmp_path / "never")
+    argv = [*undisturbed.argv, "--until", "gan"]
+    job = ranks.start(out, argv, 2, before=hook)
+    job.until(lambda: bool(list(out.glob("gan/*.partial/checkpoints/step-*5.json"))))
+    job.send(signal.SIGINT)
+    ended = job.wait(30)
+    assert ended.codes == [130, 130], ended.text
+    assert all("interrupted; the same command goes on from the last checkpoint" in err for err in ended.err)
+    assert ranks.train(out, argv, 2)["gan"]["status"] == "resumed"
+
+
 def stopped(pid):
     with open(f"/proc/{pid}/stat") as f:
         return f.read().rpartition(")")[2].split()[0] == "T"

@@ -232,3 +232,10 @@ def test_whoever_starts_torchrun_has_it_pass_sigusr1_on(name):
     found = re.search(r"(?:--signals-to-handle|^ENV PET_SIGNALS_TO_HANDLE)=(\S+)", text, re.MULTILINE)
     assert found is not None
     assert set(found[1].split(",")) == {"SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1"}
+
+
+@pytest.mark.parametrize("name", ["torchrun_many_nodes.sh", "Dockerfile"])
+def test_where_ranks_are_started_anew_a_host_that_comes_back_finds_their_store(name):
+    """What torchrun shares between rounds it names in the first alone (torch 2.14): a newcomer would wait for it in vain."""
+    text = (FOLDER / name).read_text()
+    assert re.search(r"^(export|ENV) TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1$", text, re.MULTILINE)
