@@ -43,7 +43,9 @@ class Ahead:
         self._thread.join()
 
     def _follow(self, batch: Batch, steps: range) -> None:
-        last: dict[int, int] = {}  # shard → the last step that needs it as far as was looked, in the order of these steps
+        last: dict[
+            int, int
+        ] = {}  # shard → the last step that needs it as far as was looked, in the order of these steps
         for step in steps:
             for shard in dict.fromkeys(np.searchsorted(self._ends, batch(step), side="right").tolist()):
                 known = last.pop(shard, None) is not None

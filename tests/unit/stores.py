@@ -185,7 +185,9 @@ class Google(Server):
         if self.content.match(environ["PATH_INFO"]):
             return _content(environ, start_response, data)
         bucket, _, key = name.partition("/o/")
-        link = f"{self.environment['STORAGE_EMULATOR_HOST']}/download/storage/v1/b/{bucket}/o/{quote(key, '')}?alt=media"
+        link = (
+            f"{self.environment['STORAGE_EMULATOR_HOST']}/download/storage/v1/b/{bucket}/o/{quote(key, '')}?alt=media"
+        )
         about = {"kind": "storage#object", "bucket": bucket, "name": key, "size": str(len(data)), "mediaLink": link}
         return _answer(start_response, "200 OK", json.dumps(about).encode(), "application/json")
 
