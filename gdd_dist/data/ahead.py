@@ -63,7 +63,8 @@ class Ahead:
         while len(last) > 1 and sum(self._shards[shard].bytes for shard in last) > self._room:
             oldest, step = next(iter(last.items()))
             with self._news:
-                self._news.wait_for(lambda step=step: self._closed or self._step > step)
+                while not self._closed and self._step <= step:
+                    self._news.wait()
                 if self._closed:
                     return False
             del last[oldest]
