@@ -8,8 +8,11 @@ the rounds' ratios. Prints one JSON line for each setting:
     loader/thread    one thread, against the others without worker processes; cpu_ratio is by CPU time, which other jobs hardly touch
     loader/process   one process with all threads, against the others without worker processes
     loader/all       all cores: ours against the others at their best number of workers
-    loader/bare      ours against simplejpeg and Pillow alone on the same bytes in memory, same threads
+    loader/bare      ours against simplejpeg and Pillow alone: the same images in the same order, their bytes in the page cache, same threads
     loader/resident  decoded images kept, against ours that decodes them
+
+The first three come again against webdataset alone ("…, webdataset"), and against webdataset that shuffles, as ours does ("…, shuffled
+webdataset"): webdataset/N reads in order, which is faster, webdataset-shuffled/N by its recipe for training, a buffer of 1,000 samples.
 """
 
 from __future__ import annotations
@@ -91,38 +94,43 @@ def ours(data: Path, images: int, batch: int, threads: int, resident: str, cache
 
 
 def bare(data: Path, images: int, batch: int, threads: int) -> Side:
-    """The decoder alone: bytes in memory, one buffer."""
+    """The decoder alone, on the images that `ours` reads, in its order: where their bytes lie is found before the clock starts."""
     shards = Shards(data, manifest := Manifest.load(data), "train")
-    payloads = [bytes(shards.payload(i)) for i in range(min(images, shards.samples))]
-    out = np.empty((len(payloads), manifest.height, manifest.width, manifest.channels), np.uint8)
-
+    order = Order(shards.shard_samples, batch, default_streams(batch), seed=0)
     space = "RGB" if manifest.channels == 3 else "GRAY"
+    position = [0]
 
-    def some(k: int) -> None:
-        for i in range(k * len(payloads) // threads, (k + 1) * len(payloads) // threads):
-            if payloads[i][:2] == b"\xff\xd8":
-                simplejpeg.decode_jpeg(payloads[i], space, False, False, 0, 0, 1, out[i])
+    def some(payloads: list[memoryview]) -> None:
+        out = np.empty((batch, manifest.height, manifest.width, manifest.channels), np.uint8)
+        for i, payload in enumerate(payloads):
+            if payload[0] == 0xFF:
+                simplejpeg.decode_jpeg(payload, space, False, False, 0, 0, 1, out[i % batch])
             else:
-                decode(payloads[i], out[i])
+                decode(payload, out[i % batch])
 
     def side() -> Rates:
-        begin, cpu = time.perf_counter(), time.process_time()
+        start = position[0]
+        position[0] += images // batch + 1
+        payloads = shards.payloads(np.concatenate([order.batch(s) for s in range(start, position[0])]))
         with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(some, range(threads)))
-        return len(payloads) / (time.perf_counter() - begin), len(payloads) / (time.process_time() - cpu)
+            begin, cpu = time.perf_counter(), time.process_time()
+            list(pool.map(some, [payloads[k::threads] for k in range(threads)]))
+            return len(payloads) / (time.perf_counter() - begin), len(payloads) / (time.process_time() - cpu)
 
     return side
 
 
-def webdataset(data: Path, images: int, batch: int, workers: int) -> Side:
-    """Stock webdataset: decode("rgb8"), batched where its documentation says, in order (shuffling would slow it)."""
+def webdataset(data: Path, images: int, batch: int, workers: int, shuffle: bool = False) -> Side:
+    """Stock webdataset: decode("rgb8"), batched in the workers, as its documentation says."""
     import webdataset as wds
 
     urls = sorted(str(p) for p in (data / "train").glob("*.tar"))
     workers = min(workers, len(urls))
 
     def side() -> Rates:
-        stages = wds.WebDataset(urls, shardshuffle=False).decode("rgb8").to_tuple("jpg;png;webp", "cls").batched(batch)
+        dataset = wds.WebDataset(urls, shardshuffle=len(urls) if shuffle else False)
+        dataset = dataset.shuffle(1000) if shuffle else dataset
+        stages = dataset.decode("rgb8").to_tuple("jpg;png;webp", "cls").batched(batch)
         loader = wds.WebLoader(stages.repeat(), batch_size=None, num_workers=workers)
         return timed(loader, lambda b: len(b[1]), images)
 
@@ -189,7 +197,7 @@ def report(sides: dict[str, Side], rounds: int, settings: dict[str, Any]) -> Non
     wall = {name: np.array(values)[:, 0] for name, values in found.items()}
     cpu = {name: np.array(values)[:, 1] for name, values in found.items()}
     most, resident = f"ours/{settings['threads']}", f"ours-resident/{settings['threads']}"
-    others = [n for n in sides if not n.startswith(("ours", "bare"))]
+    others = [n for n in sides if not n.startswith(("ours", "bare", "webdataset-shuffled"))]
     alone = [n for n in others if n.endswith("/0")]
     pairs = [
         ("loader/thread", "ours/1", alone),
@@ -200,10 +208,13 @@ def report(sides: dict[str, Side], rounds: int, settings: dict[str, Any]) -> Non
         ("loader/resident", "ours-resident/1", ["ours/1"]),
         ("loader/resident", resident, [most]),
     ]
-    webdatasets = [n for n in others if n.startswith("webdataset")]
-    pairs += [(f"{name}, webdataset", mine, [n for n in names if n in webdatasets]) for name, mine, names in pairs[:3]]
+    first = pairs[:3]
+    for words, kind in (("webdataset", "webdataset/"), ("shuffled webdataset", "webdataset-shuffled/")):
+        for name, mine, names in first:
+            counts = {n.partition("/")[2] for n in names}
+            pairs.append((f"{name}, {words}", mine, [kind + n for n in sorted(counts)]))
     for benchmark, mine, names in pairs:
-        one = [n for n in names if n in alone or n.endswith("/1")]
+        one = [n for n in names if n.endswith("/0") or n.startswith(("ours", "bare"))]
         text = line(benchmark, wall[mine], {n: wall[n] for n in names}, "images/s", {**settings, "ours": mine})
         if one == names and mine.endswith("/1"):
             text["cpu_ratio"] = line("", cpu[mine], {n: cpu[n] for n in names}, "", {})["ratio"]
@@ -234,6 +245,7 @@ def main() -> None:
             sides[f"ours-resident/{threads}"] = ours(*read, threads, "ram", cache)
         for workers in sorted({0, args.threads}):
             sides[f"webdataset/{workers}"] = webdataset(*read, workers)
+            sides[f"webdataset-shuffled/{workers}"] = webdataset(*read, workers, shuffle=True)
             sides[f"ImageFolder/{workers}"] = folder_of_files(folder, *read, workers)
             if importlib.util.find_spec("streaming"):
                 sides[f"mosaicml-streaming/{workers}"] = partial(mosaic, folder)(*read, workers)

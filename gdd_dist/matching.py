@@ -195,18 +195,16 @@ def match(
             state.save(step, monitor)
             raise
 
-    mine = partial(matcher.dealer.batch, rank=world.rank, world=world.size)
     if m.lambda_adv:
-        images.expect(lambda step: mine(step).samples, state.start, m.steps)
+        images.expect(lambda step: matcher.dealer.batch(step, world.rank, world.size).samples, state.start, m.steps)
 
     def read(step: int) -> tuple[Any, ...]:
-        groups = mine(step)
+        groups = matcher.dealer.batch(step, world.rank, world.size)
         real = images.read(groups.samples) if m.lambda_adv else torch.empty(0)
         return groups, matcher.real_logits(groups), real
 
-    for step, (groups, real_logits, real) in enumerate(
-        prefetch(read, state.start, m.steps, ctx.config.loader.prefetch), state.start
-    ):
+    batches = prefetch(read, state.start, m.steps, ctx.config.loader.prefetch)
+    for step, (groups, real_logits, real) in enumerate(batches, state.start):
         if step % m.interval == 0 and pause(step):
             break
         vote = world.vote(state.checkpoints.due() and step + 1 < m.steps)

@@ -6,7 +6,6 @@ import lzma
 import os
 import posixpath
 import shutil
-import tarfile
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sharding.errors import UserError
+from sharding.tars import tree
 
 # An encoded image larger than this is taken for damage, or for an attempt to fill the memory.
 LARGEST_FILE = 256 * 2**20
@@ -99,26 +99,19 @@ class TarFiles(Files):
     _descriptor: int | None = None
 
     def listing(self) -> tuple[list[Member], set[str]]:
-        """Return all files and directories. Raises UserError when it is damaged."""
+        """Return all files and directories. Raises UserError when it is cut, damaged or holds what is no data."""
         members: dict[str, Member] = {}
-        directories = set()
-        links = {}
-        end = self.path.stat().st_size
+        directories, links = set(), {}
         try:
-            with tarfile.open(self.path, "r:") as archive:
-                for info in archive:
-                    name = posixpath.normpath(info.name)
-                    if info.isdir():
-                        directories.add(name)
-                    elif info.isreg():
-                        if info.offset_data + info.size > end:
-                            raise tarfile.ReadError("unexpected end of data")
-                        sparse = getattr(info, "sparse", None) is not None
-                        members[name] = Member(name, info.size, -1 if sparse else info.offset_data)
-                    elif info.islnk() or info.issym():
-                        base = "" if info.islnk() else posixpath.dirname(name)
-                        links[name] = posixpath.normpath(posixpath.join(base, info.linkname))
-        except (tarfile.TarError, EOFError, ValueError, OSError) as error:
+            for entry in tree(self.path):
+                name = posixpath.normpath(entry.name)
+                if entry.is_file:
+                    members[name] = Member(name, entry.size, entry.offset)
+                elif entry.target:
+                    links[name] = entry.target
+                else:
+                    directories.add(name)
+        except (ValueError, OSError) as error:
             raise UserError(f"{self.shown} is not a whole tar archive ({error}); get it again") from None
         for name, target in links.items():
             found = members.get(target)
@@ -128,7 +121,7 @@ class TarFiles(Files):
     def read_any(self, member: Member) -> bytes:
         """Return the member's content."""
         if member.offset < 0:
-            raise ValueError("a link or a sparse file, which has no content of its own in the archive")
+            raise ValueError("a link to what is not in the archive")
         if self._descriptor is None:
             self._descriptor = os.open(self.path, os.O_RDONLY)
         content = os.pread(self._descriptor, member.size, member.offset)

@@ -1,11 +1,12 @@
 """The members of a tar archive, from its headers, none of which is trusted.
 
 `tarfile` ends silently at a cut or a bad header. Here an archive is whole, up to its two closing zero blocks, or an error; its
-members are plain files and directories with names inside the archive, or an error; and no header makes this module
-allocate more than a mebibyte.
+members are plain files, directories and, where they are asked for, links, with names inside the archive, or an error; and no
+header makes this module allocate more than a mebibyte.
 """
 
 import os
+import posixpath
 import re
 import tarfile
 from collections.abc import Iterator
@@ -26,11 +27,20 @@ _RECORD = re.compile(rb"(\d{1,7}) ([^=\n]{1,256})=")
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A plain file in an archive: its name, its size in bytes and where its bytes begin."""
+    """A member: its name as it stands in the archive, and of a plain file its size in bytes and where its bytes begin.
+
+    `target`: of a link, the member that it leads to, relative to the archive; it may not be there.
+    """
 
     name: str
-    size: int
-    offset: int
+    size: int = 0
+    offset: int = -1
+    target: str = ""
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a plain file."""
+        return self.offset >= 0
 
 
 def entries(path: Path) -> Iterator[Entry]:
@@ -39,6 +49,15 @@ def entries(path: Path) -> Iterator[Entry]:
     Raises ValueError, with the member's name where it has one, for an archive that is cut or damaged, or holds what has no
     place in a data set: links, devices, sparse files, names that lead outside. Raises OSError where it cannot be read.
     """
+    for entry in tree(path):
+        if entry.target:
+            raise ValueError(f"{shown(entry.name)} is a link")
+        if entry.is_file:
+            yield entry
+
+
+def tree(path: Path) -> Iterator[Entry]:
+    """As `entries`, with directories and links, which are neither plain files."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         yield from _Walk(descriptor, os.fstat(descriptor).st_size).members()
@@ -69,9 +88,10 @@ class _Walk:
                 continue
             name = _checked_name(extensions.get("path", info.name))
             size = _size(extensions["size"], name) if "size" in extensions else info.size
+            target = _target(info, name, extensions.get("linkpath", info.linkname))
             extensions = {}
-            _check_kind(info.type, name)
-            if info.type == tarfile.DIRTYPE:
+            if info.type not in _PLAIN:
+                yield Entry(name, target=target)
                 position = data
                 continue
             self._check_room(name, size, data)
@@ -98,17 +118,17 @@ class _Walk:
         return info
 
     def _extension(self, info: tarfile.TarInfo, data: int) -> dict[str, str]:
-        """What an extended header says of the next member: its ``path`` and ``size``."""
+        """What an extended header says of the next member: its ``path``, ``linkpath`` and ``size``."""
         if info.size > LARGEST_EXTENSION:
             raise ValueError(f"the extended header at byte {data - BLOCK} claims {info.size} bytes")
         content = self._bytes(data, info.size, "the end of an extended header")
         if info.type in _LONG:
             name = content.partition(b"\0")[0].decode("utf-8", "surrogateescape")
-            return {"path": name} if info.type == tarfile.GNUTYPE_LONGNAME else {}
+            return {"path" if info.type == tarfile.GNUTYPE_LONGNAME else "linkpath": name}
         found = dict(_records(content))
         if any(key.startswith("GNU.sparse") for key in found):
             raise ValueError(f"{shown(found.get('path', info.name))} is a sparse file")
-        found = {key: found[key] for key in ("path", "size") if key in found}
+        found = {key: found[key] for key in ("path", "linkpath", "size") if key in found}
         if found and info.type == tarfile.XGLTYPE:
             raise ValueError(f"a global header sets the {' and '.join(found)} of all members")
         return found
@@ -146,11 +166,14 @@ def _checked_name(name: str) -> str:
     return name
 
 
-def _check_kind(kind: bytes, name: str) -> None:
-    if kind in _PLAIN or kind == tarfile.DIRTYPE:
-        return
-    kinds = ((_LINKS, "a link"), (_DEVICES, "a device"), ((tarfile.GNUTYPE_SPARSE,), "a sparse file"))
-    what = next((text for types, text in kinds if kind in types), f"a member of unknown kind {kind!r}")
+def _target(info: tarfile.TarInfo, name: str, linkname: str) -> str:
+    """Where a link leads; nowhere a plain file or a directory. Raises ValueError for members of other kinds."""
+    if info.type in _PLAIN or info.type == tarfile.DIRTYPE:
+        return ""
+    if info.type in _LINKS:  # a hard link names a member, a symbolic one a way from its own directory
+        return posixpath.normpath(posixpath.join("" if info.islnk() else posixpath.dirname(name), linkname))
+    kinds = ((_DEVICES, "a device"), ((tarfile.GNUTYPE_SPARSE,), "a sparse file"))
+    what = next((text for types, text in kinds if info.type in types), f"a member of unknown kind {info.type!r}")
     raise ValueError(f"{shown(name)} is {what}")
 
 

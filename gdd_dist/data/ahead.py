@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import numpy as np
 
@@ -59,15 +58,13 @@ class Ahead:
             if self._closed or len(last) == len(self._shards):
                 return
 
-    def _passed(self, step: int) -> bool:
-        return self._closed or self._step > step
-
     def _has_room(self, last: dict[int, int]) -> bool:
         """Wait until the reader has left enough shards behind that the others fit; False where that is of no use any more."""
         while len(last) > 1 and sum(self._shards[shard].bytes for shard in last) > self._room:
             oldest, step = next(iter(last.items()))
             with self._news:
-                self._news.wait_for(partial(self._passed, step))
+                while not self._closed and self._step <= step:
+                    self._news.wait()
                 if self._closed:
                     return False
             del last[oldest]

@@ -6,6 +6,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from tars import header
 from test_sharding_support import contents, encoded, pixels, to_tar, to_zip, write_folder
 
 from sharding.archives import LARGEST_FILE, Member, base_name, open_files
@@ -13,10 +14,16 @@ from sharding.errors import UserError
 from sharding.plan import Options
 from sharding.shards import Shards, decode
 from sharding.sources import open_source
+from sharding.tars import BLOCK, entries, padded
 from sharding.writer import build
 
 SPLIT = {"train/b": 4, "train/a": 4, "val/a": 2, "val/b": 2, "test/a": 3, "test/b": 3}
 ONE = Options(workers=1)
+
+
+def cut(data: bytes, left: int) -> bytes:
+    """A tar without its closing zero blocks but for ``left`` bytes of them."""
+    return data.rstrip(b"\0") + bytes(-len(data.rstrip(b"\0")) % BLOCK) + bytes(left)
 
 
 def listed(path, scratch) -> dict[str, list[tuple[str, int]]]:
@@ -143,6 +150,14 @@ def test_wrong_layouts_are_named(tmp_path, counts, empty, message, archive):
         (lambda data: b"", "is empty"),
         (lambda data: b"hello" * 200, "is not a whole tar archive"),
         (lambda data: data[: len(data) // 2], "is not a whole tar archive"),
+        (lambda data: cut(data, 0), "is not a whole tar archive .*before its two closing zero blocks: it was cut"),
+        (
+            lambda data: cut(data, BLOCK),
+            "is not a whole tar archive .*before the second of its two closing zero blocks",
+        ),
+        (lambda data: cut(data, 0) + b"x" * BLOCK + data, "is not a whole tar archive .*is no header"),
+        (lambda data: data + data, "is not a whole tar archive .*there are bytes after its end"),
+        (lambda data: header("a/pipe", 0, tarfile.FIFOTYPE) + data, "is not a whole tar archive .*a/pipe is a device"),
         (lambda data: gzip.compress(data)[:-20], "is damaged"),
         (lambda data: b"\x1f\x8b" + b"rubbish" * 99, "is damaged"),
         (lambda data: b"PK\x03\x04" + b"rubbish" * 99, "is not a whole zip archive"),
@@ -153,6 +168,31 @@ def test_damaged_archives_are_named(tmp_path, make, message):
     (tmp_path / "x.bin").write_bytes(make(data))
     with pytest.raises(UserError, match=rf"x\.bin {message}"):
         open_source(f"folder:{tmp_path / 'x.bin'}", tmp_path)
+
+
+@pytest.mark.parametrize("source", ["folder", "tiny-imagenet"])
+def test_a_tar_that_was_cut_between_two_members_is_refused_by_every_source(tmp_path, source):
+    data = to_tar(write_folder(tmp_path / "s", SPLIT), tmp_path / "s.tar").read_bytes()
+    *_, before, last = entries(tmp_path / "s.tar")
+    (tmp_path / "x.tar").write_bytes(data[: before.offset + padded(before.size)])
+    with tarfile.open(tmp_path / "x.tar") as archive:
+        assert last.name not in archive.getnames()  # what reads as a whole archive, one image short
+    with pytest.raises(UserError, match=r"x\.tar is not a whole tar archive .*it was cut"):
+        open_source(f"{source}:{tmp_path / 'x.tar'}", tmp_path)
+
+
+def test_links_with_long_names_lead_where_they_say(tmp_path):
+    for number, form in enumerate((tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)):
+        path, name = tmp_path / f"{number}.tar", "a/" + "x" * 150 + ".png"
+        with tarfile.open(path, "w", format=form) as archive:
+            info = tarfile.TarInfo(name)
+            info.size = 3
+            archive.addfile(info, io.BytesIO(b"abc"))
+            info = tarfile.TarInfo("b/soft.png")
+            info.type, info.linkname = tarfile.SYMTYPE, f"../{name}"
+            archive.addfile(info)
+        files = open_files(str(path), tmp_path)
+        assert [files.read(member) for member in files.listing()[0]] == [b"abc", b"abc"]
 
 
 def test_a_damaged_or_locked_zip_member_is_unreadable(tmp_path):
