@@ -52,7 +52,7 @@ def assert_same_teachers(alone, out: Path, found: dict) -> None:
     for name in names:
         a, b = load_file(one / name), load_file(two / name)
         for key in a:
-            assert torch.allclose(a[key], b[key], rtol=0, atol=1e-5), f"{name} {key} {(a[key] - b[key]).abs().max()}"
+            assert torch.allclose(a[key], b[key], rtol=0, atol=1e-4), f"{name} {key} {(a[key] - b[key]).abs().max()}"
     a, b = (read_json(directory / "teachers.json")["teachers"] for directory in (one, two))
     assert [t["val_accuracy"] for t in a] == [t["val_accuracy"] for t in b]
 
