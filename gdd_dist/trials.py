@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -23,19 +24,24 @@ HUNG = "no answer in"
 
 def call(script: str, env: Mapping[str, str] | None = None, seconds: float = PATIENCE) -> str | None:
     """Run Python in a process of its own; None when it ends well, else its last line, or that it hung."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        env={**os.environ, **(env or {})},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", script],
-            env={**os.environ, **(env or {})},
-            capture_output=True,
-            text=True,
-            timeout=seconds,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return f"{HUNG} {seconds:.0f} s"
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    return None if done.returncode == 0 else (lines[-1] if lines else f"exit status {done.returncode}")
+        _, said = process.communicate(timeout=seconds)
+    except BaseException as e:
+        os.killpg(process.pid, signal.SIGKILL)  # with what it started: a compiler would go on for minutes
+        process.wait()
+        if isinstance(e, subprocess.TimeoutExpired):
+            return f"{HUNG} {seconds:.0f} s"
+        raise
+    lines = [line for line in said.splitlines() if line.strip()]
+    return None if process.returncode == 0 else (lines[-1] if lines else f"exit status {process.returncode}")
 
 
 def remedy(fault: str, fix: str) -> str:

@@ -192,6 +192,13 @@ def test_a_backend_that_does_not_come_up_says_which_interface_to_name(monkeypatc
     assert "GLOO_SOCKET_IFNAME" in found.fix
 
 
+def test_what_hangs_ends_with_all_that_it_started(tmp_path: Path) -> None:
+    script = f"import os, time; open('{tmp_path}/pid', 'w').write(str(os.fork() or os.getpid())); time.sleep(600)"
+    assert trials.call(script, seconds=8) == "no answer in 8 s"
+    status = Path("/proc", (tmp_path / "pid").read_text(), "status")
+    assert not status.exists() or "zombie" in status.read_text()
+
+
 def test_what_hangs_is_not_waited_for() -> None:
     assert trials.call("import time; time.sleep(60)", seconds=1) == "no answer in 1 s"
     assert trials.call("raise SystemExit('no')") == "no"
