@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gdd_dist.distributed import World
 from gdd_dist.finite import all_finite, poisoned
-from gdd_dist.teams import Team
+
+if TYPE_CHECKING:  # who only reads a generator has no TensorBoard
+    from gdd_dist.teams import Team
 
 
 class Engine(Protocol):

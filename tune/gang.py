@@ -215,14 +215,16 @@ def wait(job: Job, meanwhile: Callable[[], None]) -> dict[str, Any]:
 
 def run_all(jobs: Sequence[Job], meanwhile: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
     """Run jobs, as many at a time as fit; their steps.json. Raises the first fault, as its job raised it."""
-    started = [submit(job) for job in jobs]
-    waiting = [answer for answer, _ in started]
+    groups = dict(submit(job) for job in jobs)
+    answers = list(groups)
     try:
-        while waiting:
-            ended, waiting = ray.wait(waiting, num_returns=1, timeout=1.0)
+        while groups:
+            ended, _ = ray.wait(list(groups), num_returns=1, timeout=1.0)
             meanwhile()
             ray.get(ended)
-        return ray.get([answer for answer, _ in started])
+            for answer in ended:  # at once: the next job may wait for its room
+                ray.util.remove_placement_group(groups.pop(answer))
+        return ray.get(answers)
     except RayError as e:
         cause = e.cause if isinstance(e, RayTaskError) and isinstance(e.cause, Exception) else e
         if isinstance(e, RayTaskError) and not isinstance(cause, PeerLost):
@@ -231,9 +233,8 @@ def run_all(jobs: Sequence[Job], meanwhile: Callable[[], None] = lambda: None) -
             f"a job was lost too often ({' '.join(str(cause).split())[:200]}); see to its node, then --resume goes on from its checkpoint"
         ) from e
     finally:
-        for answer in waiting:
+        for answer, group in groups.items():
             ray.cancel(answer, force=True)
-        for _, group in started:
             ray.util.remove_placement_group(group)
 
 

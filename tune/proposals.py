@@ -91,7 +91,7 @@ class Proposals:
                 params[name + _ZERO] = (shares[name] + (value != 0)) / 2
                 if value == 0:
                     continue
-            if name not in known or not known[name]._contains(known[name].to_internal_repr(value)):
+            if name not in known or not _holds(known[name], value):
                 return
             params[name] = value
         used = {name: known[name] for name in params}
@@ -112,3 +112,10 @@ class Proposals:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             return TPESampler(seed=seed, n_startup_trials=RANDOM_FIRST, constant_liar=True)
+
+
+def _holds(known: BaseDistribution, value: Any) -> bool:
+    """Whether a value lies within a range, or is one of the choices."""
+    if isinstance(known, CategoricalDistribution):
+        return value in known.choices
+    return known._contains(known.to_internal_repr(value))

@@ -37,7 +37,7 @@ class Source:
         try:
             import fsspec
 
-            self._fs, root = fsspec.core.url_to_fs(self._url, use_listings_cache=False)
+            self._fs, root = fsspec.core.url_to_fs(self._url, use_listings_cache=False, skip_instance_cache=True)
         except ImportError as e:
             raise UserError(
                 f"--data {url} needs {e.name or 'a library'}; pip install fsspec s3fs gcsfs aiohttp"

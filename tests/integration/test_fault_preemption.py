@@ -11,6 +11,7 @@ import pytest
 import ranks
 
 from gdd_dist import evaluate
+from gdd_dist.counts import settling
 from gdd_dist.program import run_program
 
 SELDOM = ["--checkpoint_seconds", "100000"]  # so that what is saved was saved because of the signal
@@ -83,7 +84,7 @@ def test_a_signal_in_the_last_step_loses_nothing_of_the_loop(undisturbed, tmp_pa
     ended = ranks.start(out, argv, 4, before=hook).wait()
     assert ended.codes == [143] * 4, ended.text
     found = ranks.train(out, argv, 4)
-    assert (found["gan"]["status"], found["gan"]["images_processed"]) == ("resumed", 0)
+    assert (found["gan"]["status"], found["gan"]["images_processed"]) == ("resumed", 2 * settling(4))
     assert same_weights(undisturbed, out, "gan")
 
 
@@ -106,7 +107,7 @@ def test_evaluate_too_leaves_word_that_it_was_preempted_and_goes_on_by_student(r
     kept = {p: p.stat().st_mtime_ns for p in set(out.glob("report/rows/*.json")) - before}
     assert 1 < len(kept) < 8
 
-    ended = ranks.launch(tmp_path / "two", 2, run_evaluate, (argv, lambda _rank: None)).wait()
+    ended = ranks.launch(tmp_path / "two", 2, run_evaluate, (argv, hooks.nothing)).wait()
     assert ended.codes == [0, 0], ended.text
     assert not (out / "preempted").exists()
     assert kept == {p: p.stat().st_mtime_ns for p in kept}
