@@ -119,7 +119,7 @@ def deepspeed(build: bool) -> Finding:
 
 RAY = """
 import ray
-ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 assert ray.get(ray.remote(lambda: 42).remote()) == 42
 ray.shutdown()
 """
