@@ -25,7 +25,7 @@ class Team:
     def __init__(self, world: World, size: int) -> None:
         self._world, self.size, self.rank = world, size, world.rank % size
         self.count = world.size // size
-        self.device, self.local_rank = world.device, world.local_rank
+        self.device = world.device
         self.group: Any = world.cut(size) if size > 1 else None
         self._voted: float | None = None
 

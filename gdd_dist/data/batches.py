@@ -36,9 +36,8 @@ class Workers:
 
         Raises what ``work`` raises, when no thread works on these tasks any more.
         """
-        left = iter(
-            tasks
-        )  # a list's iterator gives each task to one thread; one that the system delays holds up no other
+        # A list's iterator gives each task to one thread; one that the system delays holds up no other.
+        left = iter(tasks)
         if self._pool is None:
             with self._alone:
                 work(left)

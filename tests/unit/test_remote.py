@@ -90,12 +90,17 @@ def test_indexes_and_the_manifest_are_fetched_again_too(url, data, here, tmp_pat
     assert torch.equal(every(opened(url, tmp_path))[0], every(data)[0])
 
 
-def test_a_store_that_dies_for_ten_seconds_is_waited_for(url, data, here, tmp_path):
-    mirror = opened(url, tmp_path)
+def assert_waits(store, url, data, folder, seconds):
+    """A store that dies for a while is waited for, and every sample is right."""
+    mirror = opened(url, folder)
     begin = time.monotonic()
-    here.die_for(10)
+    store.die_for(seconds)
     assert torch.equal(every(mirror)[0], every(data)[0])
-    assert time.monotonic() - begin > 9
+    assert time.monotonic() - begin > seconds - 1
+
+
+def test_a_store_that_dies_for_ten_seconds_is_waited_for(url, data, here, tmp_path):
+    assert_waits(here, url, data, tmp_path, 10)
 
 
 def test_a_store_that_stays_dead_is_one_error(url, here, tmp_path):
@@ -298,11 +303,7 @@ def test_every_kind_of_store_may_err(there, other, data, tmp_path):
 
 
 def test_every_kind_of_store_may_die_for_a_while(there, other, data, tmp_path):
-    mirror = opened(there, tmp_path)
-    begin = time.monotonic()
-    other.die_for(3)
-    assert torch.equal(every(mirror)[0], every(data)[0])
-    assert time.monotonic() - begin > 2
+    assert_waits(other, there, data, tmp_path, 3)
 
 
 def test_what_another_store_has_not_or_forbids_is_said_at_once(there, other, tmp_path):
