@@ -1,6 +1,6 @@
 """Standardized against un-standardized matching over whole runs: teachers, GAN, matching and students of each seed are its own.
 
-    python benchmarks/standardization.py [--seeds 3] [--out runs/standardization] [--ranks 8] [-- trainer settings]
+    python benchmarks/standardization.py [--seeds 3] [--out runs/standardization] [--ranks 2] [-- trainer settings]
 
 Prints one JSON line for each kind of labels: accuracy on test of the matched generator's students (regenerate) with skd and with
 kd, the mean difference over seeds and its standard error, in points.
@@ -24,7 +24,8 @@ def whole_run(args: argparse.Namespace, seed: int, loss: str) -> dict[str, float
     out = Path(args.out) / f"seed-{seed}-{loss}"
     launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={args.ranks}", "-m", "gdd_dist.train"]
     where = ["--out", str(out), "--store", str(Path(args.out) / "store"), "--seed", str(seed), "--matching.loss", loss]
-    subprocess.run([*launch, *where, "--report.protocol", "regenerate", *args.settings], check=True, stdout=sys.stderr)
+    rows = ["--report.protocol", "regenerate", "--report.baselines", "gan"]
+    subprocess.run([*launch, *where, *rows, *args.settings], check=True, stdout=sys.stderr)
     results = json.loads((out / "report/latest/metrics.json").read_text())["results"]
     return {r["labels"]: r["mean"] for r in results if r["train_on"] == "matched"}
 
@@ -35,7 +36,7 @@ def main() -> None:
     parser.add_argument(
         "--out", default="runs/standardization", help="where the runs lie; they resume (default %(default)s)"
     )
-    parser.add_argument("--ranks", type=int, default=8, help="ranks on this host (default 8)")
+    parser.add_argument("--ranks", type=int, default=2, help="ranks on this host (default 2)")
     parser.add_argument("settings", nargs="*", help="settings of gdd_dist.train, after --")
     args = parser.parse_args()
     runs = [(whole_run(args, seed, "skd"), whole_run(args, seed, "kd")) for seed in range(args.seeds)]

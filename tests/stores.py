@@ -1,9 +1,12 @@
-"""Servers on loopback that can be made to err, and keep a log: S3 (moto's), Google Cloud Storage, plain HTTP. Holds no test."""
+"""Servers on loopback that can be made to err, and keep a log: S3 (moto's), Google Cloud Storage, HTTP, HTTPS. Holds no test."""
 
 from __future__ import annotations
 
+import datetime
+import ipaddress
 import json
 import re
+import tempfile
 import threading
 import time
 from collections import Counter, deque
@@ -13,6 +16,9 @@ from typing import Any
 from urllib.parse import quote
 
 import boto3
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import BaseWSGIServer, WSGIRequestHandler, make_server
 
@@ -57,6 +63,8 @@ class Server:
     """What makes clients come here."""
     content = re.compile("")
     """Paths whose GETs give a file's content."""
+    certificate: tuple[str, str] | None = None
+    """Files of a certificate and its key: with them it speaks TLS."""
 
     def __init__(self) -> None:
         self.log: list[tuple[str, str]] = []
@@ -75,7 +83,9 @@ class Server:
 
     def start(self) -> None:
         """Serve, on the same port as before."""
-        self._server = make_server("127.0.0.1", self._port, self, threaded=True, request_handler=_Quiet)
+        self._server = make_server(
+            "127.0.0.1", self._port, self, threaded=True, request_handler=_Quiet, ssl_context=self.certificate
+        )
         self._server.daemon_threads = True
         self._port = self._server.port
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
@@ -159,6 +169,35 @@ class Web(Server):
         if data is None:
             return _answer(start_response, "404 Not Found", b"")
         return _content(environ, start_response, data)
+
+
+class SecureWeb(Web):
+    """The same over TLS, with a certificate of its own, which `environment` makes new processes trust."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self.certificate = _made_certificate(Path(self._folder.name))
+        super().__init__()
+        self.environment = {"SSL_CERT_FILE": self.certificate[0]}
+
+    def upload(self, data: Path, bucket: str) -> str:
+        return super().upload(data, bucket).replace("http:", "https:")
+
+
+def _made_certificate(folder: Path) -> tuple[str, str]:
+    """A self-signed certificate for 127.0.0.1, and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.datetime.now(datetime.UTC)
+    made = x509.CertificateBuilder(
+        name, name, key.public_key(), x509.random_serial_number(), now, now + datetime.timedelta(1)
+    )
+    made = made.add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False)
+    files = folder / "certificate.pem", folder / "key.pem"
+    files[0].write_bytes(made.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+    plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    files[1].write_bytes(key.private_bytes(serialization.Encoding.PEM, *plain))
+    return str(files[0]), str(files[1])
 
 
 class Google(Server):

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import random
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -79,7 +80,8 @@ class Source:
                     raise
                 mismatches += isinstance(e, Damaged)
                 late = time.monotonic() - begin + pause > self._patience
-                if late or mismatches >= MISMATCHES or isinstance(e, FileNotFoundError) or _forbidden(e):
+                lasting = isinstance(e, FileNotFoundError) or _forbidden(e) or _untrusted(e)
+                if late or mismatches >= MISMATCHES or lasting:
                     raise UserError(f"cannot fetch {self._url}/{file} ({_reason(e)}); {_remedy(e)}") from e
                 say(f"{self._url}/{file}: {_reason(e)}; again in {pause:.1f} s")
             time.sleep(pause * random.uniform(0.75, 1.25))
@@ -96,7 +98,17 @@ def _forbidden(e: Exception) -> bool:
     return isinstance(e, PermissionError) or bool(codes & {401, 403}) or str(e).startswith("Forbidden: ")
 
 
+def _untrusted(e: BaseException) -> bool:
+    """Whether a certificate was refused; fsspec and aiohttp wrap that in exceptions of their own."""
+    cause = e.__cause__ or e.__context__
+    return isinstance(e, ssl.SSLCertVerificationError) or (cause is not None and _untrusted(cause))
+
+
 def _remedy(e: Exception) -> str:
+    if _untrusted(e):
+        return (
+            "its certificate is not trusted here: check the URL, or name the authority's certificate in SSL_CERT_FILE"
+        )
     if isinstance(e, FileNotFoundError):
         return "check the URL, or copy the whole data set there"
     if _forbidden(e):

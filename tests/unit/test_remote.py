@@ -1,9 +1,12 @@
 """Remote data: every sample right whatever the store does, one download per shard and host, a cache within its limit."""
 
 import functools
+import hashlib
 import os
 import re
 import shutil
+import subprocess
+import sys
 import time
 from collections import Counter, deque
 
@@ -312,3 +315,39 @@ def test_what_another_store_has_not_or_forbids_is_said_at_once(there, other, tmp
     other.faults = {"manifest.json": deque([stores.forbidden])}
     with pytest.raises(UserError, match=r"cannot fetch .*/manifest\.json .*check the credentials"):
         read_manifest(there)
+
+
+@pytest.fixture
+def secure():
+    found = stores.SecureWeb()
+    yield found
+    found.close()
+
+
+def test_over_tls_a_process_that_trusts_the_certificate_reads_the_same_through_faults(secure, data, tmp_path):
+    url = secure.upload(data, "digits")
+    secure.faults = {f"00000{i}.tar": deque([fault]) for i, fault in enumerate([stores.broken, stores.truncated])}
+    # In a process of its own: aiohttp reads SSL_CERT_FILE once, when it is imported.
+    script = (
+        "import sys, hashlib, numpy as np\nfrom gdd_dist.data.loader import Images\n"
+        "from gdd_dist.data.remote import Cache, open_data\nfrom sharding.manifest import Manifest\n"
+        "mirror = open_data(sys.argv[1], Cache.of(sys.argv[2], '1GB', 60.0))\n"
+        "images = Images(mirror, Manifest.load(mirror), 'train', resident='none')\n"
+        "print(hashlib.sha256(images.read(np.arange(len(images))).numpy().tobytes()).hexdigest())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, url, str(tmp_path)],
+        env={**os.environ, **secure.environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split()[-1] == hashlib.sha256(every(data)[0].numpy().tobytes()).hexdigest()
+    assert not any(secure.faults.values())
+
+
+def test_a_certificate_that_is_not_trusted_is_said_at_once(secure, data):
+    remote_manifest.cache_clear()
+    with pytest.raises(UserError, match=r"cannot fetch https://.*/manifest\.json .*certificate is not trusted here"):
+        read_manifest(secure.upload(data, "digits"))
+    assert secure.log == []
