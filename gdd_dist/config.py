@@ -16,7 +16,8 @@ from jsonargparse import ArgumentParser
 
 from gdd_dist import pretrained
 from gdd_dist.data.remote import Cache, open_data, read_manifest
-from gdd_dist.settings import PRESETS, SECTIONS, Config
+from gdd_dist.presets import PRESETS
+from gdd_dist.settings import SECTIONS, Config
 from sharding.errors import UserError
 from sharding.plan import parse_size
 

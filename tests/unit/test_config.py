@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gdd_dist.config import options, parse, to_yaml
-from gdd_dist.settings import PRESETS, SECTIONS, STEPS, Config
+from gdd_dist.presets import PRESETS
+from gdd_dist.settings import SECTIONS, STEPS, Config
 from sharding.errors import UserError
 
 

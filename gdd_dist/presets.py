@@ -1,0 +1,66 @@
+"""Settings that a data set starts from: `digits` fits two CPU cores in minutes, the others are meant for GPUs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_NATURAL: dict[str, Any] = {
+    "teachers.architectures": ["convnet", "resnet10", "resnet18"],
+    "teachers.epochs": 60,
+    "teachers.batch": 256,
+    "gan.steps": 40_000,
+    "gan.batch": 256,
+    "gan.width": 256,
+    "gan.d_width": 256,
+    "gan.ema_images": 200_000.0,
+    "gan.augment": "color_crop_cutout",
+    "gan.augment_p": 0.5,
+    "matching.steps": 5_000,
+    "matching.batch": 256,
+    "matching.ema_images": 50_000.0,
+    "matching.interval": 1_000,
+    "matching.quick_steps": 1_000,
+    "matching.quick_batch": 100,
+    "report.ipc": [1, 10, 50],
+    "report.students": ["convnet", "resnet18"],
+    "report.full_epochs": 60,
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "digits": {
+        "precision": "float32",
+        "loader.flip": False,
+        "teachers.architectures": ["convnet", "resnet10:16"],
+        "teachers.epochs": 15,
+        "teachers.batch": 64,
+        "gan.steps": 300,
+        "gan.blocks": 1,
+        "gan.d_blocks": 1,
+        "gan.patch": 2,
+        "gan.lr": 5e-4,
+        "gan.lr_final": 5e-4,
+        "gan.gamma": 3.0,
+        "gan.gamma_final": 2.0,
+        "gan.augment": "none",
+        "matching.steps": 600,
+        "matching.interval": 300,
+        "matching.lr": 5e-4,
+        "matching.lr_d": 3e-4,
+        "matching.lambda_adv": 1.0,
+        "matching.gamma": 1.0,
+        "matching.quick_student": "convnet",
+        "matching.quick_steps": 400,
+        "matching.quick_batch": 10,
+        "report.epochs": 400,
+        "report.full_epochs": 12,
+        "report.label_temperature": 2.0,
+    },
+    "cifar10": _NATURAL,
+    "cifar100": {**_NATURAL, "teachers.epochs": 100, "report.ipc": [1, 10]},
+    "tiny-imagenet": {
+        **_NATURAL,
+        "teachers.epochs": 100,
+        "gan.steps": 60_000,
+        "logits.views": 3,
+        "report.ipc": [1, 10],
+    },
+}
