@@ -125,7 +125,7 @@ def main() -> None:
         "--bucket",
         type=int,
         default=0,
-        help="numbers in DeepSpeed's buckets (default 0: the trainer's, the whole network)",
+        help="numbers in DeepSpeed's buckets (default 0: the trainer's, 25 MiB)",
     )
     parser.add_argument("--table", type=Path, help="print these JSON lines as a table and end")
     parser.add_argument("--rank-of", nargs=2, help=argparse.SUPPRESS)

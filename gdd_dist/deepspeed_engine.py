@@ -25,6 +25,8 @@ from gdd_dist.loss_scale import LossScale
 from sharding.errors import UserError
 
 ALIGNED = 1024
+BUCKET = 25 * 2**20 // 4
+"""Float32 numbers in a bucket of torch's DDP, 25 MiB."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -52,9 +54,10 @@ def import_deepspeed(device: torch.device) -> Any:
 def engine_config(given: Mapping[str, Any], numel: int, accumulate: int) -> dict[str, Any]:
     """The configuration of one network of ``numel`` weights, from what the user's file says.
 
-    Buckets, by default 500 million numbers whatever the network, are no larger than the network (rounded up: NCCL's alignment).
+    Buckets, by default 500 million numbers whatever the network, are as large as DDP's, and no larger than the network (rounded up:
+    NCCL's alignment). A bucket of the network's size would hold all the gradients that ZeRO 2 and 3 are there not to keep.
     """
-    bucket = -(-numel // ALIGNED) * ALIGNED
+    bucket = min(BUCKET, -(-numel // ALIGNED) * ALIGNED)
     zero = {
         "stage": 1,
         "memory_efficient_linear": False,

@@ -93,3 +93,8 @@ def test_an_engines_configuration_never_clips_and_keeps_what_was_given():
         "memory_efficient_linear": False,
     }
     assert engine_config({}, 1000, 1)["zero_optimization"]["stage"] == 1
+
+
+def test_buckets_are_as_large_as_ddps_but_no_larger_than_the_network():
+    sizes = {n: engine_config({}, n, 1)["zero_optimization"]["reduce_bucket_size"] for n in (1000, 10**9)}
+    assert sizes == {1000: 1024, 10**9: 25 * 2**20 // 4}
