@@ -86,13 +86,13 @@ class Whole:
         self._folder.mkdir(exist_ok=True)
         append_json(self._mine, entry)
 
-    def known(self) -> dict[str, tuple[int, str]]:
-        """File name → (bytes, sha256), of all ranks."""
-        found = {}
+    def known(self) -> dict[str, set[tuple[int, str]]]:
+        """File name → (bytes, sha256) of each time that any rank wrote it: after damage it is written again, perhaps by another rank."""
+        found: dict[str, set[tuple[int, str]]] = {}
         for path in sorted(self._folder.glob("whole-*.jsonl")):
             for _, entry in json_lines(path):
                 with suppress(ValueError, KeyError, TypeError):
-                    found[entry["file"]] = (int(entry["bytes"]), str(entry["sha256"]))
+                    found.setdefault(entry["file"], set()).add((int(entry["bytes"]), str(entry["sha256"])))
         return found
 
 
@@ -115,7 +115,7 @@ class Store:
         return (self.path(step, fp) / CONTENTS).exists()
 
     def finish(self, step: str, fp: str, info: Mapping[str, Any], between: Callable[[], None] = lambda: None) -> Path:
-        """Record size and sha256 of every file, drop checkpoints, flush, rename: from now on it is never written again.
+        """Record size and sha256 of every file, flush, rename: from now on it is never written again. Then checkpoints go.
 
         ``between`` is called between files and may raise: until the rename, nothing is lost.
         """
@@ -126,13 +126,17 @@ class Store:
             if p.is_file() and p.name != CONTENTS and work / CHECKPOINTS not in p.parents:
                 between()
                 files[str(p.relative_to(work))] = {"bytes": p.stat().st_size, "sha256": sha256_file(p)}
-        shutil.rmtree(work / CHECKPOINTS, ignore_errors=True)
         write_json(work / CONTENTS, {"format": "gdd-step/1", "step": step, "fingerprint": fp, **info, "files": files})
         for directory in sorted({p.parent for p in work.rglob("*") if p.is_file()}):
             fsync_dir(directory)
         os.rename(work, self.path(step, fp))
         fsync_dir(self.path(step, fp).parent)
+        self.drop_checkpoints(step, fp)
         return self.path(step, fp)
+
+    def drop_checkpoints(self, step: str, fp: str) -> None:
+        """Remove what a finished step no longer needs; a kill after the rename leaves it there."""
+        shutil.rmtree(self.path(step, fp) / CHECKPOINTS, ignore_errors=True)
 
     def files(self, step: str, fp: str) -> list[tuple[Path, int, str]]:
         """(path, bytes, sha256) of every file of a finished step."""

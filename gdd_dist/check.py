@@ -69,7 +69,7 @@ def check_ranks(config: Config, world: int) -> None:
 
 def check_teams(config: Config, world: int) -> None:
     """Teams divide the ranks, a team's ranks the streams of a teacher's batch, micro-batches a rank's share of it."""
-    t, streams = config.teachers, config.loader.streams_of(config.teachers.batch)
+    t, streams = config.teachers, config.loader.teacher_streams_of(config.teachers.batch)
     team, share = f"--teachers.ranks_per_teacher {t.ranks_per_teacher}", t.batch // t.ranks_per_teacher
     if world % t.ranks_per_teacher:
         raise UserError(f"{team} does not divide the {world} ranks; use {_divisors(world)}")

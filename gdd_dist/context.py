@@ -149,9 +149,10 @@ class Context:
 def train_order(config: Config, step: str, shard_samples: Sequence[int], purpose: str) -> Order:
     """The order in which ``step`` sees train, in batches of its ``batch``. Raises UserError when that does not fit."""
     batch = getattr(config, step).batch
-    streams, window = config.loader.streams_of(batch), config.loader.window
+    loader = config.loader
+    streams = loader.teacher_streams_of(batch) if step == "teachers" else loader.streams_of(batch)
     try:
-        return Order(tuple(shard_samples), batch, streams, config.step_seed(step), purpose, window)
+        return Order(tuple(shard_samples), batch, streams, config.step_seed(step), purpose, loader.window)
     except ValueError as e:
         raise UserError(f"--{step}.batch: {e}; make it smaller") from e
 

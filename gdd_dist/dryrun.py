@@ -57,7 +57,7 @@ def show(world: World, config: Config) -> None:
         data, built = data_or_digits(config, out, Path(scratch))
         manifest = Manifest.load(data)
         check(config, manifest, world.size, world.device)
-        precision = resolve_precision(config.precision, world.device)
+        precision = world.broadcast(resolve_precision(config.precision, world.device))
         store = Store(store_of(out, config))
         ctx = Context(config, world, data, manifest, store, out, precision, keeps=False)
         fps = fingerprints(config, manifest, precision)

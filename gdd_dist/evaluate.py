@@ -123,7 +123,8 @@ def main(argv: Sequence[str], joined: Callable[[World], None]) -> None:
     world = World(config.device, config.timeout)
     joined(world)
     note_preemption(world, out)
-    ctx = Context(config, world, data, manifest, store, out, resolve_precision(config.precision, world.device))
+    precision = world.broadcast(resolve_precision(config.precision, world.device))
+    ctx = Context(config, world, data, manifest, store, out, precision)
     world.enter("verify")
     if config.verify:
         verify_inputs(ctx, {step: fps[step] for step in dirs}, ("train", "test"))

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
 from gdd_dist.arguments import Parser
 from gdd_dist.card import Drawn, card, sample_picture
@@ -148,14 +147,12 @@ def write(generator: Sampler, drawn: Drawn, work: Path) -> None:
 
 def draw(generator: Sampler, drawn: Drawn) -> Iterator[Part]:
     """The set, part by part: image i has class i mod K, so that every shard has nearly the same class mix."""
-    monitor = Monitor(None, "export: drawing", drawn.total, unit="image", passing=True)
-    images, labels = generator.balanced(drawn.total, drawn.seed, drawn.truncation, monitor.advance)
-    monitor.close()
-    monitor = Monitor(None, "export: writing", drawn.total, unit="image", passing=True)
+    monitor = Monitor(None, "export", drawn.total, unit="image", passing=True)
     for first in range(0, drawn.total, CHUNK):
-        part: Tensor = images[first : first + CHUNK]
-        soft = generator.soft_labels(part).cpu().numpy() if drawn.soft else None
-        yield Part(first, part.cpu().permute(0, 2, 3, 1).contiguous().numpy(), labels[first : first + CHUNK], soft)
+        many = min(CHUNK, drawn.total - first)
+        images, labels = generator.balanced(many, drawn.seed, drawn.truncation, first)
+        soft = generator.soft_labels(images).cpu().numpy() if drawn.soft else None
+        yield Part(first, images.cpu().permute(0, 2, 3, 1).contiguous().numpy(), labels, soft)
         monitor.advance(min(first + CHUNK, drawn.total))
     monitor.close()
 

@@ -25,7 +25,7 @@ from gdd_dist.networks import GENERATOR, save_network
 from gdd_dist.pictures import sample_grid
 from gdd_dist.settings import Config, Gan
 
-VERSION = 1
+VERSION = 2
 
 
 def settings(config: Config) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def train_step(
         return torch.from_numpy(normal(seed, purpose, step, slots, g.latent)).to(ctx.device)
 
     with torch.no_grad():
-        fake = nets.generator(latents("gan/z/d"), labels).float()
+        fake = nets.draw(latents("gan/z/d"), labels)
     scalars = nets.train_discriminator(
         real, fake, labels, gamma, augmentation(ctx, seed, "gan/augment/d", step, slots), lr
     )

@@ -118,6 +118,7 @@ def evaluate(
     weights = costs(ctx, students, dirs.get("teachers"))
     todo = sorted((j for j in students if j.fingerprint not in known), key=lambda j: -weights[j.fingerprint])
     frozen, mine = Frozen(ctx, dirs), {}
+    rows, records = record_path(ctx, students[0]).parent, [f"{j.fingerprint}.json" for j in students]
     monitor.already(len(known))
     for n in ctx.world.queue(len(todo)):
         mine[todo[n].fingerprint] = train_once(ctx, frozen, todo[n])
@@ -126,6 +127,7 @@ def evaluate(
             monitor.advance(len(known) + done, f"{todo[n].row.train_on} {todo[n].row.student} {todo[n].row.labels}")
     for part in ctx.world.gather(mine):
         known |= {fp: Measured(*m) for fp, m in part.items()}
+    ctx.disks.share(rows, records)
     monitor.advance(len(students))
     return with_scores(with_ceiling_shares(summarise(students, known), ctx.classes))
 

@@ -11,6 +11,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from gdd_dist.artifacts import write_json
 from gdd_dist.distributed import World
 from gdd_dist.meeting import PeerError, claim_before_joining
@@ -80,6 +82,7 @@ def report_failure(fault: Exception, world: World | None, debug: bool) -> int:
     """Say what went wrong, once over all ranks; returns the exit status."""
     rank = int(os.environ.get("RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
+    fault = explained(fault, world)
     user = isinstance(fault, (UserError, OSError)) and not isinstance(fault, TimeoutError)
     if world is not None:
         world.quiet()
@@ -100,6 +103,20 @@ def report_failure(fault: Exception, world: World | None, debug: bool) -> int:
         sys.stderr.write(redact("".join(traceback.format_exception(fault))))
     sys.stderr.write(f"error: {describe(fault)}\n")
     return 2 if user else 1
+
+
+def explained(fault: Exception, world: World | None) -> Exception:
+    """A fault that the user can mend as one that says how: a GPU without enough memory."""
+    if not isinstance(fault, torch.OutOfMemoryError):
+        return fault
+    remedies = {
+        **{s: f"lower --{s}.batch, or cut it with --accumulate, or use more ranks" for s in ("gan", "matching")},
+        "teachers": "lower --teachers.batch, or set --teachers.accumulate or --teachers.activation_checkpointing",
+    }
+    step = world.step if world is not None else "start"
+    remedy = remedies.get(step, "see what else uses it, or take a GPU with more memory")
+    rank = os.environ.get("RANK", "0")
+    return UserError(f"rank {rank}'s GPU has not enough memory for step {step}; {remedy}")
 
 
 def describe(fault: Exception) -> str:

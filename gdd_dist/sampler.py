@@ -123,14 +123,15 @@ class Sampler:
         return DistilledSet(images, torch.from_numpy(labels[order]), None if soft is None else soft[take], transform)
 
     def balanced(
-        self, total: int, seed: int = 0, truncation: float | None = None, tick: Callable[[int], None] | None = None
+        self, total: int, seed: int = 0, truncation: float | None = None, first: int = 0
     ) -> tuple[Tensor, np.ndarray]:
         """``total`` images, uint8 [N, C, H, W] on the device, and their labels 0, 1, …, K-1, 0, 1, …, int64 [N].
 
-        ``tick``: told how many are drawn, now and then.
+        ``first``: where to begin in the endless row of them, so that a large set can be drawn part by part.
         """
-        labels = np.arange(total) % len(self.classes)
-        return self._draw(labels, seed, "dataset/z", np.arange(total), truncation, tick), labels
+        places = np.arange(first, first + total)
+        labels = places % len(self.classes)
+        return self._draw(labels, seed, "dataset/z", places, truncation), labels
 
     def stream(
         self, batch_size: int, seed: int = 0, soft_labels: bool = False, truncation: float | None = None
@@ -195,7 +196,6 @@ class Sampler:
         purpose: str,
         slots: np.ndarray,
         truncation: float | None,
-        tick: Callable[[int], None] | None = None,
     ) -> Tensor:
         if truncation is not None and not truncation > 0:
             raise UserError(f"truncation {truncation} is not positive; give more than 0, say 1.0, or None for no cut")
@@ -205,8 +205,6 @@ class Sampler:
                 y = torch.from_numpy(labels[i : i + DRAW_BATCH]).to(self.device)
                 z = torch.from_numpy(normal(seed, purpose, 0, slots[i : i + len(y)], self.network.latent))
                 parts.append(to_uint8(self.network(truncated(z, truncation).to(self.device), y)))
-                if tick is not None:
-                    tick(i + len(y))
         return torch.cat(parts)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,8 +65,12 @@ class Loader:
     )
 
     def streams_of(self, batch: int) -> int:
-        """The canonical streams of a global batch."""
+        """The canonical streams of a global batch of gan."""
         return self.streams or default_streams(batch)
+
+    def teacher_streams_of(self, batch: int) -> int:
+        """Those of a teacher's batch, which is dealt to a team at most: as many of ``streams`` as divide it."""
+        return math.gcd(self.streams, batch) if self.streams else default_streams(batch)
 
 
 @dataclass(frozen=True)

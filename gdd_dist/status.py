@@ -17,10 +17,10 @@ from gdd_dist.locks import Lock
 from gdd_dist.program import run_program
 from gdd_dist.settings import STEPS, Config
 from gdd_dist.tables import aligned, headline
-from gdd_dist.users import Directory, data_of, plans_of, read_run, remove, store_of, unused
+from gdd_dist.users import Directory, manifest_of, plans_of, read_run, remove, store_of, unused
 from sharding.errors import UserError
-from sharding.manifest import Manifest
 from sharding.progress import duration
+from sharding.redact import redact
 
 COLUMNS = ("step", "state", "fingerprint", "size", "finished")
 
@@ -75,9 +75,9 @@ def running(out: Path) -> str:
 
 def data_line(out: Path, config: Config) -> str:
     """The data set in words."""
-    data = data_of(out, config)
+    data = redact(config.data) if config.data is not None else out / "data"
     try:
-        m = Manifest.load(data)
+        m = manifest_of(out, config)
     except UserError as e:
         return str(e)
     splits = ", ".join(f"{name} {split.samples:,}" for name, split in m.splits.items())

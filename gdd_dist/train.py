@@ -111,7 +111,7 @@ def run(
 ) -> None:
     """All steps up to --until. ``shards``: status and seconds of the data set so far; ``on_interval``: matching's listener."""
     manifest = Manifest.load(data)
-    precision = resolve_precision(config.precision, world.device)
+    precision = world.broadcast(resolve_precision(config.precision, world.device))
     check(config, manifest, world.size, world.device)
     store = Store(store_of(out, config))
     ctx = Context(config, world, data, manifest, store, out, precision, on_interval=on_interval)
@@ -160,6 +160,8 @@ def run_step(ctx: Context, step: str, fps: Mapping[str, str]) -> dict[str, Any]:
         if not ctx.world.broadcast(ctx.store.finished(step, fp)):
             compute(ctx, step, fps)
             status = "resumed" if any(ctx.world.gather(ctx.resumed)) else "computed"
+        elif ctx.world.is_main:
+            ctx.store.drop_checkpoints(step, fp)
     if step != "report":
         ctx.disks.bring(ctx.store, step, fp)
     if ctx.world.is_main:

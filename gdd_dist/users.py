@@ -15,6 +15,7 @@ from pathlib import Path
 
 from gdd_dist import config as configuration
 from gdd_dist.artifacts import CONTENTS, read_json
+from gdd_dist.data.remote import is_remote, remote_manifest
 from gdd_dist.locks import Lock
 from gdd_dist.plan import fingerprints
 from gdd_dist.settings import STEPS, Config
@@ -23,6 +24,8 @@ from sharding.files import fsync_dir
 from sharding.manifest import Manifest
 
 FILE = "users"
+PATIENCE = 5.0
+"""Seconds that the store of a remote data set may fail before its manifest counts as not there."""
 PRECISIONS = ("float32", "bf16", "fp16")
 _DIRECTORY = re.compile(r"([0-9a-f]{16})(\..+)?")
 
@@ -63,10 +66,17 @@ def data_of(out: Path, config: Config) -> Path:
     return configuration.data_directory(config) or out / "data"
 
 
+def manifest_of(out: Path, config: Config) -> Manifest:
+    """The manifest of a run's data set, without fetching more of it. Raises UserError when it cannot be read."""
+    if config.data is not None and is_remote(config.data):
+        return remote_manifest(config.data, PATIENCE)
+    return Manifest.load(data_of(out, config))
+
+
 def planned(out: Path, config: Config, precision: str) -> dict[str, str] | None:
     """STEP → fingerprint as the run's settings plan it; None where its data set is not there."""
     try:
-        manifest = Manifest.load(data_of(out, config))
+        manifest = manifest_of(out, config)
     except UserError:
         return None
     return fingerprints(config, manifest, precision if config.precision == "auto" else config.precision)

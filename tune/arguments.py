@@ -191,3 +191,5 @@ def check_options(o: Options) -> None:
         raise UserError(f"--cpus-per-trial {o.cpus_per_trial:g} is too small; give more than 0")
     if o.gpus_per_trial is not None and not 0 <= o.gpus_per_trial < float("inf"):
         raise UserError(f"--gpus-per-trial {o.gpus_per_trial:g} is too small; give at least 0")
+    if o.ranks_per_trial > 1 and o.gpus_per_trial is not None and 0 < o.gpus_per_trial < 1:
+        raise UserError("the ranks of a trial cannot share a GPU; give --gpus-per-trial 1, or --ranks-per-trial 1")

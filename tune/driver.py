@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -107,9 +108,10 @@ def _compute(search: Search, record: Record, data: str, nodes: list[Node]) -> fi
         config = dataclasses.replace(config, deepspeed_config=str(Path(config.deepspeed_config).resolve()))
     base = Job(config, search.preset, o.ranks_per_trial, o.cpus_per_trial, gpus)
     base = dataclasses.replace(base, config=shared.settle_precision(base))
-    one_node = max(n.slots(o.cpus_per_trial, gpus) for n in nodes)
+    alone = dataclasses.replace(base, gpus=float(math.ceil(gpus)))  # trials may share a GPU; NCCL's ranks may not
+    one_node = max(n.slots(alone.cpus, alone.gpus) for n in nodes)
     ranks = gang.with_ranks(base.config, max(one_node, o.ranks_per_trial))
-    shared.compute(base, out, ranks, cluster.Shrunk(o, ranks))
+    shared.compute(alone, out, ranks, cluster.Shrunk(o, ranks))
     trials(search, record, base)
     best = best_of(record, o.metric)
     if not o.final_seeds:

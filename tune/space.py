@@ -59,8 +59,8 @@ SPACE: tuple[Axis, ...] = (
     Axis("matching.temperature", 0.5, 8.0, log=True, why="softmax temperature of the standardized logits"),
     Axis("matching.lambda_pair", 0.1, 10.0, log=True, zero=0.1, why="weight of the pair loss"),
     Axis("matching.lambda_mean", 0.01, 1.0, log=True, zero=0.2, why="weight of the class-mean loss"),
-    Axis("matching.lambda_adv", 0.01, 1.0, log=True, zero=0.1, why="weight of the adversarial loss"),
-    Axis("matching.lr", 1e-5, 1e-3, log=True, why="learning rate of the generator"),
+    Axis("matching.lambda_adv", 0.03, 3.0, log=True, zero=0.1, why="weight of the adversarial loss"),
+    Axis("matching.lr", 5e-5, 2e-3, log=True, why="learning rate of the generator"),
     Axis("matching.teachers", choices=("all", "last"), why="early snapshots too, or only each training's last"),
     Axis("matching.views", choices=(0, 1, 2), why="cached views used; 0: all, 1: the plain image alone"),
 )

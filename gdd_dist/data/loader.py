@@ -158,6 +158,8 @@ class Images:
         with torch.cuda.stream(self._stream):
             moved = batch.to(self._device, non_blocking=True)
         self._stream.synchronize()
+        # It was allocated on our stream: its memory must wait for those who read it on theirs.
+        moved.record_stream(torch.cuda.current_stream(self._device))
         return moved
 
 

@@ -53,6 +53,21 @@ def test_two_disks_end_with_the_files_of_one(undisturbed, tmp_path):
         assert files(tmp_path / "host-1" / "store" / step / fp, ".safetensors", ".npy") == expected
 
 
+@pytest.mark.slow
+def test_the_report_of_two_disks_has_the_numbers_of_one(reported, tmp_path):
+    for r in (0, 1):
+        reported.copy(tmp_path / f"host-{r}" / "store", "teachers", "logits", "gan", "matching")
+    argv = [*reported.argv, "--store", "store", "--out", "out"]
+    for _ in range(2):  # the second time from what the first left
+        found = ranks.start(tmp_path / "a", argv, 2, before=functools.partial(on_host, folder=tmp_path)).wait()
+        assert found.codes == [0, 0], found.text
+        shutil.rmtree(tmp_path / "host-0" / "store" / "report" / reported.steps["report"]["fingerprint"])
+    trained = [{p.name for p in (tmp_path / f"host-{r}/store/report/rows").glob("*.json")} for r in (0, 1)]
+    assert trained[0] == trained[1] == {p.name for p in (reported.out / "report" / "rows").glob("*.json")}
+    for name in trained[0]:
+        assert len({p.read_bytes() for p in tmp_path.glob(f"host-*/store/report/rows/{name}")}) == 1
+
+
 def send(rank, folder, damage):
     """Rank 0 and rank 1 have a file each (with ``damage`` rank 0 alone, which announces a wrong sha256); what they have in the end."""
     on_host(rank, folder)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -102,11 +103,10 @@ def test_interrupted_it_leaves_nothing_behind_and_a_trial_that_loses_its_process
             assert not any(Path(files).iterdir())
 
         running = Running(out, [*argv, "--resume"], env)
-        running.until(lambda: any((out / "matching").glob("*.lock")))
-        running.until(lambda: bool(open_trials(out, 3)))
-        (robbed, *_) = open_trials(out, 3)
-        lock = out / "matching" / f"{matching_of(out, robbed)}.lock"
-        os.kill(json.loads(lock.read_text())["pid"], signal.SIGKILL)
+        held: dict[str, int] = {}
+        running.until(lambda: held.update(at_work(out, 3)) or bool(held))
+        robbed, pid = next(iter(held.items()))
+        os.kill(pid, signal.SIGKILL)
         assert running.wait() == 0, running.text()
         assert not any(Path(files).iterdir())
     assert f"trial {robbed}: lost its process or node" in running.text()
@@ -116,6 +116,17 @@ def test_interrupted_it_leaves_nothing_behind_and_a_trial_that_loses_its_process
     assert_same_as_undisturbed(out, robbed, tmp_path / "alone")
     left = [p for p in out.rglob("*") if p.name.startswith(".") or p.suffix in (".lock", ".dead", ".partial")]
     assert not [p for p in left if out / "ray" not in p.parents]
+
+
+def at_work(out: Path, reports: int) -> dict[str, int]:
+    """Trial → its process, of those that hold the lock of their matching step; a lock may be a dead one's."""
+    found = {}
+    for name in open_trials(out, reports):
+        with suppress(OSError, ValueError):
+            pid = json.loads((out / "matching" / f"{matching_of(out, name)}.lock").read_text())["pid"]
+            os.kill(pid, 0)
+            found[name] = pid
+    return found
 
 
 def matching_of(out: Path, trial: str) -> str:

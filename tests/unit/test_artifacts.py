@@ -87,6 +87,7 @@ def test_a_crash_while_finishing_leaves_it_unfinished(store, monkeypatch):
     with pytest.raises(OSError, match="gone"):
         store.finish("gan", "f" * 16, {})
     assert not store.finished("gan", "f" * 16)
+    assert (store.partial("gan", "f" * 16) / "checkpoints" / "step-1.pt").exists()  # the next start goes on from there
     monkeypatch.undo()
     store.finish("gan", "f" * 16, {})
     assert {str(p) for p, _, _ in store.files("gan", "f" * 16)} == {
@@ -135,4 +136,7 @@ def test_files_that_were_written_whole_are_known_whatever_a_kill_cut_short(tmp_p
         stream.write('\n{"file": "c.npy", "byt')
     first.note(tmp_path / "d.npy", b"d")
     assert set(second.known()) == {"deep/a.npy", "b.npy", "d.npy"}
-    assert second.known()["deep/a.npy"] == (3, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad")
+    noted = (3, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad")
+    assert second.known()["deep/a.npy"] == {noted}
+    second.note(tmp_path / "deep" / "a.npy", b"")  # damaged, and written anew by another rank
+    assert second.known()["deep/a.npy"] == {noted, second.known()["b.npy"].pop()}

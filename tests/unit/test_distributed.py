@@ -15,7 +15,7 @@ import torch
 from gdd_dist.distributed import World
 from gdd_dist.heartbeat import Watch
 from gdd_dist.meeting import PeerError
-from gdd_dist.program import describe, run_program
+from gdd_dist.program import describe, explained, run_program
 from sharding.errors import UserError
 
 SIZE = 4
@@ -203,6 +203,14 @@ def test_a_fault_of_the_system_is_one_line_with_file_and_remedy(number, says):
 
 def test_a_file_that_a_library_names_in_bytes_is_named_as_any_other():
     assert describe(OSError(errno.EIO, "gone", b"/a/b")).startswith("/a/b: gone; ")
+
+
+def test_a_gpu_without_enough_memory_is_a_fault_that_the_user_can_mend():
+    fault = explained(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), World("cpu"))
+    assert isinstance(fault, UserError)
+    assert "rank 0's GPU has not enough memory for step start; " in str(fault)
+    other = RuntimeError("something else")
+    assert explained(other, None) is other
 
 
 def test_a_message_of_several_lines_becomes_one():

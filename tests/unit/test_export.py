@@ -49,6 +49,9 @@ def expected(made: Made) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Images [N, H, W], labels, soft labels of the set, as Python draws them."""
     generator = gdd_dist.load_generator(made.out, "cpu")
     images, labels = generator.balanced(30)
+    part, some = generator.balanced(7, first=20)
+    assert torch.equal(part, images[20:27])
+    assert some.tolist() == labels[20:27].tolist()
     return images[:, 0].numpy(), labels, generator.soft_labels(images).numpy()
 
 

@@ -123,6 +123,7 @@ def test_a_damaged_search_file_is_named(tmp_path):
         (["--max-concurrent", "-1"], "--max-concurrent -1 is too small"),
         (["--ranks-per-trial", "0"], "--ranks-per-trial 0 is too small"),
         (["--cpus-per-trial", "0"], "--cpus-per-trial 0 is too small"),
+        (["--gpus-per-trial", "0.5", "--ranks-per-trial", "2"], "ranks of a trial cannot share a GPU"),
         (["--gpus-per-trial", "-1"], "--gpus-per-trial -1 is too small"),
         (["--time-budget", "soon"], "soon is no time"),
         (["--time-budget", "0"], "leaves no time"),

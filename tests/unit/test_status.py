@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import stores
 from conftest import Finished
 
 from gdd_dist import status
@@ -186,6 +187,22 @@ def test_without_its_data_a_runs_unfinished_steps_are_kept(out: Path, capsys: py
     assert "its data set is not there" in text
     assert half.exists()
     assert not old.exists()
+
+
+def test_of_remote_data_only_the_manifest_is_fetched(
+    out: Path, reported: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    config = out / "config.yaml"
+    text = config.read_text()
+    where = next(row for row in text.splitlines() if row.startswith("data:"))
+    server = stores.Web()
+    url = server.upload(Path(where.removeprefix("data: ")), "digits")
+    config.write_text(text.replace(where, f"data: {url}"))
+    assert f"data: {url} (digits" in said(capsys, out)
+    assert {path.rpartition("/")[2] for path, _ in server.log} == {"manifest.json"}
+    assert not (tmp_path / "home").exists()
+    server.close()
 
 
 def test_wrong_use_is_one_line(out: Path, tmp_path: Path, shared: tuple[Path, Path, Path]) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from gdd_dist import config, teachers
 from gdd_dist.artifacts import read_json
 from gdd_dist.check import check_teams
+from gdd_dist.context import train_order
 from gdd_dist.distributed import World
 from gdd_dist.engines import DDPEngine
 from gdd_dist.finite import Skips
@@ -187,6 +188,14 @@ def test_batches_that_cannot_be_cut_so_are_refused(changes, says):
     found = dataclasses.replace(found, teachers=dataclasses.replace(found.teachers, **changes))
     with pytest.raises(UserError, match=says):
         check_teams(found, 4)
+
+
+def test_streams_for_thousands_of_ranks_leave_a_teachers_smaller_batch_alone():
+    argv = ["--preset", "digits", "--loader.streams", "512", "--gan.batch", "512", "--teachers.batch", "96"]
+    found = config.parse(argv).config
+    check_teams(found, 4)
+    assert train_order(found, "teachers", [500, 500], "teacher").streams == 32
+    assert train_order(found, "gan", [500, 500], "gan").streams == 512
 
 
 def test_a_student_may_have_no_batch_norm(tiny, tmp_path):
