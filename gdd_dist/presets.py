@@ -51,7 +51,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "matching.quick_steps": 400,
         "matching.quick_batch": 10,
         "report.epochs": 400,
-        "report.full_epochs": 12,
+        "report.full_epochs": 20,
         "report.label_temperature": 2.0,
     },
     "cifar10": _NATURAL,
