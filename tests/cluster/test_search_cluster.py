@@ -34,10 +34,7 @@ def test_ranks_of_a_trial_on_two_nodes_compute_what_one_rank_does(hosts, tiny, t
     found = outcomes(out)
     assert len(found) == 5
     assert {line["status"] for line in found.values()} == {"finished", "stopped"}
-    end = time.monotonic() + 60
-    while hosts.free() < len(hosts.nodes) and time.monotonic() < end:
-        time.sleep(0.2)
-    assert hosts.free() == len(hosts.nodes)  # what was stopped freed both nodes
+    assert_idle(hosts)  # what was stopped freed both nodes
     assert_shared(out)
 
     trial, alone = out / "trials" / "000", tmp_path / "alone"
@@ -53,6 +50,14 @@ def test_ranks_of_a_trial_on_two_nodes_compute_what_one_rank_does(hosts, tiny, t
     history = progress(out, "000")[-1]["history"]
     for ours, theirs in zip(history, _history(alone), strict=True):
         assert abs(ours["val"] - theirs["val"]) <= 2 * max(1.0, ours["stderr"] + theirs["stderr"])
+
+
+def assert_idle(hosts):
+    """Ray comes to know that every node is free, and that those lost are gone: it takes some heartbeats."""
+    end = time.monotonic() + 60
+    while hosts.free() != len(hosts.nodes) and time.monotonic() < end:
+        time.sleep(0.2)
+    assert hosts.free() == len(hosts.nodes)
 
 
 def _history(out: Path):
@@ -97,6 +102,7 @@ def test_a_node_of_three_is_lost_and_another_added_in_mid_search(hosts, tiny, tm
 def test_a_node_lost_in_the_shared_steps_is_waited_for_and_they_go_on(hosts, tiny, tmp_path):
     while len(hosts.nodes) > 2:
         hosts.lose(hosts.nodes.pop())
+    assert_idle(hosts)
     out = tmp_path / "out"
     argv = [*tiny, "--gan.steps", "150", "--checkpoint_seconds", "0", "--trials", "2", "--final-seeds", "0"]
     running = Running(out, [*argv, "--address", hosts.address, "--ranks-per-trial", "2"], ENVIRONMENT)
