@@ -18,6 +18,7 @@ from gdd_dist.data.loader import Images
 from gdd_dist.data.order import Order, permutation
 from gdd_dist.disks import Disks
 from gdd_dist.distributed import World
+from gdd_dist.engines import resolve_precision
 from gdd_dist.models.classifiers import Classifier, build_classifier
 from gdd_dist.monitor import Monitor, say
 from gdd_dist.networks import Teacher
@@ -144,6 +145,11 @@ class Context:
     def passing(self, what: str, total: int, unit: str = "step") -> Monitor:
         """Progress of a part of a step: on rank 0, of its own share."""
         return Monitor(None, what, total, unit=unit, active=self.world.is_main, passing=True)
+
+
+def agreed_precision(config: Config, world: World) -> str:
+    """The run's precision: ``auto`` as rank 0 resolves it, so that hosts of different hardware compute alike. All ranks call it."""
+    return str(world.broadcast(resolve_precision(config.precision, world.device)))
 
 
 def train_order(config: Config, step: str, shard_samples: Sequence[int], purpose: str) -> Order:

@@ -17,10 +17,9 @@ from gdd_dist import logits
 from gdd_dist.artifacts import Store, read_json
 from gdd_dist.check import check
 from gdd_dist.config import data_directory
-from gdd_dist.context import Context
+from gdd_dist.context import Context, agreed_precision
 from gdd_dist.counts import gan_left, logits_left, matching_left, report_left, teachers_left, trainings_left
 from gdd_dist.distributed import World
-from gdd_dist.engines import resolve_precision
 from gdd_dist.made_up import MadeUp
 from gdd_dist.networks import GENERATOR, TEACHERS
 from gdd_dist.plan import fingerprints
@@ -57,7 +56,7 @@ def show(world: World, config: Config) -> None:
         data, built = data_or_digits(config, out, Path(scratch))
         manifest = Manifest.load(data)
         check(config, manifest, world.size, world.device)
-        precision = world.broadcast(resolve_precision(config.precision, world.device))
+        precision = agreed_precision(config, world)
         store = Store(store_of(out, config))
         ctx = Context(config, world, data, manifest, store, out, precision, keeps=False)
         fps = fingerprints(config, manifest, precision)

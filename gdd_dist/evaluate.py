@@ -11,9 +11,8 @@ from typing import Any
 from gdd_dist import config as configuration
 from gdd_dist.arguments import Parser
 from gdd_dist.artifacts import CONTENTS, Store, read_json, write_json
-from gdd_dist.context import Context
+from gdd_dist.context import Context, agreed_precision
 from gdd_dist.distributed import World
-from gdd_dist.engines import resolve_precision
 from gdd_dist.grading import evaluate, log_accuracies
 from gdd_dist.metrics import document
 from gdd_dist.networks import GENERATOR, read_network
@@ -123,7 +122,7 @@ def main(argv: Sequence[str], joined: Callable[[World], None]) -> None:
     world = World(config.device, config.timeout)
     joined(world)
     note_preemption(world, out)
-    precision = world.broadcast(resolve_precision(config.precision, world.device))
+    precision = agreed_precision(config, world)
     ctx = Context(config, world, data, manifest, store, out, precision)
     world.enter("verify")
     if config.verify:

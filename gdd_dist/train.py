@@ -16,10 +16,9 @@ from gdd_dist import dryrun, gan, logits, matching, report, teachers
 from gdd_dist.artifacts import CHECKPOINTS, Store, clean, link_latest, read_json, write_json
 from gdd_dist.board import write_layout
 from gdd_dist.check import check
-from gdd_dist.context import Context
+from gdd_dist.context import Context, agreed_precision
 from gdd_dist.disks import Disks
 from gdd_dist.distributed import World
-from gdd_dist.engines import resolve_precision
 from gdd_dist.locks import Lock, holding, in_use
 from gdd_dist.metrics import commit, versions
 from gdd_dist.monitor import say, write_text
@@ -111,7 +110,7 @@ def run(
 ) -> None:
     """All steps up to --until. ``shards``: status and seconds of the data set so far; ``on_interval``: matching's listener."""
     manifest = Manifest.load(data)
-    precision = world.broadcast(resolve_precision(config.precision, world.device))
+    precision = agreed_precision(config, world)
     check(config, manifest, world.size, world.device)
     store = Store(store_of(out, config))
     ctx = Context(config, world, data, manifest, store, out, precision, on_interval=on_interval)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gdd_dist import config as configuration
 from gdd_dist.artifacts import CONTENTS, read_json
-from gdd_dist.data.remote import is_remote, remote_manifest
+from gdd_dist.data.remote import read_manifest
 from gdd_dist.locks import Lock
 from gdd_dist.plan import fingerprints
 from gdd_dist.settings import STEPS, Config
@@ -68,9 +68,7 @@ def data_of(out: Path, config: Config) -> Path:
 
 def manifest_of(out: Path, config: Config) -> Manifest:
     """The manifest of a run's data set, without fetching more of it. Raises UserError when it cannot be read."""
-    if config.data is not None and is_remote(config.data):
-        return remote_manifest(config.data, PATIENCE)
-    return Manifest.load(data_of(out, config))
+    return read_manifest(config.data or str(out / "data"), PATIENCE)
 
 
 def planned(out: Path, config: Config, precision: str) -> dict[str, str] | None:

@@ -8,8 +8,6 @@ from torch import Tensor
 
 def to_float(images: Tensor, device: torch.device) -> Tensor:
     """uint8 [B, C, H, W] → float32 in [-1, 1] on ``device``."""
-    if images.is_cuda:
-        images.record_stream(torch.cuda.current_stream(images.device))  # its memory may come from a loader's stream
     return images.to(device, non_blocking=True).contiguous().float().mul_(1 / 127.5).sub_(1)
 
 

@@ -58,14 +58,17 @@ class Cache:
         return Cache(Path(directory) if directory else home / "gdd_dist" / "data", parse_size(limit), patience)
 
 
-def read_manifest(data: str) -> Manifest:
-    """The manifest of a directory or a URL; of a URL once in a process, so that it cannot change under a run."""
-    return remote_manifest(data) if is_remote(data) else Manifest.load(data)
+def read_manifest(data: str, patience: float = 60.0) -> Manifest:
+    """The manifest of a directory or a URL; of a URL once in a process, so that it cannot change under a run.
+
+    ``patience``: seconds for which a store may fail.
+    """
+    return remote_manifest(data, patience) if is_remote(data) else Manifest.load(data)
 
 
 @cache
-def remote_manifest(data: str, patience: float = 60.0) -> Manifest:
-    """The manifest of a URL. ``patience``: seconds for which the store may fail."""
+def remote_manifest(data: str, patience: float) -> Manifest:
+    """The manifest of a URL, fetched once."""
     return parse_manifest(Source(data, patience).content(FILE), f"{data}/{FILE}")
 
 
