@@ -56,9 +56,9 @@ class Target:
     channels: int
 
     def keeps(self, seen: Seen) -> bool:
-        """Whether the source bytes are stored unchanged."""
+        """Whether the source bytes are stored unchanged: decoders make equal channels of a grey image among colours."""
         fits = (seen.height, seen.width) == (self.height, self.width)
-        return bool(seen.kept_as) and fits and seen.grey == (self.channels == 1)
+        return bool(seen.kept_as) and fits and (seen.grey or self.channels == 3)
 
 
 def digest_of(item: Item) -> bytes:

@@ -20,7 +20,8 @@ from sharding.manifest import Manifest, ShardInfo
 
 # Each map holds a file descriptor; a data set may have more shards than a process may hold descriptors.
 OPEN_SHARDS = 256
-_COLORSPACES = {1: ("Gray",), 3: ("YCbCr", "RGB")}
+_COLORSPACES = {1: ("Gray",), 3: ("YCbCr", "RGB", "Gray")}
+_MODES = {1: ("L",), 3: ("RGB", "L")}
 
 
 class Shards:
@@ -145,7 +146,7 @@ def verify_shard(directory: Path | str, info: ShardInfo) -> None:
 
 
 def decode(payload: bytes | memoryview, out: NDArray[np.uint8]) -> None:
-    """Decode a JPEG, PNG or WebP image into `out`, a C-contiguous uint8 [H, W, C] with C = 1 or 3 (RGB).
+    """Decode a JPEG, PNG or WebP image into `out`, a C-contiguous uint8 [H, W, C] with C = 1 or 3 (RGB; grey gives R = G = B).
 
     Raises ValueError with the reason when the bytes are damaged or size or mode does not fit. JPEG decoding releases
     the interpreter lock and writes into `out` without a copy.
@@ -169,11 +170,11 @@ def _decode_jpeg(payload: bytes | memoryview, out: NDArray[np.uint8]) -> None:
 def _decode_pillow(payload: bytes | memoryview, out: NDArray[np.uint8]) -> None:
     try:
         with Image.open(io.BytesIO(payload), formats=("PNG", "WEBP")) as image:
-            mode = "L" if out.shape[2] == 1 else "RGB"
-            if image.mode != mode or image.size != (out.shape[1], out.shape[0]):
+            if image.mode not in _MODES[out.shape[2]] or image.size != (out.shape[1], out.shape[0]):
                 found = f"{image.width}x{image.height} {image.mode}"
                 raise ValueError(f"an image of {found} where {_wanted(out)} is expected")
-            out[...] = np.asarray(image).reshape(out.shape)
+            # A grey image among colours is one channel that numpy repeats.
+            out[...] = np.asarray(image).reshape(*out.shape[:2], -1)
     # Pillow's plugins answer damaged bytes with exceptions of many types.
     except Exception as error:
         raise ValueError(str(error) or type(error).__name__) from error

@@ -5,7 +5,8 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from threading import Lock
 from typing import Any, TypeVar
 
@@ -19,34 +20,39 @@ Task = TypeVar("Task")
 PREFETCH_BYTES = 256 * 2**20
 """Batches read ahead take no more memory than this, but for one, which is always read ahead."""
 READERS = 2
-"""Batches that are read at a time: when the last images of one are handed out, decoding threads go on with the next."""
+"""Batches that are read at a time, with half of the decoding threads each: threads wait for one another, and for the interpreter,
+less often than where all of them share each batch."""
 FEW = 32
 """So many images are not worth waking other threads."""
 
 
 class Workers:
-    """Threads that share the images of batches, in the order in which the batches came."""
+    """``threads`` threads that decode batches, READERS at a time: those who ask for a batch, and helpers of theirs."""
 
     def __init__(self, threads: int) -> None:
-        self._threads, self._alone = threads, Lock()
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode") if threads > 1 else None
+        self._alone = Lock() if threads < READERS else nullcontext()
+        self._helpers = -(-threads // READERS) - 1
+        most = READERS * self._helpers
+        self._pool = ThreadPoolExecutor(most, thread_name_prefix="decode") if most else None
 
     def share(self, work: Callable[[Iterator[Task]], None], tasks: list[Task]) -> None:
-        """``work(tasks)`` on every thread, of which each takes what no other has taken, one by one.
+        """``work(tasks)`` on this thread and its helpers, of which each takes what no other has taken, one by one.
 
         Raises what ``work`` raises, when no thread works on these tasks any more.
         """
         # A list's iterator gives each task to one thread; one that the system delays holds up no other.
         left = iter(tasks)
-        if self._pool is None:
+        if self._pool is None or len(tasks) <= FEW:
             with self._alone:
                 work(left)
-        elif len(tasks) <= FEW:
+            return
+        turns = [self._pool.submit(work, left) for _ in range(self._helpers)]
+        try:
             work(left)
-        else:
-            for fault in [turn.exception() for turn in [self._pool.submit(work, left) for _ in range(self._threads)]]:
-                if fault is not None:
-                    raise fault
+        finally:
+            wait(turns)
+        for turn in turns:
+            turn.result()
 
 
 class Buffers:

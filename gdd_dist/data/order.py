@@ -8,7 +8,7 @@ rank draws its own slots and nothing else, and any world size draws the same glo
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -17,21 +17,23 @@ import numpy as np
 
 _MASK = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
+RUN = 16
+"""Steps whose samples are looked up at once: numpy's calls cost more than what they do for one batch."""
 
 
-def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
-    """Philox-4x32-10: ``counter`` uint32 [..., 4] and a key of two 32-bit words → uint32 [..., 4]."""
+def philox(counter: np.ndarray, key: tuple[int, int] | tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """Philox-4x32-10: ``counter`` uint32 [..., 4] and a key of two 32-bit words, or uint64 [...] of such → uint32 [..., 4]."""
     c0, c1, c2, c3 = (counter[..., i].astype(np.uint64) for i in range(4))
-    k0, k1 = key
+    k0, k1 = (np.asarray(word, np.uint64) for word in key)
     for _ in range(10):
         p0, p1 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
         c0, c1, c2, c3 = (
-            (p1 >> _SHIFT) ^ c1 ^ np.uint64(k0),
+            (p1 >> _SHIFT) ^ c1 ^ k0,
             p1 & _MASK,
-            (p0 >> _SHIFT) ^ c3 ^ np.uint64(k1),
+            (p0 >> _SHIFT) ^ c3 ^ k1,
             p0 & _MASK,
         )
-        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+        k0, k1 = (k0 + np.uint64(0x9E3779B9)) & _MASK, (k1 + np.uint64(0xBB67AE85)) & _MASK
     return np.stack([c0, c1, c2, c3], axis=-1).astype(np.uint32)
 
 
@@ -69,8 +71,16 @@ def normal(seed: int, purpose: str, step: int, slots: np.ndarray, n: int) -> np.
 
 def permutation(seed: int, purpose: str, step: int, n: int) -> np.ndarray:
     """A permutation of range(n), int64 [n]."""
-    words = _bits(seed, purpose, step, np.zeros(1), 8)[0]
-    return np.random.Generator(np.random.Philox(key=words[:4].astype("<u4").view("<u8"))).permutation(n)
+    return permutations(seed, [purpose], step, n)[0]
+
+
+def permutations(seed: int, purposes: Sequence[str], step: int, n: int) -> np.ndarray:
+    """`permutation` of each purpose, int64 [len(purposes), n], for less: their keys are drawn at once."""
+    keys = np.array([_key(seed, purpose) for purpose in purposes], np.uint64)
+    counter = np.array([[0, 0, step & 0xFFFFFFFF, step >> 32 << 16]], np.uint32)  # as _bits counts for slot 0
+    words = philox(counter, (keys[:, 0], keys[:, 1])).astype("<u4")
+    draws = (np.random.Generator(np.random.Philox(key=four.view("<u8"))) for four in words)
+    return np.stack([draw.permutation(n) for draw in draws])
 
 
 def dealt(seed: int, purpose: str, positions: np.ndarray, n: int) -> np.ndarray:
@@ -166,60 +176,60 @@ class Order:
         if self.streams % world:
             raise ValueError(f"{world} ranks do not divide {self.streams} streams")
         epoch, within = divmod(step, self.steps_per_epoch)
-        mine = self.streams // world
-        shuffled = self._shuffled(epoch, rank * mine, mine, within * self.share)
-        begins = np.arange(rank * mine, (rank + 1) * mine) * (self.samples // self.streams)
-        return self._to_samples(epoch, (begins[:, None] + shuffled).ravel())
+        run, at = divmod(within, RUN)
+        found: np.ndarray = self._keep(self._draw_run, (epoch, rank, world, run), 4)
+        return found[:, at * self.share : (at + 1) * self.share].ravel()
 
-    def _shuffled(self, epoch: int, first: int, count: int, start: int) -> np.ndarray:
-        """Places inside ``count`` streams from ``first`` on, of the share that begins at ``start``: int64 [count, share]."""
-        parts, position, stop = [], start, start + self.share
+    def _draw_run(self, epoch: int, rank: int, world: int, run: int) -> np.ndarray:
+        """A rank's samples in RUN steps, fewer at the epoch's end: int64 [streams / world, steps · share]."""
+        mine = self.streams // world
+        first, last = run * RUN, min((run + 1) * RUN, self.steps_per_epoch)
+        shuffled = self._shuffled(epoch, rank * mine, mine, first * self.share, last * self.share)
+        begins = np.arange(rank * mine, (rank + 1) * mine) * (self.samples // self.streams)
+        return self._to_samples(epoch, begins[:, None] + shuffled)
+
+    def _shuffled(self, epoch: int, first: int, count: int, start: int, stop: int) -> np.ndarray:
+        """Places inside ``count`` streams from ``first`` on, of those from ``start`` to ``stop``: int64 [count, stop - start]."""
+        parts, position = [], start
         while position < stop:
             window = position // self.window
             begin = window * self.window
             end = min(begin + self.window, stop)
-            inner = self._windows(epoch, first, count, window)
+            inner: np.ndarray = self._keep(self._draw_windows, (epoch, first, count, window), 2)
             parts.append(begin + inner[:, position - begin : end - begin])
             position = end
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
     def _to_samples(self, epoch: int, places: np.ndarray) -> np.ndarray:
         """Places on the epoch's ring → sample indices."""
-        shards, ends, offset = self._ring(epoch)
+        shards, ends, offset = self._keep(self._draw_ring, (epoch,), 2)
         places = (places + offset) % self.samples
         k = np.searchsorted(ends, places, side="right")
         shard = shards[k]
         sizes = self._starts[shard + 1] - self._starts[shard]
-        return self._starts[shard] + places - (ends[k] - sizes)
+        return np.asarray(self._starts[shard] + places - (ends[k] - sizes))
 
     @cached_property
-    def _recent(self) -> dict[tuple[int, ...], Any]:
+    def _recent(self) -> dict[tuple[Any, ...], Any]:
         """What the last batches were cut from. Each order has its own: to find it among others would hash a million shards."""
         return {}
 
-    def _keep(self, key: tuple[int, ...], draw: Callable[..., Any], most: int) -> Any:
-        """``draw(*key)``, kept while fewer than ``most`` of its kind came after it."""
+    def _keep(self, draw: Callable[..., Any], of: tuple[int, ...], most: int) -> Any:
+        """``draw(*of)``, kept while fewer than ``most`` of its kind came after it."""
+        key = (draw.__name__, *of)
         value = self._recent.get(key)
         if value is None:
-            value = self._recent[key] = draw(*key)
-            alike = [k for k in list(self._recent) if len(k) == len(key)]
+            value = self._recent[key] = draw(*of)
+            alike = [k for k in list(self._recent) if k[0] == key[0]]
             for old in alike[:-most]:
                 self._recent.pop(old, None)
         return value
-
-    def _windows(self, epoch: int, first: int, count: int, window: int) -> np.ndarray:
-        found: np.ndarray = self._keep((epoch, first, count, window), self._draw_windows, 2)
-        return found
-
-    def _ring(self, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
-        found: tuple[np.ndarray, np.ndarray, int] = self._keep((epoch,), self._draw_ring, 2)
-        return found
 
     def _draw_windows(self, epoch: int, first: int, count: int, window: int) -> np.ndarray:
         """The shuffle of one window in each of ``count`` streams: int64 [count, size]."""
         size = min(self.window, self.samples // self.streams - window * self.window)
         purposes = [f"{self.purpose}/window/{epoch}/{stream}" for stream in range(first, first + count)]
-        return np.stack([permutation(self.seed, purpose, window, size) for purpose in purposes])
+        return permutations(self.seed, purposes, window, size)
 
     def _draw_ring(self, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
         """The epoch's shards in their order, the running end of each, and where the ring starts."""

@@ -8,6 +8,7 @@ import tarfile
 import numpy as np
 import pytest
 import webdataset
+from PIL import Image
 from tars import image, labelled, samples, tar
 
 from sharding.errors import UserError
@@ -41,6 +42,14 @@ def stock(paths):
         label = sample["cls"] if "cls" in sample else str(json.loads(sample["json"])["label"])
         found.append((sample[kinds[0]], int(label)))
     return sorted(found)
+
+
+def turned(payload):
+    """The same JPEG with metadata that says it lies on its side."""
+    stream, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    Image.open(io.BytesIO(payload)).save(stream, "JPEG", exif=exif)
+    return stream.getvalue()
 
 
 def mixed():
@@ -153,10 +162,10 @@ def test_a_foreign_tar_that_changes_later_is_named(source, tmp_path):
     ("change", "options"),
     [
         ({"zz.jpg": image(9, size=9), "zz.cls": b"1"}, {"image_size": 8}),
-        ({"zz.jpg": image(9, mode="L"), "zz.cls": b"1"}, {}),
+        ({"zz.jpg": turned(image(9)), "zz.cls": b"1"}, {}),
         (None, {"image_size": 4}),
     ],
-    ids=["another size", "grey among colours", "another size asked for"],
+    ids=["another size", "turned by its metadata", "another size asked for"],
 )
 def test_tars_that_do_not_fit_are_rewritten(source, tmp_path, change, options):
     if change:
@@ -166,6 +175,15 @@ def test_tars_that_do_not_fit_are_rewritten(source, tmp_path, change, options):
     assert not any(p.is_symlink() for p in data.rglob("*.tar"))
     assert manifest.splits["train"].samples + manifest.splits["val"].samples == 90 + bool(change)
     verify(data, deep=True, log=silent)
+
+
+def test_grey_images_among_colours_lie_where_they_are(source, tmp_path):
+    grey = image(9, mode="L")
+    tar(tmp_path / "in/train-1.tar", samples(100, 30) | {"zz.jpg": grey, "zz.cls": b"1"})
+    manifest = build(source, tmp_path / "data", Options(val_fraction=0.2, workers=1)).manifest
+    assert manifest.channels == 3
+    assert all(p.is_symlink() for p in (tmp_path / "data").rglob("*.tar"))
+    assert (grey, 1) in everything(tmp_path / "data")
 
 
 def test_one_pattern_is_split_and_rewritten(tmp_path):

@@ -93,7 +93,7 @@ def test_images_of_every_kind_become_one_kind(tmp_path):
     Image.fromarray(pixels(5)).convert("CMYK").save(folder / "b/cmyk.tif")
     manifest = build(f"folder:{folder}", tmp_path / "d", ONE).manifest
     assert (manifest.height, manifest.width, manifest.channels) == (8, 8, 3)
-    kept = [(folder / name).read_bytes() for name in ("a/photo.jpeg", "b/wrong suffix.jpg")]
+    kept = [(folder / name).read_bytes() for name in ("a/grey.png", "a/photo.jpeg", "b/wrong suffix.jpg")]
     stored = []
     for name in manifest.splits:
         shards = Shards(tmp_path / "d", manifest, name)
@@ -102,7 +102,7 @@ def test_images_of_every_kind_become_one_kind(tmp_path):
             decode(shards.payload(i), np.empty((8, 8, 3), np.uint8))
     assert len(stored) == 13
     assert all(payload in stored for payload in kept)
-    assert (folder / "a/grey.png").read_bytes() not in stored
+    assert (folder / "b/alpha.png").read_bytes() not in stored
 
 
 def test_a_set_of_single_channel_images_stays_so(tmp_path):

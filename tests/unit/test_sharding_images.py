@@ -34,14 +34,20 @@ def test_bytes_that_fit_are_kept(kind, suffix):
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_single_channel_bytes_are_kept_in_a_single_channel_set_and_converted_in_another(kind):
+def test_single_channel_bytes_are_kept_among_colours_too_and_give_equal_channels(kind):
     payload = encoded(pixels(0, channels=1), kind)
     assert inspect(payload).grey
     assert stored(payload, GREY)[1] == payload
-    suffix, data, out = stored(payload, RGB)
-    assert suffix == "png"
-    assert data != payload
+    _, data, out = stored(payload, RGB)
+    assert data == payload
     assert (out == stored(payload, GREY)[2]).all()
+    assert (out == np.asarray(Image.open(io.BytesIO(payload)).convert("RGB"))).all()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_colours_do_not_decode_into_a_single_channel(kind):
+    with pytest.raises(ValueError, match="8x8 .* where 8x8 grey is expected"):
+        decode(encoded(pixels(0), kind), np.empty((8, 8, 1), np.uint8))
 
 
 @pytest.mark.parametrize("kind", ["BMP", "TIFF", "GIF", "PPM"])
