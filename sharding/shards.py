@@ -85,8 +85,9 @@ class Shards:
         shards = np.searchsorted(self._starts, indices, side="right") - 1
         starts = self._offsets[indices]
         ends = starts + self._sizes[indices]
+        maps = {shard: self._map(shard) for shard in np.unique(shards).tolist()}
         spans = zip(shards.tolist(), starts.tolist(), ends.tolist(), strict=True)
-        return [self._map(shard)[start:end] for shard, start, end in spans]
+        return [maps[shard][start:end] for shard, start, end in spans]
 
     def _open(self, shard: int) -> memoryview:
         info = self._infos[shard]
