@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tars import image, jpeg_bomb, tar
 
 from gdd_dist.data import loader
+from gdd_dist.data.batches import FEW, Workers
 from gdd_dist.data.loader import Images, prefetch, to_float, to_uint8
 from sharding.errors import UserError
 from sharding.manifest import Manifest
@@ -106,10 +107,38 @@ def test_an_image_that_does_not_decode_is_named_with_its_file(digits, manifest, 
     payload = bytes(images.shards.payload(bad))
     monkeypatch.setattr(loader, "decode", lambda data, out: decode(data[:20] if bytes(data) == payload else data, out))
     with pytest.raises(UserError) as e:
-        images.read(np.arange(20))
+        images.read(np.arange(70))
     assert str(digits / manifest.splits["val"].shards[shard].file) in str(e.value)
     assert f"row {row}" in str(e.value)
     assert images.read(np.arange(8, 20)).shape == (12, 1, 16, 16)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+@pytest.mark.parametrize("count", [0, FEW, FEW + 1, 500])
+def test_workers_take_each_task_once(threads, count):
+    done = []
+    Workers(threads).share(lambda tasks: done.extend(tasks), list(range(count)))
+    assert sorted(done) == list(range(count))
+
+
+@pytest.mark.parametrize("where", ["MainThread", "decode"])
+def test_a_fault_on_one_thread_comes_when_none_works_any_more(where):
+    taken, done, wait = [], [], threading.Event()
+
+    def work(tasks):
+        for task in tasks:
+            taken.append(task)
+            wait.wait(0.001)
+            if threading.current_thread().name.startswith(where):
+                raise UserError(f"{where}; mend it")
+            done.append(task)
+
+    with pytest.raises(UserError, match=where):
+        Workers(4).share(work, list(range(200)))
+    assert len(taken) > len(done)
+    before = list(taken)
+    time.sleep(0.05)
+    assert taken == before
 
 
 @pytest.mark.parametrize("size", [4, 12, 65500])
