@@ -43,7 +43,7 @@ def check_ranks(config: Config, world: int) -> None:
             raise UserError(
                 f"--{name}.batch {batch} is smaller than the {world} ranks; use at most {batch} ranks or a larger batch"
             )
-    streams = config.loader.streams_of(config.gan.batch)
+    streams = config.streams("gan")
     if config.gan.batch % streams:
         raise UserError(
             f"--loader.streams {streams} does not divide --gan.batch {config.gan.batch}; change one of them"
@@ -69,7 +69,7 @@ def check_ranks(config: Config, world: int) -> None:
 
 def check_teams(config: Config, world: int) -> None:
     """Teams divide the ranks, a team's ranks the streams of a teacher's batch, micro-batches a rank's share of it."""
-    t, streams = config.teachers, config.loader.teacher_streams_of(config.teachers.batch)
+    t, streams = config.teachers, config.streams("teachers")
     team, share = f"--teachers.ranks_per_teacher {t.ranks_per_teacher}", t.batch // t.ranks_per_teacher
     if world % t.ranks_per_teacher:
         raise UserError(f"{team} does not divide the {world} ranks; use {_divisors(world)}")

@@ -11,6 +11,7 @@ import shtab
 from gdd_dist import config, doctor, evaluate, export, status
 from gdd_dist.arguments import Parser
 from gdd_dist.distributed import World
+from gdd_dist.options import options
 from gdd_dist.program import run_program
 
 DIRECTORIES, FILES = ("data", "out", "store", "dest"), ("config", "deepspeed_config")
@@ -29,7 +30,7 @@ def script(shell: str) -> str:
     for name, make in PROGRAMS.items():
         parser = make()
         parser.prog = name
-        choices = {option: f.metadata["choices"] for option, _, f in config.options()}
+        choices = {option: f.metadata["choices"] for option, _, f in options()}
         for action in parser._actions:
             if action.choices is None and choices.get(action.dest):
                 action.choices = choices[action.dest]

@@ -7,19 +7,19 @@ import dataclasses
 import difflib
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 import yaml
 from jsonargparse import ArgumentParser
 
 from gdd_dist import pretrained
 from gdd_dist.data.remote import Cache, open_data, read_manifest
+from gdd_dist.options import options, validate
 from gdd_dist.presets import PRESETS
 from gdd_dist.settings import SECTIONS, Config
 from sharding.errors import UserError
-from sharding.plan import parse_size
 
 _FLAGS = {
     "print_config": "print every setting as YAML and exit",
@@ -35,16 +35,6 @@ class Command:
     preset: str
     print_config: bool
     dry_run: bool
-
-
-def options() -> Iterator[tuple[str, type, dataclasses.Field[Any]]]:
-    """(name, type, field) of every setting: ``seed``, …, ``matching.temperature``, …"""
-    for section in (None, *SECTIONS):
-        owner: Any = Config if section is None else type(getattr(Config(), section))
-        hints = get_type_hints(owner)
-        for f in dataclasses.fields(owner):
-            if section is not None or f.name not in SECTIONS:
-                yield (f.name if section is None else f"{section}.{f.name}"), hints[f.name], f
 
 
 def _item_type(hint: Any) -> tuple[Any, bool]:
@@ -262,46 +252,6 @@ def data_directory(config: Config) -> Path | None:
     loader = config.loader
     cache = Cache.of(loader.cache_dir, loader.cache_limit, loader.patience)
     return None if config.data is None else open_data(config.data, cache)
-
-
-def validate(config: Config) -> None:
-    """Raise UserError for the first setting outside its bounds."""
-    for name, _, f in options():
-        section, _, leaf = name.rpartition(".")
-        value = getattr(getattr(config, section) if section else config, leaf)
-        for item in value if isinstance(value, tuple) else (value,):
-            _check(name, item, f.metadata)
-        if value == ():
-            raise UserError(f"--{name} is empty; give at least one value")
-    for name in ("loader.augment", "gan.augment"):
-        section, _, leaf = name.partition(".")
-        _check_augment(name, getattr(getattr(config, section), leaf))
-    parse_size(config.loader.cache_limit)
-    if config.matching.batch % config.matching.group:
-        raise UserError(
-            f"--matching.batch {config.matching.batch} is not a multiple of --matching.group {config.matching.group}; change one of them"
-        )
-
-
-def _check(name: str, value: Any, meta: Mapping[str, Any]) -> None:
-    if value is None:
-        return
-    if meta["choices"] and value not in meta["choices"]:
-        raise UserError(f"--{name} {value} is not known; choose {', '.join(meta['choices'])}")
-    if isinstance(value, float) and value != value:
-        raise UserError(f"--{name} is not a number; give one")
-    if meta["low"] is not None and value < meta["low"]:
-        raise UserError(f"--{name} {value} is too small; give at least {meta['low']}")
-    if meta["above"] is not None and value <= meta["above"]:
-        raise UserError(f"--{name} {value} is too small; give more than {meta['above']}")
-    if meta["high"] is not None and value > meta["high"]:
-        raise UserError(f"--{name} {value} is too large; give at most {meta['high']}")
-
-
-def _check_augment(name: str, value: str) -> None:
-    parts = set(value.split("_"))
-    if value != "none" and not parts <= {"color", "crop", "cutout"}:
-        raise UserError(f"--{name} {value} is not known; join color, crop, cutout by _, or give none")
 
 
 def to_yaml(config: Config, preset: str) -> str:

@@ -154,11 +154,9 @@ def agreed_precision(config: Config, world: World) -> str:
 
 def train_order(config: Config, step: str, shard_samples: Sequence[int], purpose: str) -> Order:
     """The order in which ``step`` sees train, in batches of its ``batch``. Raises UserError when that does not fit."""
-    batch = getattr(config, step).batch
-    loader = config.loader
-    streams = loader.teacher_streams_of(batch) if step == "teachers" else loader.streams_of(batch)
+    batch, streams, window = getattr(config, step).batch, config.streams(step), config.loader.window
     try:
-        return Order(tuple(shard_samples), batch, streams, config.step_seed(step), purpose, loader.window)
+        return Order(tuple(shard_samples), batch, streams, config.step_seed(step), purpose, window)
     except ValueError as e:
         raise UserError(f"--{step}.batch: {e}; make it smaller") from e
 

@@ -32,7 +32,7 @@ def run_program(main: Callable[[list[str], Callable[[World], None]], None], argv
 
     def joined(w: World) -> None:
         nonlocal world
-        world, asked.patient = w, True
+        world, asked.patient, asked.ranks = w, True, w.size
 
     os.umask(os.umask(0) | 0o002)  # the user's, but nothing is ever writable by all
     threading.excepthook = _in_thread

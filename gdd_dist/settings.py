@@ -64,14 +64,6 @@ class Loader:
         300.0, "seconds for which the store of a remote --data may fail before the run ends", low=0, where=True
     )
 
-    def streams_of(self, batch: int) -> int:
-        """The canonical streams of a global batch of gan."""
-        return self.streams or default_streams(batch)
-
-    def teacher_streams_of(self, batch: int) -> int:
-        """Those of a teacher's batch, which is dealt to a team at most: as many of ``streams`` as divide it."""
-        return math.gcd(self.streams, batch) if self.streams else default_streams(batch)
-
 
 @dataclass(frozen=True)
 class Teachers:
@@ -285,6 +277,14 @@ class Config:
         """SECTION.seed where given, else ``seed``."""
         own = getattr(self, step).seed
         return self.seed if own is None else int(own)
+
+    def streams(self, step: str) -> int:
+        """The canonical streams of a global batch of gan, or of a teacher's, which is dealt to a team at most: as many of
+        ``loader.streams`` as divide it."""
+        asked, batch = self.loader.streams, int(getattr(self, step).batch)
+        if not asked:
+            return default_streams(batch)
+        return math.gcd(asked, batch) if step == "teachers" else asked
 
     def shaping(self, section: str) -> dict[str, Any]:
         """The settings of one section that change numbers, for a fingerprint (without its seed)."""

@@ -28,11 +28,11 @@ class Preempted(Exception):
 class Asked:
     """Whether this job was asked to stop. ``number``: the signal, 0 while none came; ``heard``: set when one did.
 
-    ``patient``: there is something to save, so that a signal does not end this process at once.
+    ``patient``: there is something to save, so that a signal does not end this process at once. ``ranks``: of the job.
     """
 
     def __init__(self) -> None:
-        self.number, self.agreed, self.grace, self.patient = 0, False, GRACE, False
+        self.number, self.agreed, self.grace, self.patient, self.ranks = 0, False, GRACE, False, 1
         self.heard = threading.Event()
         self.wake: Callable[[], object] = lambda: None
 
@@ -110,7 +110,8 @@ def _hear(told: int, rank: int) -> None:
             if interrupted:
                 end_with(130, f"stopped: rank {rank}, interrupted; the same command goes on from the last checkpoint")
             if not asked.agreed:
-                why = f"asked to by {asked.name}, without saving: the ranks did not agree within {asked.grace:.0f} s"
+                what = "the ranks did not agree" if asked.ranks > 1 else "no step ended"
+                why = f"asked to by {asked.name}, without saving: {what} within {asked.grace:.0f} s"
                 end_with(asked.status, f"stopped: rank {rank}, {why}; the last checkpoint is whole")
             deadline = float("inf")
             continue

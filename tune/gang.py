@@ -240,7 +240,7 @@ def run_all(jobs: Sequence[Job], meanwhile: Callable[[], None] = lambda: None) -
 
 def with_ranks(config: Config, ranks: int) -> int:
     """The most ranks, up to ``ranks``, that the batches of gan and matching can be dealt to."""
-    streams, groups = config.loader.streams_of(config.gan.batch), config.matching.batch // config.matching.group
+    streams, groups = config.streams("gan"), config.matching.batch // config.matching.group
     return max(n for n in range(1, ranks + 1) if streams % n == 0 and groups % n == 0)
 
 

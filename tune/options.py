@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from gdd_dist import config as configuration
+from gdd_dist.options import options
 from gdd_dist.settings import Config
 from sharding.errors import UserError
 from sharding.files import write_atomic
@@ -67,7 +68,7 @@ def parse(argv: Sequence[str]) -> Command:
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """The search's own options, and those of the trainer."""
     actions = {name: a for a in parser()._actions if a.dest not in TRAINERS for name in a.option_strings}
-    trainer = {name for name, _, _ in configuration.options()} | {"preset", "config", "no_verify"}
+    trainer = {name for name, _, _ in options()} | {"preset", "config", "no_verify"}
     own: list[str] = []
     rest: list[str] = []
     at = 0
@@ -159,7 +160,7 @@ def _same(search: Search, rest: Sequence[str]) -> Config:
         return search.config
     kept = str(search.out / "defaults.yaml")
     typed = configuration.parse(["--config", kept, *rest]).config
-    for name, _, f in configuration.options():
+    for name, _, f in options():
         section, _, leaf = name.rpartition(".")
         old, new = (getattr(getattr(c, section) if section else c, leaf) for c in (search.config, typed))
         if name == "data" and old and new:

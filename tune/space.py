@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from gdd_dist import config as configuration
+from gdd_dist.options import validate
 from gdd_dist.settings import Config, Matching
 from sharding.errors import UserError
 
@@ -82,7 +82,7 @@ def trainable(config: Config, settings: Mapping[str, Any]) -> bool:
     """Whether the trainer takes these settings together, and a loss term is left to train by."""
     drawn = apply(config, settings)
     try:
-        configuration.validate(drawn)
+        validate(drawn)
     except UserError:
         return False
     return any(getattr(drawn.matching, name.rpartition(".")[2]) for name in _WEIGHTS)
@@ -166,4 +166,4 @@ def _check_value(axis: Axis, value: Any, config: Config) -> None:
     allowed = (int, float) if axis.type is float else axis.type
     if isinstance(value, bool) or not isinstance(value, allowed):
         raise UserError(f"{axis.setting}: {value!r} is no {axis.type.__name__}; give one")
-    configuration.validate(apply(config, {axis.setting: axis.type(value)}))
+    validate(apply(config, {axis.setting: axis.type(value)}))

@@ -4,6 +4,8 @@ import functools
 import json
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import hooks
@@ -130,6 +132,18 @@ def test_when_a_peer_does_not_answer_nothing_is_saved_and_nobody_waits_longer_th
     assert "without saving: the ranks did not agree within 10 s; the last checkpoint is whole" in ended.err[0]
     assert not (out / "preempted").exists()
     assert not list(out.glob("gan/*.partial/checkpoints/step-*.pt"))
+
+
+def test_one_process_whose_step_does_not_end_says_so():
+    program = (
+        "import time; from gdd_dist.signals import asked, listen; listen(0); asked.patient, asked.grace = True, 0.2; "
+        "print('ready', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"ready\n"
+        process.terminate()
+        assert process.wait(20) == 143
+        assert b"asked to by SIGTERM, without saving: no step ended within 0 s; " in process.stderr.read()
 
 
 def test_a_second_signal_forces_the_exit(undisturbed, tmp_path):

@@ -9,7 +9,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gdd_dist.config import options, parse, to_yaml
+from gdd_dist.config import parse, to_yaml
+from gdd_dist.options import options
 from gdd_dist.presets import PRESETS
 from gdd_dist.settings import SECTIONS, STEPS, Config
 from sharding.errors import UserError
