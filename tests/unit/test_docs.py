@@ -137,7 +137,10 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (wheel,) = folder.glob("gdd_dist-*.whl")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", env], check=True)
     into = [*pip, "--python", env / "bin" / "python", "install", "--quiet", "--no-deps", wheel]
-    subprocess.run(into, check=True, capture_output=True)
+    # A checkout on PYTHONPATH would count as installed.
+    subprocess.run(
+        into, check=True, capture_output=True, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    )
     libraries = next(p for p in map(Path, sys.path) if p.name == "site-packages")
     (next((env / "lib").glob("python*/site-packages")) / "libraries.pth").write_text(f"{libraries}\n")
     return env
