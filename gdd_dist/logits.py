@@ -15,7 +15,7 @@ import torch
 from gdd_dist.artifacts import Whole, write_json
 from gdd_dist.context import Context
 from gdd_dist.data.augment import AUGMENT_DRAWS
-from gdd_dist.data.loader import to_float
+from gdd_dist.data.loader import prefetch, to_float
 from gdd_dist.data.order import uniform
 from gdd_dist.engines import autocast
 from gdd_dist.logit_cache import MEANS, logit_file
@@ -131,16 +131,20 @@ def answer(ctx: Context, net: Classifier, shard: int, tick: Callable[[int], None
     rows = np.arange(starts[shard], starts[shard + 1])
     views, size = ctx.config.logits.views, ctx.config.logits.batch
     out = np.empty((views, len(rows), ctx.classes), dtype=np.float16)
-    for i in range(0, len(rows), size):
+
+    def read(number: int) -> tuple[np.ndarray, torch.Tensor]:
+        part = rows[number * size : (number + 1) * size]
+        return part, images.read(part)
+
+    for number, (part, pixels) in enumerate(prefetch(read, 0, -(-len(rows) // size), ctx.config.loader.prefetch)):
         ctx.world.check_stop()
-        part = rows[i : i + size]
-        plain = to_float(images.read(part), ctx.device)
+        here, plain = slice(number * size, number * size + len(part)), to_float(pixels, ctx.device)
         for view in range(views):
             x = plain if view == 0 else ctx.augment(plain, torch.from_numpy(view_draws(seed, view, part)))
             with autocast(ctx.device, ctx.precision):
                 logits = net(x).float()
-            out[view, i : i + len(part)] = logits.clamp(-65504, 65504).cpu().numpy()
-        tick(i + len(part))
+            out[view, here] = logits.clamp(-65504, 65504).cpu().numpy()
+        tick(here.stop)
     return out
 
 
