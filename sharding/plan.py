@@ -103,7 +103,10 @@ class Plan:
             digest.update(f"\n{shard.file}\n".encode())
             digest.update(str(shard.tar or "").encode("utf-8", "surrogateescape"))
             for sample in shard.samples:
-                digest.update(f"{sample.key} {sample.label} {sample.seen.kept_as} ".encode() + sample.seen.sha256)
+                kept = sample.seen.kept_as
+                if sample.seen.grey and self.target.channels == 3 and self.target.keeps(sample.seen):
+                    kept += " grey"  # versions that converted these must not share a build with this one
+                digest.update(f"{sample.key} {sample.label} {kept} ".encode() + sample.seen.sha256)
         return digest.hexdigest()
 
 

@@ -20,20 +20,20 @@ Task = TypeVar("Task")
 PREFETCH_BYTES = 256 * 2**20
 """Batches read ahead take no more memory than this, but for one, which is always read ahead."""
 READERS = 2
-"""Batches that are read at a time, with half of the decoding threads each: threads wait for one another, and for the interpreter,
+"""Batches that are read at a time. Each has its part of the decoding threads: threads wait for one another, and for the interpreter,
 less often than where all of them share each batch."""
 FEW = 32
 """So many images are not worth waking other threads."""
 
 
 class Workers:
-    """``threads`` threads that decode batches, READERS at a time: those who ask for a batch, and helpers of theirs."""
+    """``threads`` threads that decode: those who ask for a batch, and helpers of theirs, of whom one who asks alone gets all."""
 
     def __init__(self, threads: int) -> None:
-        self._alone = Lock() if threads < READERS else nullcontext()
-        self._helpers = -(-threads // READERS) - 1
-        most = READERS * self._helpers
-        self._pool = ThreadPoolExecutor(most, thread_name_prefix="decode") if most else None
+        self._threads, self._callers, self._working = threads, 0, 0
+        self._counting = Lock()
+        self._alone = Lock() if threads == 1 else nullcontext()
+        self._pool = ThreadPoolExecutor(max(1, threads - 1), thread_name_prefix="decode")
 
     def share(self, work: Callable[[Iterator[Task]], None], tasks: list[Task]) -> None:
         """``work(tasks)`` on this thread and its helpers, of which each takes what no other has taken, one by one.
@@ -42,17 +42,28 @@ class Workers:
         """
         # A list's iterator gives each task to one thread; one that the system delays holds up no other.
         left = iter(tasks)
-        if self._pool is None or len(tasks) <= FEW:
-            with self._alone:
-                work(left)
-            return
-        turns = [self._pool.submit(work, left) for _ in range(self._helpers)]
+        with self._counting:
+            self._callers += 1
+            fair = -(-self._threads // self._callers) - 1
+            helpers = max(0, min(fair, self._threads - self._working - 1)) if len(tasks) > FEW else 0
+            self._working += 1 + helpers
+        turns = [self._pool.submit(self._turn, work, left) for _ in range(helpers)]
         try:
-            work(left)
+            with self._alone:
+                self._turn(work, left)
         finally:
+            with self._counting:
+                self._callers -= 1
             wait(turns)
         for turn in turns:
             turn.result()
+
+    def _turn(self, work: Callable[[Iterator[Task]], None], left: Iterator[Task]) -> None:
+        try:
+            work(left)
+        finally:
+            with self._counting:
+                self._working -= 1
 
 
 class Buffers:

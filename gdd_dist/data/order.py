@@ -178,7 +178,7 @@ class Order:
         epoch, within = divmod(step, self.steps_per_epoch)
         run, at = divmod(within, RUN)
         found: np.ndarray = self._keep(self._draw_run, (epoch, rank, world, run), 4)
-        return found[:, at * self.share : (at + 1) * self.share].ravel()
+        return found[:, at * self.share : (at + 1) * self.share].flatten()  # a copy: what is kept is not the caller's
 
     def _draw_run(self, epoch: int, rank: int, world: int, run: int) -> np.ndarray:
         """A rank's samples in RUN steps, fewer at the epoch's end: int64 [streams / world, steps · share]."""

@@ -121,6 +121,43 @@ def test_workers_take_each_task_once(threads, count):
     assert sorted(done) == list(range(count))
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_one_who_asks_alone_gets_all_threads(threads):
+    meeting, done = threading.Barrier(threads), []
+
+    def work(tasks):
+        meeting.wait(20)  # fewer would wait in vain, and one more too
+        done.extend(tasks)
+
+    Workers(threads).share(work, list(range(200)))
+    assert sorted(done) == list(range(200))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_two_who_ask_share_the_threads(threads):
+    workers, lock, live, most = Workers(threads), threading.Lock(), set(), []
+
+    def work(tasks):
+        with lock:
+            live.add(threading.get_ident())
+            most.append(len(live))
+        for _ in tasks:
+            time.sleep(0.0005)
+        with lock:
+            live.remove(threading.get_ident())
+
+    both = [
+        threading.Thread(target=lambda: [workers.share(work, list(range(100))) for _ in range(5)]) for _ in range(2)
+    ]
+    for reader in both:
+        reader.start()
+    for reader in both:
+        reader.join()
+    # The second to come may find the first with all threads, and waits for none of them.
+    assert max(most) <= (1 if threads == 1 else threads + 1)
+    assert workers._working == workers._callers == 0
+
+
 @pytest.mark.parametrize("where", ["MainThread", "decode"])
 def test_a_fault_on_one_thread_comes_when_none_works_any_more(where):
     taken, done, wait = [], [], threading.Event()

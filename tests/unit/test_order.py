@@ -70,6 +70,15 @@ def test_every_sample_once_an_epoch_up_to_the_stated_remainder(order, epoch):
     assert order.remainder < order.batch_size + order.streams
 
 
+def test_a_batch_is_the_callers_own():
+    order = Order((50, 50), 10, 10, 0)
+    for rank, world in ((0, 1), (3, 10)):
+        first = order.batch(0, rank, world)
+        kept = first.copy()
+        first[:] = -1
+        assert np.array_equal(order.batch(0, rank, world), kept)
+
+
 @settings(max_examples=30, deadline=None)
 @given(orders(), st.integers(0, 40))
 def test_resume_at_any_step_equals_the_uninterrupted_order(order, step):

@@ -7,10 +7,12 @@ import time
 import pytest
 from test_sharding_support import command, contents, encoded, environment, pixels, run, write_folder
 
+from sharding.archives import Member
 from sharding.errors import UserError
 from sharding.files import exclusive_lock
+from sharding.images import Seen, Target
 from sharding.manifest import Manifest
-from sharding.plan import Options
+from sharding.plan import Options, Plan, Planned, ShardPlan
 from sharding.writer import build
 
 ONE = Options(workers=1, test_fraction=0.2)
@@ -125,6 +127,19 @@ def test_an_unfinished_build_of_something_else_is_not_reused(tmp_path):
     build(f"folder:{folder}", tmp_path / "whole", changed)
     assert not [line for line in lines if "going on" in line]
     assert contents(dest, without=()) == contents(tmp_path / "whole", without=())
+
+
+def test_versions_that_stored_grey_images_otherwise_do_not_share_a_build(monkeypatch):
+    def plan(grey):
+        seen = Seen(b"0" * 32, 8, 8, grey, "jpg")
+        planned = Planned("00000000", Member("a/1.jpg", 9), 0, seen)
+        return Plan("x", ("a",), Target(8, 8, 3), (ShardPlan("train", "train/000000.tar", (planned,)),))
+
+    now = [plan(grey).fingerprint for grey in (False, True)]
+    monkeypatch.setattr(Target, "keeps", lambda self, seen: not seen.grey)
+    before = [plan(grey).fingerprint for grey in (False, True)]
+    assert now[0] == before[0]
+    assert now[1] != before[1]
 
 
 def test_a_source_that_changes_while_it_is_built_is_found(tmp_path, monkeypatch):
