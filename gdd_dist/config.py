@@ -16,7 +16,7 @@ from jsonargparse import ArgumentParser
 
 from gdd_dist import pretrained
 from gdd_dist.data.remote import Cache, open_data, read_manifest
-from gdd_dist.options import options, validate
+from gdd_dist.options import options, validate, value_of
 from gdd_dist.presets import PRESETS
 from gdd_dist.settings import SECTIONS, Config
 from sharding.errors import UserError
@@ -59,12 +59,12 @@ def command_line() -> ArgumentParser:
     defaults = Config()
     groups: dict[str, Any] = {}
     for name, hint, f in options():
-        section, _, leaf = name.rpartition(".")
+        section = name.rpartition(".")[0]
         if section not in groups:
             doc = (type(getattr(defaults, section)).__doc__ or "").strip() if section else "The whole run."
             groups[section] = parser.add_argument_group(section or "run", doc)
         kind, several = _item_type(hint)
-        value = getattr(getattr(defaults, section) if section else defaults, leaf)
+        value = value_of(defaults, name)
         extra: dict[str, Any] = {"nargs": "+", "default": list(value)} if several else {"default": value}
         text = f.metadata["help"] + (f"; one of {', '.join(f.metadata['choices'])}" if f.metadata["choices"] else "")
         groups[section].add_argument(f"--{name}", type=kind, help=text, **extra)

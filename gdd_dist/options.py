@@ -21,18 +21,22 @@ def options() -> Iterator[tuple[str, type, dataclasses.Field[Any]]]:
                 yield (f.name if section is None else f"{section}.{f.name}"), hints[f.name], f
 
 
+def value_of(config: Config, name: str) -> Any:
+    """The value of a setting by its full name."""
+    section, _, leaf = name.rpartition(".")
+    return getattr(getattr(config, section) if section else config, leaf)
+
+
 def validate(config: Config) -> None:
     """Raise UserError for the first setting outside its bounds."""
     for name, _, f in options():
-        section, _, leaf = name.rpartition(".")
-        value = getattr(getattr(config, section) if section else config, leaf)
+        value = value_of(config, name)
         for item in value if isinstance(value, tuple) else (value,):
             _check(name, item, f.metadata)
         if value == ():
             raise UserError(f"--{name} is empty; give at least one value")
     for name in ("loader.augment", "gan.augment"):
-        section, _, leaf = name.partition(".")
-        _check_augment(name, getattr(getattr(config, section), leaf))
+        _check_augment(name, value_of(config, name))
     parse_size(config.loader.cache_limit)
     if config.matching.batch % config.matching.group:
         raise UserError(

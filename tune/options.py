@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from gdd_dist import config as configuration
-from gdd_dist.options import options
+from gdd_dist.options import options, value_of
 from gdd_dist.settings import Config
 from sharding.errors import UserError
 from sharding.files import write_atomic
@@ -161,8 +161,7 @@ def _same(search: Search, rest: Sequence[str]) -> Config:
     kept = str(search.out / "defaults.yaml")
     typed = configuration.parse(["--config", kept, *rest]).config
     for name, _, f in options():
-        section, _, leaf = name.rpartition(".")
-        old, new = (getattr(getattr(c, section) if section else c, leaf) for c in (search.config, typed))
+        old, new = (value_of(c, name) for c in (search.config, typed))
         if name == "data" and old and new:
             old, new = redact(old), redact(new)
         if old != new and (not f.metadata["where"] or name in ("data", "store")):

@@ -44,15 +44,21 @@ def _key(seed: int, purpose: str) -> tuple[int, int]:
 
 
 def _bits(seed: int, purpose: str, step: int, slots: np.ndarray, n: int) -> np.ndarray:
-    """uint32 [len(slots), n]; the counter is (block, slot, step low, step high + slot high)."""
-    slots = np.asarray(slots, dtype=np.uint64)
+    """uint32 [len(slots), n]."""
     blocks = -(-n // 4)
+    found = philox(_counter(step, slots, blocks), _key(seed, purpose))
+    return found.reshape(len(slots), blocks * 4)[:, :n]
+
+
+def _counter(step: int, slots: np.ndarray, blocks: int) -> np.ndarray:
+    """uint32 [len(slots), blocks, 4]: (block, slot, step low, step high + slot high)."""
+    slots = np.asarray(slots, dtype=np.uint64)
     counter = np.empty((len(slots), blocks, 4), dtype=np.uint32)
     counter[..., 0] = np.arange(blocks, dtype=np.uint32)
     counter[..., 1] = (slots & _MASK).astype(np.uint32)[:, None]
     counter[..., 2] = step & 0xFFFFFFFF
     counter[..., 3] = ((slots >> _SHIFT) ^ np.uint64((step >> 32) << 16)).astype(np.uint32)[:, None]
-    return philox(counter, _key(seed, purpose)).reshape(len(slots), blocks * 4)[:, :n]
+    return counter
 
 
 def uniform(seed: int, purpose: str, step: int, slots: np.ndarray, n: int) -> np.ndarray:
@@ -77,8 +83,7 @@ def permutation(seed: int, purpose: str, step: int, n: int) -> np.ndarray:
 def permutations(seed: int, purposes: Sequence[str], step: int, n: int) -> np.ndarray:
     """`permutation` of each purpose, int64 [len(purposes), n], for less: their keys are drawn at once."""
     keys = np.array([_key(seed, purpose) for purpose in purposes], np.uint64)
-    counter = np.array([[0, 0, step & 0xFFFFFFFF, step >> 32 << 16]], np.uint32)  # as _bits counts for slot 0
-    words = philox(counter, (keys[:, 0], keys[:, 1])).astype("<u4")
+    words = philox(_counter(step, np.zeros(1), 1)[0], (keys[:, 0], keys[:, 1])).astype("<u4")
     draws = (np.random.Generator(np.random.Philox(key=four.view("<u8"))) for four in words)
     return np.stack([draw.permutation(n) for draw in draws])
 
@@ -202,12 +207,13 @@ class Order:
 
     def _to_samples(self, epoch: int, places: np.ndarray) -> np.ndarray:
         """Places on the epoch's ring → sample indices."""
-        shards, ends, offset = self._keep(self._draw_ring, (epoch,), 2)
+        ring: tuple[np.ndarray, np.ndarray, int] = self._keep(self._draw_ring, (epoch,), 2)
+        shards, ends, offset = ring
         places = (places + offset) % self.samples
         k = np.searchsorted(ends, places, side="right")
         shard = shards[k]
         sizes = self._starts[shard + 1] - self._starts[shard]
-        return np.asarray(self._starts[shard] + places - (ends[k] - sizes))
+        return self._starts[shard] + places - (ends[k] - sizes)
 
     @cached_property
     def _recent(self) -> dict[tuple[Any, ...], Any]:

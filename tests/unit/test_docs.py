@@ -121,6 +121,11 @@ def test_completion_knows_settings_and_their_choices(tmp_path: Path) -> None:
         assert done.stdout.split() == [wanted]
 
 
+def no_checkout() -> dict[str, str]:
+    """The environment without PYTHONPATH: a checkout there would count as installed."""
+    return {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fresh environment with the wheel in it, built from a copy of what git tracks; only the libraries are those of this one."""
@@ -137,10 +142,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (wheel,) = folder.glob("gdd_dist-*.whl")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", env], check=True)
     into = [*pip, "--python", env / "bin" / "python", "install", "--quiet", "--no-deps", wheel]
-    # A checkout on PYTHONPATH would count as installed.
-    subprocess.run(
-        into, check=True, capture_output=True, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    )
+    subprocess.run(into, check=True, capture_output=True, env=no_checkout())
     libraries = next(p for p in map(Path, sys.path) if p.name == "site-packages")
     (next((env / "lib").glob("python*/site-packages")) / "libraries.pth").write_text(f"{libraries}\n")
     return env
@@ -151,7 +153,7 @@ def test_a_wheel_works_from_an_empty_directory_of_a_fresh_environment(
     installed: Path, reported: Finished, tmp_path: Path
 ) -> None:
     """Every program, every preset, types and launchers, with no checkout in sight."""
-    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    clean = no_checkout() | {"OMP_NUM_THREADS": "1"}
 
     def call(*argv: object) -> str:
         command = [str(installed / "bin" / str(argv[0])), *map(str, argv[1:])]
