@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gdd_dist.metrics import commit
+from gdd_dist.runtime.versions import commit
 
 
 def line(

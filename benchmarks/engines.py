@@ -17,12 +17,14 @@ import torch
 from common import line
 from torch import Tensor
 
-from gdd_dist import losses
-from gdd_dist.deepspeed_engine import DeepSpeedEngine
-from gdd_dist.distributed import World
-from gdd_dist.engines import DDPEngine, Engine, image_gradient
+from gdd_dist.engines.ddp import DDPEngine
+from gdd_dist.engines.deepspeed_engine import DeepSpeedEngine
+from gdd_dist.engines.interface import Engine
 from gdd_dist.models.discriminator import Discriminator
 from gdd_dist.models.generator import Generator
+from gdd_dist.runtime.world import World
+from gdd_dist.training import losses
+from gdd_dist.training.adversaries import image_gradient
 
 KINDS = ("ddp", "zero_0", "zero_1", "zero_2", "zero_3")
 
@@ -55,12 +57,12 @@ def step(g: Engine, d: Engine, world: World, batch: int, size: int) -> None:
     d.step(1e-4)
     images = g(torch.randn(batch, 64, device=world.device), labels)
 
-    def of_generator(x: Tensor) -> Tensor:
+    def of_generator(x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
             scores = d.module(real, labels)
-        return losses.relativistic_generator(scores.float(), d.module(x, labels).float())
+        return losses.relativistic_generator(scores.float(), d.module(x, labels).float()), {}
 
-    _, gradient = image_gradient(of_generator, images)
+    _, _, gradient = image_gradient(of_generator, images)
     g.backward((images * gradient).sum())
     g.step(1e-4)
 

@@ -36,7 +36,7 @@ from common import line
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from gdd_dist.data.loader import Images, prefetch
+from gdd_dist.data.images import Images, prefetch
 from gdd_dist.data.order import Order, default_streams
 from sharding.manifest import Manifest
 from sharding.plan import Options

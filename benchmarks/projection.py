@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from gdd_dist import losses
-from gdd_dist.engines import image_gradient
 from gdd_dist.models.classifiers import build_classifier
 from gdd_dist.models.discriminator import Discriminator
 from gdd_dist.models.generator import Generator
+from gdd_dist.training import losses
+from gdd_dist.training.adversaries import image_gradient
 
 GRADIENT = 4
 """Bytes of a gradient on its way: float32, whatever the precision of the forward."""
@@ -80,8 +80,8 @@ class _Counter(TorchDispatchMode):
 def step_work(generator: Generator, discriminator: Discriminator, teacher: nn.Module | None = None) -> Work:
     """Work of a gan step, or of a matching step with one ``teacher``; networks on the meta device.
 
-    Augmentation, optimizer and the running mean are left out. The order of things is that of gan.train_step and
-    matching.train_step.
+    Augmentation, optimizer and the running mean are left out. The order of things is that of gan_step and
+    matching_step.
     """
     n, arch = 2, generator.arch
     with torch.device("meta"), _Counter() as counter:
@@ -91,13 +91,14 @@ def step_work(generator: Generator, discriminator: Discriminator, teacher: nn.Mo
         if teacher is None:  # the gan draws anew for the generator's step
             images = generator(torch.zeros(n, generator.latent), labels)
 
-        def loss(x: Tensor) -> Tensor:
+        def loss(x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             with torch.no_grad():
                 of_real = discriminator(real, labels)
             value = losses.relativistic_generator(of_real, discriminator(x, labels))
-            return value if teacher is None else value + losses.skd(torch.zeros(n, arch["classes"]), teacher(x), 2.0)
+            pair = [] if teacher is None else [losses.skd(torch.zeros(n, arch["classes"]), teacher(x), 2.0)]
+            return sum(pair, value), {}
 
-        _, gradient = image_gradient(loss, images)
+        _, _, gradient = image_gradient(loss, images)
         (images * gradient).sum().backward()
     return Work(counter.flops / n, counter.operations)
 

@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,12 @@ from projection import parameters, payload, sent_by_a_rank, tables
 from torch.nn.parallel import DistributedDataParallel
 from wire import bytes_sent
 
-from gdd_dist import gan, matching, train
-from gdd_dist.adversarial import Adversaries
-from gdd_dist.distributed import Vote, World
-from gdd_dist.engines import DDPEngine
-from gdd_dist.program import run_program
+from gdd_dist import train
+from gdd_dist.engines.ddp import DDPEngine
+from gdd_dist.runtime import monitor
+from gdd_dist.runtime.run_program import run_program
+from gdd_dist.runtime.world import Vote, World
+from gdd_dist.training import loop
 
 WARM, BLOCK, PAIRS = 4, 4, 3
 """First steps, which pay for first calls; steps of a block; pairs of blocks."""
@@ -56,18 +57,16 @@ SMALL = (
 )
 
 
-class Probe:
+class Probe(loop.Watcher):
     """Sits inside a rank of gdd_dist.train: times its steps, and keeps it from exchanging anything in every second block."""
 
     def __init__(self, results: Path) -> None:
         self._results, self._silent = results, False
-        self._world: Any = None
-        self._nets: dict[str, int] = {}
-        self._wrap()
+        self._silence()
 
-    def _wrap(self) -> None:
-        forward, vote, enter, init = DDPEngine.__call__, World.vote, World.enter, Adversaries.__init__
-        probe = self
+    def _silence(self) -> None:
+        """From now on engines and votes exchange nothing while ``_silent``: the one thing that the trainer has no switch for."""
+        forward, vote, probe = DDPEngine.__call__, World.vote, self
 
         def of_engine(engine: DDPEngine, *inputs: Any) -> Any:
             net = engine._wrapped
@@ -78,43 +77,33 @@ class Probe:
         def of_world(world: World, save: bool = False) -> Vote:
             return Vote(0, save, 1) if probe._silent else vote(world, save)
 
-        def of_step(world: World, step: str) -> None:
-            probe._world = world
-            enter(world, step)
+        DDPEngine.__call__, World.vote = of_engine, of_world
+        monitor.EVERY_STEP_UNTIL = 0  # scalars are exchanged at a few steps only
 
-        def of_nets(nets: Adversaries, *args: Any) -> None:
-            init(nets, *args)
-            probe._nets = {"generator": parameters(nets.generator), "discriminator": parameters(nets.discriminator)}
+    def batches(self, trainee: Any, start: int, batches: Iterator[Any]) -> Iterator[Any]:
+        """Of gan and matching: measures block after block, and writes what it found when the batches are used up."""
+        return self._timed(trainee, batches) if trainee.name in STEP_NAMES else batches
 
-        DDPEngine.__call__, World.vote, World.enter, Adversaries.__init__ = of_engine, of_world, of_step, of_nets
-        for module in (gan, matching):
-            module.due = lambda *_args: False  # scalars are exchanged at a few steps only
-            module.prefetch = self.timed(module.__name__.rpartition(".")[2], module.prefetch)
-
-    def timed(self, step: str, ahead: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
-        """``prefetch`` that measures block after block and writes what it found when its batches are used up."""
-
-        def prefetch(read: Callable[[int], Any], start: int, stop: int, count: int) -> Iterator[Any]:
-            batches, port = ahead(read, start, stop, count), int(os.environ["MASTER_PORT"])
-            yield from (next(batches) for _ in range(WARM))
-            blocks = []
-            for number in range(2 * PAIRS):
-                self._silent = number % 2 == 1
-                self._world.barrier()
-                sent, begin, waited = bytes_sent(port), time.perf_counter(), 0.0
-                for _ in range(BLOCK):
-                    before = time.perf_counter()
-                    batch = next(batches)
-                    waited += time.perf_counter() - before
-                    yield batch
-                spent = time.perf_counter() - begin
-                self._world.barrier()  # what was sent has arrived
-                blocks.append([spent / BLOCK, waited / BLOCK, (bytes_sent(port) - sent) / BLOCK])
-            self._silent = False
-            found = {"blocks": blocks, **self._nets}
-            (self._results / f"{step}-{self._world.rank}.json").write_text(json.dumps(found))
-
-        return prefetch
+    def _timed(self, trainee: Any, batches: Iterator[Any]) -> Iterator[Any]:
+        world, port = trainee._ctx.world, int(os.environ["MASTER_PORT"])
+        yield from (next(batches) for _ in range(WARM))
+        blocks = []
+        for number in range(2 * PAIRS):
+            self._silent = number % 2 == 1
+            world.barrier()
+            sent, begin, waited = bytes_sent(port), time.perf_counter(), 0.0
+            for _ in range(BLOCK):
+                before = time.perf_counter()
+                batch = next(batches)
+                waited += time.perf_counter() - before
+                yield batch
+            spent = time.perf_counter() - begin
+            world.barrier()  # what was sent has arrived
+            blocks.append([spent / BLOCK, waited / BLOCK, (bytes_sent(port) - sent) / BLOCK])
+        self._silent = False
+        nets = {"generator": trainee.nets.generator, "discriminator": trainee.nets.discriminator}
+        found = {"blocks": blocks, **{name: parameters(net) for name, net in nets.items()}}
+        (self._results / f"{trainee.name}-{world.rank}.json").write_text(json.dumps(found))
 
 
 def parts(folder: Path, step: str, ranks: int) -> dict[str, float]:
@@ -175,7 +164,7 @@ def main() -> None:
         print(tables(), end="")
         return
     if args.rank_of:
-        Probe(args.rank_of)
+        loop.watchers.append(Probe(args.rank_of))
         run_program(train.main, args.settings)
     with tempfile.TemporaryDirectory(prefix="gdd-scaling-") as folder:
         found = measure(args, Path(folder))

@@ -38,7 +38,7 @@ def through_search(out: Path, args: argparse.Namespace) -> tuple[float, float]:
     """(seconds of the shared steps, seconds of the trials), Ray's start left out."""
     import torch
 
-    from gdd_dist.check import check
+    from gdd_dist.pipeline.preflight import check
     from sharding.manifest import Manifest
     from sharding.writer import build
     from tune import cluster, driver, shared

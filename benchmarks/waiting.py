@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,11 @@ import torch
 from common import line
 from loader import made_up
 
-from gdd_dist import gan, teachers, train
+from gdd_dist import train
 from gdd_dist.data.augment import AUGMENT_DRAWS
-from gdd_dist.data.order import uniform
-from gdd_dist.program import run_program
+from gdd_dist.data.noise import uniform
+from gdd_dist.runtime.run_program import run_program
+from gdd_dist.training import loop
 
 MODES = {"stock webdataset": "none", "streaming": "none", "resident": "ram"}
 SKIPPED = 5
@@ -50,36 +51,35 @@ def stock(data: Path, batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]
             yield torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.as_tensor(labels)
 
 
-def timed(
-    mode: str, data: Path, results: Path, step: str, ahead: Callable[..., Iterator[Any]]
-) -> Callable[..., Iterator[Any]]:
-    """``prefetch`` that writes (seconds waited, seconds in all) of this rank when its batches are used up."""
+class Waits(loop.Watcher):
+    """Writes (seconds waited, seconds in all) of this rank when a loop's batches are used up."""
 
-    def prefetch(read: Callable[[int], Any], start: int, stop: int, count: int) -> Iterator[Any]:
-        batches = ahead(read, start, stop, count)
-        if mode == "stock webdataset":
-            first = read(start)
-            source, size = stock(data, len(first[1])), len(first[1])
+    def __init__(self, mode: str, data: Path, results: Path) -> None:
+        self._mode, self._data, self._results = mode, data, results
+
+    def batches(self, trainee: Any, start: int, batches: Iterator[Any]) -> Iterator[Any]:
+        """The loop's own, or stock webdataset's in their place."""
+        step = trainee.name.partition(":")[0]
+        if self._mode == "stock webdataset":
+            first = trainee.read(start)
+            source, size = stock(self._data, len(first[1])), len(first[1])
             draws = [torch.from_numpy(uniform(0, "waiting", 0, np.arange(size), AUGMENT_DRAWS))] * (len(first) - 2)
-            batches = ((*next(source), *draws) for _ in range(start, stop))
+            batches = ((*next(source), *draws) for _ in range(start, trainee.steps))
         waited, begin = 0.0, time.perf_counter()
-        for number in range(start, stop):
+        for number in range(start, trainee.steps):
             if number == start + SKIPPED:
                 waited, begin = 0.0, time.perf_counter()
             before = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - before
             yield batch
-        with (results / f"{step}.txt").open("a") as stream:
+        with (self._results / f"{step}.txt").open("a") as stream:
             stream.write(f"{waited} {time.perf_counter() - begin}\n")
-
-    return prefetch
 
 
 def rank(mode: str, data: Path, results: Path, argv: list[str]) -> None:
     """A rank of the run, its batches timed."""
-    for module, name in ((teachers, "teachers"), (gan, "gan")):
-        module.prefetch = timed(mode, data, results, name, module.prefetch)
+    loop.watchers.append(Waits(mode, data, results))
     run_program(train.main, argv)
 
 

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gdd_dist.sampler import load_generator as load_generator
+    from gdd_dist.product.sampler import load_generator as load_generator
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load_generator"]
@@ -12,7 +12,7 @@ __all__ = ["__version__", "load_generator"]
 def __getattr__(name: str) -> Any:
     """``load_generator`` on first use: programs that never draw need not load torch for it."""
     if name == "load_generator":
-        from gdd_dist.sampler import load_generator
+        from gdd_dist.product.sampler import load_generator
 
         return load_generator
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

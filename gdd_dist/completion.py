@@ -8,15 +8,16 @@ from collections.abc import Callable, Sequence
 
 import shtab
 
-from gdd_dist import config, doctor, evaluate, export, status
-from gdd_dist.arguments import Parser
-from gdd_dist.distributed import World
-from gdd_dist.options import options
-from gdd_dist.program import run_program
+from gdd_dist import doctor, evaluate, export, status
+from gdd_dist.config import command_line
+from gdd_dist.config.bounds import options
+from gdd_dist.runtime.arguments import Parser
+from gdd_dist.runtime.run_program import run_program
+from gdd_dist.runtime.world import World
 
 DIRECTORIES, FILES = ("data", "out", "store", "dest"), ("config", "deepspeed_config")
 PROGRAMS: dict[str, Callable[[], argparse.ArgumentParser]] = {
-    "gdd-train": config.command_line,
+    "gdd-train": command_line.command_line,
     "gdd-evaluate": evaluate.parser,
     "gdd-export": export.parser,
     "gdd-status": status.parser,

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from gdd_dist import checks, trials
-from gdd_dist.arguments import Parser
-from gdd_dist.checks import FAIL, OK, WARN, Finding
-from gdd_dist.distributed import World
-from gdd_dist.metrics import versions
-from gdd_dist.program import run_program
+from gdd_dist.health import checks, isolated_checks
+from gdd_dist.health.checks import FAIL, OK, WARN, Finding
+from gdd_dist.runtime.arguments import Parser
+from gdd_dist.runtime.run_program import run_program
+from gdd_dist.runtime.versions import versions
+from gdd_dist.runtime.world import World
 
 WIDTH = 110
 
@@ -79,10 +79,10 @@ def examine(arguments: argparse.Namespace) -> Iterator[Finding]:
         yield checks.data_set(Path(arguments.data))
     yield checks.descriptors()
     yield checks.jpeg_speed()
-    yield trials.backends()
-    yield trials.compiler()
-    yield trials.deepspeed(arguments.deep)
-    yield trials.ray(arguments.deep)
+    yield isolated_checks.backends()
+    yield isolated_checks.compiler()
+    yield isolated_checks.deepspeed(arguments.deep)
+    yield isolated_checks.ray(arguments.deep)
 
 
 def page(found: Sequence[Finding]) -> str:

@@ -8,20 +8,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gdd_dist import config as configuration
-from gdd_dist.arguments import Parser
-from gdd_dist.artifacts import CONTENTS, Store, read_json, write_json
-from gdd_dist.context import Context, agreed_precision
-from gdd_dist.distributed import World
-from gdd_dist.grading import evaluate, log_accuracies
-from gdd_dist.metrics import document
-from gdd_dist.networks import GENERATOR, read_network
-from gdd_dist.program import note_preemption, run_program
-from gdd_dist.rows import check, plan
-from gdd_dist.settings import Config
-from gdd_dist.tables import table
-from gdd_dist.users import data_of
-from gdd_dist.verify import verify_inputs
+from gdd_dist.config import command_line as configuration
+from gdd_dist.config.settings import Config
+from gdd_dist.evaluation.rows import check, plan
+from gdd_dist.evaluation.student_results import evaluate, log_accuracies
+from gdd_dist.models.files import GENERATOR, read_network
+from gdd_dist.pipeline.dataset import data_of
+from gdd_dist.pipeline.verify_inputs import verify_inputs
+from gdd_dist.reporting.metrics import document
+from gdd_dist.reporting.tables import table
+from gdd_dist.runtime.arguments import Parser
+from gdd_dist.runtime.run_program import note_preemption, run_program
+from gdd_dist.runtime.world import World
+from gdd_dist.storage.json_files import read_json, write_json
+from gdd_dist.storage.store import CONTENTS, Store
+from gdd_dist.training.context import Context, agreed_precision
 from sharding.errors import UserError
 from sharding.manifest import Manifest
 

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from gdd_dist.arguments import Parser
-from gdd_dist.card import Drawn, card, sample_picture
-from gdd_dist.distributed import World
-from gdd_dist.metrics import versions
-from gdd_dist.monitor import Monitor
-from gdd_dist.program import run_program
-from gdd_dist.sampler import Sampler, load_generator
+from gdd_dist.product.card import Drawn, card, sample_picture
+from gdd_dist.product.sampler import Sampler, load_generator
+from gdd_dist.runtime.arguments import Parser
+from gdd_dist.runtime.monitor import Monitor
+from gdd_dist.runtime.run_program import run_program
+from gdd_dist.runtime.versions import versions
+from gdd_dist.runtime.world import World
 from sharding.encode import Moments, Stored, mean_and_std, write_tar
 from sharding.errors import UserError
 from sharding.files import fsync_dir, write_atomic

@@ -8,16 +8,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from gdd_dist.arguments import Parser
-from gdd_dist.artifacts import CHECKPOINTS, CONTENTS, Store, read_json
-from gdd_dist.checkpoint import newest_records
-from gdd_dist.distributed import World
-from gdd_dist.dryrun import size
-from gdd_dist.locks import Lock
-from gdd_dist.program import run_program
-from gdd_dist.settings import STEPS, Config
-from gdd_dist.tables import aligned, headline
-from gdd_dist.users import Directory, manifest_of, plans_of, read_run, remove, store_of, unused
+from gdd_dist.config.settings import Config
+from gdd_dist.config.steps import STEPS
+from gdd_dist.dry_run.table import size
+from gdd_dist.pipeline.dataset import manifest_of
+from gdd_dist.pipeline.store_users import Directory, plans_of, read_run, remove, store_of, unused
+from gdd_dist.reporting.tables import aligned, headline
+from gdd_dist.runtime.arguments import Parser
+from gdd_dist.runtime.locks import Lock
+from gdd_dist.runtime.run_program import run_program
+from gdd_dist.runtime.world import World
+from gdd_dist.storage.checkpoints import newest_records
+from gdd_dist.storage.json_files import read_json
+from gdd_dist.storage.store import CHECKPOINTS, CONTENTS, Store
 from sharding.errors import UserError
 from sharding.progress import duration
 from sharding.redact import redact

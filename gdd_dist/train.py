@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-import datetime
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from gdd_dist import config as configuration
-from gdd_dist import dryrun, gan, logits, matching, report, teachers
-from gdd_dist.artifacts import CHECKPOINTS, Store, clean, link_latest, read_json, write_json
-from gdd_dist.board import write_layout
-from gdd_dist.check import check
-from gdd_dist.context import Context, agreed_precision
-from gdd_dist.disks import Disks
-from gdd_dist.distributed import World
-from gdd_dist.locks import Lock, holding, in_use
-from gdd_dist.metrics import commit, versions
-from gdd_dist.monitor import say, write_text
-from gdd_dist.plan import INPUTS, fingerprints
-from gdd_dist.program import note_preemption, run_program
-from gdd_dist.settings import STEPS, Config
-from gdd_dist.users import note_user, store_of
-from gdd_dist.verify import verify_inputs
-from sharding.errors import UserError
-from sharding.files import write_atomic
-from sharding.manifest import FILE as MANIFEST
-from sharding.manifest import Manifest
-from sharding.redact import redact
-from sharding.writer import build
+from gdd_dist.config import command_line as configuration
+from gdd_dist.dry_run import table
+from gdd_dist.pipeline.dataset import prepare_data
+from gdd_dist.pipeline.run import run, run_lock
+from gdd_dist.runtime.run_program import note_preemption, run_program
+from gdd_dist.runtime.world import World
 
 
 def main(argv: list[str], joined: Callable[[World], None]) -> None:
@@ -46,7 +27,7 @@ def main(argv: list[str], joined: Callable[[World], None]) -> None:
     world = World(config.device, config.timeout)
     joined(world)
     if command.dry_run:
-        dryrun.show(world, config)
+        table.show(world, config)
         return
     out = Path(config.out or ".")
     with run_lock(world, out):
@@ -54,192 +35,6 @@ def main(argv: list[str], joined: Callable[[World], None]) -> None:
         begin = time.monotonic()
         data, status = prepare_data(world, config, out)
         run(world, config, command.preset, data, out, (status, time.monotonic() - begin))
-
-
-def run_lock(world: World, out: Path) -> AbstractContextManager[None]:
-    """Rank 0 holds OUT; a second job on it is refused. Of a holder on another host, a minute shows whether it lives."""
-    lock, told = Lock(out / "run.lock"), False
-
-    def busy(holder: Mapping[str, Any]) -> None:
-        nonlocal told
-        world.check_stop()
-        if not holder["local"] and not lock.moved:
-            if not told:
-                say(
-                    f"{out} was held by process {holder['pid']} on {holder['host']}; waiting whether it gives a sign of life"
-                )
-            told = True
-            return
-        raise in_use(out, holder)
-
-    return holding(lock, busy) if world.is_main else nullcontext()
-
-
-def prepare_data(world: World, config: Config, out: Path) -> tuple[Path, str]:
-    """The data directory and its status; without --data the digits are built in OUT/data on first use."""
-    if (data := configuration.data_directory(config)) is not None:
-        return data, "reused"
-    reused = world.broadcast(build("digits", out / "data").reused if world.is_main else None)
-    if world.local_rank == 0 and not (out / "data" / MANIFEST).exists():  # a host with a disk of its own
-        build("digits", out / "data")
-    world.barrier()
-    return out / "data", "reused" if reused else "computed"
-
-
-def find_disks(ctx: Context) -> Disks:
-    """Who shares rank 0's disk. Raises UserError where hosts have different data."""
-    known = ctx.world.gather(ctx.manifest.fingerprint)
-    if other := [r for r, fp in enumerate(known) if fp != known[0]]:
-        raise UserError(
-            f"{ctx.data} differs between hosts (ranks 0 and {other[0]}); copy the same data set to all of them"
-        )
-    disks = Disks(ctx.world, ctx.store.root)
-    if ctx.world.is_main and not disks.shared:
-        say(f"{len(disks.apart)} ranks do not see {ctx.store.root} of rank 0: finished files are sent to their hosts")
-    return disks
-
-
-def run(
-    world: World,
-    config: Config,
-    preset: str,
-    data: Path,
-    out: Path,
-    shards: tuple[str, float] = ("reused", 0.0),
-    on_interval: matching.OnInterval | None = None,
-) -> None:
-    """All steps up to --until. ``shards``: status and seconds of the data set so far; ``on_interval``: matching's listener."""
-    manifest = Manifest.load(data)
-    precision = agreed_precision(config, world)
-    check(config, manifest, world.size, world.device)
-    store = Store(store_of(out, config))
-    ctx = Context(config, world, data, manifest, store, out, precision, on_interval=on_interval)
-    ctx.disks = find_disks(ctx)
-    fps = fingerprints(config, manifest, precision)
-    if world.is_main:
-        write_config(out, configuration.to_yaml(config, preset))
-        note_user(store.root, out)
-    last = STEPS.index(config.until)
-    begin = time.monotonic()
-    world.enter("verify")
-    if config.verify:
-        verify_inputs(ctx, {step: fps[step] for step in STEPS[1 : last + 1]})
-    records = {}
-    for step in STEPS[: last + 1]:
-        if step == "shards":
-            records[step] = record(fps[step], shards[0], shards[1] + time.monotonic() - begin, 0)
-        else:
-            records[step] = run_step(ctx, step, fps)
-        if world.is_main:
-            write_json(out / "steps.json", {"format": "gdd-steps/1", "steps": records})
-    if world.is_main and config.until == "report":
-        finish(ctx, fps)
-
-
-def write_config(out: Path, text: str) -> None:
-    """OUT/config.yaml, and the same in TensorBoard; without keys that stand in URLs."""
-    path, text = out / "config.yaml", redact(text)
-    if not path.exists() or path.read_text() != text:
-        write_text(out / "tensorboard" / "config", "config", text)
-        write_layout(out / "tensorboard" / "overview")
-        write_atomic(path, text.encode())
-
-
-def record(fp: str, status: str, seconds: float, images: int) -> dict[str, Any]:
-    """A step's line in steps.json."""
-    return {"fingerprint": fp, "status": status, "seconds": round(seconds, 2), "images_processed": images}
-
-
-def run_step(ctx: Context, step: str, fps: Mapping[str, str]) -> dict[str, Any]:
-    """Reuse the finished step, or compute it under its lock. Returns its record for steps.json."""
-    fp, begin = fps[step], time.monotonic()
-    ctx.world.enter(step)
-    status, ctx.forwards, ctx.resumed = "reused", 0, False
-    with step_lock(ctx, step, fp):
-        if not ctx.world.broadcast(ctx.store.finished(step, fp)):
-            compute(ctx, step, fps)
-            status = "resumed" if any(ctx.world.gather(ctx.resumed)) else "computed"
-        elif ctx.world.is_main:
-            ctx.store.drop_checkpoints(step, fp)
-    if step != "report":
-        ctx.disks.bring(ctx.store, step, fp)
-    if ctx.world.is_main:
-        link_latest(ctx.out, step, ctx.store.path(step, fp))
-        say(f"{step}: {status} {fp} ({time.monotonic() - begin:.1f} s)")
-    images = ctx.world.sum(ctx.forwards)
-    return record(fp, status, time.monotonic() - begin, images)
-
-
-def step_lock(ctx: Context, step: str, fp: str) -> AbstractContextManager[None]:
-    """Rank 0 holds the artifact while it is being written; another run that needs it waits."""
-    if not ctx.world.is_main or ctx.store.finished(step, fp):
-        return nullcontext()
-    told = False
-
-    def busy(holder: Mapping[str, Any]) -> None:
-        nonlocal told
-        ctx.world.check_stop()
-        if not told:
-            say(
-                f"{step}: waiting for process {holder['pid']} on {holder['host']}, which computes it since {holder['since']}"
-            )
-        told = True
-
-    return holding(Lock(ctx.store.root / step / f"{fp}.lock"), busy)
-
-
-def compute(ctx: Context, step: str, fps: Mapping[str, str]) -> None:
-    """Let the step work in its .partial directory; rank 0 renames it when all are done."""
-    work = ctx.store.partial(step, fps[step])
-    (work / CHECKPOINTS).mkdir(parents=True, exist_ok=True)  # by every rank: hosts may have disks of their own
-    if ctx.world.is_main:
-        clean(work)
-    ctx.world.barrier()
-    begin, dirs = time.monotonic(), {name: ctx.store.path(name, fps[name]) for name in INPUTS[step] if name != "shards"}
-    origin = provenance(ctx, fps)
-    if step == "teachers":
-        info = teachers.run(ctx, work)
-    elif step == "logits":
-        info = logits.run(ctx, work, dirs["teachers"])
-    elif step == "gan":
-        info = gan.run(ctx, work, origin)
-    elif step == "matching":
-        info = matching.run(ctx, work, dirs["teachers"], dirs["logits"], dirs["gan"], origin, ctx.on_interval)
-    else:
-        dirs["logits"] = ctx.store.path("logits", fps["logits"])
-        info = report.run(ctx, work, dirs, {"data": fps["shards"], **{k: v for k, v in fps.items() if k in dirs}})
-    images = ctx.world.sum(ctx.forwards)
-    cost = {"seconds": round(time.monotonic() - begin, 2), "images_processed": images, "ranks": ctx.world.size}
-    if ctx.world.is_main:
-        contents = {"info": info, "provenance": origin, "cost": cost}
-        ctx.store.finish(step, fps[step], contents, ctx.world.check_stop)
-    ctx.world.barrier()
-
-
-def provenance(ctx: Context, fps: Mapping[str, str]) -> dict[str, Any]:
-    """What made a file: fingerprints, settings that shaped it, commit, versions."""
-    return {
-        "fingerprints": dict(fps),
-        "data": ctx.manifest.name,
-        "precision": ctx.precision,
-        "seed": ctx.config.seed,
-        "commit": commit(),
-        "versions": versions(),
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-
-def finish(ctx: Context, fps: Mapping[str, str]) -> None:
-    """The table, and where the pictures are."""
-    directory = ctx.store.path("report", fps["report"])
-    results = read_json(directory / "metrics.json")["results"]
-    latest = ctx.out / "report" / "latest"
-    sys.stdout.write(
-        f"\n{report.table(results)}\n\nreport: {latest}/report.md\npage: {latest}/report.html (the same with its pictures, in one file)\n"
-    )
-    sys.stdout.write(
-        f"generator: {ctx.out}/matching/latest/generator.safetensors\nTensorBoard: tensorboard --logdir {ctx.out}/tensorboard\n"
-    )
 
 
 if __name__ == "__main__":

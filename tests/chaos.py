@@ -19,7 +19,12 @@ import ranks
 import torch
 from safetensors.torch import load_file
 
-STEPS = ("teachers.train_step", "gan.train_step", "matching.train_step", "students.train_step")
+STEPS = (
+    "teachers",
+    "gan",
+    "matching",
+    "evaluation.students.train_step",
+)
 KINDS = ("rank", "job", "checkpoint", "logit file", "rename")
 
 

@@ -17,13 +17,16 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from gdd_dist import config as configuration
-from gdd_dist import gan, logits, matching, rows, teachers, train
-from gdd_dist.artifacts import Store, read_json
-from gdd_dist.context import Context
-from gdd_dist.distributed import World
-from gdd_dist.students import Frozen
-from gdd_dist.students import train as train_student
+from gdd_dist.config import command_line as configuration
+from gdd_dist.config.steps import ROWS_VERSION, TABLE
+from gdd_dist.evaluation import rows
+from gdd_dist.evaluation.students import Frozen
+from gdd_dist.evaluation.students import train as train_student
+from gdd_dist.pipeline.run import run as run_steps
+from gdd_dist.runtime.world import World
+from gdd_dist.storage.json_files import read_json
+from gdd_dist.storage.store import Store
+from gdd_dist.training.context import Context
 from sharding.errors import UserError
 from sharding.files import write_atomic
 from sharding.manifest import Manifest
@@ -69,14 +72,13 @@ Values = dict[str, dict[str, list[float]]]
 
 def versions() -> dict[str, int]:
     """Step → VERSION in the code."""
-    own = {"teachers": teachers, "logits": logits, "gan": gan, "matching": matching, "students": rows}
-    return {step: module.VERSION for step, module in own.items()}
+    return {step: ROWS_VERSION if step == "students" else TABLE[step].version for step in BEFORE}
 
 
 def run(data: Path, out: Path, step: str) -> None:
     """Compute the steps up to ``step`` into ``out``, but for those that lie there finished."""
     asked = configuration.parse(["--config", str(SETTINGS), "--data", str(data), "--out", str(out), "--until", step])
-    train.run(World("cpu"), asked.config, asked.preset, data, out)
+    run_steps(World("cpu"), asked.config, asked.preset, data, out)
 
 
 def student_weights(data: Path, out: Path) -> dict[str, dict[str, torch.Tensor]]:

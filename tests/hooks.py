@@ -17,13 +17,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from gdd_dist import gan, grading, logits, matching, monitor, teachers
-from gdd_dist.adversarial import Adversaries
-from gdd_dist.checkpoint import Checkpoints
-from gdd_dist.context import Context
+from gdd_dist.evaluation import student_results
 from gdd_dist.models.classifiers import Classifier
 from gdd_dist.models.discriminator import Discriminator
 from gdd_dist.models.generator import Generator
+from gdd_dist.runtime import monitor
+from gdd_dist.steps import logits
+from gdd_dist.storage.checkpoints import Checkpoints
+from gdd_dist.training import loop
+from gdd_dist.training.adversaries import Adversaries
+from gdd_dist.training.context import Context
 
 
 def environment(rank: int, values: dict[str, str]) -> None:
@@ -43,9 +46,8 @@ def all_of(rank: int, hooks: Sequence[Callable[[int], None]]) -> None:
 
 
 def log_every_step(rank: int) -> None:
-    """From now on gan and matching log the scalars of each step. All ranks need it."""
-    for module in (gan, matching):
-        module.due = lambda *_args: True
+    """From now on the loops log the scalars of each step. All ranks need it."""
+    monitor.EVERY_STEP_UNTIL = 10**9
 
 
 def nothing(rank: int) -> None:
@@ -73,38 +75,46 @@ def no_forward(rank: int) -> None:
         network.forward = forward
 
 
+class At(loop.Watcher):
+    """Calls ``action(trainee, step)`` before each training step of the loops whose name begins with ``name``."""
+
+    def __init__(self, name: str, action: Callable[[Any, int], None]) -> None:
+        self._name, self._action = name, action
+
+    def before_step(self, trainee: Any, step: int) -> None:
+        if trainee.name.startswith(self._name):
+            self._action(trainee, step)
+
+
+class Forwards(loop.Watcher):
+    """Writes to a file how many images each step of one loop forwards, one a line."""
+
+    def __init__(self, name: str, path: Path) -> None:
+        self._name, self._path, self._before = name, path, 0
+
+    def before_step(self, trainee: Any, step: int) -> None:
+        self._before = trainee._ctx.forwards
+
+    def after_step(self, trainee: Any, step: int) -> None:
+        if trainee.name == self._name:
+            with self._path.open("a") as f:
+                f.write(f"{trainee._ctx.forwards - self._before}\n")
+
+
 def count_forwards(rank: int, step: str, folder: Path) -> None:
     """Write to FOLDER/forwards-RANK how many images each optimizer step of ``gan`` or ``matching`` forwards, one a line."""
-    module: Any = {"gan": gan, "matching": matching}[step]
-    inner = module.train_step
-
-    def train_step(ctx: Context, *args: Any) -> Any:
-        before = ctx.forwards
-        result = inner(ctx, *args)
-        with (folder / f"forwards-{rank}").open("a") as f:
-            f.write(f"{ctx.forwards - before}\n")
-        return result
-
-    module.train_step = train_step
+    loop.watchers.append(Forwards(step, folder / f"forwards-{rank}"))
 
 
 def die_in_teachers(rank: int, marker: Path, step: int) -> None:
     """SIGKILL one rank in the middle of its training, once the other training has come as far."""
-    inner, train_one = teachers.train_step, teachers.train_one
-    checkpoints, calls = [Path()], [0]
 
-    def remember(ctx: Context, training: Any, work: Path, *args: Any) -> Any:
-        checkpoints[0], calls[0] = work / "checkpoints", 0
-        return train_one(ctx, training, work, *args)
-
-    def train_step(*args: Any) -> Any:
-        if calls[0] == step:
-            _until(lambda: _trainings_at(checkpoints[0], step) == 2)
+    def die(pupil: Any, at: int) -> None:
+        if at == step:
+            _until(lambda: _trainings_at(pupil._work / "checkpoints", step) == 2)
             _die_once(marker)
-        calls[0] += 1
-        return inner(*args)
 
-    teachers.train_step, teachers.train_one = train_step, remember
+    loop.watchers.append(At("teachers", die))
 
 
 def _trainings_at(checkpoints: Path, step: int) -> int:
@@ -130,14 +140,14 @@ def die_in_logits(rank: int, marker: Path, files: int) -> None:
 
 def die_in_report(rank: int, marker: Path, students: int) -> None:
     """SIGKILL one rank once so many students are trained."""
-    inner = grading.save_record
+    inner = student_results.save_record
 
     def save_record(path: Path, *args: Any) -> None:
         if len(list(path.parent.glob("*.json"))) >= students:
             _die_once(marker)
         inner(path, *args)
 
-    grading.save_record = save_record
+    student_results.save_record = save_record
 
 
 def _die_once(marker: Path, before: Callable[[], None] = lambda: None) -> None:
@@ -149,30 +159,23 @@ def _die_once(marker: Path, before: Callable[[], None] = lambda: None) -> None:
 
 def die_in_gan(rank: int, victim: int, step: int) -> None:
     """SIGKILL when ``step`` steps of the gan are done."""
-    _before_step(gan, 2, step, rank == victim, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    _before_step("gan", step, rank == victim, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def die_in_matching(rank: int, victim: int, step: int) -> None:
     """SIGKILL when ``step`` steps of matching are done."""
-    _before_step(matching, 3, step, rank == victim, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    _before_step("matching", step, rank == victim, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def hold_in_gan(rank: int, until: Path) -> None:
     """Stay in the middle of the gan until a file is there."""
-    _before_step(gan, 2, 5, rank == 0, lambda: _until(until.exists))
+    _before_step("gan", 5, rank == 0, lambda: _until(until.exists))
 
 
-def _before_step(module: Any, place: int, step: int, wanted: bool, action: Callable[[], None]) -> None:
-    """Call ``action`` before ``module.train_step`` of this step, its argument number ``place``."""
-    inner = module.train_step
-
-    def train_step(*args: Any) -> Any:
-        if args[place] == step:
-            action()
-        return inner(*args)
-
+def _before_step(name: str, step: int, wanted: bool, action: Callable[[], None]) -> None:
+    """Call ``action`` before this step of a loop."""
     if wanted:
-        module.train_step = train_step
+        loop.watchers.append(At(name, lambda _trainee, at: action() if at == step else None))
 
 
 def _until(condition: Callable[[], bool], timeout: float = 120.0) -> None:
@@ -207,13 +210,13 @@ def forget(rank: int, part: str) -> None:
 
 
 def signal_in(rank: int, where: str, call: int, number: int, victim: int | None = None) -> None:
-    """Send this rank a signal as it calls gdd_dist.MODULE.FUNCTION (``where``) for the ``call``-th time, counted from 0."""
+    """Send this rank a signal as it comes to ``where`` (see `before_each_call`) for the ``call``-th time, counted from 0."""
     if victim in (None, rank):
         before_call(where, call, lambda: os.kill(os.getpid(), number))
 
 
 def busy_in(rank: int, where: str, call: int, seconds: float, victim: int) -> None:
-    """This rank is busy for a while, in Python, as it calls gdd_dist.MODULE.FUNCTION for the ``call``-th time."""
+    """This rank is busy for a while, in Python, as it comes to ``where`` (see `before_each_call`) for the ``call``-th time."""
 
     def work() -> None:
         end = time.monotonic() + seconds
@@ -225,8 +228,11 @@ def busy_in(rank: int, where: str, call: int, seconds: float, victim: int) -> No
 
 
 def before_each_call(where: str, action: Callable[[], None]) -> None:
-    """Do something before each call of gdd_dist.MODULE.FUNCTION."""
-    name, function = where.split(".")
+    """Do something before each step of the loop ``where`` (gan, matching, teachers), or each call of gdd_dist.ROOM.MODULE.FUNCTION."""
+    if "." not in where:
+        loop.watchers.append(At(where, lambda *_: action()))
+        return
+    name, _, function = where.rpartition(".")
     module = importlib.import_module(f"gdd_dist.{name}")
     inner = getattr(module, function)
 
@@ -238,7 +244,7 @@ def before_each_call(where: str, action: Callable[[], None]) -> None:
 
 
 def before_call(where: str, call: int, action: Callable[[], None]) -> None:
-    """Do something before the ``call``-th call of gdd_dist.MODULE.FUNCTION, counted from 0."""
+    """Do something as ``where`` is come to for the ``call``-th time, counted from 0."""
     calls = [0]
 
     def count() -> None:
@@ -250,21 +256,21 @@ def before_call(where: str, call: int, action: Callable[[], None]) -> None:
 
 
 def spoil(rank: int, where: str, calls: range, victim: int) -> None:
-    """Make what ``adversarial.losses`` gives (``where``: its function) not finite on one rank, at these calls."""
-    from gdd_dist import adversarial
+    """Make what ``adversaries.losses`` gives (``where``: its function) not finite on one rank, at these calls."""
+    from gdd_dist.training import adversaries
 
-    inner, count = getattr(adversarial.losses, where), [0]
+    inner, count = getattr(adversaries.losses, where), [0]
 
     def spoilt(*args: Any) -> Any:
         count[0] += 1
         return inner(*args) + float("nan") if count[0] - 1 in calls else inner(*args)
 
     if rank == victim:
-        setattr(adversarial.losses, where, spoilt)
+        setattr(adversaries.losses, where, spoilt)
 
 
 def call_in(rank: int, where: str, call: int, action: Callable[[], None], victim: int = 0) -> None:
-    """Do something once, on one rank, as it calls gdd_dist.MODULE.FUNCTION for the ``call``-th time, counted from 0."""
+    """Do something once, on one rank, as it comes to ``where`` (see `before_each_call`) for the ``call``-th time, counted from 0."""
     if rank == victim:
         before_call(where, call, action)
 

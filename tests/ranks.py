@@ -157,7 +157,7 @@ def launch(folder: Path, size: int, function: Callable[..., None], args: Sequenc
 
 def _train(rank: int, argv: list[str], before: Before | None) -> None:
     from gdd_dist import train
-    from gdd_dist.program import run_program
+    from gdd_dist.runtime.run_program import run_program
 
     if before is not None:
         before(rank)

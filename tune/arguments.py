@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from gdd_dist.arguments import Parser
+from gdd_dist.runtime.arguments import Parser
 from sharding.errors import UserError
 from tune.proposals import ALGORITHMS
 

@@ -16,7 +16,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import summary_v2 as hp
 from torch.utils.tensorboard import SummaryWriter
 
-from gdd_dist.settings import Config
+from gdd_dist.config.settings import Config
 from tune import space
 from tune.record import Outcome, Record
 from tune.space import Axis

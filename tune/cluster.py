@@ -20,8 +20,8 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from gdd_dist.data.remote import is_remote, read_manifest
-from gdd_dist.metrics import versions
-from gdd_dist.monitor import say
+from gdd_dist.runtime.monitor import say
+from gdd_dist.runtime.versions import versions
 from sharding.errors import UserError
 from tune.arguments import Options
 from tune.environment import python_path, token_is_known

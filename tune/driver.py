@@ -14,12 +14,12 @@ import ray.tune
 import torch
 import yaml
 
-from gdd_dist import config as configuration
-from gdd_dist.check import check
+from gdd_dist.config import command_line as configuration
 from gdd_dist.data.remote import is_remote, read_manifest
-from gdd_dist.locks import Lock, holding, in_use
-from gdd_dist.monitor import say
-from gdd_dist.users import store_of
+from gdd_dist.pipeline.preflight import check
+from gdd_dist.pipeline.store_users import store_of
+from gdd_dist.runtime.locks import Lock, holding, in_use
+from gdd_dist.runtime.monitor import say
 from sharding.errors import UserError
 from sharding.files import write_atomic
 from sharding.redact import redact

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from gdd_dist.artifacts import read_json, write_json
-from gdd_dist.settings import Config
+from gdd_dist.config.settings import Config
+from gdd_dist.storage.json_files import read_json, write_json
 from tune import gang, space
 from tune.gang import Job
 from tune.record import DEFAULTS, Outcome

@@ -20,13 +20,13 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from gdd_dist import config as configuration
-from gdd_dist import train
-from gdd_dist.artifacts import read_json
-from gdd_dist.distributed import World
-from gdd_dist.matching import OnInterval
-from gdd_dist.monitor import say
-from gdd_dist.settings import Config
+from gdd_dist.config.settings import Config
+from gdd_dist.pipeline.dataset import data_directory
+from gdd_dist.pipeline.run import run as run_steps
+from gdd_dist.runtime.monitor import say
+from gdd_dist.runtime.world import World
+from gdd_dist.storage.json_files import read_json
+from gdd_dist.training.context import OnInterval
 from sharding.errors import UserError
 
 _LAST_WORDS = 10.0
@@ -148,9 +148,9 @@ def run_rank(job: Job, place: Mapping[str, str], on_interval: OnInterval | None 
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)  # the host's name may lead elsewhere than Ray's address does
     world = World(job.config.device, job.config.timeout)
     world.local_rank = int(place["LOCAL_RANK"])
-    data = configuration.data_directory(job.config)
+    data = data_directory(job.config)
     assert data is not None
-    train.run(world, job.config, job.preset, data, job.out, on_interval=on_interval)
+    run_steps(world, job.config, job.preset, data, job.out, on_interval=on_interval)
     world.close()
 
 

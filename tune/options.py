@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
-from gdd_dist import config as configuration
-from gdd_dist.options import options, value_of
-from gdd_dist.settings import Config
+from gdd_dist.config import command_line as configuration
+from gdd_dist.config.bounds import options, value_of
+from gdd_dist.config.settings import Config
 from sharding.errors import UserError
 from sharding.files import write_atomic
 from sharding.redact import redact

@@ -11,8 +11,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gdd_dist.figures import DPI, png
-from gdd_dist.tables import markdown, ruled
+from gdd_dist.reporting.tables import markdown, ruled
+from gdd_dist.reporting.training_figures import DPI, png
 from sharding.files import write_atomic
 from tune import cluster, gang, shared, space
 from tune.arguments import METRICS

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gdd_dist.artifacts import append_json, json_lines, read_json, write_json
-from gdd_dist.monitor import say
+from gdd_dist.runtime.monitor import say
+from gdd_dist.storage.json_files import append_json, json_lines, read_json, write_json
 from sharding.errors import UserError
 
 FINISHED, STOPPED, DIVERGED, FAILED = "finished", "stopped", "diverged", "failed"

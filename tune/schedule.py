@@ -13,7 +13,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from gdd_dist.monitor import say
+from gdd_dist.runtime.monitor import say
 from tune.proposals import Proposals
 from tune.record import DEFAULTS, FAILED, FINISHED, STOPPED, Outcome, Record, name_of
 from tune.trial import told

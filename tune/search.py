@@ -10,7 +10,7 @@ from typing import Any
 if __name__ == "__main__" and not __package__:  # as a script: what it imports lies beside its directory, not in it
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from gdd_dist.program import run_program
+from gdd_dist.runtime.run_program import run_program
 from tune import environment
 from tune.options import parse
 

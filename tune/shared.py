@@ -9,10 +9,10 @@ from typing import Any
 
 import ray
 
-from gdd_dist.artifacts import read_json, write_json
-from gdd_dist.engines import resolve_precision
-from gdd_dist.monitor import say
-from gdd_dist.settings import Config
+from gdd_dist.config.settings import Config
+from gdd_dist.engines.precision import resolve_precision
+from gdd_dist.runtime.monitor import say
+from gdd_dist.storage.json_files import read_json, write_json
 from tune import gang
 from tune.gang import Job
 

@@ -13,8 +13,8 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from gdd_dist.options import validate
-from gdd_dist.settings import Config, Matching
+from gdd_dist.config.bounds import validate
+from gdd_dist.config.settings import Config, Matching
 from sharding.errors import UserError
 
 SECTION = "matching"

@@ -12,10 +12,9 @@ import ray.tune
 import torch
 from torch import nn
 
-from gdd_dist import finite
-from gdd_dist.metrics import selected
-from gdd_dist.networks import GENERATOR, read_network
-from gdd_dist.quick import Measured
+from gdd_dist.evaluation.quick_students import Measurement, best
+from gdd_dist.models.files import GENERATOR, read_network
+from gdd_dist.training import skipped_steps
 from tune import gang, space
 from tune.gang import Job
 from tune.record import DIVERGED, FAILED, FINISHED
@@ -48,13 +47,12 @@ class Teller:
         spent, self._since = now - self._since, now
         ray.tune.report({**report, "seconds": round(spent, 3), "host": self._host})
 
-    def interval(self, step: int, generator: nn.Module, measured: Measured) -> bool:
+    def interval(self, step: int, generator: nn.Module, measured: Measurement) -> None:
         """What matching calls at intervals; the end is told when the step's directory is whole."""
         if not all(bool(torch.isfinite(p).all()) for p in generator.parameters()):
             raise Diverged(f"not finite after {step} steps")
         if step < self._steps:
             self.tell(told(measured.as_dict()))
-        return False
 
 
 def told(measured: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,7 +76,7 @@ def trial(config: Mapping[str, Any], base: Job) -> None:
     except Diverged as e:
         teller.tell({"status": DIVERGED, "reason": str(e)})
     except Exception as e:
-        status = DIVERGED if isinstance(e.__cause__, finite.Diverged) else FAILED
+        status = DIVERGED if isinstance(e.__cause__, skipped_steps.Diverged) else FAILED
         reason = " ".join(str(e).split())[:300]
         teller.tell({"status": status, "reason": f"{type(e).__name__}: {reason}"})
     else:
@@ -88,7 +86,7 @@ def trial(config: Mapping[str, Any], base: Job) -> None:
 def result(job: Job, steps: Mapping[str, Any]) -> dict[str, Any]:
     """What the finished matching step says of itself: the kept interval's measurement, and all there are."""
     history = read_network(job.out / "matching" / "latest" / GENERATOR)[1]["history"]
-    kept = selected(history, job.config.matching.select)
+    kept = best(history, job.config.matching.select)
     assert kept is not None
     end = {"step": history[-1]["step"], "kept": kept["step"], "history": history}
     return {**told(kept), **end, "fingerprint": steps["matching"]["fingerprint"]}

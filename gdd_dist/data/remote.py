@@ -19,8 +19,8 @@ from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
-from gdd_dist.data.fetch import Source, locked, whole
-from gdd_dist.monitor import LINE_SECONDS, Monitor, say
+from gdd_dist.data.download import Source, locked, whole
+from gdd_dist.runtime.monitor import LINE_SECONDS, Monitor, say
 from sharding.errors import UserError
 from sharding.files import write_atomic
 from sharding.manifest import FILE, Manifest, ShardInfo, parse_manifest

@@ -12,12 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gdd_dist.models.names import TORCHVISION, has_batch_norm
 from sharding.errors import UserError
 
-TORCHVISION = "torchvision:"
-"""Before the names of torchvision's networks, which only serve as teachers that somebody else trained."""
-
-_BATCH_NORM = "_bn"
 _GROUP_CHANNELS = 8
 """Channels that share a group norm in the ResNets."""
 
@@ -177,11 +174,6 @@ CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {
     "alexnet": alexnet,
 }
 """Architectures by name; a name may carry its width, as in `convnet:64`."""
-
-
-def has_batch_norm(name: str) -> bool:
-    """Whether what a classifier learns depends on how its batches are cut."""
-    return name.partition(":")[0].endswith(_BATCH_NORM)
 
 
 def parse_classifier(name: str) -> tuple[str, int | None]:

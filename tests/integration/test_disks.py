@@ -8,9 +8,9 @@ import hooks
 import pytest
 import ranks
 
-import gdd_dist.disks
-from gdd_dist.disks import Disks
-from gdd_dist.distributed import World
+import gdd_dist.runtime.file_exchange
+from gdd_dist.runtime.file_exchange import Disks
+from gdd_dist.runtime.world import World
 from sharding.errors import UserError
 
 
@@ -78,7 +78,7 @@ def send(rank, folder, damage):
     if rank == 0 or not damage:
         (home / "x" / f"{rank}.bin").write_bytes(bytes([rank]) * (2**24 + 5))
     if damage:
-        gdd_dist.disks.sha256_file = lambda path: "0" * 64
+        gdd_dist.runtime.file_exchange.sha256_file = lambda path: "0" * 64
     error = ""
     try:
         disks.share(home / "x", ["*.bin"])

@@ -12,9 +12,9 @@ import pytest
 import ranks
 from test_fault_preemption import same_weights
 
-from gdd_dist.checkpoint import Checkpoints
+from gdd_dist.storage.checkpoints import Checkpoints
 
-NAME = "gan.train_step"
+NAME = "gan"
 
 
 @pytest.fixture
@@ -170,7 +170,7 @@ def test_damage_to_an_unfinished_step_is_found_and_done_again(undisturbed, tmp_p
     """What a killed run has finished of a step is trusted by its checksum, never by its name."""
     out = undisturbed.copy(tmp_path / "out", *(["teachers"] if step == "logits" else []))
     argv = [*undisturbed.argv, "--until", step]
-    where = {"teachers": "trainings.accuracy", "logits": "logits._write"}[step]
+    where = {"teachers": "steps.teacher_pool.accuracy", "logits": "steps.logits._write"}[step]
     hook = functools.partial(hooks.signal_in, where=where, call=3, number=9, victim=0)
     assert ranks.start(out, argv, before=hook).wait().codes == [-9]
     (work,) = (out / step).glob("*.partial")

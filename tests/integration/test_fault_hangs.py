@@ -10,10 +10,10 @@ import ranks
 
 TIMEOUT = ["--timeout", "4"]
 PLACES = {
-    "teachers": ("teachers.train_step", []),
-    "logits": ("logits._write", ["teachers"]),
-    "gan": ("gan.train_step", ["teachers", "logits"]),
-    "report": ("students.train_step", ["teachers", "logits", "gan", "matching"]),
+    "teachers": ("teachers", []),
+    "logits": ("steps.logits._write", ["teachers"]),
+    "gan": ("gan", ["teachers", "logits"]),
+    "report": ("evaluation.students.train_step", ["teachers", "logits", "gan", "matching"]),
 }
 
 
@@ -51,7 +51,7 @@ def test_a_stopped_rank_ends_the_job_and_is_named_with_its_step(undisturbed, tmp
 @pytest.mark.slow
 def test_without_torchrun_a_stopped_rank_0_takes_the_store_with_it_and_the_others_still_end(undisturbed, tmp_path):
     out = undisturbed.copy(tmp_path / "out", "teachers", "logits")
-    hook = functools.partial(hooks.signal_in, where="gan.train_step", call=2, number=signal.SIGSTOP, victim=0)
+    hook = functools.partial(hooks.signal_in, where="gan", call=2, number=signal.SIGSTOP, victim=0)
     job = ranks.start(out, [*undisturbed.argv, *TIMEOUT, "--until", "gan"], 4, before=hook)
     job.until(lambda: all(p.exitcode is not None for p in job.processes[1:]))
     job.send(signal.SIGKILL)
@@ -62,7 +62,7 @@ def test_without_torchrun_a_stopped_rank_0_takes_the_store_with_it_and_the_other
 
 
 def test_a_busy_rank_is_waited_for_however_long_it_takes(undisturbed, tmp_path):
-    hook = functools.partial(hooks.busy_in, where="teachers.train_step", call=3, seconds=6, victim=1)
+    hook = functools.partial(hooks.busy_in, where="teachers", call=3, seconds=6, victim=1)
     found = ranks.train(tmp_path / "out", [*undisturbed.argv, "--timeout", "3", "--until", "teachers"], 2, before=hook)
     assert found["teachers"]["status"] == "computed"
 

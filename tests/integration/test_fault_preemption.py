@@ -13,8 +13,8 @@ import pytest
 import ranks
 
 from gdd_dist import evaluate
-from gdd_dist.counts import settling
-from gdd_dist.program import run_program
+from gdd_dist.dry_run.work_left import settling
+from gdd_dist.runtime.run_program import run_program
 
 SELDOM = ["--checkpoint_seconds", "100000"]  # so that what is saved was saved because of the signal
 FIRST = ["teachers", "logits", "gan"]
@@ -29,11 +29,15 @@ def same_weights(undisturbed, out, step):
 
 
 PLACES = {
-    "teachers": ("teachers.train_step", 9, 2),
-    "logits": ("logits._write", 5, 2),
-    "gan": ("gan.train_step", 7, 4),
-    "matching": ("matching.train_step", 7, 4),
-    "matching's quick students": ("quick.train_step", 7, 4),  # six students of five steps: some rank trains two
+    "teachers": ("teachers", 9, 2),
+    "logits": ("steps.logits._write", 5, 2),
+    "gan": ("gan", 7, 4),
+    "matching": ("matching", 7, 4),
+    "matching's quick students": (
+        "evaluation.quick_students.train_step",
+        7,
+        4,
+    ),  # six students of five steps: some rank trains two
 }
 
 PLACED = [
@@ -70,7 +74,9 @@ def test_one_rank_is_signalled_and_all_save_leave_and_go_on_to_the_same_weights(
 
 def test_a_preempted_report_goes_on_by_student(reported, tmp_path):
     out = reported.copy(tmp_path / "out", "teachers", "logits", "gan", "matching")
-    hook = functools.partial(hooks.signal_in, where="grading.save_record", call=6, number=signal.SIGTERM, victim=0)
+    hook = functools.partial(
+        hooks.signal_in, where="evaluation.student_results.save_record", call=6, number=signal.SIGTERM, victim=0
+    )
     ended = ranks.start(out, reported.argv, 2, before=hook).wait()
     assert ended.codes == [143, 143], ended.text
     assert json.loads((out / "preempted").read_text())["step"] == "report"
@@ -82,7 +88,7 @@ def test_a_preempted_report_goes_on_by_student(reported, tmp_path):
 def test_a_signal_in_the_last_step_loses_nothing_of_the_loop(undisturbed, tmp_path):
     out = undisturbed.copy(tmp_path / "out", "teachers", "logits")
     argv = [*undisturbed.argv, *SELDOM, "--until", "gan"]
-    hook = functools.partial(hooks.signal_in, where="gan.train_step", call=11, number=signal.SIGTERM, victim=1)
+    hook = functools.partial(hooks.signal_in, where="gan", call=11, number=signal.SIGTERM, victim=1)
     ended = ranks.start(out, argv, 4, before=hook).wait()
     assert ended.codes == [143] * 4, ended.text
     found = ranks.train(out, argv, 4)
@@ -98,7 +104,9 @@ def run_evaluate(rank, argv, before):
 def test_evaluate_too_leaves_word_that_it_was_preempted_and_goes_on_by_student(reported, tmp_path):
     out = shutil.copytree(reported.out, tmp_path / "out", symlinks=True)
     argv = [str(out), "--ipc", "2", "--baselines", "gan", "--labels", "hard", "--device", "cpu"]
-    hook = functools.partial(hooks.signal_in, where="grading.save_record", call=1, number=signal.SIGUSR1, victim=0)
+    hook = functools.partial(
+        hooks.signal_in, where="evaluation.student_results.save_record", call=1, number=signal.SIGUSR1, victim=0
+    )
     before = set(out.glob("report/rows/*.json"))
     ended = ranks.launch(tmp_path / "one", 2, run_evaluate, (argv, hook)).wait()
     assert ended.codes == [138, 138], ended.text
@@ -119,7 +127,7 @@ def test_evaluate_too_leaves_word_that_it_was_preempted_and_goes_on_by_student(r
 def test_when_a_peer_does_not_answer_nothing_is_saved_and_nobody_waits_longer_than_agreed(undisturbed, tmp_path):
     """As when torchrun asks the others to stop because one is gone."""
     out = undisturbed.copy(tmp_path / "out", "teachers", "logits")
-    hook = functools.partial(hooks.signal_in, where="gan.train_step", call=4, number=signal.SIGSTOP, victim=1)
+    hook = functools.partial(hooks.signal_in, where="gan", call=4, number=signal.SIGSTOP, victim=1)
     job = ranks.start(out, [*undisturbed.argv, *SELDOM, "--until", "gan"], 2, before=hook)
     job.until(lambda: stopped(job.processes[1].pid))
     begin = time.monotonic()
@@ -136,7 +144,7 @@ def test_when_a_peer_does_not_answer_nothing_is_saved_and_nobody_waits_longer_th
 
 def test_one_process_whose_step_does_not_end_says_so():
     program = (
-        "import time; from gdd_dist.signals import asked, listen; listen(0); asked.patient, asked.grace = True, 0.2; "
+        "import time; from gdd_dist.runtime.signals import asked, listen; listen(0); asked.patient, asked.grace = True, 0.2; "
         "print('ready', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

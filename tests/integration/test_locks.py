@@ -11,8 +11,8 @@ import time
 import hooks
 import ranks
 
-from gdd_dist.locks import DEAD_AFTER
-from gdd_dist.processes import me
+from gdd_dist.runtime.locks import DEAD_AFTER
+from gdd_dist.runtime.process_identity import me
 
 
 def test_a_second_job_on_the_same_out_is_told_who_holds_it(undisturbed, tmp_path):

@@ -29,7 +29,7 @@ from searching import (
     steps,
 )
 
-from gdd_dist.users import planned, read_run
+from gdd_dist.pipeline.store_users import planned, read_run
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.slow  # each runs several searches, or a long one

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from gdd_dist.networks import read_network
+from gdd_dist.models.files import read_network
 
 STEPS = ["shards", "teachers", "logits", "gan", "matching", "report"]
 

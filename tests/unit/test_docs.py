@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 from conftest import Finished
 
-from gdd_dist import completion, config, doctor, evaluate, export, pretrained, status
+from gdd_dist import completion, doctor, evaluate, export, status
+from gdd_dist.config import command_line
+from gdd_dist.models import pretrained
 from sharding import __main__ as sharding_program
 from tune import options
 
@@ -21,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 LAUNCHERS = ("torchrun", "deepspeed", "srun", "python", "python3")
 PROGRAMS: dict[str, Callable[[list[str]], object]] = {
-    "gdd_dist.train": config.parse,
+    "gdd_dist.train": command_line.parse,
     "gdd_dist.evaluate": lambda argv: evaluate.parser().parse_args(argv),
     "gdd_dist.export": lambda argv: export.parser().parse_args(argv),
     "gdd_dist.status": lambda argv: status.parser().parse_args(argv),
@@ -64,7 +66,7 @@ def test_the_pages_show_every_program() -> None:
 @pytest.mark.parametrize(("page", "command"), ALL, ids=[f"{p}: {c[:60]}" for p, c in ALL])
 def test_every_command_parses(page: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(config, "_preset_of_data", lambda _data: "digits")
+    monkeypatch.setattr(command_line, "_preset_of_data", lambda _data: "digits")
     given = pretrained.Pretrained(Path("a.safetensors"), "convnet", None, None)
     monkeypatch.setattr(pretrained, "files", lambda _directory: [given])
     words = shlex.split(command)

@@ -20,7 +20,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from gdd_dist.signals import LONGEST_GRACE
+from gdd_dist.runtime.signals import LONGEST_GRACE
 
 SHELLCHECK = str(Path(sys.executable).parent / "shellcheck")  # from the dev extra; PATH need not hold the environment
 

@@ -17,9 +17,9 @@ import projection  # noqa: E402
 from engines import build  # noqa: E402
 from wire import bytes_sent  # noqa: E402
 
-from gdd_dist.distributed import World  # noqa: E402
 from gdd_dist.models.discriminator import Discriminator  # noqa: E402
 from gdd_dist.models.generator import Generator  # noqa: E402
+from gdd_dist.runtime.world import World  # noqa: E402
 
 
 def networks():

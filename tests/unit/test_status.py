@@ -10,10 +10,11 @@ import stores
 from conftest import Finished
 
 from gdd_dist import status
-from gdd_dist.artifacts import Store, link_latest, write_json
-from gdd_dist.checkpoint import Checkpoints
-from gdd_dist.locks import Lock
-from gdd_dist.users import FILE, note_user, users
+from gdd_dist.pipeline.store_users import FILE, note_user, users
+from gdd_dist.runtime.locks import Lock
+from gdd_dist.storage.checkpoints import Checkpoints
+from gdd_dist.storage.json_files import write_json
+from gdd_dist.storage.store import Store, link_latest
 from sharding.errors import UserError
 
 OLD = "0123456789abcdef"

@@ -1,0 +1,65 @@
+"""Every setting by its full name, and the values that it may have."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, get_type_hints
+
+from gdd_dist.config.settings import SECTIONS, Config
+from sharding.errors import UserError
+from sharding.plan import parse_size
+
+
+def options() -> Iterator[tuple[str, type, dataclasses.Field[Any]]]:
+    """(name, type, field) of every setting: ``seed``, …, ``matching.temperature``, …"""
+    for section in (None, *SECTIONS):
+        owner: Any = Config if section is None else type(getattr(Config(), section))
+        hints = get_type_hints(owner)
+        for f in dataclasses.fields(owner):
+            if section is not None or f.name not in SECTIONS:
+                yield (f.name if section is None else f"{section}.{f.name}"), hints[f.name], f
+
+
+def value_of(config: Config, name: str) -> Any:
+    """The value of a setting by its full name."""
+    section, _, leaf = name.rpartition(".")
+    return getattr(getattr(config, section) if section else config, leaf)
+
+
+def validate(config: Config) -> None:
+    """Raise UserError for the first setting outside its bounds."""
+    for name, _, f in options():
+        value = value_of(config, name)
+        for item in value if isinstance(value, tuple) else (value,):
+            _check(name, item, f.metadata)
+        if value == ():
+            raise UserError(f"--{name} is empty; give at least one value")
+    for name in ("loader.augment", "gan.augment"):
+        _check_augment(name, value_of(config, name))
+    parse_size(config.loader.cache_limit)
+    if config.matching.batch % config.matching.group:
+        raise UserError(
+            f"--matching.batch {config.matching.batch} is not a multiple of --matching.group {config.matching.group}; change one of them"
+        )
+
+
+def _check(name: str, value: Any, meta: Mapping[str, Any]) -> None:
+    if value is None:
+        return
+    if meta["choices"] and value not in meta["choices"]:
+        raise UserError(f"--{name} {value} is not known; choose {', '.join(meta['choices'])}")
+    if isinstance(value, float) and value != value:
+        raise UserError(f"--{name} is not a number; give one")
+    if meta["low"] is not None and value < meta["low"]:
+        raise UserError(f"--{name} {value} is too small; give at least {meta['low']}")
+    if meta["above"] is not None and value <= meta["above"]:
+        raise UserError(f"--{name} {value} is too small; give more than {meta['above']}")
+    if meta["high"] is not None and value > meta["high"]:
+        raise UserError(f"--{name} {value} is too large; give at most {meta['high']}")
+
+
+def _check_augment(name: str, value: str) -> None:
+    parts = set(value.split("_"))
+    if value != "none" and not parts <= {"color", "crop", "cutout"}:
+        raise UserError(f"--{name} {value} is not known; join color, crop, cutout by _, or give none")

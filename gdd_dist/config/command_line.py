@@ -1,0 +1,268 @@
+"""Command line and files → Config: defaults < preset < --config file < command line, in whatever order they are typed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from gdd_dist.config.bounds import options, validate, value_of
+from gdd_dist.config.presets import PRESETS
+from gdd_dist.config.settings import SECTIONS, Config
+from gdd_dist.data.remote import read_manifest
+from gdd_dist.models import pretrained
+from sharding.errors import UserError
+
+_FLAGS = {
+    "print_config": "print every setting as YAML and exit",
+    "dry_run": "print a table of what would run and what it needs, and exit",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A parsed command line."""
+
+    config: Config
+    preset: str
+    print_config: bool
+    dry_run: bool
+
+
+def _item_type(hint: Any) -> tuple[Any, bool]:
+    """The type of a value, and whether a setting takes several."""
+    args = get_args(hint)
+    return (args[0], True) if hint is not None and getattr(hint, "__origin__", None) is tuple else (hint, False)
+
+
+def command_line() -> ArgumentParser:
+    """The parser, with the defaults of no preset: ``parse`` says what a command line comes to."""
+    parser = ArgumentParser(
+        prog="gdd_dist.train",
+        usage="torchrun --nproc_per_node=N -m %(prog)s [--preset NAME] [--data DIR] [--out DIR] [--SECTION.NAME VALUE ...]",
+        description="Distil a labelled image data set into a class-conditional generator. Start it with torchrun, or alone as one process.",
+        default_env=False,
+        print_config=None,  # ours prints what --config reads back, the preset included
+    )
+    parser.add_argument(
+        "--preset", default=None, help=f"settings to start from: {', '.join(PRESETS)}; default: by the data set"
+    )
+    parser.add_argument("--config", default=None, help="YAML file of settings, as --print_config prints them")
+    defaults = Config()
+    groups: dict[str, Any] = {}
+    for name, hint, f in options():
+        section = name.rpartition(".")[0]
+        if section not in groups:
+            doc = (type(getattr(defaults, section)).__doc__ or "").strip() if section else "The whole run."
+            groups[section] = parser.add_argument_group(section or "run", doc)
+        kind, several = _item_type(hint)
+        value = value_of(defaults, name)
+        extra: dict[str, Any] = {"nargs": "+", "default": list(value)} if several else {"default": value}
+        text = f.metadata["help"] + (f"; one of {', '.join(f.metadata['choices'])}" if f.metadata["choices"] else "")
+        groups[section].add_argument(f"--{name}", type=kind, help=text, **extra)
+    for flag, text in _FLAGS.items():
+        names = [f"--{flag}"] + ([f"--{flag.replace('_', '-')}"] if "_" in flag else [])
+        parser.add_argument(*names, dest=flag, action="store_true", help=text)
+    parser.add_argument(
+        "--no-verify", dest="no_verify", action="store_true", help="do not hash the files that will be read"
+    )
+    parser.add_argument(
+        "--local_rank",
+        "--local-rank",
+        dest="local_rank",
+        type=int,
+        default=None,
+        help="ignored (the deepspeed launcher adds it)",
+    )
+    return parser
+
+
+def _known() -> set[str]:
+    named = {name for name, _, _ in options()}
+    return named | {
+        "preset",
+        "config",
+        "help",
+        "no-verify",
+        "local_rank",
+        "local-rank",
+        "print_config",
+        "print-config",
+        "dry_run",
+        "dry-run",
+    }
+
+
+def _canonical(argv: Sequence[str]) -> list[str]:
+    """Accept --deepspeed-config for --deepspeed_config, a bare --debug; refuse unknown settings with the nearest name."""
+    known, flags, out = _known(), {"debug"}, []
+    for i, token in enumerate(argv):
+        if token.startswith("--"):
+            name, eq, value = token[2:].partition("=")
+            if name.replace("-", "_") in known:
+                name = name.replace("-", "_")
+            if name not in known:
+                raise UserError(_unknown(name, known))
+            token = f"--{name}{eq}{value}"
+            if name in flags and not eq and (i + 1 == len(argv) or argv[i + 1].startswith("--")):
+                token += "=true"
+        out.append(token)
+    return out
+
+
+def _unknown(name: str, known: set[str], where: str = "") -> str:
+    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5) or [
+        k for k in sorted(known) if k.rpartition(".")[2] == name.rpartition(".")[2]
+    ]
+    hint = f"did you mean --{near[0]}?" if near else "see --help"
+    return f"unknown setting {name}{where}; {hint}"
+
+
+def _last(argv: Sequence[str], name: str) -> str | None:
+    """The last value given for ``--name``."""
+    value = None
+    for i, token in enumerate(argv):
+        if token == f"--{name}" and i + 1 < len(argv):
+            value = argv[i + 1]
+        elif token.startswith(f"--{name}="):
+            value = token.partition("=")[2]
+    return value
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        flat |= _flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return flat
+
+
+def _read_file(path: str) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except OSError as e:
+        raise UserError(
+            f"cannot read --config {path} ({e.strerror}); give a YAML file as --print_config prints it"
+        ) from e
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise UserError(
+            f"--config {path} is not YAML ({' '.join(str(e).split())}); --print_config prints an example"
+        ) from e
+    if not isinstance(tree, dict):
+        raise UserError(f"--config {path} holds no settings; --print_config prints an example")
+    flat = _flatten(tree)
+    known = {name for name, _, _ in options()} | {"preset"}
+    for name in flat:
+        if name not in known:
+            raise UserError(_unknown(name, known, f" in {path}"))
+    return flat
+
+
+def _as_typed(flat: Mapping[str, Any], path: str) -> list[str]:
+    """A file's settings as a command line, so that both are read, and refused, alike."""
+    argv: list[str] = []
+    for name, hint, _ in options():
+        if name not in flat:
+            continue
+        value, several = flat[name], _item_type(hint)[1]
+        if value is None:
+            if type(None) not in get_args(hint):
+                raise UserError(f"{name} in {path} is empty; give a value or leave it out")
+            continue
+        if isinstance(value, list) and not several:
+            raise UserError(f"{name} in {path} is a list; give one value")
+        items = [
+            str(v).lower() if isinstance(v, bool) else str(v) for v in (value if isinstance(value, list) else [value])
+        ]
+        argv += [f"--{name}", *items] if several else [f"--{name}={items[0]}"]
+    return argv
+
+
+def _preset_of_data(data: str | None) -> str:
+    if data is None:
+        return "digits"
+    manifest = read_manifest(data)
+    if manifest.name in PRESETS:
+        return manifest.name
+    size = max(manifest.height, manifest.width)
+    return "digits" if size <= 16 else "cifar10" if size <= 32 else "tiny-imagenet"
+
+
+def parse(argv: Sequence[str]) -> Command:
+    """Parse and validate a command line. Raises UserError; SystemExit(0) after --help."""
+    argv = _canonical(argv)
+    from_file = _read_file(path) if (path := _last(argv, "config")) else {}
+    typed = _as_typed(from_file, path or "")
+    preset = _last(argv, "preset") or str(from_file.get("preset") or _preset_of_data(_last([*typed, *argv], "data")))
+    if preset not in PRESETS:
+        near = difflib.get_close_matches(preset, PRESETS, n=1)
+        raise UserError(
+            f"unknown preset {preset}; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(PRESETS)}")
+        )
+    parser = command_line()
+    parser.set_defaults(PRESETS[preset])
+    if typed:
+        _parse_typed(parser, typed, f" in {path}")
+    parsed = _parse_typed(parser, [*typed, *argv])
+    config = _build(parsed)
+    if config.out is None:
+        config = dataclasses.replace(config, out=f"runs/{preset}")
+    validate(config)
+    return Command(config, preset, bool(parsed["print_config"]), bool(parsed["dry_run"]))
+
+
+def _parse_typed(parser: ArgumentParser, argv: Sequence[str], where: str = "") -> dict[str, Any]:
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(stderr):
+            namespace = parser.parse_args(list(argv))
+    except SystemExit as e:
+        if not e.code:
+            raise
+        reason = stderr.getvalue().rpartition("error:")[2].strip().rstrip(".")
+        reason = re.sub(r'Parser key "([^"]+)":', r"--\1:", re.sub(r"<class '(\w+)'>", r"\1", reason))
+        raise UserError(f"{reason}{where}; see --help") from None
+    return _flatten(namespace.as_dict())
+
+
+def _build(parsed: Mapping[str, Any]) -> Config:
+    values: dict[str, dict[str, Any]] = {section: {} for section in ("", *SECTIONS)}
+    for name, hint, _ in options():
+        section, _, leaf = name.rpartition(".")
+        value = parsed[name]
+        if _item_type(hint)[1]:
+            value = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+        values[section][leaf] = value
+    sections: dict[str, Any] = {s: type(getattr(Config(), s))(**values[s]) for s in SECTIONS}
+    if parsed.get("no_verify"):
+        values[""]["verify"] = False
+    return with_pretrained(Config(**values[""], **sections))
+
+
+def with_pretrained(config: Config) -> Config:
+    """The settings of a run with such teachers: the pool is what the directory holds, one snapshot each."""
+    if config.teachers.pretrained is None:
+        return config
+    names = tuple(f.architecture for f in pretrained.files(config.teachers.pretrained))
+    own = dataclasses.replace(config.teachers, architectures=names, seeds=1, snapshots=1)
+    return dataclasses.replace(config, teachers=own)
+
+
+def to_yaml(config: Config, preset: str) -> str:
+    """Every setting as YAML that --config reads back."""
+    tree = dataclasses.asdict(config)
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, tuple) else value
+
+    return yaml.safe_dump({"preset": preset, **plain(tree)}, sort_keys=False)

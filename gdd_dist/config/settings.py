@@ -1,0 +1,296 @@
+"""Every setting: typed, documented, bounded. Plain data; config.py reads it from command line and files."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from gdd_dist.config.steps import STEPS, TABLE
+from gdd_dist.data.order import default_streams
+
+SECTIONS = ("loader", *TABLE)
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] | None = None,
+    where: bool = False,
+) -> Any:
+    """A dataclass field with its bounds; ``where``: says only where or how fast, so it is in no fingerprint."""
+    meta = {"help": help, "low": low, "above": above, "high": high, "choices": choices, "where": where}
+    if isinstance(default, (list, tuple)):
+        return dataclasses.field(default_factory=lambda: tuple(default), metadata=meta)
+    return dataclasses.field(default=default, metadata=meta)
+
+
+_SEED = "seed of this step alone; by default --seed"
+
+
+@dataclass(frozen=True)
+class Loader:
+    """How images are read and augmented."""
+
+    streams: int = setting(
+        0,
+        "canonical streams of a global batch; the world size must divide it; 0: the largest divisor of the batch up to 64",
+        low=0,
+    )
+    window: int = setting(16384, "samples within which a stream is shuffled", low=1)
+    augment: str = setting(
+        "color_crop_cutout",
+        "augmentation of teachers, cached views, matching and students: color, crop, cutout joined by _; none: off",
+    )
+    flip: bool = setting(True, "mirror images at random; never for digits or text")
+    threads: int = setting(0, "decoding threads of a rank; 0: its share of the cores", low=0, where=True)
+    prefetch: int = setting(2, "batches read ahead, as far as they fit 256 MiB", low=1, high=64, where=True)
+    resident: str = setting(
+        "auto",
+        "where decoded images stay: nowhere; in a file in STORE/cache, which all ranks of a host map; on the device; auto: the fastest "
+        "that has room (a quarter of its free memory)",
+        choices=("auto", "none", "ram", "device"),
+        where=True,
+    )
+
+    cache_dir: str = setting("", "where shards of a remote --data are kept; default ~/.cache/gdd_dist/data", where=True)
+    cache_limit: str = setting("50GB", "bytes that they may take in all, as 50GB", where=True)
+    patience: float = setting(
+        300.0, "seconds for which the store of a remote --data may fail before the run ends", low=0, where=True
+    )
+
+
+@dataclass(frozen=True)
+class Teachers:
+    """The pool of frozen classifiers."""
+
+    seed: int | None = setting(None, _SEED, low=0)
+    architectures: tuple[str, ...] = setting(
+        ("convnet", "resnet10"),
+        "classifiers of the pool; NAME or NAME:WIDTH of convnet resnet10 resnet18 resnet10_ap resnet18_ap resnet10_bn resnet18_bn vgg11 alexnet",
+    )
+    seeds: int = setting(4, "teachers trained of each architecture", low=1)
+    snapshots: int = setting(3, "snapshots kept of each training, early ones included", low=1)
+    epochs: int = setting(30, "epochs of each training", low=1)
+    batch: int = setting(128, "images a step", low=1)
+    lr: float = setting(0.05, "peak learning rate of SGD (linear warm-up over 5 %, then cosine to 0)", above=0)
+    momentum: float = setting(0.9, "momentum of SGD (Nesterov)", low=0, high=1)
+    weight_decay: float = setting(5e-4, "weight decay", low=0)
+    ranks_per_teacher: int = setting(
+        1, "ranks that train one teacher together, by DDP; it must divide the world size", low=1, where=True
+    )
+    accumulate: int = setting(
+        1, "micro-batches that a rank's share of a teacher's step is cut into, to save memory", low=1, where=True
+    )
+    activation_checkpointing: bool = setting(
+        False,
+        "keep only what enters each block of a teacher, and compute the rest again in the backward: less memory, a third more time",
+        where=True,
+    )
+    pretrained: str | None = setting(
+        None,
+        "directory of classifiers (safetensors that name their architecture) to take instead of training",
+        where=True,
+    )
+
+
+@dataclass(frozen=True)
+class Logits:
+    """The cache of teacher logits."""
+
+    seed: int | None = setting(None, _SEED, low=0)
+    views: int = setting(
+        4,
+        "views of each training image whose logits are cached; view 0 is the plain image, others are augmented",
+        low=1,
+        high=1024,
+    )
+    batch: int = setting(256, "images a forward", low=1, where=True)
+
+
+@dataclass(frozen=True)
+class Gan:
+    """The conditional GAN that matching starts from."""
+
+    seed: int | None = setting(None, _SEED, low=0)
+    steps: int = setting(2000, "generator steps", low=1)
+    batch: int = setting(64, "images of a global batch", low=1)
+    latent: int = setting(64, "numbers in a latent", low=1)
+    width: int = setting(64, "channels of the generator's widest stage", low=4)
+    blocks: int = setting(2, "residual blocks a stage", low=1)
+    patch: int = setting(1, "side of the pixel patches that both networks compute on; 2 quarters the cost", low=1)
+    d_width: int = setting(64, "channels of the discriminator's widest stage", low=4)
+    d_blocks: int = setting(2, "residual blocks a stage of the discriminator", low=1)
+    lr: float = setting(2e-4, "learning rate of both networks at the start (Adam)", above=0)
+    lr_final: float = setting(5e-5, "learning rate at the end (cosine)", low=0)
+    beta1: float = setting(0.0, "Adam's first beta", low=0, high=1)
+    beta2: float = setting(0.99, "Adam's second beta", low=0, high=1)
+    gamma: float = setting(1.0, "weight of the zero-centred gradient penalties at the start", low=0)
+    gamma_final: float = setting(0.1, "weight of the gradient penalties at the end (log-linear)", low=0)
+    augment: str = setting(
+        "crop",
+        "augmentation that the discriminator sees both sides through: color, crop, cutout joined by _; none: off",
+    )
+    augment_p: float = setting(0.5, "share of images that are augmented before the discriminator", low=0, high=1)
+    ema_images: float = setting(
+        10_000.0, "half-life of the generator's running mean, in images (shorter at the start)", above=0
+    )
+    grid_interval: int = setting(500, "steps between sample grids in TensorBoard", low=1, where=True)
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Moving the generator until the teachers answer its images as they answer real ones."""
+
+    seed: int | None = setting(None, _SEED, low=0)
+    steps: int = setting(600, "generator steps", low=1)
+    batch: int = setting(64, "images of a global batch", low=1)
+    group: int = setting(
+        8,
+        "slots of a group, which share one class and one teacher; the world size must divide the number of groups",
+        low=1,
+    )
+    loss: str = setting(
+        "skd",
+        "pair loss: standardized KL (skd), plain KL (kd), log-softmax distance (dim)",
+        choices=("skd", "kd", "dim"),
+    )
+    temperature: float = setting(2.0, "softmax temperature of skd and kd", above=0)
+    lambda_pair: float = setting(1.0, "weight of the pair loss", low=0)
+    lambda_mean: float = setting(0.1, "weight of the class-mean loss", low=0)
+    lambda_adv: float = setting(
+        0.1, "weight of the adversarial loss; the discriminator trains on unless it is 0", low=0
+    )
+    lr: float = setting(1e-4, "learning rate of the generator (Adam, cosine to a tenth)", above=0)
+    lr_d: float = setting(1e-4, "learning rate of the discriminator", above=0)
+    gamma: float = setting(0.1, "weight of the gradient penalties", low=0)
+    ema_images: float = setting(5_000.0, "half-life of the generator's running mean, in images", above=0)
+    views: int = setting(0, "cached views used, from view 0 on; 0: all", low=0)
+    teachers: str = setting(
+        "all", "teachers used: every snapshot (all) or only each training's last", choices=("all", "last")
+    )
+    select: str = setting(
+        "best", "keep the interval that is best on val, the GAN itself included, or the last", choices=("best", "last")
+    )
+    interval: int = setting(200, "steps between measurements with quick students", low=1)
+    quick_students: int = setting(4, "quick students a measurement", low=1)
+    quick_student: str = setting("convnet:64", "classifier of the quick students")
+    quick_steps: int = setting(200, "optimizer steps of a quick student", low=1)
+    quick_batch: int = setting(64, "images a step of a quick student, classes even, drawn anew each step", low=1)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Students trained only on generated images, and the rows they are compared with."""
+
+    seed: int | None = setting(None, _SEED, low=0)
+    ipc: tuple[int, ...] = setting((1,), "images per class, one or several", low=1)
+    seeds: int = setting(3, "students a row", low=1)
+    students: tuple[str, ...] = setting(("convnet",), "classifiers trained; NAME or NAME:WIDTH")
+    protocol: tuple[str, ...] = setting(
+        ("regenerate", "fixed"),
+        "regenerate: a fresh set each epoch; fixed: one set drawn once",
+        choices=("regenerate", "fixed"),
+    )
+    labels: tuple[str, ...] = setting(
+        ("hard", "soft"), "hard: the class; soft: mean of the teachers' softmax", choices=("hard", "soft")
+    )
+    baselines: tuple[str, ...] = setting(
+        ("real", "gan", "full"),
+        "rows beside the matched generator: real images at the same budget, the GAN before matching, all real data",
+        choices=("real", "gan", "full"),
+    )
+    epochs: int = setting(1000, "epochs of a student; an epoch is IPC images of each class", low=1)
+    batch: int = setting(256, "images a step at most; the step takes min(batch, IPC x classes)", low=1)
+    lr: float = setting(0.01, "constant learning rate of SGD", above=0)
+    momentum: float = setting(0.9, "momentum of SGD", low=0, high=1)
+    weight_decay: float = setting(5e-4, "weight decay", low=0)
+    label_temperature: float = setting(1.0, "temperature of soft labels", above=0)
+    full_epochs: int = setting(30, "epochs of the full-data students", low=1)
+    full_lr: float = setting(0.01, "learning rate of the full-data students (constant)", above=0)
+    ars: bool = setting(
+        True, "also train the fixed rows of real and matched images without augmentation, for DD-Ranking's ARS"
+    )
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole run."""
+
+    data: str | None = setting(
+        None,
+        "data set directory made by `python -m sharding build`, or its URL (s3://, gs://, https://); without it the digits are built in OUT/data",
+        where=True,
+    )
+    out: str | None = setting(None, "run directory; default runs/PRESET", where=True)
+    store: str | None = setting(None, "where finished steps are kept, so that runs share them; default OUT", where=True)
+    until: str = setting("report", "last step to run", choices=STEPS, where=True)
+    engine: str = setting(
+        "ddp",
+        "who spreads generator and discriminator over ranks: torch's DDP, or DeepSpeed (ZeRO 0 to 3)",
+        choices=("ddp", "deepspeed"),
+        where=True,
+    )
+    deepspeed_config: str | None = setting(
+        None,
+        "JSON file for --engine deepspeed: zero_optimization, offload, communication; without it ZeRO stage 1",
+        where=True,
+    )
+    accumulate: int = setting(
+        1, "micro-batches that a rank's share of a gan or matching step is cut into, to save memory", low=1, where=True
+    )
+    device: str = setting("auto", "auto: CUDA where there is one", choices=("auto", "cpu", "cuda"), where=True)
+    timeout: float = setting(
+        600.0,
+        "seconds without a sign of life after which a rank counts as gone, however busy it may be while it gives them",
+        above=0,
+        where=True,
+    )
+    checkpoint_seconds: float = setting(
+        10.0,
+        "seconds between checkpoints at least; stretched so that saving takes at most 3 %; 0: every step",
+        low=0,
+        where=True,
+    )
+    checkpoints_kept: int = setting(3, "newest checkpoints of a loop that are kept", low=1, where=True)
+    verify: bool = setting(True, "hash every file that will be read before the first step", where=True)
+    debug: bool = setting(False, "show tracebacks", where=True)
+    seed: int = setting(0, "seed of every step", low=0)
+    precision: str = setting(
+        "auto",
+        "autocast over float32 weights; auto: bf16 where the hardware computes in it, else float32",
+        choices=("auto", "float32", "bf16", "fp16"),
+    )
+    loader: Loader = dataclasses.field(default_factory=Loader)
+    teachers: Teachers = dataclasses.field(default_factory=Teachers)
+    logits: Logits = dataclasses.field(default_factory=Logits)
+    gan: Gan = dataclasses.field(default_factory=Gan)
+    matching: Matching = dataclasses.field(default_factory=Matching)
+    report: Report = dataclasses.field(default_factory=Report)
+
+    def step_seed(self, step: str) -> int:
+        """SECTION.seed where given, else ``seed``."""
+        own = getattr(self, step).seed
+        return self.seed if own is None else int(own)
+
+    def streams(self, step: str) -> int:
+        """The canonical streams of a global batch of gan, or of a teacher's, which is dealt to a team at most: as many of
+        ``loader.streams`` as divide it."""
+        asked, batch = self.loader.streams, int(getattr(self, step).batch)
+        if not asked:
+            return default_streams(batch)
+        return math.gcd(asked, batch) if step == "teachers" else asked
+
+    def shaping(self, section: str) -> dict[str, Any]:
+        """The settings of one section that change numbers, for a fingerprint (without its seed)."""
+        values = getattr(self, section)
+        return {
+            f.name: getattr(values, f.name)
+            for f in dataclasses.fields(values)
+            if not f.metadata["where"] and f.name != "seed"
+        }

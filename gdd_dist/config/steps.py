@@ -1,0 +1,110 @@
+"""What a step is: its name, its inputs, the VERSION of its numbers, the settings that shape them. All others read this table.
+
+The table imports no step: who only asks for fingerprints, as `status` does, loads neither torch nor a step's code.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gdd_dist.models.names import has_batch_norm
+
+if TYPE_CHECKING:  # the settings read the names of the steps from here
+    from gdd_dist.config.settings import Config
+
+ROWS_VERSION = 2
+"""Of the report's rows, which are kept one by one: raised when a student's numbers change."""
+CUTS = ("ranks_per_teacher", "accumulate", "activation_checkpointing")
+"""Settings that say how a teacher's batch is cut, and how often it passes: with a batch norm they change numbers."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a step is handed. ``directories``: of the finished steps that it reads; ``fingerprints``: of all steps;
+    ``provenance``: what its files say of their making.
+    """
+
+    directories: Mapping[str, Path]
+    fingerprints: Mapping[str, str]
+    provenance: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step. ``version``: raised when its numbers change; ``settings``: what shapes them, as JSON holds it.
+
+    ``shapes``: steps whose fingerprints are part of its own; ``reads``: further ones that it reads, whose numbers follow from those.
+    """
+
+    name: str
+    version: int
+    shapes: tuple[str, ...]
+    settings: Callable[[Config], dict[str, Any]]
+    reads: tuple[str, ...] = ()
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The finished steps that it reads, but for the shards."""
+        return tuple(name for name in TABLE if name in self.shapes + self.reads)
+
+    def run(self, ctx: Any, work: Path, inputs: Inputs) -> dict[str, Any]:
+        """Compute it into ``work``; returns what its record says. All ranks call it."""
+        found: dict[str, Any] = importlib.import_module(f"gdd_dist.steps.{self.name}").run(ctx, work, inputs)
+        return found
+
+
+def _teachers(config: Config) -> dict[str, Any]:
+    if config.teachers.pretrained:
+        from gdd_dist.models import pretrained  # loads torch
+
+        return {"pretrained": pretrained.hashes(config.teachers.pretrained)}
+    shaping = {**config.shaping("teachers"), "loader": config.shaping("loader")}
+    if any(has_batch_norm(name) for name in config.teachers.architectures):
+        shaping |= {name: getattr(config.teachers, name) for name in CUTS}
+    return shaping
+
+
+def _logits(config: Config) -> dict[str, Any]:
+    return {**config.shaping("logits"), "loader": config.shaping("loader")}
+
+
+def _gan(config: Config) -> dict[str, Any]:
+    return {**config.shaping("gan"), "loader": _some(config.shaping("loader"), "streams", "window", "flip")}
+
+
+def _matching(config: Config) -> dict[str, Any]:
+    return {
+        **config.shaping("matching"),
+        "loader": config.shaping("loader"),
+        "student": _some(
+            config.shaping("report"), "lr", "momentum", "weight_decay"
+        ),  # quick students train as the report's
+        "gan": _some(config.shaping("gan"), "augment", "augment_p", "beta1", "beta2"),
+    }
+
+
+def _report(config: Config) -> dict[str, Any]:
+    loader = _some(config.shaping("loader"), "augment", "flip", "window")
+    return {**config.shaping("report"), "rows": ROWS_VERSION, "loader": loader}
+
+
+def _some(settings: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: settings[name] for name in names}
+
+
+TABLE: dict[str, Step] = {
+    step.name: step
+    for step in (
+        Step("teachers", 1, ("shards",), _teachers),
+        Step("logits", 1, ("shards", "teachers"), _logits),
+        Step("gan", 2, ("shards",), _gan),
+        Step("matching", 1, ("shards", "teachers", "logits", "gan"), _matching),
+        Step("report", 2, ("shards", "teachers", "gan", "matching"), _report, reads=("logits",)),
+    )
+}
+"""The steps after the shards, in their order."""
+STEPS = ("shards", *TABLE)

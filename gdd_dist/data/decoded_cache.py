@@ -1,0 +1,151 @@
+"""A split decoded once: STORE/cache/<key>/<split>/images.u8, uint8 [N, H, W, C] in sample order, mapped by every rank of a host.
+
+Beside it images.json holds its size and sha256; it is written last, so that a file without one is unfinished. The key names
+the data and the versions of the decoders.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gdd_dist.data.workers import Workers, prefetch
+from gdd_dist.runtime.locks import Lock, holding
+from gdd_dist.runtime.monitor import Monitor, say
+from gdd_dist.storage.json_files import fingerprint, read_json, write_json
+from sharding.errors import UserError
+from sharding.files import atomic_file, remove_temporaries
+from sharding.manifest import Manifest
+from sharding.pool import available_cores
+
+FILE, NOTE = "images.u8", "images.json"
+FORMAT = "gdd-decoded/1"
+CHUNK_BYTES = 32 * 2**20
+MEMORY_SHARE, DISK_SHARE, DEVICE_SHARE = 0.25, 0.5, 0.25
+"""Of the free memory of the host, of the free disk and of the free memory of a GPU: what "auto" takes at most."""
+
+Fill = Callable[[np.ndarray, np.ndarray, Workers], None]
+"""``fill(indices, out, workers)``: decode samples into uint8 [n, H, W, C]."""
+
+
+def fits(resident: str, size: int, cache: Path | None, device: torch.device, there: bool) -> str:
+    """Where ``size`` bytes of decoded images will stay: none, ram or device. ``there``: the file exists already."""
+    on_gpu = device.type == "cuda"
+    if resident != "auto":
+        return "ram" if resident == "device" and not on_gpu else resident
+    if not there and (size > _memory() * MEMORY_SHARE or (cache and size > _disk(cache) * DISK_SHARE)):
+        return "none"
+    if on_gpu and size <= torch.cuda.mem_get_info(device)[0] * DEVICE_SHARE:
+        return "device"
+    return "ram"
+
+
+class Decoded:
+    """The file of one split below ``cache``."""
+
+    def __init__(self, cache: Path, manifest: Manifest, split: str) -> None:
+        self._directory, self._split = cache / key(manifest) / split, split
+        self._row = (manifest.height, manifest.width, manifest.channels)
+        self.path, self._note = self._directory / FILE, self._directory / NOTE
+
+    @property
+    def there(self) -> bool:
+        """Whether it is finished."""
+        return self._note.exists()
+
+    def open(self, fill: Fill, samples: int) -> np.ndarray:
+        """Map it, uint8 [samples, H, W, C], after building it if nobody has: one process of all, on all cores, the others wait.
+
+        Raises OSError where it cannot be written, UserError where it is not what its note says.
+        """
+        shape = (samples, *self._row)
+        if not self.there:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            with holding(Lock(self._directory.with_suffix(".lock")), _wait):
+                if not self.there:
+                    self._build(fill, samples)
+        size = int(np.prod(shape))
+        found = self.path.stat().st_size if self.path.exists() else 0
+        if found != size:
+            raise UserError(
+                f"{self.path} has {found} bytes instead of {size}; remove {self._directory} to decode it again"
+            )
+        # Copy on write: torch wants memory that may be written, and nobody may change the file.
+        return np.memmap(self.path, dtype=np.uint8, mode="c", shape=shape).view(np.ndarray)
+
+    def parts(self, samples: int) -> tuple[Callable[[int], np.ndarray], range]:
+        """How it is built: part number → sample numbers, and the numbers of the parts."""
+        rows = max(1, CHUNK_BYTES // int(np.prod(self._row)))
+        return (lambda part: np.arange(part * rows, min((part + 1) * rows, samples))), range(-(-samples // rows))
+
+    def _build(self, fill: Fill, samples: int) -> None:
+        remove_temporaries(self._directory)
+        say(f"{self._split}: decoding {samples:,} images once, into {self.path}")
+        workers, digest = Workers(available_cores()), hashlib.sha256()
+        rows_of, numbers = self.parts(samples)
+
+        def decoded(number: int) -> np.ndarray:
+            indices = rows_of(number)
+            out = np.empty((len(indices), *self._row), dtype=np.uint8)
+            fill(indices, out, workers)
+            return out
+
+        monitor = Monitor(None, f"{self._split}: decoding", samples, unit="image", passing=True)
+        with atomic_file(self.path) as stream:
+            done = 0
+            for part in prefetch(decoded, numbers.start, numbers.stop, 2):
+                stream.write(part.data)
+                digest.update(part.data)
+                done += len(part)
+                monitor.advance(done)
+        monitor.close()
+        size = self.path.stat().st_size
+        write_json(self._note, {"format": FORMAT, "bytes": size, "sha256": digest.hexdigest()})
+
+    def give_up(self, fault: OSError) -> None:
+        """Say why images are decoded again and again."""
+        say(
+            f"{self._split}: cannot keep decoded images in {self._directory} ({fault.strerror or fault}); reading goes on"
+        )
+
+
+def key(manifest: Manifest) -> str:
+    """What shapes the decoded bytes."""
+    decoders = {name: version(name) for name in ("simplejpeg", "pillow")}
+    return fingerprint({"format": FORMAT, "data": manifest.fingerprint, "decoders": decoders})
+
+
+def decoded_files(cache: Path, manifest: Manifest, splits: Sequence[str]) -> list[tuple[Path, int, str, Path]]:
+    """(path, bytes, sha256, directory) of each finished file of these splits, to be verified before it is read."""
+    places = [cache / key(manifest) / split for split in splits]
+    found = [(place, read_json(place / NOTE)) for place in places if (place / NOTE).exists()]
+    return [(place / FILE, note["bytes"], note["sha256"], place) for place, note in found]
+
+
+def _wait(_holder: Mapping[str, Any]) -> None:
+    """Another rank decodes: wait for it."""
+
+
+def _memory() -> int:
+    """Bytes that this host can give, the page cache that it may drop included."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
+def _disk(path: Path) -> int:
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return shutil.disk_usage(path).free

@@ -1,0 +1,151 @@
+"""One file out of a store: whole, checked, tried again while the store errs; and a lock between the processes of a host."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import random
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from gdd_dist.runtime.monitor import say
+from sharding.errors import UserError
+from sharding.files import sha256_file
+
+Result = TypeVar("Result")
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0
+MISMATCHES = 5
+"""A file that so often arrives whole but with another sha256 is another file."""
+LOCAL_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+class Damaged(Exception):
+    """What arrived is not what the manifest says."""
+
+
+class Source:
+    """The files below a URL, by fsspec."""
+
+    def __init__(self, url: str, patience: float) -> None:
+        """``patience``: seconds for which a store may fail. Raises UserError where the library for the URL is missing."""
+        self._url, self._patience = url.rstrip("/"), patience
+        try:
+            import fsspec
+
+            self._fs, root = fsspec.core.url_to_fs(self._url, use_listings_cache=False, skip_instance_cache=True)
+        except ImportError as e:
+            raise UserError(
+                f"--data {url} needs {e.name or 'a library'}; pip install fsspec s3fs gcsfs aiohttp"
+            ) from None
+        except ValueError as e:
+            raise UserError(f"--data {url} is not a URL that can be read ({e}); check it") from None
+        self._root = str(root).rstrip("/")
+
+    def content(self, file: str) -> bytes:
+        """A small file's content."""
+        return self._patiently(file, lambda: bytes(self._fs.cat_file(f"{self._root}/{file}")))
+
+    def download(self, file: str, path: Path, size: int | None, sha256: str) -> None:
+        """Download to ``path``, whole and checked or not at all. The caller holds its lock."""
+        temporary = path.with_name(f".{path.name}.tmp")
+
+        def once() -> None:
+            self._fs.get_file(f"{self._root}/{file}", str(temporary))
+            found = temporary.stat().st_size
+            if size is not None and found != size:
+                raise Damaged(f"{found} bytes came instead of {size}")
+            if sha256_file(temporary) != sha256:
+                raise Damaged("its sha256 is not the manifest's")
+            temporary.replace(path)
+
+        try:
+            self._patiently(file, once)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _patiently(self, file: str, call: Callable[[], Result]) -> Result:
+        begin, pause, mismatches = time.monotonic(), FIRST_PAUSE, 0
+        while True:
+            try:
+                return call()
+            # Stores answer trouble with exceptions of many libraries; all that may pass are tried again.
+            except Exception as e:
+                if isinstance(e, OSError) and e.errno in LOCAL_FAULTS:
+                    raise
+                mismatches += isinstance(e, Damaged)
+                late = time.monotonic() - begin + pause > self._patience
+                lasting = isinstance(e, FileNotFoundError) or _forbidden(e) or _untrusted(e)
+                if late or mismatches >= MISMATCHES or lasting:
+                    raise UserError(f"cannot fetch {self._url}/{file} ({_reason(e)}); {_remedy(e)}") from e
+                say(f"{self._url}/{file}: {_reason(e)}; again in {pause:.1f} s")
+            time.sleep(pause * random.uniform(0.75, 1.25))
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def _reason(e: Exception) -> str:
+    return " ".join(str(e).split())[:200] or type(e).__name__
+
+
+def _forbidden(e: Exception) -> bool:
+    """As s3fs, aiohttp (by `status`) and gcsfs (by `code`, or by words alone) say it."""
+    codes = {getattr(e, "status", None), getattr(e, "code", None)}
+    return isinstance(e, PermissionError) or bool(codes & {401, 403}) or str(e).startswith("Forbidden: ")
+
+
+def _untrusted(e: BaseException) -> bool:
+    """Whether a certificate was refused; fsspec and aiohttp wrap that in exceptions of their own."""
+    cause = e.__cause__ or e.__context__
+    return isinstance(e, ssl.SSLCertVerificationError) or (cause is not None and _untrusted(cause))
+
+
+def _remedy(e: Exception) -> str:
+    if _untrusted(e):
+        return (
+            "its certificate is not trusted here: check the URL, or name the authority's certificate in SSL_CERT_FILE"
+        )
+    if isinstance(e, FileNotFoundError):
+        return "check the URL, or copy the whole data set there"
+    if _forbidden(e):
+        return "check the credentials"
+    if isinstance(e, Damaged):
+        return "copy the data set there again"
+    return "check the store and the network, then run the same command again"
+
+
+def whole(path: Path, size: int | None, sha256: str | None = None) -> bool:
+    """Whether the file is there, of that size and that content, as far as they are given."""
+    try:
+        return (size is None or path.stat().st_size == size) and (sha256 is None or sha256_file(path) == sha256)
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock that goes with ``path`` among the processes of this host, and say so; without ``wait`` False if it is held.
+
+    The kernel drops it when its holder dies. On a file system without locks all hold it: a file is then downloaded twice at worst.
+    """
+    descriptor = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        yield _lock(descriptor, wait)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, wait: bool) -> bool:
+    flags: Any = fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
+    try:
+        fcntl.flock(descriptor, flags)
+    except OSError as e:
+        if e.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        if e.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise
+    return True

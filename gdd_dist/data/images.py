@@ -1,0 +1,173 @@
+"""Images of a split by sample number: memory map, index, decoding threads, recycled uint8 batches."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+import torch
+from torch import Tensor
+
+from gdd_dist.data.decoded_cache import Decoded, fits
+from gdd_dist.data.download_ahead import Ahead
+from gdd_dist.data.pixels import to_float as to_float
+from gdd_dist.data.pixels import to_uint8 as to_uint8
+from gdd_dist.data.remote import mirror_of
+from gdd_dist.data.workers import Buffers, PinnedBuffers, Workers
+from gdd_dist.data.workers import prefetch as prefetch
+from sharding.errors import UserError
+from sharding.manifest import Manifest
+from sharding.shards import Shards, decode
+
+
+class Images:
+    """Random access to a split: ``read(indices)`` → uint8 [B, C, H, W]. Safe to use from several threads.
+
+    ``resident`` says where decoded images stay: "none" nowhere, "ram" in a file below ``cache`` that all ranks of a host map,
+    "device" on ``device`` too (a CPU's own memory is that file), "auto" in the fastest of these that has room. Without ``cache``
+    nothing is kept or written.
+    """
+
+    def __init__(
+        self,
+        data: Path,
+        manifest: Manifest,
+        split: str,
+        *,
+        threads: int = 1,
+        resident: str = "auto",
+        cache: Path | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self._mirror = mirror_of(data)
+        if self._mirror is None:
+            self.shards = Shards(data, manifest, split)
+        else:
+            self.shards = Shards(data, manifest, split, self._mirror.open, self._mirror.open_shards)
+        self._infos = manifest.splits[split].shards
+        self.labels = self.shards.labels
+        self.shape = (manifest.height, manifest.width, manifest.channels)
+        self._files = [data / info.file for info in manifest.splits[split].shards]
+        self._threads, self._pool = threads, Workers(threads)
+        self._device = device or torch.device("cpu")
+        on_gpu = self._device.type == "cuda"
+        self._stream = torch.cuda.Stream(self._device) if on_gpu else None
+        self._buffers: Buffers | PinnedBuffers = PinnedBuffers() if on_gpu else Buffers()
+        self._decoded = Decoded(cache, manifest, split) if cache else None
+        size = int(np.prod(self.shape)) * self.shards.samples
+        self.resident = fits(resident, size, cache, self._device, self._decoded is not None and self._decoded.there)
+        self.resident_bytes = 0 if self.resident == "none" else size
+        """Memory of the kept images once they are there; 0 where none are kept."""
+        self._asked, self._lock = resident, threading.Lock()
+        self._ahead: Ahead | None = None
+        self._kept: np.ndarray | None = None
+        self._on_device: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.shards.samples
+
+    def expect(self, batch: Callable[[int], np.ndarray], start: int, stop: int) -> None:
+        """Say that ``read(batch(step))`` comes for each step from ``start`` to ``stop``; ``batch`` is a pure function.
+
+        Shards of a remote data set are then downloaded ahead, in the order in which they are needed.
+        """
+        if self.resident == "none":  # else each sample is decoded once, in another order
+            self._follow(batch, range(start, stop))
+
+    def _follow(self, batch: Callable[[int], np.ndarray], steps: range) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
+        if self._mirror is not None:
+            self._ahead = Ahead(self._mirror.ahead, self._mirror.room, self._infos, batch, steps)
+
+    def read(self, indices: np.ndarray) -> Tensor:
+        """Images by sample number, uint8 [B, C, H, W], where they are read: on the GPU if there is one.
+
+        The memory of a batch is used again once nobody holds it. Raises UserError that names the shard of an image that does
+        not decode to the manifest's size, IndexError for a sample that is not there.
+        """
+        indices = np.asarray(indices, dtype=np.int64)
+        if self._decoded is not None and self.resident != "none":
+            self._keep(self._decoded)
+        if self._on_device is not None:
+            rows = torch.from_numpy(indices).to(self._device, non_blocking=True)
+            return self._on_device[rows].permute(0, 3, 1, 2)
+        batch, out = self._buffers.take((len(indices), *self.shape))
+        if self._kept is None:
+            self._decode_rows(indices, out, self._pool)
+        else:
+            self._copy(self._kept, indices, out)
+        return self._moved(batch.permute(0, 3, 1, 2))
+
+    def _keep(self, decoded: Decoded) -> None:
+        """Decode the split if nobody has, and map it; where that fails under "auto" go on without."""
+        if self._kept is not None or self._on_device is not None:
+            return
+        with self._lock:
+            if self._kept is not None or self._on_device is not None or self.resident == "none":
+                return
+            if not decoded.there:
+                self._follow(*decoded.parts(self.shards.samples))
+            try:
+                kept = decoded.open(self._decode_rows, self.shards.samples)
+            except OSError as e:
+                if self._asked != "auto":
+                    raise
+                decoded.give_up(e)
+                self.resident = "none"
+                return
+            if self.resident == "device":
+                self._on_device = torch.from_numpy(kept).to(self._device)
+            else:
+                self._kept = kept
+
+    def _decode_rows(self, indices: np.ndarray, out: np.ndarray, workers: Workers) -> None:
+        workers.share(self._decode, list(zip(indices.tolist(), self.shards.payloads(indices), out, strict=True)))
+        if self._ahead is not None:
+            self._ahead.advance()
+
+    def _copy(self, kept: np.ndarray, indices: np.ndarray, out: np.ndarray) -> None:
+        if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(kept):
+            raise IndexError(f"a sample outside 0 … {len(kept) - 1}")
+        np.take(kept, indices, axis=0, out=out, mode="clip")  # "raise" would copy twice
+
+    def _decode(self, samples: Iterator[tuple[int, memoryview, np.ndarray]]) -> None:
+        jpeg, shape, space = simplejpeg.decode_jpeg, self.shape, "GRAY" if self.shape[2] == 1 else "RGB"
+        sample = 0
+        try:
+            for sample, payload, image in samples:  # noqa: B007
+                # No look at the header first, 2 of 25 microseconds, nor at the first byte: memory that is not at hand would be waited
+                # for with the interpreter locked. What is too large for the row is refused, not decoded.
+                try:
+                    if jpeg(payload, space, False, False, 0, 0, 1, image).shape != shape:
+                        raise ValueError("a JPEG of another size than the data set's")
+                except ValueError:
+                    if payload[0] == 0xFF:
+                        raise
+                    decode(payload, image)
+        except ValueError as e:
+            shard, row = self.shards.locate(sample)
+            raise UserError(
+                f"{self._files[shard]}, row {row}: {e}; rebuild the data set with python -m sharding build"
+            ) from e
+
+    def _moved(self, batch: Tensor) -> Tensor:
+        """The batch on the device, copied beside what the device computes."""
+        if self._stream is None:
+            return batch
+        with torch.cuda.stream(self._stream):
+            moved = batch.to(self._device, non_blocking=True)
+        self._stream.synchronize()
+        # It was allocated on our stream: its memory must wait for those who read it on theirs.
+        moved.record_stream(torch.cuda.current_stream(self._device))
+        return moved
+
+
+def free_memory() -> int:
+    """Bytes of memory that this host can still give, divided by the ranks that share it."""
+    pages = os.sysconf("SC_AVPHYS_PAGES") if hasattr(os, "sysconf") else 0
+    return int(pages * os.sysconf("SC_PAGE_SIZE")) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -1,0 +1,75 @@
+"""Reading the cache of teacher logits: memory maps, joined to samples by (shard, row)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from sharding.errors import UserError
+
+MEANS = "class-means.npy"
+
+
+def logit_file(directory: Path, teacher: int, shard: int) -> Path:
+    """Where one teacher's logits of one shard of train lie: float16 [V, n, C], rows in index order."""
+    return directory / f"teacher-{teacher:03d}" / f"train-{shard:06d}.npy"
+
+
+class LogitCache:
+    """A finished logits step, memory-mapped: ``take(teacher, samples, views)`` and ``class_means``."""
+
+    def __init__(self, directory: Path, shard_samples: Sequence[int]) -> None:
+        self._starts = np.concatenate([[0], np.cumsum(shard_samples)])
+        self._directory, self._counts = directory, tuple(shard_samples)
+        # Each map holds a descriptor, and there may be more files than a process may hold.
+        self._file = lru_cache(maxsize=256)(self._open_file)
+        self.class_means: np.ndarray = self._open(directory / MEANS, None)
+        """float32 [T, V, classes, C]: mean raw logits of each class's training images."""
+
+    def _open_file(self, teacher: int, shard: int) -> np.ndarray:
+        return self._open(logit_file(self._directory, teacher, shard), self._counts[shard])
+
+    @staticmethod
+    def _open(path: Path, rows: int | None) -> np.ndarray:
+        try:
+            array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as e:
+            raise UserError(f"{path} is damaged ({e}); remove its directory to compute it again") from e
+        if rows is not None and (array.ndim != 3 or array.shape[1] != rows or array.dtype != np.float16):
+            raise UserError(
+                f"{path} holds {array.dtype} {array.shape}, expected float16 with {rows} rows; "
+                "remove its directory to compute it again"
+            )
+        return array
+
+    @property
+    def views(self) -> int:
+        """V."""
+        return int(self.class_means.shape[1])
+
+    def take(self, teacher: int, samples: np.ndarray, views: np.ndarray) -> np.ndarray:
+        """Logits float32 [n, C] of one teacher, for pairs of sample number and view, both int64 [n]."""
+        shards = np.searchsorted(self._starts, samples, side="right") - 1
+        rows = samples - self._starts[shards]
+        out = np.empty((len(samples), self.class_means.shape[-1]), dtype=np.float32)
+        for shard in np.unique(shards):
+            here = shards == shard
+            out[here] = self._file(teacher, int(shard))[views[here], rows[here]]
+        return out
+
+
+NPY_HEADER = 128
+
+
+def bytes_needed(shard_samples: Sequence[int], teachers: int, views: int, classes: int) -> int:
+    """Bytes of all logit files and class means, headers included."""
+    means = teachers * views * classes * classes * 4 + NPY_HEADER
+    return teachers * sum(file_bytes(n, views, classes) for n in shard_samples) + means
+
+
+def file_bytes(samples: int, views: int, classes: int) -> int:
+    """Bytes of one logit file."""
+    return 2 * views * samples * classes + NPY_HEADER

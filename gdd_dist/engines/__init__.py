@@ -1,0 +1,1 @@
+"""Who carries a network over ranks: DDP, or DeepSpeed."""

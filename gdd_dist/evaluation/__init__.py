@@ -1,0 +1,1 @@
+"""Students: which are trained, on what, and how well they do."""

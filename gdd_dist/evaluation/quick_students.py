@@ -1,0 +1,113 @@
+"""Quick students: how good a generator is, measured on val, never on test."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from gdd_dist.data.augment import AUGMENT_DRAWS
+from gdd_dist.data.images import to_float
+from gdd_dist.data.noise import uniform
+from gdd_dist.data.order import dealt
+from gdd_dist.models.generator import Generator
+from gdd_dist.training.classifier_fit import accuracy, predict, sgd, train_step
+from gdd_dist.training.context import Context
+from gdd_dist.training.drawing import draw
+from gdd_dist.training.skipped_steps import Diverged, Skips
+from sharding.errors import UserError
+
+FRESH_IMAGES = 500
+CHUNK = 20
+READINGS = 5
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What quick students say of a generator. Accuracies in percent; ``stderr``: of ``val`` over students.
+
+    ``gap``: accuracy on fresh generated images minus accuracy on val. It grows when the generator writes the class into the
+    image as a pattern that only those who saw such images can read.
+    """
+
+    step: int
+    val: float
+    stderr: float
+    gap: float
+
+    def scalars(self) -> dict[str, float]:
+        """By their names in TensorBoard."""
+        return {"val_accuracy": self.val, "val_stderr": self.stderr, "shortcut_gap": self.gap}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Fit for JSON and checkpoints."""
+        return dataclasses.asdict(self)
+
+
+def best(history: Sequence[Mapping[str, Any]], select: str) -> Mapping[str, Any] | None:
+    """The interval whose generator is kept: the first that is best on val, or the last; None without measurements."""
+    if not history:
+        return None
+    return history[-1] if select == "last" else max(history, key=lambda h: h["val"])
+
+
+def measure(ctx: Context, generator: Generator, step: int) -> Measurement:
+    """Train the quick students, dealt to ranks, on fresh draws; the same random streams at every interval. All ranks call it."""
+    m = ctx.config.matching
+    mine: list[list[float]] = []
+    # Who is done first takes the next: rank 0's share is known at the end alone.
+    monitor = ctx.passing("matching: quick students", -(-m.quick_students // ctx.world.size) * m.quick_steps)
+
+    def tick(steps: int) -> None:
+        monitor.advance(min(len(mine) * m.quick_steps + steps, monitor.total))
+
+    try:
+        for j in ctx.world.queue(m.quick_students):
+            mine.append([j, *student(ctx, generator, j, tick)])
+    except Diverged as e:
+        raise UserError(f"matching: of a quick student {e}; lower --report.lr") from e
+    monitor.close()
+    results = sorted(r for rank in ctx.world.gather(mine) for r in rank)
+    val, fresh = np.array([r[1] for r in results]), np.array([r[2] for r in results])
+    stderr = float(val.std(ddof=1) / len(val) ** 0.5) if len(val) > 1 else 0.0
+    return Measurement(step, float(val.mean()), stderr, float((fresh - val).mean()))
+
+
+def student(ctx: Context, generator: Generator, j: int, tick: Callable[[int], None]) -> tuple[float, float]:
+    """(accuracy on val, accuracy on fresh generated images) of quick student ``j``, in percent; ``tick``: steps done."""
+    m, r, seed = ctx.config.matching, ctx.config.report, ctx.config.step_seed("matching")
+    net = ctx.classifier(m.quick_student, seed, f"quick/{j}")
+    optimizer = sgd(net, r.lr, r.momentum, r.weight_decay)
+    skips = Skips()
+    scores, readings = list[float](), measured_after(m.quick_steps)
+    for first in range(0, m.quick_steps, CHUNK):
+        ctx.world.check_stop()
+        steps = min(CHUNK, m.quick_steps - first)
+        places = np.arange(first * m.quick_batch, (first + steps) * m.quick_batch)
+        labels = dealt(seed, f"quick/{j}/labels", places, ctx.classes)
+        images = to_float(draw(ctx, generator, labels, seed, f"quick/{j}", first), ctx.device)
+        targets = torch.from_numpy(labels).to(ctx.device)
+        for k in range(steps):
+            part = slice(k * m.quick_batch, (k + 1) * m.quick_batch)
+            draws = uniform(seed, f"quick/{j}/augment", first + k, np.arange(m.quick_batch), AUGMENT_DRAWS)
+            x = ctx.augment(images[part], torch.from_numpy(draws))
+            train_step(net, optimizer, x, targets[part], r.lr, ctx.precision, skips)
+            if first + k + 1 in readings:
+                scores.append(accuracy(net, ctx.images("val"), ctx.device, ctx.precision))
+        tick(first + steps)
+    labels = np.arange(FRESH_IMAGES) % ctx.classes
+    fresh = draw(ctx, generator, labels, seed, f"quick/{j}/fresh", 0)
+    logits = predict(net, lambda indices: fresh[torch.from_numpy(indices)], FRESH_IMAGES, ctx.device, ctx.precision)
+    on_fresh = 100.0 * float((logits.argmax(1).numpy() == labels).mean())
+    return float(np.mean(scores)), on_fresh
+
+
+def measured_after(steps: int) -> set[int]:
+    """After which steps a quick student is measured: five times in its last fifth, the end included, since at a constant
+    learning rate one reading is noisy.
+    """
+    return {steps - round(k * steps / 25) for k in range(READINGS)}

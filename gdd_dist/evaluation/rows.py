@@ -1,0 +1,252 @@
+"""The report's rows: what students train on, at which budget, under which fingerprint. Pure functions.
+
+A row is a student architecture trained on one kind of images by one protocol with one kind of labels; it has a student
+for each student seed. N: training images, C: classes, IPC: images per class of an epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from gdd_dist.config.settings import Config
+from gdd_dist.config.steps import ROWS_VERSION
+from gdd_dist.data.order import Order, default_streams
+from gdd_dist.evaluation.confusion import StudentResult
+from gdd_dist.models.classifiers import parse_student
+from gdd_dist.storage.json_files import fingerprint
+from sharding.errors import UserError
+from sharding.manifest import Manifest
+
+GENERATORS = {"gan": "gan", "matched": "matching"}
+"""What a row trains on → the step whose generator draws it."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table. ``protocol`` and ``ipc`` are None where all real training data is used (``train_on`` full).
+
+    A row that is not ``augmented`` stands in no table: DD-Ranking's ARS is made from it.
+    """
+
+    train_on: str
+    student: str
+    protocol: str | None
+    labels: str
+    ipc: int | None
+    augmented: bool = True
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Steps whose output the row reads, beside the data."""
+        soft = ("teachers",) if self.labels == "soft" else ()
+        return soft + ((GENERATORS[self.train_on],) if self.train_on in GENERATORS else ())
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What training one student takes. ``batch``: images a step, but for the last of an epoch, which may be smaller.
+
+    ``distinct_images_seen`` of a full row is an upper bound: its order leaves out a few images an epoch, others each time.
+    """
+
+    epochs: int
+    optimizer_steps: int
+    batch: int
+    images_seen: int
+    distinct_images_seen: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """One student: row × student seed, with the fingerprint of everything that shapes its accuracy."""
+
+    row: Row
+    seed: int
+    budget: Budget
+    fingerprint: str
+
+
+def plan(config: Config) -> list[Row]:
+    """All rows, in the order of the table."""
+    r = config.report
+    kinds = [*(k for k in ("real", "gan") if k in r.baselines), "matched"]
+    rows = []
+    for student in dict.fromkeys(r.students):
+        if "full" in r.baselines:
+            rows.append(Row("full", student, None, "hard", None))
+        for ipc in dict.fromkeys(r.ipc):
+            pairs = [(p, y) for p in dict.fromkeys(r.protocol) for y in dict.fromkeys(r.labels)]
+            rows += [Row(kind, student, p, y, ipc) for p, y in pairs for kind in kinds]
+    return rows + unaugmented(config, rows)
+
+
+def unaugmented(config: Config, rows: Sequence[Row]) -> list[Row]:
+    """The fixed rows of real and matched images once more, without augmentation, if the ARS is asked for and has a meaning."""
+    loader = config.loader
+    if not config.report.ars or "real" not in config.report.baselines or (loader.augment == "none" and not loader.flip):
+        return []
+    return [replace(r, augmented=False) for r in rows if r.protocol == "fixed" and r.train_on in ("real", "matched")]
+
+
+def full_order(config: Config, shard_samples: Sequence[int], seed: int) -> Order:
+    """The order in which a full-data student sees train."""
+    batch = min(config.report.batch, sum(shard_samples))
+    purpose = f"report/full/{seed}"
+    streams = default_streams(batch)
+    return Order(tuple(shard_samples), batch, streams, config.step_seed("report"), purpose, config.loader.window)
+
+
+def budget(config: Config, manifest: Manifest, row: Row) -> Budget:
+    """The budget of each of a row's students."""
+    r, train = config.report, manifest.splits["train"]
+    if row.ipc is None:
+        order = full_order(config, [s.samples for s in train.shards], 0)
+        steps = r.full_epochs * order.steps_per_epoch
+        seen = steps * order.batch_size
+        return Budget(r.full_epochs, steps, order.batch_size, seen, min(seen, train.samples))
+    images = row.ipc * len(manifest.classes)
+    batch = min(r.batch, images)
+    draws = r.epochs if row.protocol == "regenerate" else 1
+    distinct = draws * images
+    if row.train_on == "real":
+        distinct = sum(min(n, draws * row.ipc) for n in train.class_counts)
+    return Budget(r.epochs, r.epochs * -(-images // batch), batch, r.epochs * images, distinct)
+
+
+def step_bounds(images: int, batch: int, epochs: int) -> np.ndarray:
+    """Where steps begin and end in the sequence of all images a student sees, int64 [steps + 1]: the last batch of an epoch is kept."""
+    starts = np.arange(0, images, batch) + np.arange(epochs)[:, None] * images
+    return np.append(starts.ravel(), epochs * images)
+
+
+def shaping(config: Config, row: Row, spent: Budget) -> dict[str, Any]:
+    """The settings that shape a row's numbers."""
+    r, loader = config.report, config.loader
+    full = row.ipc is None
+    augment, flip = (loader.augment, loader.flip) if row.augmented else ("none", False)
+    return {
+        "row": {k: getattr(row, k) for k in ("train_on", "student", "protocol", "labels", "ipc")},
+        "epochs": spent.epochs,
+        "batch": spent.batch,
+        "optimizer": {
+            "lr": r.full_lr if full else r.lr,
+            "momentum": r.momentum,
+            "weight_decay": r.weight_decay,
+        },
+        "loader": {"augment": augment, "flip": flip, **({"window": loader.window} if full else {})},
+        **({"label_temperature": r.label_temperature} if row.labels == "soft" else {}),
+    }
+
+
+def row_fingerprint(
+    config: Config, row: Row, spent: Budget, seed: int, precision: str, fingerprints: Mapping[str, str]
+) -> str:
+    """The fingerprint of one student: settings, seeds, and exactly what it reads. ``fingerprints``: of "data" and the steps."""
+    return fingerprint(
+        {
+            "version": ROWS_VERSION,
+            "settings": shaping(config, row, spent),
+            "seed": config.step_seed("report"),
+            "student_seed": seed,
+            "precision": precision,
+            "inputs": {name: fingerprints[name] for name in ("data", *row.reads)},
+        }
+    )
+
+
+def jobs(config: Config, manifest: Manifest, precision: str, fingerprints: Mapping[str, str]) -> list[Job]:
+    """All students of all rows, in the order of the table."""
+    found = []
+    for row in plan(config):
+        spent = budget(config, manifest, row)
+        for seed in range(config.report.seeds):
+            fp = row_fingerprint(config, row, spent, seed, precision, fingerprints)
+            found.append(Job(row, seed, spent, fp))
+    return found
+
+
+def images_forwarded(job: Job, last_teachers: int, test: int) -> int:
+    """Images that go through a network when a job runs: student, soft labels, generator, and the test set at the end."""
+    seen = job.budget.images_seen
+    drawn = job.budget.distinct_images_seen if job.row.train_on in GENERATORS else 0
+    return seen * (1 + (last_teachers if job.row.labels == "soft" else 0)) + drawn + test
+
+
+def result(row: Row, spent: Budget, seeds: Sequence[int], measured: Sequence[StudentResult]) -> dict[str, Any]:
+    """A row as it stands in metrics.json, its shares and scores not yet known. Accuracies in percent; std with ddof 1."""
+    accuracies = [m.accuracy for m in measured]
+    return {
+        "train_on": row.train_on,
+        "student": row.student,
+        "protocol": row.protocol,
+        "labels": row.labels,
+        "ipc": row.ipc,
+        "optimizer_steps": spent.optimizer_steps,
+        "batch": spent.batch,
+        "images_seen": spent.images_seen,
+        "distinct_images_seen": round(sum(m.distinct for m in measured) / len(measured)),
+        "mean": float(np.mean(accuracies)),
+        "std": float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else None,
+        "seeds": list(seeds),
+        "accuracies": list(accuracies),
+        "ceiling_share": None,
+        "balanced_mean": float(np.mean([m.balanced for m in measured])),
+        "lrs": None,
+        "ars": None,
+        **({} if row.augmented else {"augmented": False}),
+    }
+
+
+def with_ceiling_shares(results: Sequence[Mapping[str, Any]], classes: int) -> list[dict[str, Any]]:
+    """Fill in ceiling_share = (mean - 100/C) / (ceiling - 100/C): how far from chance to the ceiling a row gets.
+
+    The ceiling is the hard ``real`` ``regenerate`` row of the same student and IPC; None where it is absent or at chance.
+    """
+    chance = 100.0 / classes
+    ceilings = {
+        (r["student"], r["ipc"]): r["mean"]
+        for r in results
+        if (r["train_on"], r["protocol"], r["labels"]) == ("real", "regenerate", "hard")
+    }
+
+    def share(r: Mapping[str, Any]) -> float | None:
+        ceiling = ceilings.get((r["student"], r["ipc"]))
+        return (r["mean"] - chance) / (ceiling - chance) if ceiling is not None and ceiling > chance else None
+
+    return [{**r, "ceiling_share": share(r)} for r in results]
+
+
+def check(config: Config, manifest: Manifest) -> None:
+    """Raise UserError where the report's settings do not fit the data set: known before the first step runs."""
+    r = config.report
+    for name in r.students:
+        parse_student(name)
+    for name, allowed in (
+        ("protocol", ("regenerate", "fixed")),
+        ("labels", ("hard", "soft")),
+        ("baselines", ("real", "gan", "full")),
+    ):
+        for value in getattr(r, name):
+            if value not in allowed:
+                raise UserError(f"--report.{name} {value} is not known; choose {', '.join(allowed)}")
+    if "real" in r.baselines:
+        _check_class_sizes(config, manifest)
+
+
+def _check_class_sizes(config: Config, manifest: Manifest) -> None:
+    """A fixed real set needs IPC images of each class, a fresh one each epoch at least one to repeat."""
+    counts = manifest.splits["train"].class_counts
+    c = int(np.argmin(counts))
+    have, name = counts[c], manifest.classes[c]
+    if have == 0:
+        raise UserError(f"class {name} has no training images; leave real out of --report.baselines")
+    ipc = max(config.report.ipc)
+    if "fixed" in config.report.protocol and ipc > have:
+        raise UserError(
+            f"--report.ipc {ipc} is more than the {have} training images of class {name}; "
+            "lower it, or leave fixed out of --report.protocol, or real out of --report.baselines"
+        )

@@ -1,0 +1,166 @@
+"""Every student of the report once, whoever trains it: kept results, dealt work, rows.
+
+STORE/report/rows/<fingerprint>.json holds one student's result, so a killed report goes on by student, and rows whose inputs
+did not change are never trained again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gdd_dist.evaluation.confusion import StudentResult, pack, unpack
+from gdd_dist.evaluation.ddranking import with_scores
+from gdd_dist.evaluation.rows import Job, Row, jobs, result, with_ceiling_shares
+from gdd_dist.evaluation.students import Frozen, train
+from gdd_dist.models.classifiers import build_classifier
+from gdd_dist.models.files import read_teachers
+from gdd_dist.runtime.locks import Lock, holding
+from gdd_dist.runtime.monitor import Monitor, say
+from gdd_dist.storage.json_files import fingerprint, read_json, write_json
+from gdd_dist.training.context import Context
+from sharding.errors import UserError
+
+
+def record_path(ctx: Context, job: Job) -> Path:
+    """Where one student's result is kept: STORE/report/rows/<fingerprint>.json."""
+    return ctx.store.root / "report" / "rows" / f"{job.fingerprint}.json"
+
+
+def save_record(path: Path, job: Job, measured: StudentResult, matrix: np.ndarray) -> None:
+    """Write one student's result and its confusion matrix, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    body = {
+        "format": "gdd-row/1",
+        "fingerprint": job.fingerprint,
+        "train_on": job.row.train_on,
+        "student": job.row.student,
+        "protocol": job.row.protocol,
+        "labels": job.row.labels,
+        "ipc": job.row.ipc,
+        "seed": job.seed,
+        "augmented": job.row.augmented,
+        "accuracy": measured.accuracy,
+        "balanced_accuracy": measured.balanced,
+        "distinct_images_seen": measured.distinct,
+        "confusion": pack(matrix),
+    }
+    write_json(path, {**body, "check": fingerprint(body)})
+
+
+def load_record(path: Path, job: Job) -> StudentResult | None:
+    """One student's result, or None when there is none; a damaged file is named and trained anew."""
+    if not path.exists():
+        return None
+    try:
+        body = read_json(path)
+        whole = body.pop("check") == fingerprint(body) and body["fingerprint"] == job.fingerprint
+        if whole:
+            return StudentResult(
+                float(body["accuracy"]), float(body["balanced_accuracy"]), int(body["distinct_images_seen"])
+            )
+    except (UserError, AttributeError, KeyError, TypeError):
+        pass
+    say(f"report: {path} is damaged; this student is trained anew")
+    return None
+
+
+def cached(ctx: Context, students: list[Job]) -> dict[str, StudentResult]:
+    """Results that are there already, by fingerprint (rank 0 looks, all hear it)."""
+    found = {j.fingerprint: load_record(record_path(ctx, j), j) for j in students} if ctx.world.is_main else {}
+    told = ctx.world.broadcast({fp: m for fp, m in found.items() if m is not None})
+    return {fp: StudentResult(*m) for fp, m in told.items()}
+
+
+def confusions(ctx: Context, students: list[Job]) -> dict[Row, np.ndarray]:
+    """The confusion matrices of finished students, summed over each row's: int64 [C, C]."""
+    found: dict[Row, np.ndarray] = {}
+    for job in students:
+        matrix = unpack(read_json(record_path(ctx, job))["confusion"])
+        found[job.row] = found.get(job.row, 0) + matrix
+    return found
+
+
+def costs(ctx: Context, students: list[Job], teachers: Path | None) -> dict[str, float]:
+    """A job's cost by fingerprint, in images × weights, good enough to start the costly ones first."""
+
+    def weights(name: str) -> int:
+        m = ctx.manifest
+        with torch.device("meta"):
+            net = build_classifier(
+                name, channels=m.channels, size=m.height, classes=ctx.classes, mean=ctx.mean, std=ctx.std
+            )
+        return sum(p.numel() for p in net.parameters())
+
+    sizes = {name: weights(name) for name in {j.row.student for j in students}}
+    pool = read_teachers(teachers) if teachers and any(j.row.labels == "soft" for j in students) else []
+    forward_only = 1 / 3
+    soft = forward_only * sum(weights(t.architecture) for t in pool if t.last)
+    return {
+        j.fingerprint: j.budget.images_seen * (sizes[j.row.student] + (soft if j.row.labels == "soft" else 0.0))
+        for j in students
+    }
+
+
+def evaluate(
+    ctx: Context, dirs: Mapping[str, Path], fingerprints: Mapping[str, str], monitor: Monitor
+) -> list[dict[str, Any]]:
+    """Train the students that no earlier run has trained, dealt to the ranks; returns all rows. All ranks call it.
+
+    ``dirs``: of the finished steps "teachers", "gan", "matching" as far as rows read them; ``fingerprints``: theirs and "data"'s.
+    """
+    students = jobs(ctx.config, ctx.manifest, ctx.precision, fingerprints)
+    known = cached(ctx, students)
+    weights = costs(ctx, students, dirs.get("teachers"))
+    todo = sorted((j for j in students if j.fingerprint not in known), key=lambda j: -weights[j.fingerprint])
+    frozen, mine = Frozen(ctx, dirs), {}
+    rows, records = record_path(ctx, students[0]).parent, [f"{j.fingerprint}.json" for j in students]
+    monitor.already(len(known))
+    for n in ctx.world.queue(len(todo)):
+        mine[todo[n].fingerprint] = train_once(ctx, frozen, todo[n])
+        if ctx.world.is_main:
+            done = sum(record_path(ctx, j).exists() for j in todo)
+            monitor.advance(len(known) + done, f"{todo[n].row.train_on} {todo[n].row.student} {todo[n].row.labels}")
+    for part in ctx.world.gather(mine):
+        known |= {fp: StudentResult(*m) for fp, m in part.items()}
+    ctx.disks.share(rows, records)
+    monitor.advance(len(students))
+    return with_scores(with_ceiling_shares(summarise(students, known), ctx.classes))
+
+
+def train_once(ctx: Context, frozen: Frozen, job: Job) -> StudentResult:
+    """Train one student and keep its result; where another run on this store is at it, wait and take its."""
+    path = record_path(ctx, job)
+
+    def busy(_holder: Mapping[str, Any]) -> None:
+        ctx.world.check_stop()
+
+    with holding(Lock(path.with_suffix(".lock")), busy):
+        measured = load_record(path, job)
+        if measured is None:
+            measured, matrix = train(ctx, frozen, job)
+            save_record(path, job, measured, matrix)
+    return measured
+
+
+def summarise(students: list[Job], measured: Mapping[str, StudentResult]) -> list[dict[str, Any]]:
+    """One result a row, in the order of the table."""
+    by_row: dict[Row, list[Job]] = {}
+    for job in students:
+        by_row.setdefault(job.row, []).append(job)
+    results = []
+    for row, members in by_row.items():
+        values = [measured[j.fingerprint] for j in members]
+        results.append(result(row, members[0].budget, [j.seed for j in members], values))
+    return results
+
+
+def log_accuracies(monitor: Monitor, results: list[dict[str, Any]]) -> None:
+    """Each row's mean accuracy to TensorBoard, over IPC where there is one."""
+    for r in results:
+        name = "/".join(("accuracy", r["student"], r["train_on"], r["protocol"] or "all", r["labels"]))
+        monitor.scalars(r["ipc"] or 0, {name: r["mean"]})

@@ -1,0 +1,197 @@
+"""Training the report's students, one at a time on one rank. Every random number is a function of (report seed, purpose, place).
+
+Purposes do not name what a row trains on: the rows of one student seed share initial weights, order, latents and
+augmentation, so their differences are those of the images and labels alone.
+Shapes: n images, K classes, H W; a place p counts all images that a student sees, a set has IPC images of each class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gdd_dist.data.augment import AUGMENT_DRAWS
+from gdd_dist.data.images import prefetch, to_float
+from gdd_dist.data.noise import uniform
+from gdd_dist.data.order import dealt
+from gdd_dist.engines.precision import autocast
+from gdd_dist.evaluation import confusion
+from gdd_dist.evaluation.confusion import StudentResult
+from gdd_dist.evaluation.rows import GENERATORS, Job, Row, full_order, step_bounds
+from gdd_dist.models.classifiers import Classifier
+from gdd_dist.models.files import GENERATOR, load_generator_network, read_teachers
+from gdd_dist.models.generator import Generator
+from gdd_dist.runtime.monitor import Monitor
+from gdd_dist.training.classifier_fit import predict, sgd, train_step
+from gdd_dist.training.context import Context
+from gdd_dist.training.drawing import draw
+from gdd_dist.training.skipped_steps import Diverged, Skips
+from sharding.errors import UserError
+
+CHUNK_IMAGES = 512
+"""Images drawn, augmented and labelled at once, ahead of the steps that train on them: small steps would wait for the overhead."""
+TEACHER_BATCH = 256
+
+Fetch = Callable[[np.ndarray], Tensor]
+
+
+class Frozen:
+    """The networks that students learn from, loaded on first use and kept for this rank's other students."""
+
+    def __init__(self, ctx: Context, dirs: Mapping[str, Path]) -> None:
+        self._ctx, self._dirs = ctx, dirs
+        self._generators: dict[str, Generator] = {}
+
+    def generator(self, train_on: str) -> Generator:
+        """The generator of ``gan`` or ``matched`` rows, in evaluation mode."""
+        if train_on not in self._generators:
+            net, _ = load_generator_network(self._dirs[GENERATORS[train_on]] / GENERATOR)
+            self._generators[train_on] = self._ctx.watch(net).eval().requires_grad_(False)
+        return self._generators[train_on]
+
+    @cached_property
+    def teachers(self) -> list[Classifier]:
+        """Each training's last snapshot."""
+        return [self._ctx.teacher(t) for t in read_teachers(self._dirs["teachers"]) if t.last]
+
+    @torch.no_grad()
+    def soft_labels(self, images: Tensor, temperature: float) -> Tensor:
+        """Mean over teachers of softmax(logits / temperature) of float images [n, C, H, W]: float32 [n, K]."""
+        parts = []
+        for part in images.split(TEACHER_BATCH):
+            total: Tensor | None = None
+            for teacher in self.teachers:
+                with autocast(part.device, self._ctx.precision):
+                    logits = teacher(part)
+                share = (logits.float() / temperature).softmax(1)
+                total = share if total is None else total + share
+            assert total is not None
+            parts.append(total / len(self.teachers))
+        return torch.cat(parts)
+
+
+def real_samples(seed: int, purpose: str, slots: np.ndarray, ipc: int, members: list[np.ndarray]) -> np.ndarray:
+    """Sample numbers of real images for slots of a sequence of sets: none of a class comes again before all of it came.
+
+    Slot s is image s mod (IPC·K) of set s div (IPC·K), sets ordered by class. ``members``: sample numbers by class.
+    """
+    sets, places = np.divmod(slots, ipc * len(members))
+    turns = sets * ipc + places % ipc
+    out = np.empty(len(slots), dtype=np.int64)
+    for c in np.unique(places // ipc):
+        here = places // ipc == c
+        out[here] = members[c][dealt(seed, f"{purpose}/real/{c}", turns[here], len(members[c]))]
+    return out
+
+
+class Sets:
+    """What a student of a row sees: a set of IPC images of each class, a fresh one each epoch (regenerate) or one (fixed).
+
+    ``take(places)`` gives uint8 images [n, C, H, W] and labels int64 [n] in the order of training.
+    """
+
+    def __init__(self, ctx: Context, frozen: Frozen, row: Row, seed: int) -> None:
+        assert row.ipc is not None
+        self._ctx, self._ipc, self._fixed = ctx, row.ipc, row.protocol == "fixed"
+        self._seed, self.purpose = ctx.config.step_seed("report"), f"report/{row.protocol}/{row.ipc}/{seed}"
+        self.images = row.ipc * ctx.classes
+        """Images of a set."""
+        self._fetch = self._real() if row.train_on == "real" else self._generated(frozen.generator(row.train_on))
+
+    def _real(self) -> Fetch:
+        images = self._ctx.images("train")
+        members = [np.flatnonzero(images.labels == c) for c in range(self._ctx.classes)]
+        return lambda slots: images.read(real_samples(self._seed, self.purpose, slots, self._ipc, members))
+
+    def _generated(self, generator: Generator) -> Fetch:
+        def fetch(slots: np.ndarray) -> Tensor:
+            labels = slots % self.images // self._ipc
+            return draw(self._ctx, generator, labels, self._seed, self.purpose, 0, slots=slots)
+
+        return fetch
+
+    @cached_property
+    def only(self) -> tuple[Tensor, np.ndarray]:
+        """The set of the fixed protocol, ordered by class: uint8 images [IPC·K, C, H, W] on the device, labels int64."""
+        slots = np.arange(self.images)
+        return self._fetch(slots).to(self._ctx.device).contiguous(), slots // self._ipc
+
+    def take(self, places: np.ndarray) -> tuple[Tensor, np.ndarray]:
+        """Images and labels at places of the training sequence; each epoch is shuffled anew."""
+        members = dealt(self._seed, f"{self.purpose}/order", places, self.images)
+        if self._fixed:
+            images, labels = self.only
+            return images[torch.from_numpy(members).to(images.device)], labels[members]
+        return self._fetch(places // self.images * self.images + members), members // self._ipc
+
+
+def train(ctx: Context, frozen: Frozen, job: Job) -> tuple[StudentResult, np.ndarray]:
+    """Train one student from its first weights on. Returns its result and its confusion matrix on test, int64 [K, K]."""
+    seed = ctx.config.step_seed("report")
+    net = ctx.classifier(job.row.student, seed, f"report/{job.row.student}/{job.seed}")
+    monitor = ctx.passing(f"report: {job.row.student} on {job.row.train_on}", job.budget.optimizer_steps)
+    try:
+        if job.row.ipc is None:
+            distinct = _fit_full(ctx, net, job, monitor)
+        else:
+            distinct = job.budget.distinct_images_seen
+            _fit_sets(ctx, net, frozen, job, monitor)
+    except Diverged as e:
+        lr = "--report.full_lr" if job.row.ipc is None else "--report.lr"
+        raise UserError(f"report: of {job.row.student}, trained on {job.row.train_on}, {e}; lower {lr}") from e
+    monitor.close()
+    test = ctx.images("test")
+    answers = predict(net, test.read, len(test), ctx.device, ctx.precision).argmax(1).numpy()
+    matrix = confusion.confusion(test.labels, answers, ctx.classes)
+    return StudentResult(confusion.accuracy(matrix), confusion.balanced(matrix), distinct), matrix
+
+
+def _fit_sets(ctx: Context, net: Classifier, frozen: Frozen, job: Job, monitor: Monitor) -> None:
+    r, seed = ctx.config.report, ctx.config.step_seed("report")
+    sets, skips = Sets(ctx, frozen, job.row, job.seed), Skips()
+    optimizer = sgd(net, r.lr, r.momentum, r.weight_decay)
+    bounds = step_bounds(sets.images, job.budget.batch, job.budget.epochs)
+    steps = max(1, CHUNK_IMAGES // job.budget.batch)
+    for first in range(0, len(bounds) - 1, steps):
+        ctx.world.check_stop()
+        ends = bounds[first : first + steps + 1]
+        places = np.arange(ends[0], ends[-1])
+        images, labels = sets.take(places)
+        draws = torch.from_numpy(uniform(seed, f"{sets.purpose}/augment", 0, places, AUGMENT_DRAWS))
+        plain = to_float(images, ctx.device)
+        x = ctx.augment(plain, draws) if job.row.augmented else plain
+        y = torch.from_numpy(labels).to(ctx.device)
+        if job.row.labels == "soft":
+            y = frozen.soft_labels(x, r.label_temperature)
+        for a, b in pairwise((ends - ends[0]).tolist()):
+            train_step(net, optimizer, x[a:b], y[a:b], r.lr, ctx.precision, skips)
+        monitor.advance(first + len(ends) - 1)
+
+
+def _fit_full(ctx: Context, net: Classifier, job: Job, monitor: Monitor) -> int:
+    """Train on all of train; returns how many of its images came at least once."""
+    r, images = ctx.config.report, ctx.images("train")
+    order = full_order(ctx.config, images.shards.shard_samples, job.seed)
+    optimizer = sgd(net, r.full_lr, r.momentum, r.weight_decay)
+    seen, skips = np.zeros(len(images), dtype=bool), Skips()
+    images.expect(order.batch, 0, job.budget.optimizer_steps)
+
+    def read(step: int) -> tuple[Tensor, ...]:
+        indices = order.batch(step)
+        seen[indices] = True
+        draws = uniform(order.seed, f"{order.purpose}/augment", step, np.arange(len(indices)), AUGMENT_DRAWS)
+        return images.read(indices), torch.from_numpy(images.labels[indices]), torch.from_numpy(draws)
+
+    steps = prefetch(read, 0, job.budget.optimizer_steps, ctx.config.loader.prefetch)
+    for step, (batch, labels, draws) in enumerate(steps):
+        ctx.world.check_stop()
+        x = ctx.augment(to_float(batch, ctx.device), draws)
+        train_step(net, optimizer, x, labels.to(ctx.device), r.full_lr, ctx.precision, skips)
+        monitor.advance(step + 1)
+    return int(seen.sum())

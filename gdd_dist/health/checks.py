@@ -1,0 +1,263 @@
+"""What the doctor looks at: versions, devices, disks, ports, decoding. Each check finds one thing out and says how to mend it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import socket
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from gdd_dist.engines.precision import resolve_precision
+from sharding.errors import UserError
+from sharding.files import fsync_dir, write_atomic
+from sharding.shards import decode
+
+OK, WARN, FAIL = "ok", "warn", "FAIL"
+OLDEST_PYTHON = (3, 11)
+LOW_SPACE, NO_SPACE = 5e9, 5e8
+SLOW_JPEG = 1_500.0
+JPEG_SIDE, JPEG_SECONDS = 64, 0.3
+RENDEZVOUS_PORT, TENSORBOARD_PORT = 29500, 6006
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's page. ``state``: ok, warn (something optional will not work) or FAIL; ``fix``: what to do."""
+
+    name: str
+    state: str
+    detail: str
+    fix: str = ""
+
+
+def python() -> Finding:
+    """The interpreter."""
+    detail = f"{platform.python_version()} ({sys.executable})"
+    if tuple(map(int, platform.python_version_tuple()[:2])) < OLDEST_PYTHON:
+        return Finding("python", FAIL, detail, "install Python 3.11 or newer and call make env PYTHON=/path/to/it")
+    return Finding("python", OK, detail)
+
+
+def packages() -> list[Finding]:
+    """Every requirement of the installed package: there, and new enough. One line for the base, one for each extra."""
+    from packaging.requirements import Requirement
+
+    found, faults = dict[str, int](), dict[str, dict[str, str]]()
+    for text in metadata.requires("gdd_dist") or []:
+        requirement = Requirement(text)
+        match = re.search(r"extra == ['\"]([\w-]+)['\"]", text)
+        group = match[1] if match else "base"
+        found[group] = found.get(group, 0) + 1
+        try:
+            have = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            faults.setdefault(group, {})[f"{requirement.name} is missing"] = text.partition(";")[0].strip()
+            continue
+        if not requirement.specifier.contains(have, prereleases=True):
+            fault = f"{requirement.name} is {have}, needed is {requirement.specifier}"
+            faults.setdefault(group, {})[fault] = text.partition(";")[0].strip()
+    return [_package_finding(group, count, faults.get(group, {})) for group, count in found.items()]
+
+
+def _package_finding(group: str, count: int, faults: dict[str, str]) -> Finding:
+    """``faults``: what is wrong → the requirement, as pip takes it."""
+    name = "packages" if group == "base" else f"extra {group}"
+    if not faults:
+        return Finding(name, OK, f"{count} of {count} there and new enough")
+    wanted = " ".join(f"'{text}'" for text in faults.values())
+    fix = f"python -m pip install --upgrade {wanted}"
+    return Finding(name, FAIL if group == "base" else WARN, "; ".join(faults), fix)
+
+
+def torch_pair() -> Finding:
+    """torch and torchvision belong together: the compiled part of torchvision loads."""
+    detail = f"torch {metadata.version('torch')}, torchvision {metadata.version('torchvision')}"
+    try:
+        import torchvision.ops
+
+        torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
+    except (ImportError, RuntimeError, OSError) as e:
+        reason = str(e).splitlines()[0]
+        return Finding(
+            "torch",
+            FAIL,
+            f"{detail}: {reason}",
+            "python -m pip install --upgrade torch torchvision together: the two are released as a pair",
+        )
+    return Finding("torch", OK, detail)
+
+
+def devices() -> Finding:
+    """GPUs, or why there are none; cores and memory."""
+    cores = len(os.sched_getaffinity(0))
+    memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    here = f"{cores} cores, {memory:.1f} GiB of memory free"
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        sizes = [torch.cuda.get_device_properties(i).total_memory / 2**30 for i in range(len(names))]
+        gpus = ", ".join(f"{n} ({s:.0f} GiB)" for n, s in zip(names, sizes, strict=True))
+        precision = resolve_precision("auto", torch.device("cuda"))
+        return Finding("devices", OK, f"{len(names)} CUDA: {gpus}; {here}; computes in {precision}")
+    precision = resolve_precision("auto", torch.device("cpu"))
+    detail = f"no CUDA device; {here}; computes in {precision}"
+    if Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi"):
+        why = (
+            "this torch was built without CUDA"
+            if torch.version.cuda is None
+            else "the driver and this torch do not agree"
+        )
+        fix = (
+            "python -m pip install --upgrade --force-reinstall torch torchvision (the default builds hold CUDA)"
+            if torch.version.cuda is None
+            else f"run nvidia-smi, and update the driver to one that knows CUDA {torch.version.cuda}"
+        )
+        return Finding("devices", FAIL, f"there is an NVIDIA GPU, but {why}; {detail}", fix)
+    return Finding("devices", OK, detail)
+
+
+def disk(directory: Path, name: str = "disk") -> Finding:
+    """Write, flush, rename, link and remove in a directory, as runs do; and how much room is left."""
+    probe = directory / f".doctor-{os.getpid()}"
+    made = not directory.exists()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_atomic(probe, b"x")
+        os.link(probe, probe.with_suffix(".link"))
+        probe.with_suffix(".symlink").symlink_to(probe.name)
+        fsync_dir(directory)
+        free = shutil.disk_usage(directory).free
+    except OSError as e:
+        reason = (e.strerror or str(e)).lower()
+        there = next(d for d in (directory, *directory.absolute().parents) if d.exists())
+        return Finding(name, FAIL, f"{directory}: {reason}", _disk_fix(reason, there))
+    finally:
+        for path in (probe, probe.with_suffix(".link"), probe.with_suffix(".symlink")):
+            _forget(path)
+        if made:
+            _forget_directory(directory)
+    detail = f"{directory}: writable, links work, {free / 1e9:.1f} GB free"
+    if free < NO_SPACE:
+        return Finding(name, FAIL, detail, "free some space, or point --out and --store to a larger disk")
+    if free < LOW_SPACE:
+        return Finding(name, WARN, detail, "check with gdd_dist.train --dry-run whether that is enough")
+    return Finding(name, OK, detail)
+
+
+def _disk_fix(reason: str, directory: Path) -> str:
+    if "read-only" in reason:
+        return f"mount -o remount,rw $(findmnt -n -o TARGET --target {directory}), or choose another --out"
+    if "denied" in reason:
+        return f"chown or chmod {directory}, or choose another --out"
+    if "space" in reason or "quota" in reason:
+        return "free some space, or point --out and --store to a larger disk"
+    if "not permitted" in reason or "not supported" in reason:
+        return "locks and latest links need hard and symbolic links, which this file system lacks; choose another --out"
+    return "choose another --out"
+
+
+def _forget(path: Path) -> None:
+    if path.is_symlink() or path.exists():
+        path.unlink()
+
+
+def _forget_directory(path: Path) -> None:
+    if path.is_dir() and not any(path.iterdir()):
+        path.rmdir()
+
+
+def port(number: int, what: str, remedy: str) -> Finding:
+    """Whether a TCP port is free on this host. ``remedy`` may hold {free}: the next one that is."""
+    if _is_free(number):
+        return Finding(f"port {number}", OK, f"free ({what})")
+    other = next((n for n in range(number + 1, number + 200) if _is_free(n)), number + 200)
+    return Finding(f"port {number}", WARN, f"taken, but {what} uses it", remedy.format(free=other))
+
+
+def ports() -> list[Finding]:
+    """The two ports that programs take unless told otherwise."""
+    return [
+        port(RENDEZVOUS_PORT, "torchrun over several nodes", "give torchrun --rdzv_endpoint=HOST:{free} on all nodes"),
+        port(TENSORBOARD_PORT, "TensorBoard", "tensorboard --logdir runs --host 127.0.0.1 --port {free}"),
+    ]
+
+
+def _is_free(number: int) -> bool:
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            s.bind(("0.0.0.0", number))
+        except OSError:
+            return False
+    return True
+
+
+def jpeg_speed() -> Finding:
+    """Images decoded per second, as the loader does it: on one thread, and on all cores."""
+    import simplejpeg
+
+    noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    payload = simplejpeg.encode_jpeg(np.ascontiguousarray(noise.repeat(JPEG_SIDE // 8, 0).repeat(JPEG_SIDE // 8, 1)))
+    threads = len(os.sched_getaffinity(0))
+
+    def work(_: int) -> int:
+        out, done, end = np.empty((JPEG_SIDE, JPEG_SIDE, 3), np.uint8), 0, time.monotonic() + JPEG_SECONDS
+        while time.monotonic() < end:
+            decode(payload, out)
+            done += 1
+        return done
+
+    one = work(0) / JPEG_SECONDS
+    with ThreadPoolExecutor(threads) as pool:
+        every = sum(pool.map(work, range(threads))) / JPEG_SECONDS
+    detail = f"{one:,.0f} images/s on one thread, {every:,.0f} on {threads} ({JPEG_SIDE}×{JPEG_SIDE})"
+    if one < SLOW_JPEG:
+        return Finding(
+            "jpeg", WARN, detail, "is the machine busy? else python -m pip install --force-reinstall simplejpeg"
+        )
+    return Finding("jpeg", OK, detail)
+
+
+def descriptors() -> Finding:
+    """Open files a process may have: shards and logit files are mapped."""
+    import resource
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < 1024:
+        return Finding("open files", WARN, f"{soft} at most", "ulimit -n 4096 before the start")
+    return Finding("open files", OK, f"{soft:,} at most")
+
+
+def ports_and_disks(directories: list[Path]) -> list[Finding]:
+    """Ports, the directories named, and the directory for temporary files."""
+    found = [disk(d) for d in directories]
+    temporary = Path(tempfile.gettempdir())
+    return [*found, disk(temporary, "temporary"), *ports()]
+
+
+def data_set(directory: Path) -> Finding:
+    """A data set's manifest is there and agrees with its files' sizes."""
+    from sharding.manifest import Manifest
+
+    try:
+        manifest = Manifest.load(directory)
+    except UserError as e:
+        what, _, fix = str(e).rpartition("; ")
+        return Finding("data", FAIL, what or str(e), fix)
+    for split in manifest.splits.values():
+        for shard in split.shards:
+            path = directory / shard.file
+            if not path.exists() or path.stat().st_size != shard.bytes:
+                return Finding("data", FAIL, f"{path} is missing or torn", "build the data set again, or copy it again")
+    splits = ", ".join(f"{name} {split.samples:,}" for name, split in manifest.splits.items())
+    return Finding("data", OK, f"{manifest.name}: {splits} (python -m sharding verify checks every byte)")

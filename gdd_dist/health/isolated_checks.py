@@ -1,0 +1,140 @@
+"""What the doctor tries in processes of its own: gloo, the compiler, DeepSpeed, Ray. None may hang or end the doctor."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from gdd_dist.health.checks import FAIL, OK, WARN, Finding
+
+PATIENCE = 90.0
+"""Seconds."""
+HUNG = "no answer in"
+
+
+def call(script: str, env: Mapping[str, str] | None = None, seconds: float = PATIENCE) -> str | None:
+    """Run Python in a process of its own; None when it ends well, else its last line, or that it hung."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        env={**os.environ, **(env or {})},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        _, said = process.communicate(timeout=seconds)
+    except BaseException as e:
+        os.killpg(process.pid, signal.SIGKILL)  # with what it started: a compiler would go on for minutes
+        process.wait()
+        if isinstance(e, subprocess.TimeoutExpired):
+            return f"{HUNG} {seconds:.0f} s"
+        raise
+    lines = [line for line in said.splitlines() if line.strip()]
+    return None if process.returncode == 0 else (lines[-1] if lines else f"exit status {process.returncode}")
+
+
+def remedy(fault: str, fix: str) -> str:
+    """What to do about a fault: of what was merely late, first that."""
+    return f"if the machine is busy try again when it is not, else {fix}" if HUNG in fault else fix
+
+
+GLOO = """
+import os, torch, torch.distributed as dist
+pid = os.fork()
+dist.init_process_group("gloo", init_method="tcp://127.0.0.1:{port}", rank=int(pid == 0), world_size=2)
+t = torch.ones(1); dist.all_reduce(t); assert t.item() == 2
+dist.barrier(); dist.destroy_process_group()
+if pid == 0: os._exit(0)
+assert os.waitpid(pid, 0)[1] == 0
+"""
+
+
+def backends() -> Finding:
+    """gloo by two processes that add their numbers; NCCL's presence."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        number = s.getsockname()[1]
+    nccl = "NCCL is built in" if torch.distributed.is_nccl_available() else "no NCCL"
+    fault = call(GLOO.format(port=number))
+    if fault:
+        fix = "export GLOO_SOCKET_IFNAME=lo (one host) or the interface that joins the nodes; let this host's own name resolve"
+        return Finding("backends", FAIL, f"gloo: {fault}; {nccl}", remedy(fault, fix))
+    if torch.cuda.is_available() and not torch.distributed.is_nccl_available():
+        return Finding("backends", FAIL, "gloo works; no NCCL", "install the default (CUDA) build of torch")
+    return Finding("backends", OK, f"gloo: 2 processes agree; {nccl}")
+
+
+def compiler() -> Finding:
+    """A C++ compiler that compiles and links a shared library, and ninja: DeepSpeed builds its operations on first use."""
+    name = os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), "c++")
+    fix = "apt install g++ (or dnf install gcc-c++), or set CXX; only --engine deepspeed needs it"
+    if not shutil.which(name):
+        return Finding("compiler", WARN, f"no C++ compiler ({name} is not there)", fix)
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "x.cpp"
+        source.write_text("#include <vector>\nint answer() { return std::vector<int>{42}[0]; }\n")
+        done = subprocess.run(
+            [name, "-shared", "-fPIC", str(source), "-o", f"{folder}/x.so"], capture_output=True, text=True, check=False
+        )
+    if done.returncode:
+        return Finding("compiler", WARN, f"{name} fails: {done.stderr.strip().splitlines()[-1:]}", fix)
+    if not shutil.which("ninja"):
+        return Finding("compiler", WARN, f"{name} works, ninja is not on PATH", "activate .venv, whose bin holds ninja")
+    return Finding("compiler", OK, f"{name} compiles, ninja is there")
+
+
+REINSTALL = "python -m pip install --force-reinstall --no-deps deepspeed"
+
+
+def deepspeed(build: bool) -> Finding:
+    """DeepSpeed imports; with ``build`` its operation for this machine is built and loaded."""
+    try:
+        version = metadata.version("deepspeed")
+    except metadata.PackageNotFoundError:
+        fix = "python -m pip install deepspeed ninja; only --engine deepspeed needs it"
+        return Finding("deepspeed", WARN, "not installed", fix)
+    env = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
+    operation = "FusedAdamBuilder" if torch.cuda.is_available() else "ShareMemCommBuilder"
+    script = "from deepspeed.accelerator import get_accelerator as a"
+    script += f"; a().create_op_builder('{operation}').load(verbose=False)" if build else "; a()"
+    fault = call(script, env, 600 if build else PATIENCE)
+    if fault:
+        fix = "see compiler above; then rm -rf ~/.cache/torch_extensions and try again" if build else REINSTALL
+        return Finding("deepspeed", WARN, f"{version}: {fault}", remedy(fault, fix))
+    return Finding(
+        "deepspeed", OK, f"{version}{': its operations build and load' if build else ' (--deep builds its operations)'}"
+    )
+
+
+RAY = """
+import ray
+ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+assert ray.get(ray.remote(lambda: 42).remote()) == 42
+ray.shutdown()
+"""
+
+
+def ray(start: bool) -> Finding:
+    """Ray is there; with ``start`` it starts here and runs a task."""
+    try:
+        version = metadata.version("ray")
+    except metadata.PackageNotFoundError:
+        return Finding(
+            "ray", WARN, "not installed", "python -m pip install 'ray[tune]' optuna; only the search needs it"
+        )
+    fault = call(RAY) if start else None
+    if fault:
+        fix = "ray stop --force (leftovers of another), see that /tmp and /dev/shm have room, and try again"
+        return Finding("ray", WARN, f"{version}: {fault}", remedy(fault, fix))
+    return Finding("ray", OK, f"{version}{': starts and runs a task' if start else ' (--deep starts it)'}")

@@ -1,0 +1,25 @@
+"""The fingerprint of each step, from settings, inputs and versions alone: known before anything runs."""
+
+from __future__ import annotations
+
+from gdd_dist.config.settings import Config
+from gdd_dist.config.steps import TABLE
+from gdd_dist.storage.json_files import fingerprint
+from sharding.manifest import Manifest
+
+
+def fingerprints(config: Config, manifest: Manifest, precision: str) -> dict[str, str]:
+    """STEP → fingerprint, in the order of the steps. ``shards`` is the data set's own."""
+    found = {"shards": manifest.fingerprint}
+    for step in TABLE.values():
+        found[step.name] = fingerprint(
+            {
+                "step": step.name,
+                "version": step.version,
+                "settings": step.settings(config),
+                "seed": config.step_seed(step.name),
+                "precision": precision,
+                "inputs": {name: found[name] for name in step.shapes},
+            }
+        )
+    return found

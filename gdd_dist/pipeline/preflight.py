@@ -1,0 +1,102 @@
+"""Whether settings, data set and ranks fit together: every fault that can be known is said before the first step."""
+
+from __future__ import annotations
+
+import torch
+
+from gdd_dist.config.settings import Config
+from gdd_dist.engines import deepspeed_config
+from gdd_dist.engines.deepspeed_engine import import_deepspeed
+from gdd_dist.evaluation import rows
+from gdd_dist.models import pretrained
+from gdd_dist.models.classifiers import has_batch_norm, parse_classifier, parse_student
+from gdd_dist.models.residual import side_widths
+from sharding.errors import UserError
+from sharding.manifest import Manifest
+
+
+def check(config: Config, manifest: Manifest, world: int, device: torch.device) -> None:
+    """Raise UserError for the first thing that does not fit."""
+    check_engine(config, device)
+    for split in ("train", "val", "test"):
+        if split not in manifest.splits:
+            raise UserError(f"the data set has no {split} split; build it with python -m sharding build")
+    if manifest.height != manifest.width:
+        raise UserError(
+            f"images are {manifest.height}x{manifest.width}; build the data set with --image-size to make them square"
+        )
+    side_widths(manifest.height, config.gan.width, config.gan.patch)
+    trained = () if config.teachers.pretrained else config.teachers.architectures
+    for name in trained:
+        parse_classifier(name)
+    parse_student(config.matching.quick_student)
+    for file in pretrained.files(config.teachers.pretrained) if config.teachers.pretrained else ():
+        pretrained.load(file, manifest)
+    check_ranks(config, world)
+    if not config.teachers.pretrained:
+        check_teams(config, world)
+    rows.check(config, manifest)
+
+
+def check_ranks(config: Config, world: int) -> None:
+    """The world size must divide the streams of the gan step and the groups of matching."""
+    for name, batch in (("gan", config.gan.batch), ("matching", config.matching.batch)):
+        if batch < world:
+            raise UserError(
+                f"--{name}.batch {batch} is smaller than the {world} ranks; use at most {batch} ranks or a larger batch"
+            )
+    streams = config.streams("gan")
+    if config.gan.batch % streams:
+        raise UserError(
+            f"--loader.streams {streams} does not divide --gan.batch {config.gan.batch}; change one of them"
+        )
+    if streams % world:
+        raise UserError(
+            f"{world} ranks do not divide the {streams} streams of --gan.batch {config.gan.batch}; use {_divisors(streams)} ranks"
+        )
+    groups = config.matching.batch // config.matching.group
+    if groups % world:
+        raise UserError(
+            f"{world} ranks do not divide the {groups} groups of --matching.batch {config.matching.batch}; use {_divisors(groups)} ranks"
+        )
+    for share, of in (
+        (config.gan.batch // world, "images of a gan step"),
+        (groups // world, "groups of a matching step"),
+    ):
+        if share % config.accumulate:
+            raise UserError(
+                f"--accumulate {config.accumulate} does not divide a rank's {share} {of}; use {_divisors(share)}"
+            )
+
+
+def check_teams(config: Config, world: int) -> None:
+    """Teams divide the ranks, a team's ranks the streams of a teacher's batch, micro-batches a rank's share of it."""
+    t, streams = config.teachers, config.streams("teachers")
+    team, share = f"--teachers.ranks_per_teacher {t.ranks_per_teacher}", t.batch // t.ranks_per_teacher
+    if world % t.ranks_per_teacher:
+        raise UserError(f"{team} does not divide the {world} ranks; use {_divisors(world)}")
+    if streams % t.ranks_per_teacher:
+        raise UserError(
+            f"{team} does not divide the {streams} streams of --teachers.batch {t.batch}; use {_divisors(streams)}"
+        )
+    if share % t.accumulate:
+        raise UserError(
+            f"--teachers.accumulate {t.accumulate} does not divide a rank's {share} images of a teacher's step; "
+            f"use {_divisors(share)}"
+        )
+    if share == t.accumulate and any(has_batch_norm(name) for name in t.architectures):
+        raise UserError("a micro-batch of one image has no batch statistics; lower --teachers.accumulate")
+
+
+def check_engine(config: Config, device: torch.device) -> None:
+    """DeepSpeed must be there, and its file must hold nothing that changes numbers."""
+    if config.engine == "deepspeed":
+        import_deepspeed(device)
+        deepspeed_config.read(config.deepspeed_config)
+    elif config.deepspeed_config is not None:
+        raise UserError("--deepspeed-config needs --engine deepspeed; give both or neither")
+
+
+def _divisors(n: int) -> str:
+    sizes = [str(d) for d in range(1, n + 1) if n % d == 0]
+    return ", ".join(sizes[:-1]) + " or " + sizes[-1] if len(sizes) > 1 else sizes[0]

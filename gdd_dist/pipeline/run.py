@@ -1,0 +1,198 @@
+"""A run: one step after another, each reused where it is finished, else computed under its lock."""
+
+from __future__ import annotations
+
+import datetime
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from gdd_dist.config import command_line as configuration
+from gdd_dist.config.settings import Config
+from gdd_dist.config.steps import STEPS, TABLE, Inputs
+from gdd_dist.pipeline.fingerprints import fingerprints
+from gdd_dist.pipeline.preflight import check
+from gdd_dist.pipeline.store_users import note_user, store_of
+from gdd_dist.pipeline.verify_inputs import verify_inputs
+from gdd_dist.reporting.tables import table
+from gdd_dist.runtime.file_exchange import Disks
+from gdd_dist.runtime.locks import Lock, holding, in_use
+from gdd_dist.runtime.monitor import say, write_text
+from gdd_dist.runtime.tensorboard_layout import write_layout
+from gdd_dist.runtime.versions import commit, versions
+from gdd_dist.runtime.world import World
+from gdd_dist.storage.json_files import read_json, write_json
+from gdd_dist.storage.store import CHECKPOINTS, Store, clean, link_latest
+from gdd_dist.training.context import Context, OnInterval, agreed_precision
+from sharding.errors import UserError
+from sharding.files import write_atomic
+from sharding.manifest import Manifest
+from sharding.redact import redact
+
+
+def run_lock(world: World, out: Path) -> AbstractContextManager[None]:
+    """Rank 0 holds OUT; a second job on it is refused. Of a holder on another host, a minute shows whether it lives."""
+    lock, told = Lock(out / "run.lock"), False
+
+    def busy(holder: Mapping[str, Any]) -> None:
+        nonlocal told
+        world.check_stop()
+        if not holder["local"] and not lock.moved:
+            if not told:
+                say(
+                    f"{out} was held by process {holder['pid']} on {holder['host']}; waiting whether it gives a sign of life"
+                )
+            told = True
+            return
+        raise in_use(out, holder)
+
+    return holding(lock, busy) if world.is_main else nullcontext()
+
+
+def find_disks(ctx: Context) -> Disks:
+    """Who shares rank 0's disk. Raises UserError where hosts have different data."""
+    known = ctx.world.gather(ctx.manifest.fingerprint)
+    if other := [r for r, fp in enumerate(known) if fp != known[0]]:
+        raise UserError(
+            f"{ctx.data} differs between hosts (ranks 0 and {other[0]}); copy the same data set to all of them"
+        )
+    disks = Disks(ctx.world, ctx.store.root)
+    if ctx.world.is_main and not disks.shared:
+        say(f"{len(disks.apart)} ranks do not see {ctx.store.root} of rank 0: finished files are sent to their hosts")
+    return disks
+
+
+def run(
+    world: World,
+    config: Config,
+    preset: str,
+    data: Path,
+    out: Path,
+    shards: tuple[str, float] = ("reused", 0.0),
+    on_interval: OnInterval | None = None,
+) -> None:
+    """All steps up to --until. ``shards``: status and seconds of the data set so far; ``on_interval``: matching's listener."""
+    manifest = Manifest.load(data)
+    precision = agreed_precision(config, world)
+    check(config, manifest, world.size, world.device)
+    store = Store(store_of(out, config))
+    ctx = Context(config, world, data, manifest, store, out, precision, on_interval=on_interval)
+    ctx.disks = find_disks(ctx)
+    fps = fingerprints(config, manifest, precision)
+    if world.is_main:
+        write_config(out, configuration.to_yaml(config, preset))
+        note_user(store.root, out)
+    last = STEPS.index(config.until)
+    begin = time.monotonic()
+    world.enter("verify")
+    if config.verify:
+        verify_inputs(ctx, {step: fps[step] for step in STEPS[1 : last + 1]})
+    records = {}
+    for step in STEPS[: last + 1]:
+        if step == "shards":
+            records[step] = record(fps[step], shards[0], shards[1] + time.monotonic() - begin, 0)
+        else:
+            records[step] = run_step(ctx, step, fps)
+        if world.is_main:
+            write_json(out / "steps.json", {"format": "gdd-steps/1", "steps": records})
+    if world.is_main and config.until == "report":
+        finish(ctx, fps)
+
+
+def write_config(out: Path, text: str) -> None:
+    """OUT/config.yaml, and the same in TensorBoard; without keys that stand in URLs."""
+    path, text = out / "config.yaml", redact(text)
+    if not path.exists() or path.read_text() != text:
+        write_text(out / "tensorboard" / "config", "config", text)
+        write_layout(out / "tensorboard" / "overview")
+        write_atomic(path, text.encode())
+
+
+def record(fp: str, status: str, seconds: float, images: int) -> dict[str, Any]:
+    """A step's line in steps.json."""
+    return {"fingerprint": fp, "status": status, "seconds": round(seconds, 2), "images_processed": images}
+
+
+def run_step(ctx: Context, step: str, fps: Mapping[str, str]) -> dict[str, Any]:
+    """Reuse the finished step, or compute it under its lock. Returns its record for steps.json."""
+    fp, begin = fps[step], time.monotonic()
+    ctx.world.enter(step)
+    status, ctx.forwards, ctx.resumed = "reused", 0, False
+    with step_lock(ctx, step, fp):
+        if not ctx.world.broadcast(ctx.store.finished(step, fp)):
+            compute(ctx, step, fps)
+            status = "resumed" if any(ctx.world.gather(ctx.resumed)) else "computed"
+        elif ctx.world.is_main:
+            ctx.store.drop_checkpoints(step, fp)
+    if any(step in other.inputs for other in TABLE.values()):
+        ctx.disks.bring(ctx.store, step, fp)
+    if ctx.world.is_main:
+        link_latest(ctx.out, step, ctx.store.path(step, fp))
+        say(f"{step}: {status} {fp} ({time.monotonic() - begin:.1f} s)")
+    images = ctx.world.sum(ctx.forwards)
+    return record(fp, status, time.monotonic() - begin, images)
+
+
+def step_lock(ctx: Context, step: str, fp: str) -> AbstractContextManager[None]:
+    """Rank 0 holds the artifact while it is being written; another run that needs it waits."""
+    if not ctx.world.is_main or ctx.store.finished(step, fp):
+        return nullcontext()
+    told = False
+
+    def busy(holder: Mapping[str, Any]) -> None:
+        nonlocal told
+        ctx.world.check_stop()
+        if not told:
+            say(
+                f"{step}: waiting for process {holder['pid']} on {holder['host']}, which computes it since {holder['since']}"
+            )
+        told = True
+
+    return holding(Lock(ctx.store.root / step / f"{fp}.lock"), busy)
+
+
+def compute(ctx: Context, step: str, fps: Mapping[str, str]) -> None:
+    """Let the step work in its .partial directory; rank 0 renames it when all are done."""
+    work = ctx.store.partial(step, fps[step])
+    (work / CHECKPOINTS).mkdir(parents=True, exist_ok=True)  # by every rank: hosts may have disks of their own
+    if ctx.world.is_main:
+        clean(work)
+    ctx.world.barrier()
+    begin, origin = time.monotonic(), provenance(ctx, fps)
+    directories = {name: ctx.store.path(name, fps[name]) for name in TABLE[step].inputs}
+    info = TABLE[step].run(ctx, work, Inputs(directories, fps, origin))
+    images = ctx.world.sum(ctx.forwards)
+    cost = {"seconds": round(time.monotonic() - begin, 2), "images_processed": images, "ranks": ctx.world.size}
+    if ctx.world.is_main:
+        contents = {"info": info, "provenance": origin, "cost": cost}
+        ctx.store.finish(step, fps[step], contents, ctx.world.check_stop)
+    ctx.world.barrier()
+
+
+def provenance(ctx: Context, fps: Mapping[str, str]) -> dict[str, Any]:
+    """What made a file: fingerprints, settings that shaped it, commit, versions."""
+    return {
+        "fingerprints": dict(fps),
+        "data": ctx.manifest.name,
+        "precision": ctx.precision,
+        "seed": ctx.config.seed,
+        "commit": commit(),
+        "versions": versions(),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def finish(ctx: Context, fps: Mapping[str, str]) -> None:
+    """The table, and where the pictures are."""
+    directory = ctx.store.path("report", fps["report"])
+    results = read_json(directory / "metrics.json")["results"]
+    latest = ctx.out / "report" / "latest"
+    sys.stdout.write(
+        f"\n{table(results)}\n\nreport: {latest}/report.md\npage: {latest}/report.html (the same with its pictures, in one file)\n"
+    )
+    sys.stdout.write(
+        f"generator: {ctx.out}/matching/latest/generator.safetensors\nTensorBoard: tensorboard --logdir {ctx.out}/tensorboard\n"
+    )

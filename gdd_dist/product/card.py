@@ -1,0 +1,163 @@
+"""The card of an exported set: DEST/README.md, as the Hugging Face hub and a reader expect it, and its sample grid."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+
+from gdd_dist.product.sampler import Sampler
+from gdd_dist.reporting.tables import headline, markdown_table
+from gdd_dist.storage.json_files import read_json
+from gdd_dist.training.sample_grid import enlarged_grid
+
+GRID_CLASSES, GRID_COLUMNS = 20, 10
+REPORT = Path("report") / "latest" / "metrics.json"
+_FILES = {"webdataset": "train/*.tar", "folder": "*/*.png"}
+_SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """How a set is drawn. ``total``: its images; ``ipc``: images of each class, None where a total was asked for."""
+
+    total: int
+    ipc: int | None
+    format: str
+    soft: bool
+    seed: int
+    truncation: float | None
+    licence: str
+
+
+def card(generator: Sampler, drawn: Drawn, run: Path) -> str:
+    """The card as Markdown with a YAML head. ``run``: figures come from its report, where it is a run directory that has one."""
+    channels, height, width = generator.image_shape
+    size = (
+        f"{drawn.ipc} of each of {len(generator.classes)} classes"
+        if drawn.ipc
+        else f"of {len(generator.classes)} classes"
+    )
+    parts = [
+        f"---\n{yaml.safe_dump(head(generator, drawn), sort_keys=False, allow_unicode=True)}---",
+        f"# {generator.data_name}, distilled: {drawn.total:,} images, {size}",
+        f"Images of {height}×{width} with {'1 channel' if channels == 1 else f'{channels} channels'}, drawn from a generator that was "
+        f"distilled from {generator.data_name}. A classifier trained on them stands in for one trained on the real images.",
+        "![Samples: a row for each class](samples.png)",
+        "## Use",
+        usage(drawn),
+        "## How it was made",
+        "By generative dataset distillation with standardized self-knowledge distillation (gdd_dist): a pool of classifiers is "
+        "trained on the real data, a conditional GAN is trained, then the generator is moved until the classifiers answer its "
+        "images with the same standardized logit distribution as real images of the same class. The run's report shows the "
+        "nearest real neighbours of random samples.",
+        labels(drawn),
+        drawing(drawn),
+        "## Figures",
+        figures(run),
+        "## Classes",
+        ", ".join(f"{i} {name}" for i, name in enumerate(generator.classes)),
+        "## Licence",
+        f"{drawn.licence}. The set derives from {generator.data_name}; the terms of that data set apply to what is made from it.",
+        "## Provenance",
+        provenance(generator.meta.get("provenance", {})),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def head(generator: Sampler, drawn: Drawn) -> dict[str, Any]:
+    """The YAML head: licence, what it is for, and which files are the data."""
+    found: dict[str, Any] = {
+        "license": drawn.licence,
+        "pretty_name": f"{generator.data_name} distilled",
+        "task_categories": ["image-classification"],
+        "tags": ["dataset-distillation", "synthetic", "gdd_dist"],
+        "size_categories": [next((name for most, name in _SIZES if drawn.total < most), "n>1M")],
+    }
+    if drawn.format in _FILES:
+        files = {"split": "train", "path": _FILES[drawn.format]}
+        found["configs"] = [{"config_name": "default", "data_files": [files]}]
+    return found
+
+
+def usage(drawn: Drawn) -> str:
+    """How to read it, by format."""
+    if drawn.format == "webdataset":
+        soft = ', row["soft.npy"]' if drawn.soft else ""
+        text = f"""import glob
+
+import datasets
+import webdataset
+
+rows = datasets.load_dataset("DEST", split="train")  # row["png"], row["cls"]{soft}
+shards = sorted(glob.glob("DEST/train/*.tar"))
+rows = webdataset.WebDataset(shards, shardshuffle=False).decode("torchrgb")  # the same keys"""
+    elif drawn.format == "folder":
+        text = """from torchvision.datasets import ImageFolder
+
+images = ImageFolder("DEST")            # class numbers follow the folders 0000_NAME, 0001_NAME, …"""
+        text += "\n# soft labels: numpy.load of FILE.soft.npy beside FILE.png, float32 [classes]" if drawn.soft else ""
+    else:
+        soft = ", soft float32 [N, classes]" if drawn.soft else ""
+        text = f"""import numpy as np
+
+data = np.load("DEST/train.npz")         # images uint8 [N, channels, height, width], labels int64 [N], classes{soft}"""
+    return f"```python\n{text}\n```\n\nDEST is this directory."
+
+
+def labels(drawn: Drawn) -> str:
+    """What the labels are."""
+    if not drawn.soft:
+        return "Labels: the class that each image was drawn for."
+    return (
+        "Labels: the class that each image was drawn for, and beside it the mean of the teachers' softmax on the image as it "
+        "stands (float32, one number a class)."
+    )
+
+
+def drawing(drawn: Drawn) -> str:
+    """Seed and truncation."""
+    cut = "no truncation" if drawn.truncation is None else f"latents cut at ± {drawn.truncation:g}"
+    return f"Drawn with seed {drawn.seed}, {cut}."
+
+
+def figures(run: Path) -> str:
+    """The headline and the table of the run's report, if it has one."""
+    if not (run / REPORT).exists():
+        return "Not measured: the set was drawn from a generator without a report beside it."
+    results = read_json(run / REPORT)["results"]
+    note = (
+        "Accuracy on the real test set of students trained on fresh draws of this generator, not on this very set: `fixed` rows "
+        "of the same IPC come nearest to training on it."
+    )
+    return f"{headline(results)}\n\n{markdown_table(results)}\n\n{note}"
+
+
+def provenance(made: Mapping[str, Any]) -> str:
+    """Fingerprints and versions."""
+    if not made:
+        return "The generator's file does not say."
+    lines = [f"- {name}: `{fp}`" for name, fp in made["fingerprints"].items() if name != "report"]
+    lines += [f"- {name} {number}" for name, number in made.get("versions", {}).items()]
+    lines += [f"- commit: `{made['commit']}`"] if made.get("commit") else []
+    return "\n".join(lines + [f"- made: {made['created']}"] if made.get("created") else lines)
+
+
+def sample_picture(generator: Sampler, drawn: Drawn) -> bytes:
+    """A PNG: a row for each class (of up to 20, spread evenly), images of the set itself where it has as many."""
+    count = min(len(generator.classes), GRID_CLASSES)
+    chosen = np.arange(count) * len(generator.classes) // count
+    columns = max(1, min(GRID_COLUMNS, drawn.total // len(generator.classes)))
+    most = min(drawn.total, columns * len(generator.classes))
+    images, numbers = generator.balanced(most, drawn.seed, drawn.truncation)
+    rows = [images[torch.from_numpy(np.flatnonzero(numbers == c)[:columns])] for c in chosen]
+    stream = io.BytesIO()
+    Image.fromarray(enlarged_grid(torch.cat([r for r in rows if len(r)]), columns)).save(stream, "PNG")
+    return stream.getvalue()

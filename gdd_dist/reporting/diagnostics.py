@@ -1,0 +1,213 @@
+"""What the report shows beside its rows: who is taken for whom, how teachers answer, whether the generator memorises.
+
+Shapes: C classes, n images, k neighbours, D numbers an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gdd_dist.data.images import to_float
+from gdd_dist.data.logit_cache import LogitCache
+from gdd_dist.data.noise import permutation
+from gdd_dist.engines.precision import autocast
+from gdd_dist.evaluation.rows import Row
+from gdd_dist.models.classifiers import Classifier
+from gdd_dist.models.files import GENERATOR, load_generator_network, read_teachers
+from gdd_dist.models.generator import Generator
+from gdd_dist.training.context import Context
+from gdd_dist.training.drawing import draw
+from gdd_dist.training.losses import standardize
+
+ANSWERS = 500
+"""Images a teacher answers of each generator, and answers it gave to real ones."""
+NEAR, NEIGHBOURS = 200, 3
+NEAR_SIDE = 32
+"""Larger images are averaged down to this side before distances are taken."""
+TRAIN_CHUNK, TRAIN_MOST = 1024, 100_000
+CLOSE = 1.0
+"""Percentile of held-out images' distances below which a generated image counts as close to a training image."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Standardized teacher logits: of the image's own class float32 [n], of the other classes float32 [n (C - 1)]."""
+
+    own: np.ndarray
+    others: np.ndarray
+
+
+@dataclass(frozen=True)
+class Near:
+    """Nearest training images. Distances: root mean square over pixels, in levels of 255.
+
+    ``generated``, ``held_out``: distance to the nearest, float [n]. ``shown``: uint8 [m, 1 + k, H, W, C], a generated image and
+    its k nearest, of the classes ``labels`` int64 [m, 1 + k].
+    """
+
+    generated: np.ndarray
+    held_out: np.ndarray
+    shown: np.ndarray
+    labels: np.ndarray
+
+    @property
+    def close_share(self) -> float:
+        """Percent of generated images nearer to a training image than the nearest CLOSE percent of held-out ones."""
+        return 100.0 * float((self.generated < np.percentile(self.held_out, CLOSE)).mean())
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All of it. ``matrices``: what a row trained on → confusion on test int64 [C, C], summed over seeds; ``row``: which rows."""
+
+    row: Row
+    matrices: dict[str, np.ndarray]
+    answers: dict[str, Answers]
+    near: Near
+
+
+def collect(ctx: Context, dirs: Mapping[str, Path], matrices: Mapping[Row, np.ndarray]) -> Evidence:
+    """On rank 0, after all students are trained. ``matrices``: by row."""
+    row, chosen = first_group(matrices)
+    generators = {
+        kind: ctx.watch(load_generator_network(dirs[step] / GENERATOR)[0]).eval()
+        for kind, step in (("gan", "gan"), ("matched", "matching"))
+    }
+    return Evidence(row, chosen, teacher_answers(ctx, dirs, generators), nearest_real(ctx, generators["matched"]))
+
+
+def forwards(ctx: Context) -> int:
+    """Images that ``collect`` forwards through a network."""
+    return 4 * ANSWERS + NEAR
+
+
+def first_group(matrices: Mapping[Row, np.ndarray]) -> tuple[Row, dict[str, np.ndarray]]:
+    """The first matched row, and the matrices of those that share its student and budget: real, gan, matched."""
+    first = next(r for r in matrices if r.train_on == "matched")
+    return first, {r.train_on: m for r, m in matrices.items() if replace(r, train_on="matched") == first}
+
+
+@torch.no_grad()
+def teacher_answers(ctx: Context, dirs: Mapping[str, Path], generators: Mapping[str, Generator]) -> dict[str, Answers]:
+    """How the best last teacher answers real (from the cache), the GAN's and the matched images of the same classes."""
+    best = max((t for t in read_teachers(dirs["teachers"]) if t.last), key=lambda t: t.val_accuracy)
+    images, seed = ctx.images("train"), ctx.config.step_seed("report")
+    order = permutation(seed, "report/answers", 0, len(images))
+    samples = order[np.arange(ANSWERS) % len(order)]
+    labels = images.labels[samples]
+    cache = LogitCache(dirs["logits"], images.shards.shard_samples)
+    found = {"real": split_answers(cache.take(best.index, samples, np.zeros(ANSWERS, np.int64)), labels)}
+    net = ctx.teacher(best)
+    for kind, generator in generators.items():
+        drawn = draw(ctx, generator, labels, seed, "report/answers", 0)
+        found[kind] = split_answers(_logits(ctx, net, drawn), labels)
+    return found
+
+
+def _logits(ctx: Context, net: Classifier, images: Tensor) -> np.ndarray:
+    parts = []
+    for part in images.split(250):
+        with autocast(ctx.device, ctx.precision):
+            parts.append(net(to_float(part, ctx.device)).float().cpu())
+    return torch.cat(parts).numpy()
+
+
+def split_answers(logits: np.ndarray, labels: np.ndarray) -> Answers:
+    """Standardized logits float32 [n, C] of the own class, and of the others."""
+    values = standardize(torch.from_numpy(logits)).numpy()
+    own = np.zeros(values.shape, dtype=bool)
+    own[np.arange(len(labels)), labels] = True
+    return Answers(values[own], values[~own])
+
+
+def nearest_real(ctx: Context, generator: Generator) -> Near:
+    """Do random samples lie closer to training images than held-out real images (val) do?"""
+    train, val, seed = ctx.images("train"), ctx.images("val"), ctx.config.step_seed("report")
+    labels = np.arange(NEAR) % ctx.classes
+    drawn = draw(ctx, generator, labels, seed, "report/near", 0)
+    rows = permutation(seed, "report/near/val", 0, len(val))[:NEAR]
+    picked = _spread(len(train), TRAIN_MOST)
+    queries = torch.cat([flat(drawn.cpu(), ctx.device), flat(val.read(rows), ctx.device)])
+
+    monitor = ctx.passing("report: nearest neighbours", len(picked), unit="image")
+
+    def chunks() -> Iterator[Tensor]:
+        for i in range(0, len(picked), TRAIN_CHUNK):
+            yield flat(train.read(picked[i : i + TRAIN_CHUNK]), ctx.device)
+            monitor.advance(min(i + TRAIN_CHUNK, len(picked)))
+        monitor.close()
+
+    distances, places = nearest(queries, chunks(), min(NEIGHBOURS, len(picked)))
+    shown = permutation(seed, "report/near/shown", 0, NEAR)[: min(ctx.classes, 10)]
+    found = picked[places[shown]]
+    pictures = [
+        torch.cat([drawn[int(i)][None].cpu(), train.read(near).cpu()]).permute(0, 2, 3, 1).numpy()
+        for i, near in zip(shown, found, strict=True)
+    ]
+    classes = np.column_stack([labels[shown], train.labels[found]])
+    return Near(distances[:NEAR, 0], distances[NEAR:, 0], np.stack(pictures), classes)
+
+
+def _spread(n: int, most: int) -> np.ndarray:
+    """All of 0 … n - 1, or ``most`` of them evenly spread, int64."""
+    return np.arange(n) if n <= most else np.arange(most) * n // most
+
+
+def flat(images: Tensor, device: torch.device) -> Tensor:
+    """uint8 [n, C, H, W] → float32 [n, D] in ± 127.5, larger sides than NEAR_SIDE averaged down to it."""
+    x = images.to(device).float() - 127.5
+    if x.shape[-1] > NEAR_SIDE:
+        x = F.interpolate(x, size=(NEAR_SIDE, NEAR_SIDE), mode="area")
+    return x.flatten(1).contiguous()
+
+
+@torch.no_grad()
+def nearest(queries: Tensor, chunks: Iterator[Tensor], k: int) -> tuple[np.ndarray, np.ndarray]:
+    """(distance, place) of the k nearest of all chunks' rows, each [n, k], nearest first; distance: root mean square.
+
+    By matrix products, in float32 whatever World allows (TF32 would blur a copy away), exact to about a tenth of a level of 255 (pixels
+    are centred for that).
+    """
+    allowed = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        return _nearest(queries, chunks, k)
+    finally:
+        torch.set_float32_matmul_precision(allowed)
+
+
+def _nearest(queries: Tensor, chunks: Iterator[Tensor], k: int) -> tuple[np.ndarray, np.ndarray]:
+    best = torch.full((len(queries), 0), 0.0, device=queries.device)
+    places = torch.zeros((len(queries), 0), dtype=torch.int64, device=queries.device)
+    first = 0
+    for chunk in chunks:
+        distance = torch.cdist(queries, chunk, compute_mode="use_mm_for_euclid_dist")
+        here = torch.arange(first, first + len(chunk), device=queries.device).expand(len(queries), -1)
+        best, order = torch.cat([best, distance], 1).topk(min(k, best.shape[1] + len(chunk)), largest=False)
+        places = torch.cat([places, here], 1).gather(1, order)
+        first += len(chunk)
+    return (best / queries.shape[1] ** 0.5).cpu().numpy(), places.cpu().numpy()
+
+
+def summary(near: Near) -> dict[str, float]:
+    """For metrics.json: medians in levels of 255, and the share of close samples in percent."""
+    return {
+        "median_generated": float(np.median(near.generated)),
+        "median_held_out": float(np.median(near.held_out)),
+        "close_share": near.close_share,
+    }
+
+
+def extremes(change: np.ndarray, most: int) -> Sequence[int]:
+    """Classes in the order of ``change``, [C]: all, or the lowest and the highest where there are more than ``most``."""
+    order = np.argsort(np.nan_to_num(change), kind="stable").tolist()
+    half = most // 2
+    chosen: Sequence[int] = order if len(order) <= most else [*order[:half], *order[-half:]]
+    return chosen

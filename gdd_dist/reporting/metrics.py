@@ -1,0 +1,71 @@
+"""metrics.json: what was measured, and what made it. It names no path, host or user."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gdd_dist.evaluation.quick_students import best
+from gdd_dist.runtime.versions import commit, versions
+from gdd_dist.training.context import Context
+
+FORMAT = "gdd-report/1"
+
+
+def hardware(ctx: Context) -> dict[str, Any]:
+    """What computed the rows: devices, cores of rank 0's host, ranks."""
+    cuda = ctx.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(ctx.device) if cuda else "cpu",
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)),
+        "ranks": ctx.world.size,
+        "precision": ctx.precision,
+    }
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def shortcut_gap(history: Sequence[Mapping[str, Any]], select: str) -> dict[str, Any] | None:
+    """Quick students' accuracy on fresh generated images minus on val, in points: of the GAN (step 0) and of the kept interval."""
+    kept = best(history, select)
+    if kept is None:
+        return None
+    return {"gan": history[0]["gap"], "matched": kept["gap"], "selected_step": kept["step"]}
+
+
+def document(
+    ctx: Context,
+    fingerprints: Mapping[str, str],
+    history: Sequence[Mapping[str, Any]],
+    results: Sequence[Mapping[str, Any]],
+    more: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """metrics.json. ``fingerprints``: of "data" and the steps; ``history``: matching's measurements on val; ``more``: what else was measured."""
+    return {
+        "format": FORMAT,
+        "fingerprints": {
+            "data": fingerprints["data"],
+            "teachers": fingerprints["teachers"],
+            "logits": fingerprints["logits"],
+            "generator": fingerprints["matching"],
+        },
+        "hardware": hardware(ctx),
+        "versions": versions(),
+        "commit": commit(),
+        "verified": ctx.config.verify,
+        "classes": list(ctx.manifest.classes),
+        "shortcut_gap": shortcut_gap(history, ctx.config.matching.select),
+        **(more or {}),
+        "results": [dict(r) for r in results],
+    }

@@ -1,0 +1,173 @@
+"""report.md: the page a reader opens first. report.html is the same page (see html.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from gdd_dist.evaluation.confusion import by_class
+from gdd_dist.evaluation.ddranking import score
+from gdd_dist.evaluation.quick_students import best
+from gdd_dist.reporting.diagnostics import NEAR_SIDE, Evidence
+from gdd_dist.reporting.reproduce import provenance_table, reproduce
+from gdd_dist.reporting.tables import NONE, differs, headline, markdown, markdown_table
+from gdd_dist.runtime.versions import changed
+from gdd_dist.training.context import Context
+
+MOST_CLASSES = 40
+
+
+def page(
+    ctx: Context,
+    fingerprints: Mapping[str, str],
+    metrics: Mapping[str, Any],
+    history: Sequence[Mapping[str, Any]],
+    costs: Mapping[str, Mapping[str, Any]],
+    evidence: Evidence,
+) -> str:
+    """The page as Markdown. ``metrics``: metrics.json's content; ``costs``: by step, of the invocation that computed it."""
+    m = ctx.manifest
+    shape = f"{m.height}×{m.width}, {m.channels} {'channel' if m.channels == 1 else 'channels'}"
+    sizes = ", ".join(f"{name} {split.samples:,}" for name, split in m.splits.items())
+    parts = [
+        f"# Distilled: {word(m.name)}",
+        headline(metrics["results"]),
+        f"Data: {word(m.name)}, {ctx.classes} classes, {shape}; {sizes} images. {_verified(metrics)}",
+        "![Real images, the GAN's, the matched generator's](samples.png)",
+        "## Rows",
+        markdown_table(metrics["results"]),
+        _legend(ctx, metrics["results"]),
+        "## Classes",
+        _classes(ctx, evidence),
+        "![Accuracy by class](classes.png)",
+        "![Who is taken for whom](confusion.png)",
+        "## Training",
+        "![Curves](curves.png)",
+        _matching(ctx, history),
+        "## How a teacher answers",
+        "The standardized logits of the best last teacher, for real training images, for the GAN's and for the matched generator's "
+        "images of the same classes: matching lays the generated curves on the real one. Dotted: means.",
+        "![Teacher answers](answers.png)",
+        "## Does it memorise?",
+        _near(metrics["nearest"]),
+        "![Nearest real neighbours](neighbours.png)",
+        "## What it cost",
+        _costs(costs),
+        "## How to reproduce it",
+        reproduce(ctx, metrics),
+        "## Provenance",
+        provenance_table(fingerprints, metrics, changed()),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def word(name: str) -> str:
+    """A name in running text: HTML in it stays text."""
+    return name.replace("&", "&amp;").replace("<", "&lt;")
+
+
+def _verified(metrics: Mapping[str, Any]) -> str:
+    if metrics["verified"]:
+        return "Every file that was read was hashed first."
+    return "**The files that were read were not hashed (`--no-verify`).**"
+
+
+def _legend(ctx: Context, results: Sequence[Mapping[str, Any]]) -> str:
+    r = ctx.config.report
+    text = (
+        f"Accuracy on `test` after the last step, mean ± standard deviation over {r.seeds} student "
+        f"{'seed' if r.seeds == 1 else 'seeds'} (ddof 1), in percent. `regenerate` trains on a fresh set of IPC images per class "
+        "each epoch, `fixed` on one set drawn once. `real` at the same budget: under `regenerate` with hard labels it is the "
+        "ceiling, which no generator that only imitates can pass; under `fixed` it is the floor to beat. `gan` is the generator "
+        "before matching, `full` all real data on its own budget. `soft` labels are the mean of the teachers' answers. Ceiling "
+        "share: how far from chance to the ceiling of the same student and IPC a row gets. The students of one seed share initial "
+        "weights, order, latents and augmentation, whatever they train on."
+    )
+    if any(differs(one) for one in results):
+        text += " Balanced: the mean of the classes' accuracies, each class counting alike, since `test` holds unequally many of each."
+    if any(one.get("lrs") is not None for one in results):
+        text += (
+            " LRS and ARS are DD-Ranking's label-robust and augmentation-robust scores (0 to 1, w = γ = 1/2): how much of an accuracy "
+            "is owed to the images, not to soft labels (LRS) or augmentation (ARS). Images as good as random real ones of the same "
+            f"number, and no worse than all real data, would score {_neutral():.3f}."
+        )
+    return text
+
+
+def _neutral() -> float:
+    return score(0.0)
+
+
+def _classes(ctx: Context, evidence: Evidence) -> str:
+    """Accuracy by class as a table, where they are few enough to read."""
+    row, matrices = evidence.row, evidence.matrices
+    text = (
+        f"On `test`, students {row.student} on {row.ipc} {'image' if row.ipc == 1 else 'images'} per class, {row.protocol}, "
+        f"{row.labels} labels, all student seeds together."
+    )
+    kinds = [k for k in ("real", "gan", "matched") if k in matrices]
+    if ctx.classes > MOST_CLASSES:
+        return text
+    scores = {k: by_class(matrices[k]) for k in kinds}
+    lines = [[name, *(_percent(scores[k][c]) for k in kinds)] for c, name in enumerate(ctx.manifest.classes)]
+    return text + "\n\n" + markdown(("class", *(f"{k} %" for k in kinds)), lines)
+
+
+def _percent(value: float) -> str:
+    return NONE if np.isnan(value) else f"{value:.1f}"
+
+
+def _matching(ctx: Context, history: Sequence[Mapping[str, Any]]) -> str:
+    m = ctx.config.matching
+    kept = best(history, m.select)
+    if kept is None:
+        return "The generator's file holds no measurements."
+    lines = [
+        [
+            f"{h['step']:,}",
+            f"{h['val']:.1f}",
+            f"{h['stderr']:.1f}",
+            f"{h['gap']:.1f}",
+            "kept" if h is kept else "",
+        ]
+        for h in history
+    ]
+    text = (
+        f"Quick students ({m.quick_students} × {m.quick_student}, {m.quick_steps:,} steps of {m.quick_batch}) on fresh draws, "
+        f"measured on `val`; step 0 is the GAN itself. `matching.select: {m.select}` kept step {kept['step']:,}. The shortcut gap "
+        "is their accuracy on fresh generated images minus that on `val`, in points: it grows when the generator writes the class "
+        "into the image as a pattern that only those who saw such images can read."
+    )
+    header = ("step", "val accuracy %", "standard error", "shortcut gap", "")
+    return text + "\n\n" + markdown(header, lines, left=0)
+
+
+def _near(near: Mapping[str, float]) -> str:
+    return (
+        f"The median distance from a generated image to the nearest training image is {near['median_generated']:.1f} levels (of 255, "
+        f"root mean square over pixels); from a held-out real image (val) it is {near['median_held_out']:.1f}. "
+        f"**{near['close_share']:.1f} %** of generated images lie closer to a training image than the closest 1 % of held-out ones: "
+        "far more than 1 % means that training images are copied, or that images are smoother than real ones. Distances are those of "
+        f"pixels, images larger than {NEAR_SIDE} averaged down to it; a shifted or recoloured copy is not seen."
+    )
+
+
+def _costs(costs: Mapping[str, Mapping[str, Any]]) -> str:
+    lines = [
+        [
+            name,
+            c["status"],
+            NONE if c["seconds"] is None else f"{c['seconds']:,.1f}",
+            NONE if c["images_processed"] is None else f"{c['images_processed']:,}",
+            str(c["ranks"] or NONE),
+        ]
+        for name, c in costs.items()
+    ]
+    total = sum(c["seconds"] or 0 for c in costs.values())
+    text = markdown(("step", "status", "seconds", "images through a network", "ranks"), lines, left=2)
+    return (
+        f"{text}\n\n{total:,.0f} seconds in all. Status: in the invocation that wrote this page; seconds and images: when the step was "
+        "computed (of a resumed step, since it was last resumed)."
+    )

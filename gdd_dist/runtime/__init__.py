@@ -1,0 +1,1 @@
+"""Processes: ranks, signals, locks, progress, and how a program ends."""

@@ -1,0 +1,165 @@
+"""What a user sees while a step works: TensorBoard, a progress bar on a terminal, plain log lines otherwise. Rank 0 only."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from gdd_dist.runtime.tensorboard_layout import hparams, scalar
+from sharding.progress import duration
+from sharding.redact import redact
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+EVERY_STEP_UNTIL = 20
+LINE_SECONDS = 10.0
+
+
+def say(text: str) -> None:
+    """One line for the user, on stderr, clear of a progress bar."""
+    tqdm.write(redact(text), file=sys.stderr)
+    sys.stderr.flush()
+
+
+@contextmanager
+def naming(path: Path | None) -> Iterator[None]:
+    """Name ``path`` in a fault of the system inside, which may name none."""
+    try:
+        yield
+    except OSError as e:
+        e.filename = e.filename or (None if path is None else str(path))
+        raise
+
+
+def due(step: int, total: int, interval: int = 20) -> bool:
+    """Whether scalars of ``step`` are to be logged: each of the first 20, then at intervals."""
+    return step < EVERY_STEP_UNTIL or step % interval == 0 or step == total - 1
+
+
+def write_text(directory: Path, name: str, text: str) -> None:
+    """Show ``text`` as it stands in TensorBoard, in place of what an earlier run wrote into ``directory``."""
+    with naming(directory), _writer(directory, 0) as writer:
+        writer.add_text(name, "".join(f"    {line}\n" for line in text.splitlines()), 0)
+
+
+def _writer(directory: Path, start: int) -> SummaryWriter:
+    """TensorBoard's writer, loaded where it is used: most programs draw no curves."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(directory), purge_step=start)
+
+
+class Monitor:
+    """Scalars, pictures and progress of one step, from ``start`` (steps done) to ``total``. Silent on ranks other than 0.
+
+    ``directory`` is this step's own (None: no TensorBoard): after a resume, points of ``start`` and later that an
+    interrupted run wrote are purged. ``passing``: of a part of a step; at its end its bar goes and no line is said.
+    """
+
+    def __init__(
+        self,
+        directory: Path | None,
+        step: str,
+        total: int,
+        *,
+        start: int = 0,
+        unit: str = "step",
+        active: bool = True,
+        passing: bool = False,
+    ) -> None:
+        self.step, self.total, self.unit, self._active, self._passing = step, total, unit, active, passing
+        self._begin = self._line = time.monotonic()
+        self._start, self._done = start, start
+        self._writer: SummaryWriter | None = None
+        self._directory = directory
+        self._bar: tqdm[Any] | None = None
+        if active:
+            if directory is not None:
+                with naming(directory):
+                    self._writer = _writer(directory, start)
+            if sys.stderr.isatty():
+                self._bar = tqdm(
+                    total=total, initial=start, desc=step, unit=unit, dynamic_ncols=True, leave=not passing
+                )
+
+    def already(self, done: int) -> None:
+        """``done`` units are done, those since the last ``advance`` by an earlier run: they do not count in the rate."""
+        self._start += done - self._done
+        if self._bar is not None:
+            self._bar.initial += done - self._done
+            self._bar.n = self._bar.last_print_n = done
+            self._bar.refresh()
+        self._done = done
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Log ``values`` as STEP/NAME."""
+        if self._writer:
+            with naming(self._directory):
+                for name, value in values.items():
+                    self._writer._get_file_writer().add_summary(scalar(f"{self.step}/{name}", value), step)
+
+    def hparams(self, settings: Mapping[str, Any], results: Mapping[str, float]) -> None:
+        """The run's settings (flat) and what came of them, for TensorBoard's HPARAMS page."""
+        if self._writer:
+            own = {f"result/{name}": value for name, value in results.items()}
+            with naming(self._directory):
+                for summary in hparams(settings, {f"{self.step}/{name}": value for name, value in own.items()}):
+                    self._writer._get_file_writer().add_summary(summary)
+            self.scalars(0, own)
+
+    def histogram(self, name: str, values: np.ndarray, step: int) -> None:
+        """Log a histogram of the finite ``values`` as STEP/NAME; what is said of the others is their number."""
+        if self._writer:
+            finite = values[np.isfinite(values)]
+            if finite.size < values.size:
+                say(f"{self.step}: {values.size - finite.size} of {values.size} {name} are not finite at step {step}")
+            if finite.size:  # TensorBoard refuses an empty one
+                self._writer.add_histogram(f"{self.step}/{name}", finite, step)
+
+    def picture(self, name: str, image: np.ndarray, step: int) -> None:
+        """Log a uint8 picture [H, W, 3] as STEP/NAME."""
+        if self._writer:
+            self._writer.add_image(f"{self.step}/{name}", image, step, dataformats="HWC")
+
+    def advance(self, done: int, note: str = "", images: int = 0) -> None:
+        """``done`` of ``total`` are done; ``note``: a few figures; ``images`` a unit: images per second go to TensorBoard too."""
+        if not self._active:
+            return
+        if images and due(done - 1, self.total):
+            self.scalars(
+                done - 1,
+                {"images_per_second": images * (done - self._start) / max(time.monotonic() - self._begin, 1e-9)},
+            )
+        if self._bar is not None:
+            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(done - self._done)
+        now, ended = time.monotonic(), done == self.total and done > self._done and not self._passing
+        self._done = done
+        if self._bar is None and (now - self._line > LINE_SECONDS or ended):
+            self._line = now
+            rate = (done - self._start) / max(now - self._begin, 1e-9)
+            left = f", {duration((self.total - done) / rate)} left" if rate > 0 and done < self.total else ""
+            text = f"{self.step}: {done:,} of {self.total:,} {self.unit}s, {rate:{'.1f' if rate >= 1 else '.2g'}} {self.unit}s/s{left}"
+            say(f"{text}, {note}" if note else text)
+
+    def flush(self) -> None:
+        """Hand all points to the system: before a checkpoint, so that a resume from it leaves no gap in the curves."""
+        if self._writer:
+            with naming(self._directory):
+                self._writer.flush()
+
+    def close(self) -> None:
+        """Flush and end."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._writer:
+            with naming(self._directory):
+                self._writer.close()

@@ -1,0 +1,151 @@
+"""What every program shares: one ``error:`` line and status 2 for a fault the user can mend, `stopped: …` from the other ranks."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from gdd_dist.runtime.rendezvous import PeerError, claim_before_joining
+from gdd_dist.runtime.signals import Preempted, asked, end_with, listen
+from gdd_dist.runtime.world import World
+from gdd_dist.storage.json_files import write_json
+from sharding.errors import UserError
+from sharding.redact import redact
+
+PREEMPTED = "preempted"
+"""The file in OUT that tells launchers to start the job again: torchrun itself exits with 1 whatever happened."""
+_PEER_FAULT = 5.0
+_GONE = "see whether the disk is still there, then run the same command again"
+
+
+def run_program(main: Callable[[list[str], Callable[[World], None]], None], argv: list[str]) -> None:
+    """Call ``main(argv, joined)``, which hands its World to ``joined``; leave with 0, or 2 for a UserError, or 1."""
+    world: World | None = None
+
+    def joined(w: World) -> None:
+        nonlocal world
+        world, asked.patient, asked.ranks = w, True, w.size
+
+    os.umask(os.umask(0) | 0o002)  # the user's, but nothing is ever writable by all
+    threading.excepthook = _in_thread
+    listen(int(os.environ.get("RANK", 0)))
+    try:
+        main(argv, joined)
+        if world is not None:
+            world.close()
+    except Preempted:
+        end_with(asked.status, preempted(world))
+    except Exception as e:
+        end_with(report_failure(e, world, "--debug" in argv))
+    except SystemExit as e:
+        end_with(int(e.code or 0))
+    except KeyboardInterrupt:
+        end_with(130, "stopped: interrupted; the same command goes on from the last checkpoint")
+    end_with(0)
+
+
+def _in_thread(fault: threading.ExceptHookArgs) -> None:
+    """TensorBoard's writer hands its fault to the main thread, which says it in one line."""
+    if type(fault.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(fault)
+
+
+def note_preemption(world: World, out: Path) -> None:
+    """From now on rank 0 writes OUT/preempted {signal, step, time} when all have saved; what an earlier job left there goes."""
+
+    def write() -> None:
+        when = time.strftime("%Y-%m-%d %H:%M:%S")
+        write_json(out / PREEMPTED, {"signal": asked.name, "step": world.step, "time": when})
+
+    if world.is_main:
+        (out / PREEMPTED).unlink(missing_ok=True)
+        world.on_preempted = write
+
+
+def preempted(world: World | None) -> str:
+    """Leave together after all have saved; the line that says so."""
+    rank = int(os.environ.get("RANK", 0))
+    if world is None or world.settle():
+        return f"stopped: rank {rank}, asked to by {asked.name}; all is saved, the same command goes on from here"
+    return f"stopped: rank {rank}, asked to by {asked.name}; another rank did not answer, the last checkpoint is whole"
+
+
+def report_failure(fault: Exception, world: World | None, debug: bool) -> int:
+    """Say what went wrong, once over all ranks; returns the exit status."""
+    rank = int(os.environ.get("RANK", 0))
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    fault = explained(fault, world)
+    user = isinstance(fault, (UserError, OSError)) and not isinstance(fault, TimeoutError)
+    if world is not None:
+        world.quiet()
+    if not user and _is_peer_fault(fault, world):
+        sys.stderr.write(f"stopped: rank {rank}, because another rank failed\n")
+        return asked.status if asked.number else 2
+    if not user and isinstance(fault, RuntimeError) and world is not None and (gone := world.silent()):
+        fault, user = (
+            UserError(f"{gone} is gone; run the same command again: it goes on from the last checkpoint"),
+            True,
+        )
+    mine = world.claim_failure() if world is not None else size == 1 or claim_before_joining()
+    if not mine:
+        sys.stderr.write(f"stopped: rank {rank}, because another rank failed\n")
+        time.sleep(_PEER_FAULT)  # torchrun blames, and reports, whoever is gone first
+        return 2
+    if debug or not user:
+        sys.stderr.write(redact("".join(traceback.format_exception(fault))))
+    sys.stderr.write(f"error: {describe(fault)}\n")
+    return 2 if user else 1
+
+
+def explained(fault: Exception, world: World | None) -> Exception:
+    """A fault that the user can mend as one that says how: a GPU without enough memory."""
+    if not isinstance(fault, torch.OutOfMemoryError):
+        return fault
+    remedies = {
+        **{s: f"lower --{s}.batch, or cut it with --accumulate, or use more ranks" for s in ("gan", "matching")},
+        "teachers": "lower --teachers.batch, or set --teachers.accumulate or --teachers.activation_checkpointing",
+    }
+    step = world.step if world is not None else "start"
+    remedy = remedies.get(step, "see what else uses it, or take a GPU with more memory")
+    rank = os.environ.get("RANK", "0")
+    return UserError(f"rank {rank}'s GPU has not enough memory for step {step}; {remedy}")
+
+
+def describe(fault: Exception) -> str:
+    """One line: what is wrong; what to do."""
+    if isinstance(fault, OSError) and not isinstance(fault, UserError):
+        remedies = {
+            errno.ENOSPC: "free some space and run the same command again",
+            errno.EDQUOT: "make room in your quota and run the same command again",
+            errno.EROFS: "make it writable or choose another --out",
+            errno.EACCES: "check its permissions",
+            errno.EFBIG: "raise the limit on the size of files (ulimit -f) and run the same command again",
+            **dict.fromkeys((errno.ENOENT, errno.EIO, errno.ESTALE, errno.ENOTCONN), _GONE),
+        }
+        name = f"{os.fsdecode(fault.filename)}: " if isinstance(fault.filename, (str, bytes)) else ""
+        return redact(
+            f"{name}{fault.strerror or fault}; {remedies.get(fault.errno or 0, 'mend it and run the same command again')}"
+        )
+    return redact(" ".join(str(fault).split())) or type(fault).__name__
+
+
+def _is_peer_fault(fault: Exception, world: World | None) -> bool:
+    """Whether this fault is only the echo of another rank's: give that rank a moment to claim it."""
+    if isinstance(fault, PeerError):
+        return True
+    if world is None or world.size == 1:
+        return False
+    deadline = time.monotonic() + _PEER_FAULT
+    while time.monotonic() < deadline:
+        if world.failed() or (asked.number and not isinstance(fault, UserError)):
+            return True  # torchrun asks the others to stop when a rank is dead
+        time.sleep(0.05)
+    return False

@@ -1,0 +1,38 @@
+"""Which versions, and which commit of this project, computed something."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+PACKAGES = ("gdd_dist", "torch", "torchvision", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and the libraries that shape numbers."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+@cache
+def commit() -> str | None:
+    """The commit of the checkout this file is tracked in; None if there is none."""
+    here = Path(__file__)
+    if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:  # installed, maybe inside another checkout
+        return None
+    return _git(here.parent, "rev-parse", "--verify", "HEAD")
+
+
+def changed() -> bool:
+    """Whether tracked files differ from that commit."""
+    return bool(commit() and _git(Path(__file__).parent, "status", "--porcelain", "--untracked-files=no"))
+
+
+def _git(directory: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=directory, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,1 @@
+"""The five steps after the shards: teachers, logits, gan, matching, report."""

@@ -1,0 +1,180 @@
+"""Step: the conditional GAN. Relativistic pairs with zero-centred penalties (R3GAN); what is kept is the generator's EMA.
+
+Shapes: B this rank's slots, L latent, C classes, H W pixels.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gdd_dist.config.settings import Config, Gan
+from gdd_dist.config.steps import Inputs
+from gdd_dist.data.images import to_float
+from gdd_dist.data.noise import normal
+from gdd_dist.data.order import balanced_rows
+from gdd_dist.models.discriminator import Discriminator
+from gdd_dist.models.files import GENERATOR, save_network
+from gdd_dist.models.generator import Generator
+from gdd_dist.training import loop
+from gdd_dist.training.adversaries import Adversaries, augmentation, ema_decay, mean_scalars, mirrored
+from gdd_dist.training.context import Context, seeded, train_order
+from gdd_dist.training.sample_grid import sample_grid
+from gdd_dist.training.schedules import cosine
+
+
+def run(ctx: Context, work: Path, inputs: Inputs) -> dict[str, Any]:
+    """Train into ``work``: generator.safetensors (EMA), discriminator.safetensors and their state to go on from."""
+    checkpoints = ctx.shared_checkpoints(work)
+    remedy = "lower --gan.lr, or raise --gan.gamma"
+    trained = loop.train(ctx, lambda: GanTraining(ctx, work), ctx.world, checkpoints, "gan", remedy)
+    trained.finish(work, inputs)
+    return {"skipped_steps": trained.skips.total, **checkpoints.costs()}
+
+
+class GanTraining(loop.Trainee):
+    """Generator and discriminator, trained on this rank's slots of each global batch."""
+
+    name = "gan"
+
+    def __init__(self, ctx: Context, work: Path) -> None:
+        g, world = ctx.config.gan, ctx.world
+        self._ctx, self._work, self.steps = ctx, work, g.steps
+        self._images = ctx.images("train")
+        self._sampling = Sampling(ctx.config, self._images.labels, self._images.shards.shard_samples, ctx.classes)
+        self.nets = Adversaries(ctx, *networks(ctx), (g.beta1, g.beta2))
+        self.skips = self.nets.skips
+        share = g.batch // world.size
+        self.slots = np.arange(world.rank * share, (world.rank + 1) * share)
+
+    def begin(self, start: int) -> None:
+        """Open the monitor; the loader learns which images come."""
+        self.monitor = self._ctx.monitor("gan", self._work, self.steps, start=start)
+        self._images.expect(self._samples, start, self.steps)
+
+    def _samples(self, step: int) -> np.ndarray:
+        return self._sampling.batch(step, self._ctx.world.rank, self._ctx.world.size)
+
+    def read(self, step: int) -> tuple[Tensor, Tensor]:
+        """Real images uint8 [B, channels, H, W] and their labels int64 [B]."""
+        indices = self._samples(step)
+        return self._images.read(indices), torch.from_numpy(self._images.labels[indices])
+
+    def train(self, step: int, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        """One step of each network."""
+        return gan_step(self._ctx, self.nets, step, self.slots, *batch)
+
+    def log(self, step: int, scalars: dict[str, float]) -> None:
+        """Losses, learning rate, weight of the penalties."""
+        g = self._ctx.config.gan
+        rates = {"lr": cosine(step, g.steps, g.lr, g.lr_final), "gamma": penalty(g, step)}
+        self.monitor.scalars(step, {**scalars, **rates})
+
+    def after_step(self, done: int) -> None:
+        """Progress, and at intervals a grid of samples."""
+        if self._ctx.world.is_main and shows_grid(self._ctx.config.gan, done - 1):
+            self.monitor.picture("samples", sample_grid(self._ctx, self.nets.ema), done - 1)
+        self.monitor.advance(done, images=self._ctx.config.gan.batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Networks, optimizers, EMA, skipped steps."""
+        return self.nets.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What ``state_dict`` gave."""
+        self.nets.load_state_dict(state)
+
+    def finish(self, work: Path, inputs: Inputs) -> None:
+        """Write both networks; matching goes on with them."""
+        ctx, ema = self._ctx, self.nets.ema
+        self.monitor.close()
+        self.nets.save_discriminator(work, ctx.world.is_main)
+        if ctx.world.is_main:
+            meta = {
+                "format": "gdd-generator/1",
+                "arch": ema.arch,
+                "classes": list(ctx.manifest.classes),
+                "normalization": {
+                    "range": [-1, 1],
+                    "mean": ctx.mean,
+                    "std": ctx.std,
+                },  # of train's pixels in that range
+                "provenance": inputs.provenance,
+            }
+            save_network(work / GENERATOR, ema, meta)
+        self.nets.close()
+
+
+def gan_step(
+    ctx: Context, nets: Adversaries, step: int, slots: np.ndarray, real_uint8: Tensor, labels: Tensor
+) -> dict[str, Tensor]:
+    """One step of each network on this rank's ``slots`` int64 [B]: real images uint8 [B, channels, H, W], labels int64 [B].
+
+    Returns the scalars to log.
+    """
+    g, seed = ctx.config.gan, nets.skips.seed(ctx.config.step_seed("gan"))
+    lr, gamma = cosine(step, g.steps, g.lr, g.lr_final), penalty(g, step)
+    labels = labels.to(ctx.device)
+    real = mirrored(ctx, to_float(real_uint8, ctx.device), step, slots, ctx.config.step_seed("gan"), "gan/flip")
+
+    def latents(purpose: str) -> Tensor:
+        return torch.from_numpy(normal(seed, purpose, step, slots, g.latent)).to(ctx.device)
+
+    fake = nets.draw(latents("gan/z/d"), labels)
+    seen_through = augmentation(ctx, seed, "gan/augment/d", step, slots)
+    scalars, moved = nets.train_discriminator(real, fake, labels, gamma, seen_through, lr)
+
+    z, parts = latents("gan/z/g"), []
+    for p in nets.micro_batches(len(slots)):
+
+        def loss(images: Tensor, p: slice = p) -> tuple[Tensor, dict[str, Tensor]]:
+            seen_through = augmentation(ctx, seed, "gan/augment/g", step, slots[p])
+            return nets.generator_loss(real[p], images, labels[p], seen_through), {}
+
+        parts.append({"loss_g": nets.generator_backward(nets.g(z[p], labels[p]), loss)["loss"]})
+    nets.step_generator(lr, ema_decay(g.batch, g.ema_images, (step + 1) * g.batch), moved)
+    return {**mean_scalars(parts), **scalars}
+
+
+def shows_grid(g: Gan, step: int) -> bool:
+    """Whether TensorBoard gets a grid of samples after this step: the first, each ``grid_interval``, the last."""
+    return step in (0, g.steps - 1) or (step + 1) % g.grid_interval == 0
+
+
+def penalty(g: Gan, step: int) -> float:
+    """The weight of the penalties, from ``gamma`` to ``gamma_final`` along a straight line in its logarithm."""
+    if g.gamma <= 0 or g.gamma_final <= 0:
+        return g.gamma + (g.gamma_final - g.gamma) * step / g.steps
+    return float(g.gamma * (g.gamma_final / g.gamma) ** (step / g.steps))
+
+
+def networks(ctx: Context) -> tuple[Generator, Discriminator]:
+    """Freshly initialised, as functions of the step's seed."""
+    g, seed = ctx.config.gan, ctx.config.step_seed("gan")
+    shape: dict[str, Any] = {"classes": ctx.classes, "channels": ctx.manifest.channels, "size": ctx.manifest.height}
+    with seeded(seed, "gan/generator"):
+        generator = Generator(**shape, latent=g.latent, width=g.width, blocks=g.blocks, patch=g.patch)
+    with seeded(seed, "gan/discriminator"):
+        discriminator = Discriminator(**shape, width=g.d_width, blocks=g.d_blocks, patch=g.patch)
+    return generator, discriminator
+
+
+class Sampling:
+    """Which real image stands in which slot: the order over train, with rare classes repeated so that classes come evenly."""
+
+    def __init__(self, config: Config, labels: np.ndarray, shard_samples: tuple[int, ...], classes: int) -> None:
+        self._rows = balanced_rows(labels, classes)
+        if self._rows is not None:  # repeats stay in their shard
+            ends = np.cumsum(shard_samples)
+            shards = np.searchsorted(ends, self._rows, side="right")
+            shard_samples = tuple(np.bincount(shards, minlength=len(shard_samples)).tolist())
+        self.order = train_order(config, "gan", shard_samples, "gan/order")
+
+    def batch(self, step: int, rank: int, world: int) -> np.ndarray:
+        """Sample numbers of this rank's slots, int64."""
+        places = self.order.batch(step, rank, world)
+        return places if self._rows is None else self._rows[places]

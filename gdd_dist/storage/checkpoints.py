@@ -1,0 +1,136 @@
+"""Exact save and resume inside a step: the last few checkpoints, each verified before it is trusted.
+
+A checkpoint is step-NNN.pt, and step-NNN.json that holds its size and sha256 and is written when the data is durable: there is
+no list of all checkpoints to be torn, and whatever is damaged costs that one checkpoint alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gdd_dist.storage.json_files import read_json, write_json
+from sharding.errors import UserError
+from sharding.files import write_atomic
+
+KEEP = 3
+FORMAT = "gdd-checkpoint/1"
+
+
+class Checkpoints:
+    """Checkpoints of one training loop in ``directory``; ``seconds`` between saves, stretched so that saving costs ≤ 3 %."""
+
+    def __init__(
+        self,
+        directory: Path,
+        seconds: float,
+        say: Callable[[str], None] = print,
+        keep: int = KEEP,
+        among: Callable[[Any], list[Any]] = lambda value: [value],
+        bring: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.directory, self.seconds, self._say, self._keep = directory, seconds, say, keep
+        self._among, self._bring = among, bring
+        self._last, self._cost = time.monotonic(), 0.0
+        self._saves, self._spent = 0, 0.0
+
+    def due(self) -> bool:
+        """Whether it is time to save."""
+        return time.monotonic() - self._last >= max(self.seconds, 33 * self._cost if self.seconds else 0.0)
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Write ``state`` (tensors, numbers, strings in dicts and lists) as of after ``step`` steps; durable when it returns.
+
+        Files of a later step are removed: training went back behind them, because they were damaged or the loop had diverged.
+        """
+        begin = time.monotonic()
+        # No parents: of a disk that is gone nothing is to be made anew on the one below.
+        self.directory.mkdir(exist_ok=True)
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        data = buffer.getvalue()
+        write_atomic(self._file(step, ".pt"), data)
+        record = {"format": FORMAT, "step": step, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        write_json(self._file(step, ".json"), record)
+        self._forget(step)
+        self._last = time.monotonic()
+        self._cost = self._last - begin
+        self._saves, self._spent = self._saves + 1, self._spent + self._cost
+
+    def costs(self) -> dict[str, float]:
+        """How many were saved in this invocation, and the seconds that took, for the step's record."""
+        return {"checkpoints": self._saves, "checkpoint_seconds": round(self._spent, 3)}
+
+    def _file(self, step: int, suffix: str) -> Path:
+        return self.directory / f"step-{step:09d}{suffix}"
+
+    def _forget(self, step: int) -> None:
+        """Keep the newest few up to ``step``. The record goes first: without one, data is not looked at."""
+        steps = sorted({_step_of(p) for p in self.directory.glob("step-*.*")}, reverse=True)
+        kept = [s for s in steps if s <= step][: self._keep]
+        for old in steps:
+            if old not in kept:
+                self._file(old, ".json").unlink(missing_ok=True)
+                self._file(old, ".pt").unlink(missing_ok=True)
+
+    def load(self) -> tuple[int, dict[str, Any]] | None:
+        """(steps done, state) of the newest whole checkpoint, on the CPU; None when there is none to go on from.
+
+        Where ranks go on together (``among`` is `World.gather`) all load the same one, which every rank found whole; ``bring``
+        gives their hosts the files of the rank that writes them.
+        """
+        self._bring()
+        for step in self._among([_step_of(record) for record in records(self.directory)])[0]:
+            state, fault = None, ""
+            try:
+                state = self._read(step)
+            except UserError as e:
+                fault = str(e)
+            faults = [f for f in self._among(fault) if f]
+            if not faults:
+                return step, state or {}
+            self._say(f"checkpoint skipped: {faults[0]}; going on from the one before")
+        return None
+
+    def _read(self, step: int) -> dict[str, Any]:
+        """The state of one checkpoint. Raises UserError that says what is wrong with it."""
+        path, note = self._file(step, ".pt"), self._file(step, ".json")
+        try:
+            record = read_json(note)
+            size, sha256 = record["bytes"], record["sha256"]
+            data = path.read_bytes()
+        except FileNotFoundError:
+            raise UserError(f"{path} is missing") from None
+        except (UserError, KeyError, TypeError):
+            raise UserError(f"{note} is damaged") from None
+        if len(data) != size:
+            raise UserError(f"{path} has {len(data)} bytes instead of {size}")
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise UserError(f"{path} is damaged (sha256 differs)")
+        try:
+            state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError) as e:
+            raise UserError(f"{path} holds what no checkpoint of ours does ({' '.join(str(e).split())[:80]})") from e
+        return state
+
+
+def records(directory: Path) -> list[Path]:
+    """The records of the checkpoints in one loop's directory, newest first; none is looked into."""
+    return sorted(directory.glob("step-*.json"), key=_step_of, reverse=True)
+
+
+def newest_records(directory: Path) -> list[tuple[Path, int]]:
+    """(record, step) of the newest checkpoint of each loop at or below ``directory``, unverified."""
+    loops = sorted({record.parent for record in directory.rglob("step-*.json")})
+    return [(newest, _step_of(newest)) for newest in (records(loop)[0] for loop in loops)]
+
+
+def _step_of(path: Path) -> int:
+    return int(path.stem[5:])

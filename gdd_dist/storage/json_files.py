@@ -1,0 +1,63 @@
+"""JSON on disk: written whole or not at all, read with a line for whoever finds it damaged; fingerprints of JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sharding.errors import UserError
+from sharding.files import write_atomic
+
+
+def fingerprint(parts: Mapping[str, Any]) -> str:
+    """16 hex digits of the SHA-256 of ``parts`` as canonical JSON. Raises TypeError for what JSON cannot hold."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def json_bytes(value: Any) -> bytes:
+    """JSON as all files here hold it."""
+    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole or not at all."""
+    write_atomic(path, json_bytes(value))
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; UserError names the file when it is missing or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except OSError as e:
+        raise UserError(f"cannot read {path} ({e.strerror}); remove its directory to compute it again") from e
+    except ValueError as e:
+        raise UserError(f"{path} is damaged (not JSON); remove its directory to compute it again") from e
+
+
+def append_json(path: Path, value: Any) -> None:
+    """Add a line of JSON, durable when this returns; a line that a crash cut short stays alone on its own."""
+    text = json.dumps(value, allow_nan=False) + "\n"
+    with path.open("ab+") as stream:
+        if stream.tell():
+            stream.seek(-1, os.SEEK_END)
+            text = text if stream.read(1) == b"\n" else "\n" + text
+        stream.write(text.encode())
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """(number, value) of each line of a file that ``append_json`` wrote, None for a damaged one; nothing where there is no file."""
+    content = path.read_bytes() if path.exists() else b""
+    for number, text in enumerate(content.split(b"\n"), 1):
+        if text.strip():
+            try:
+                value = json.loads(text)
+            except ValueError:
+                value = None
+            yield number, value

@@ -1,0 +1,1 @@
+"""What the steps that train share: context, losses, the training loop, adversaries, drawing."""

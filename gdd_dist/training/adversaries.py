@@ -1,0 +1,214 @@
+"""What the gan and matching steps share: two engines, the running mean of the generator, one discriminator step."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gdd_dist.data.augment import AUGMENT_DRAWS, augment
+from gdd_dist.data.noise import uniform
+from gdd_dist.engines.build import build_engine
+from gdd_dist.engines.interface import Engine
+from gdd_dist.engines.nonfinite import poisoned
+from gdd_dist.engines.precision import autocast
+from gdd_dist.models.discriminator import Discriminator
+from gdd_dist.models.files import DISCRIMINATOR, save_network
+from gdd_dist.models.generator import Generator
+from gdd_dist.training import losses
+from gdd_dist.training.context import Context
+from gdd_dist.training.skipped_steps import Skips
+from sharding.errors import UserError
+from sharding.files import write_atomic
+
+DISCRIMINATOR_STATE = "discriminator-state.pt"
+Augmentation = Callable[[Tensor], Tensor]
+ImageLoss = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
+"""Float images [B, C, H, W] → a scalar, and its terms to be logged."""
+
+
+class Adversaries:
+    """Generator and discriminator on their engines, and the generator's running mean (EMA)."""
+
+    def __init__(
+        self, ctx: Context, generator: Generator, discriminator: Discriminator, betas: tuple[float, float]
+    ) -> None:
+        # Copied before it is watched: a copy keeps the hook, and would count twice.
+        self.ema = ctx.watch(copy.deepcopy(generator)).eval().requires_grad_(False)
+        self.generator, self.discriminator = ctx.watch(generator), ctx.watch(discriminator)
+        label = torch.zeros(1, dtype=torch.int64, device=ctx.device)
+        latent = label.new_zeros(1, generator.latent).float()
+        self.g: Engine = build_engine(
+            ctx.config, ctx.world, ctx.precision, self.generator, _adam(generator, betas), (latent, label)
+        )
+        size, channels = ctx.manifest.height, ctx.manifest.channels
+        image = label.new_zeros(1, channels, size, size).float()
+        self.d: Engine = build_engine(
+            ctx.config, ctx.world, ctx.precision, self.discriminator, _adam(discriminator, betas), (image, label)
+        )
+        self._ctx = ctx
+        self.skips = Skips()
+
+    def micro_batches(self, slots: int) -> list[slice]:
+        """This rank's ``slots`` of a step, cut into the micro-batches that the engines were made for."""
+        share = slots // self._ctx.config.accumulate
+        return [slice(i, i + share) for i in range(0, slots, share)]
+
+    @torch.no_grad()
+    def update_ema(self, decay: float) -> None:
+        """ema ← decay · ema + (1 - decay) · generator."""
+        with self.g.gathered() as weights:
+            torch._foreach_lerp_(list(self.ema.parameters()), [p.detach() for p in weights], 1 - decay)
+
+    @torch.no_grad()
+    def draw(self, z: Tensor, labels: Tensor) -> Tensor:
+        """The generator's images as its engine draws them, without a graph; float32."""
+        with autocast(self._ctx.device, self._ctx.precision):
+            images: Tensor = self.generator(z, labels)
+        return images.float()
+
+    def train_discriminator(
+        self, real: Tensor, fake: Tensor, labels: Tensor, gamma: float, augment: Augmentation, lr: float
+    ) -> tuple[dict[str, Tensor], bool]:
+        """One step of the relativistic loss with penalties γ/2 (R1 + R2) (R3GAN, Huang et al. 2024, eq. 7); pairs share a label.
+
+        Both sides pass through ``augment``, real first. float [B, C, H, W] in [-1, 1]. Returns the scalars to log, and whether
+        the discriminator moved.
+        """
+        real, fake = augment(real).detach(), augment(fake.detach()).detach()
+        parts = self.micro_batches(len(labels))
+        scalars = mean_scalars([self._discriminator_backward(real[p], fake[p], labels[p], gamma) for p in parts])
+        return scalars, self.d.step(lr)
+
+    def _discriminator_backward(self, real: Tensor, fake: Tensor, labels: Tensor, gamma: float) -> dict[str, Tensor]:
+        real, fake = real.requires_grad_(), fake.requires_grad_()
+        # Two forwards, one double backward: what both DDP and DeepSpeed get right.
+        real_scores, fake_scores = self.d(real, labels), self.d(fake, labels)
+        loss = losses.relativistic_discriminator(real_scores, fake_scores)
+        gradients = torch.autograd.grad([real_scores.sum() + fake_scores.sum()], [real, fake], create_graph=True)
+        r1, r2 = losses.zero_centred_penalty(gradients[0]), losses.zero_centred_penalty(gradients[1])
+        self.d.backward(loss + 0.5 * gamma * (r1 + r2))
+        return {
+            "loss_d": loss.detach(),
+            "r1": r1.detach(),
+            "r2": r2.detach(),
+            "score_gap": (real_scores - fake_scores).detach().mean(),
+        }
+
+    def generator_loss(self, real: Tensor, fake: Tensor, labels: Tensor, augment: Augmentation) -> Tensor:
+        """The relativistic generator loss of ``fake``, differentiable in the images."""
+        with torch.no_grad():
+            real_scores = self._scores(augment(real), labels)
+        return losses.relativistic_generator(real_scores, self._scores(augment(fake), labels))
+
+    def generator_backward(self, images: Tensor, loss: ImageLoss) -> dict[str, Tensor]:
+        """Send the gradient of ``loss`` back through the generator that drew float ``images`` [B, C, H, W].
+
+        Returns the terms of the loss, and the whole as "loss", detached.
+        """
+        value, terms, gradient = image_gradient(loss, images)
+        self.g.backward((images * gradient).sum())
+        return {"loss": value, **terms}
+
+    def step_generator(self, lr: float, decay: float, others_moved: bool = True) -> None:
+        """The generator's step, and its running mean's; ends a training step, in which the other networks moved or not.
+
+        Raises Diverged when too many steps in a row moved nothing.
+        """
+        moved = self.g.step(lr)
+        self.update_ema(decay)
+        self.skips.note(moved and others_moved)
+
+    def _scores(self, images: Tensor, labels: Tensor) -> Tensor:
+        with autocast(self._ctx.device, self._ctx.precision):
+            scores: Tensor = self.discriminator(images, labels)
+        return scores.float()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a checkpoint needs; whole on rank 0."""
+        nets = {"g": self.g.state_dict(), "d": self.d.state_dict(), "ema": self.ema.state_dict()}
+        return {**nets, "skips": self.skips.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What ``state_dict`` gave."""
+        self.g.load_state_dict(state["g"])
+        self.d.load_state_dict(state["d"])
+        self.ema.load_state_dict(state["ema"])
+        self.skips.load_state_dict(state["skips"])
+
+    def save_discriminator(self, directory: Path, write: bool) -> None:
+        """The discriminator, and its engine's state, so that matching goes on with it. All ranks call it, some write."""
+        state = self.d.state_dict()
+        if write:
+            meta = {"format": "gdd-discriminator/1", "arch": self.discriminator.arch}
+            save_network(directory / DISCRIMINATOR, state["module"], meta)
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            write_atomic(directory / DISCRIMINATOR_STATE, buffer.getvalue())
+
+    def load_discriminator_state(self, directory: Path) -> None:
+        """What ``save_discriminator`` wrote. Raises UserError naming a damaged file."""
+        path = directory / DISCRIMINATOR_STATE
+        try:
+            self.d.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        except (OSError, RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as e:
+            raise UserError(f"cannot read {path} ({e}); remove its directory to compute it again") from e
+
+    def close(self) -> None:
+        """Free the engines."""
+        self.g.close()
+        self.d.close()
+
+
+def _adam(net: torch.nn.Module, betas: tuple[float, float]) -> torch.optim.Adam:
+    return torch.optim.Adam(net.parameters(), lr=1e-4, betas=betas)
+
+
+def mean_scalars(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The means over equal micro-batches."""
+    return parts[0] if len(parts) == 1 else {k: torch.stack([p[k] for p in parts]).mean(0) for k in parts[0]}
+
+
+def ema_decay(batch: int, half_life: float, images_seen: float = math.inf) -> float:
+    """Decay of one step of ``batch`` images for a half-life in images, at most a twentieth of the images seen so far (StyleGAN2-ADA)."""
+    return float(0.5 ** (batch / max(min(half_life, images_seen * 0.05), 1e-8)))
+
+
+def augmentation(ctx: Context, seed: int, purpose: str, step: int, slots: np.ndarray) -> Augmentation:
+    """What the discriminator sees images through: replayable draws by slot, applied to a share ``augment_p`` of the images."""
+    g = ctx.config.gan
+    draws = torch.from_numpy(uniform(seed, purpose, step, slots, AUGMENT_DRAWS + 1)).to(ctx.device)
+    chosen = (draws[:, -1] < g.augment_p)[:, None, None, None]
+
+    def apply(images: Tensor) -> Tensor:
+        changed = augment(images, draws[:, :AUGMENT_DRAWS], flip=False, ops=g.augment, fill=ctx.mean)
+        return torch.where(chosen, changed, images)
+
+    return apply
+
+
+def mirrored(ctx: Context, images: Tensor, step: int, slots: np.ndarray, seed: int, purpose: str) -> Tensor:
+    """Real images, mirrored at random where the data allows it."""
+    if not ctx.config.loader.flip:
+        return images
+    draws = torch.from_numpy(uniform(seed, purpose, step, slots, AUGMENT_DRAWS))
+    return augment(images, draws.to(images.device), flip=True, ops="none", fill=0.0)
+
+
+def image_gradient(loss: ImageLoss, images: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """(loss, its terms, d loss / d images), all detached, at float ``images`` [B, C, H, W]; no weight gets a gradient.
+
+    So a loss knows no engine: the generator's own engine carries the gradient of the images on to its weights.
+    """
+    leaf = images.detach().requires_grad_()
+    value, terms = loss(leaf)
+    (gradient,) = torch.autograd.grad(poisoned(value), leaf)
+    return value.detach(), {name: term.detach() for name, term in terms.items()}, gradient.detach()

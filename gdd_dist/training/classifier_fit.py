@@ -1,0 +1,74 @@
+"""Training and measuring a classifier on one rank: what teachers, quick students and the report's students share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gdd_dist.data.images import Images, to_float
+from gdd_dist.engines.nonfinite import all_finite, poisoned
+from gdd_dist.engines.precision import autocast
+from gdd_dist.training.skipped_steps import Skips
+
+PREDICT_BATCH = 500
+
+
+def sgd(net: nn.Module, lr: float, momentum: float, weight_decay: float, nesterov: bool = False) -> torch.optim.SGD:
+    """SGD over all weights."""
+    nesterov = nesterov and momentum > 0
+    return torch.optim.SGD(net.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
+
+
+def train_step(
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    targets: Tensor,
+    lr: float,
+    precision: str,
+    skips: Skips,
+) -> None:
+    """One step of cross-entropy on float images [B, C, H, W]; targets int64 [B], or probabilities [B, K].
+
+    A step whose loss or gradient is not finite moves nothing, and counts in ``skips``. Raises Diverged after too many in a row.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    with autocast(images.device, precision):
+        logits = net(images)
+    loss = F.cross_entropy(logits.float(), targets)
+    optimizer.zero_grad(set_to_none=True)
+    poisoned(loss).backward()
+    moved = all_finite(net.parameters())
+    if moved:
+        optimizer.step()
+    skips.note(moved)
+
+
+@torch.no_grad()
+def predict(
+    net: nn.Module,
+    read: Callable[[np.ndarray], Tensor],
+    n: int,
+    device: torch.device,
+    precision: str,
+    batch: int = PREDICT_BATCH,
+) -> Tensor:
+    """Float32 logits [n, K] on the CPU of images 0 … n - 1; ``read(indices)`` gives uint8 [B, C, H, W]."""
+    net.eval()
+    parts = []
+    for i in range(0, n, batch):
+        with autocast(device, precision):
+            parts.append(net(to_float(read(np.arange(i, min(i + batch, n))), device)).float().cpu())
+    net.train()
+    return torch.cat(parts)
+
+
+def accuracy(net: nn.Module, images: Images, device: torch.device, precision: str) -> float:
+    """Percent of a split that ``net`` classifies rightly."""
+    logits = predict(net, images.read, len(images), device, precision)
+    return 100.0 * float((logits.argmax(1).numpy() == images.labels).mean())

@@ -1,0 +1,177 @@
+"""What every step is handed: settings, ranks, data, where to write, and the count of forwarded images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from gdd_dist.config.settings import Config
+from gdd_dist.data.augment import augment
+from gdd_dist.data.images import Images
+from gdd_dist.data.noise import permutation
+from gdd_dist.data.order import Order
+from gdd_dist.engines.precision import resolve_precision
+from gdd_dist.models.classifiers import Classifier, build_classifier
+from gdd_dist.models.files import Teacher
+from gdd_dist.runtime.file_exchange import Disks
+from gdd_dist.runtime.monitor import Monitor, say
+from gdd_dist.runtime.teams import Team
+from gdd_dist.runtime.world import World
+from gdd_dist.storage.checkpoints import Checkpoints
+from gdd_dist.storage.store import CHECKPOINTS, Store
+from sharding.errors import UserError
+from sharding.manifest import Manifest
+
+CACHE = "cache"
+"""Directory in STORE of what is kept only to be faster."""
+Network = TypeVar("Network", bound=nn.Module)
+OnInterval = Callable[[int, nn.Module, Any], None]
+"""(step, generator, its measurement), called on rank 0 at each of matching's intervals. It may raise."""
+
+
+@dataclass
+class Context:
+    """A run as its steps see it. ``forwards``: images that went through a network on this rank, in this invocation.
+
+    ``on_interval``: what a search is told by matching.
+    """
+
+    config: Config
+    world: World
+    data: Path
+    manifest: Manifest
+    store: Store
+    out: Path
+    precision: str
+    forwards: int = 0
+    resumed: bool = False
+    disks: Disks = field(default_factory=Disks)
+    keeps: bool = True
+    """Whether decoded images may be kept in STORE/cache."""
+    on_interval: OnInterval | None = None
+    _images: dict[str, Images] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        return self.world.device
+
+    @cached_property
+    def team(self) -> Team:
+        """The ranks that train this rank's teachers with it. All ranks ask for it first at the same place."""
+        return Team(self.world, self.config.teachers.ranks_per_teacher)
+
+    @property
+    def classes(self) -> int:
+        """C."""
+        return len(self.manifest.classes)
+
+    @property
+    def mean(self) -> list[float]:
+        """Channel means of train, of pixels in [-1, 1]."""
+        return [2 * m - 1 for m in self.manifest.mean]
+
+    @property
+    def std(self) -> list[float]:
+        """Channel standard deviations of train, of pixels in [-1, 1]."""
+        return [2 * s for s in self.manifest.std]
+
+    def images(self, split: str) -> Images:
+        """The split's images, opened once."""
+        if split not in self._images:
+            loader = self.config.loader
+            self._images[split] = Images(
+                self.data,
+                self.manifest,
+                split,
+                threads=loader.threads or self.world.threads,
+                resident=loader.resident,
+                cache=self.store.root / CACHE if self.keeps else None,
+                device=self.device,
+            )
+        return self._images[split]
+
+    def watch(self, network: Network) -> Network:
+        """Put a network on the device and count the images it forwards."""
+
+        def count(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            self.forwards += len(inputs[0])
+
+        network.register_forward_pre_hook(count)
+        return network.to(self.device)
+
+    def classifier(self, name: str, seed: int, purpose: str) -> Classifier:
+        """A fresh classifier for this data set; its weights are a function of (seed, purpose)."""
+        with seeded(seed, purpose):
+            net = build_classifier(
+                name,
+                channels=self.manifest.channels,
+                size=self.manifest.height,
+                classes=self.classes,
+                mean=self.mean,
+                std=self.std,
+            )
+        return self.watch(net)
+
+    def teacher(self, teacher: Teacher) -> Classifier:
+        """A trained teacher, frozen, in evaluation mode."""
+        return self.watch(teacher.load(self.manifest.channels, self.manifest.height, self.classes))
+
+    def augment(self, images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+        """This run's augmentation of float images [B, C, H, W], replayed by ``draws`` [B, AUGMENT_DRAWS]."""
+        loader = self.config.loader
+        return augment(images, draws.to(images.device), flip=loader.flip, ops=loader.augment, fill=self.mean)
+
+    def checkpoints(self, directory: Path) -> Checkpoints:
+        """Checkpoints of a loop that this rank runs for itself."""
+        return Checkpoints(directory, self.config.checkpoint_seconds, say, self.config.checkpoints_kept)
+
+    def shared_checkpoints(self, work: Path) -> Checkpoints:
+        """Checkpoints of the loop that all ranks run together in the step's directory ``work``; rank 0 writes them."""
+        directory, seconds, keep = work / CHECKPOINTS, self.config.checkpoint_seconds, self.config.checkpoints_kept
+        bring = partial(self.disks.mirror, directory, ["*"])
+        return Checkpoints(directory, seconds, self.world.say, keep, self.world.gather, bring)
+
+    def monitor(self, step: str, work: Path, total: int, *, start: int = 0, unit: str = "step") -> Monitor:
+        """The monitor of a step that works in ``work``."""
+        directory = self.out / "tensorboard" / step / work.name[:8]
+        return Monitor(directory, step, total, start=start, unit=unit, active=self.world.is_main)
+
+    def passing(self, what: str, total: int, unit: str = "step") -> Monitor:
+        """Progress of a part of a step: on rank 0, of its own share."""
+        return Monitor(None, what, total, unit=unit, active=self.world.is_main, passing=True)
+
+
+def agreed_precision(config: Config, world: World) -> str:
+    """The run's precision: ``auto`` as rank 0 resolves it, so that hosts of different hardware compute alike. All ranks call it."""
+    return str(world.broadcast(resolve_precision(config.precision, world.device)))
+
+
+def train_order(config: Config, step: str, shard_samples: Sequence[int], purpose: str) -> Order:
+    """The order in which ``step`` sees train, in batches of its ``batch``. Raises UserError when that does not fit."""
+    batch, streams, window = getattr(config, step).batch, config.streams(step), config.loader.window
+    try:
+        return Order(tuple(shard_samples), batch, streams, config.step_seed(step), purpose, window)
+    except ValueError as e:
+        raise UserError(f"--{step}.batch: {e}; make it smaller") from e
+
+
+class seeded:
+    """Inside, torch's global generator is a function of (seed, purpose); outside it is as before."""
+
+    def __init__(self, seed: int, purpose: str) -> None:
+        self._seed = int(permutation(seed, f"init/{purpose}", 0, 2**20)[0])
+        self._fork = torch.random.fork_rng(devices=[])
+
+    def __enter__(self) -> None:
+        self._fork.__enter__()
+        torch.manual_seed(self._seed)
+
+    def __exit__(self, *args: Any) -> None:
+        self._fork.__exit__(*args)

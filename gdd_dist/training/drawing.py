@@ -1,0 +1,37 @@
+"""Drawing images from a generator as a user gets them: rounded to 8 bits, a function of (seed, purpose, step, slot)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gdd_dist.data.images import to_uint8
+from gdd_dist.data.noise import normal
+from gdd_dist.engines.precision import autocast
+from gdd_dist.models.generator import Generator
+from gdd_dist.training.context import Context
+
+DRAW_BATCH = 500
+
+
+@torch.no_grad()
+def draw(
+    ctx: Context,
+    generator: Generator,
+    labels: np.ndarray,
+    seed: int,
+    purpose: str,
+    step: int,
+    batch: int = DRAW_BATCH,
+    slots: np.ndarray | None = None,
+) -> Tensor:
+    """uint8 images [n, C, H, W] on the device for labels int64 [n]; slot i is ``labels[i]``'s place, or ``slots[i]``."""
+    parts = []
+    slots = np.arange(len(labels)) if slots is None else slots
+    for i in range(0, len(labels), batch):
+        y = torch.from_numpy(labels[i : i + batch]).to(ctx.device)
+        z = normal(seed, f"{purpose}/z", step, slots[i : i + len(y)], generator.latent)
+        with autocast(ctx.device, ctx.precision):
+            parts.append(to_uint8(generator(torch.from_numpy(z).to(ctx.device), y)))
+    return torch.cat(parts)

@@ -1,0 +1,161 @@
+"""The training loop of every step that trains: resume, read ahead, vote, checkpoint, skip, log.
+
+A step supplies a `Trainee`: its state, how a batch is read, and one training step. Benchmarks and tests look in through
+`watchers`, and replace nothing.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor
+
+from gdd_dist.data.workers import prefetch
+from gdd_dist.runtime.monitor import Monitor, due
+from gdd_dist.runtime.signals import Preempted
+from gdd_dist.runtime.vote import Vote
+from gdd_dist.storage.checkpoints import Checkpoints
+from gdd_dist.training.context import Context
+from gdd_dist.training.skipped_steps import Skips, going_back_once
+
+T = TypeVar("T", bound="Trainee")
+
+
+class Ranks(Protocol):
+    """Those who run one loop together: the World, or a Team."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes the files."""
+
+    def vote(self, save: bool = False) -> Vote:
+        """Begin to agree whether to save after this step, and whether to stop."""
+
+    def mean(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+        """Means over ranks of scalar tensors."""
+
+    def say(self, line: str) -> None:
+        """A line for the user, once."""
+
+
+class Trainee(ABC):
+    """What a loop trains. ``name``: what the user reads; ``steps``: in all; ``skips``: its skipped steps."""
+
+    name: str
+    steps: int
+    skips: Skips
+    monitor: Monitor
+
+    @abstractmethod
+    def begin(self, start: int) -> None:
+        """The state is as of after ``start`` steps: open ``monitor``, tell the loader which images will be read."""
+
+    @abstractmethod
+    def read(self, step: int) -> Any:
+        """This rank's share of a step's batch, with its random draws. A pure function, called ahead in another thread."""
+
+    @abstractmethod
+    def train(self, step: int, batch: Any) -> dict[str, Tensor]:
+        """One training step; returns scalars. Raises Diverged after too many skipped steps in a row."""
+
+    @abstractmethod
+    def log(self, step: int, scalars: dict[str, float]) -> None:
+        """Log the scalars of a step, means over ranks."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """All that the loop needs to go on, whole on the rank that writes. All ranks call it."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What ``state_dict`` gave."""
+
+    def before_step(self, step: int) -> None:  # noqa: B027
+        """Called before each step, and once more with ``steps`` after the last one: measurements. It may raise Preempted."""
+
+    @abstractmethod
+    def after_step(self, done: int) -> None:
+        """Called when ``done`` steps are done: progress, pictures, snapshots."""
+
+
+class Watcher:
+    """What benchmarks and tests see of every loop of this process; put one into ``watchers``."""
+
+    def batches(self, trainee: Trainee, start: int, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches that the loop will take from ``batches``."""
+        return batches
+
+    def before_step(self, trainee: Trainee, step: int) -> None:
+        """Called before each training step."""
+
+    def after_step(self, trainee: Trainee, step: int) -> None:
+        """Called after each training step, before a checkpoint."""
+
+
+watchers: list[Watcher] = []
+
+
+def train(ctx: Context, make: Callable[[], T], ranks: Ranks, checkpoints: Checkpoints, name: str, remedy: str) -> T:
+    """Train what ``make`` builds to its end, from the newest checkpoint; after numbers that are not finite, once more from there.
+
+    Raises UserError with the ``remedy`` when that diverges too, Preempted when the job is to stop and all is saved.
+    """
+
+    def attempt(draw: int) -> T:
+        trainee = make()
+        _fit(ctx, trainee, ranks, checkpoints, draw)
+        return trainee
+
+    return going_back_once(name, attempt, remedy, ranks.say)
+
+
+def _fit(ctx: Context, trainee: Trainee, ranks: Ranks, checkpoints: Checkpoints, draw: int) -> None:
+    """One attempt; ``draw``: of the noise."""
+    start = 0
+    if (found := checkpoints.load()) is not None:
+        start, state = found
+        trainee.load_state_dict(state)
+        ctx.resumed = True
+    trainee.skips.draw = max(trainee.skips.draw, draw)
+    trainee.begin(start)
+
+    def save(done: int) -> None:
+        state = trainee.state_dict()
+        if ranks.is_main:
+            trainee.monitor.flush()
+            checkpoints.save(done, state)
+
+    batches = prefetch(trainee.read, start, trainee.steps, ctx.config.loader.prefetch)
+    for watcher in watchers:
+        batches = watcher.batches(trainee, start, batches)
+    for step, batch in enumerate(batches, start):
+        _before(trainee, step, save)
+        vote = ranks.vote(checkpoints.due() and step + 1 < trainee.steps)
+        _step(trainee, ranks, step, batch)
+        vote.obey(partial(save, step + 1), sound=not trainee.skips.in_a_row)
+    _before(trainee, trainee.steps, save)
+    ranks.vote().obey(partial(save, trainee.steps))  # a signal that came in the last step
+
+
+def _step(trainee: Trainee, ranks: Ranks, step: int, batch: Any) -> None:
+    for watcher in watchers:
+        watcher.before_step(trainee, step)
+    scalars = trainee.train(step, batch)
+    if due(step, trainee.steps):
+        trainee.log(step, ranks.mean(scalars))
+    trainee.after_step(step + 1)
+    ranks.say(trainee.skips.line(trainee.name, step + 1))
+    for watcher in watchers:
+        watcher.after_step(trainee, step)
+
+
+def _before(trainee: Trainee, step: int, save: Callable[[int], None]) -> None:
+    """The trainee's own business before a step; a job that is asked to stop meanwhile is saved as of now."""
+    try:
+        trainee.before_step(step)
+    except Preempted:
+        save(step)
+        raise

@@ -1,0 +1,270 @@
+"""What students see; every student trained once; python -m gdd_dist.evaluate."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from students import Made, make, settings
+
+from gdd_dist import evaluate as program
+from gdd_dist.data.images import to_float
+from gdd_dist.evaluation.rows import Row, images_forwarded, jobs
+from gdd_dist.evaluation.student_results import evaluate, record_path
+from gdd_dist.evaluation.students import Frozen, Sets, real_samples, train
+from gdd_dist.training.context import Context
+from sharding.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests share few cores."""
+    monkeypatch.setattr("gdd_dist.runtime.world.World.threads", 1)
+
+
+@pytest.fixture(scope="module")
+def made(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return make(tmp_path_factory.mktemp("evaluate") / "out", digits)
+
+
+class Quiet:
+    """A monitor that shows nothing."""
+
+    def already(self, done: int) -> None: ...
+
+    def advance(self, done: int, note: str = "", images: int = 0) -> None: ...
+
+
+def rows_of(ctx: Context, made: Made) -> list[dict[str, Any]]:
+    return evaluate(ctx, made.dirs, made.fingerprints, Quiet())  # type: ignore[arg-type]
+
+
+# what a student sees
+
+
+def test_real_images_come_all_before_any_comes_again() -> None:
+    members = [np.arange(0, 7), np.arange(7, 20)]
+    slots = np.arange(2 * 3 * 20)  # 20 sets of 3 a class
+    samples = real_samples(0, "p", slots, 3, members).reshape(20, 2, 3)
+    for c, own in enumerate(members):
+        sequence = samples[:, c].ravel()
+        assert set(sequence) == set(own)
+        for k in range(len(sequence) // len(own)):
+            assert sorted(sequence[k * len(own) : (k + 1) * len(own)]) == own.tolist()
+
+
+def sets(made: Made, train_on: str, protocol: str, seed: int = 0, ipc: int = 2) -> Sets:
+    ctx = made.context(settings(ipc=(ipc,)))
+    return Sets(ctx, Frozen(ctx, made.dirs), Row(train_on, "convnet:8", protocol, "hard", ipc), seed)
+
+
+@pytest.mark.parametrize("train_on", ["real", "gan", "matched"])
+def test_fixed_sees_one_set_again_and_again_and_regenerate_fresh_ones(made: Made, train_on: str) -> None:
+    def epoch(s: Sets, e: int) -> tuple[set[bytes], list[int]]:
+        images, labels = s.take(np.arange(e * s.images, (e + 1) * s.images))
+        return {image.numpy().tobytes() for image in images}, np.bincount(labels, minlength=10).tolist()
+
+    fixed, fresh = sets(made, train_on, "fixed"), sets(made, train_on, "regenerate")
+    first, counts = epoch(fixed, 0)
+    assert epoch(fixed, 1)[0] == first
+    assert counts == [2] * 10
+    assert epoch(fresh, 0)[1] == epoch(fresh, 1)[1] == [2] * 10
+    assert not epoch(fresh, 0)[0] & epoch(fresh, 1)[0]
+    assert epoch(sets(made, train_on, "fixed", seed=1), 0)[0] != first
+
+
+@pytest.mark.parametrize("protocol", ["regenerate", "fixed"])
+def test_what_a_student_sees_does_not_depend_on_how_it_is_cut(made: Made, protocol: str) -> None:
+    whole, labels = sets(made, "matched", protocol).take(np.arange(50))
+    parts = [sets(made, "matched", protocol).take(np.arange(a, b)) for a, b in ((0, 7), (7, 33), (33, 50))]
+    assert labels.tolist() == np.concatenate([p[1] for p in parts]).tolist()
+    # A convolution of another batch size may sum in another order: one level of 255 at most.
+    difference = whole.int() - torch.cat([p[0] for p in parts]).int()
+    assert int(difference.abs().max()) <= 1
+
+
+def test_gan_and_matched_students_get_the_same_latents_labels_and_order(made: Made) -> None:
+    swapped = {**made.dirs, "matching": made.dirs["gan"]}
+    ctx = made.context(settings())
+    frozen = Frozen(ctx, swapped)
+    a, b = (Sets(ctx, frozen, Row(k, "convnet:8", "regenerate", "hard", 1), 0) for k in ("gan", "matched"))
+    assert torch.equal(a.take(np.arange(30))[0], b.take(np.arange(30))[0])
+
+
+def test_soft_labels_are_the_mean_of_the_last_teachers_softened_answers(made: Made) -> None:
+    ctx = made.context(settings())
+    frozen = Frozen(ctx, made.dirs)
+    x = to_float(ctx.images("train").read(np.arange(5)), ctx.device)
+    assert len(frozen.teachers) == 2
+    logits = [t(x).detach().numpy() / 2.5 for t in frozen.teachers]
+    expected = np.mean([np.exp(v) / np.exp(v).sum(1, keepdims=True) for v in logits], axis=0)
+    np.testing.assert_allclose(frozen.soft_labels(x, 2.5).numpy(), expected, atol=1e-6)
+
+
+def test_real_rows_see_as_many_distinct_images_as_they_say(made: Made) -> None:
+    config = settings(ipc=(40,), epochs=4, seeds=1, baselines=("real", "full"), full_epochs=2, protocol=("regenerate",))
+    ctx = made.context(config)
+    images = ctx.images("train")
+    for job in jobs(config, made.manifest, "float32", made.fingerprints):
+        if job.row.train_on == "matched" or job.row.labels == "soft":
+            continue
+        asked: list[np.ndarray] = []
+        read = images.read
+        images.read = lambda indices: (asked.append(indices), read(indices))[1]  # type: ignore[method-assign, func-returns-value]  # noqa: B023
+        try:
+            distinct = train(ctx, Frozen(ctx, made.dirs), job)[0].distinct
+        finally:
+            images.read = read  # type: ignore[method-assign]
+        seen = np.concatenate(asked)
+        assert len(seen) == job.budget.images_seen
+        assert len(np.unique(seen)) == distinct <= job.budget.distinct_images_seen
+
+
+def test_golden_accuracy(made: Made) -> None:
+    """Fails when the numbers of rows change: then raise rows.VERSION and give the new values here."""
+    config = settings(
+        ipc=(5,), epochs=40, seeds=1, students=("convnet:16",), protocol=("regenerate",), labels=("hard",)
+    )
+    ctx = made.context(config)
+    found = {j.row.train_on: j for j in jobs(config, made.manifest, "float32", made.fingerprints)}
+    accuracies = [train(ctx, Frozen(ctx, made.dirs), found[kind])[0].accuracy for kind in ("real", "gan")]
+    assert accuracies == pytest.approx([69.4, 11.9], abs=4.0)
+
+
+# every student once
+
+
+@pytest.fixture(scope="module")
+def results(made: Made, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], Path, int]:
+    store = tmp_path_factory.mktemp("store")
+    ctx = made.context(settings(), store)
+    return rows_of(ctx, made), store, ctx.forwards
+
+
+def test_every_row_has_its_keys_budget_and_accuracies(results: tuple[list[dict[str, Any]], Path, int]) -> None:
+    rows, _, _ = results
+    keys = (
+        "train_on student protocol labels ipc optimizer_steps batch images_seen distinct_images_seen "
+        "mean std seeds accuracies ceiling_share balanced_mean lrs ars"
+    )
+    assert len(rows) == 13
+    for r in rows:
+        assert list(r) == keys.split()
+        assert r["seeds"] == [0, 1]
+        assert r["mean"] == pytest.approx(np.mean(r["accuracies"]))
+        assert all(0 <= a <= 100 for a in r["accuracies"])
+    json.dumps(rows, allow_nan=False)
+
+
+def test_the_first_call_forwards_what_the_jobs_say(made: Made, results: tuple[Any, Path, int]) -> None:
+    config = settings()
+    all_jobs = jobs(config, made.manifest, "float32", made.fingerprints)
+    test = made.manifest.splits["test"].samples
+    assert results[2] == sum(images_forwarded(j, 2, test) for j in all_jobs)
+
+
+def test_the_second_call_forwards_no_image(made: Made, results: tuple[Any, Path, int]) -> None:
+    ctx = made.context(settings(), results[1])
+    assert rows_of(ctx, made) == results[0]
+    assert ctx.forwards == 0
+
+
+def test_another_generator_trains_matched_students_alone(made: Made, results: tuple[Any, Path, int]) -> None:
+    ctx = made.context(settings(), results[1])
+    other = dataclasses.replace(made, fingerprints={**made.fingerprints, "matching": "f" * 16})
+    rows = rows_of(ctx, other)
+    assert rows == results[0]  # the same generator under another name
+    wanted = [j for j in jobs(settings(), made.manifest, "float32", other.fingerprints) if j.row.train_on == "matched"]
+    assert ctx.forwards == sum(images_forwarded(j, 2, made.manifest.splits["test"].samples) for j in wanted)
+
+
+def test_a_damaged_record_is_named_and_its_student_alone_trained_anew(
+    made: Made, results: tuple[Any, Path, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ctx = made.context(settings(), results[1])
+    job = jobs(settings(), made.manifest, "float32", made.fingerprints)[3]
+    path = record_path(ctx, job)
+    before = path.read_text()
+    path.write_text(before.replace('"accuracy": ', '"accuracy": 1'))
+    assert rows_of(ctx, made) == results[0]
+    assert str(path) in capsys.readouterr().err
+    assert path.read_text() == before
+    assert ctx.forwards == images_forwarded(job, 2, made.manifest.splits["test"].samples)
+
+
+# the program
+
+
+def test_the_program_reads_a_run_and_writes_evaluate_json(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [
+        str(made.out),
+        "--ipc",
+        "1",
+        "3",
+        "--labels",
+        "hard",
+        "--protocol",
+        "fixed",
+        "--epochs",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    program.main([*argv, "--baselines", "gan"], lambda _world: None)
+    document = json.loads((made.out / program.FILE).read_text())
+    assert document["format"] == "gdd-report/1"
+    assert document["fingerprints"]["generator"] == made.fingerprints["matching"]
+    assert [(r["train_on"], r["ipc"], r["optimizer_steps"]) for r in document["results"]] == [
+        ("gan", 1, 1),
+        ("matched", 1, 1),
+        ("gan", 3, 1),
+        ("matched", 3, 1),
+    ]
+    out = capsys.readouterr().out
+    assert "ceiling share" in out
+    assert str(made.out / program.FILE) in out
+
+
+def test_a_changed_generator_file_is_named(made: Made, tmp_path: Path) -> None:
+    fresh = make(tmp_path / "out", made.data)
+    path = fresh.dirs["matching"] / "generator.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"generator.safetensors is damaged"):
+        program.main([str(fresh.out), "--device", "cpu"], lambda _world: None)
+
+
+def test_other_data_and_unfinished_runs_are_refused(made: Made, tmp_path: Path) -> None:
+    other = dataclasses.replace(made.manifest, name="other")
+    with pytest.raises(UserError, match="is not the one that .* was trained on"):
+        program.finished_steps(made.out, other)
+    with pytest.raises(UserError, match="holds no finished generator"):
+        program.finished_steps(tmp_path, made.manifest)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [(["nowhere"], "nowhere is no run"), ([], "required: OUT"), (["OUT", "--ipc", "0"], "--report.ipc 0 is too small")],
+)
+def test_wrong_use_is_one_line(made: Made, argv: list[str], said: str) -> None:
+    argv = [str(made.out) if a == "OUT" else a for a in argv]
+    with pytest.raises(UserError, match=said) as error:
+        program.main(argv, lambda _world: None)
+    assert "\n" not in str(error.value)
+
+
+def test_the_program_exits_with_2_after_one_error_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "gdd_dist.evaluate", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        f"error: {tmp_path} is no run (config.yaml is missing); give the --out of a finished gdd_dist.train"
+    ]

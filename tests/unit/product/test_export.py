@@ -1,0 +1,211 @@
+"""python -m gdd_dist.export: the distilled set as a product, opened by the libraries that its users have."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from students import Made, make
+
+import gdd_dist
+from gdd_dist import export
+from gdd_dist.data.images import Images
+from sharding.errors import UserError
+from sharding.manifest import Manifest
+from sharding.verify import verify
+
+EXAMPLE = Path(__file__).parents[3] / "docs" / "examples" / "train_resnet.py"
+
+
+@pytest.fixture(scope="module")
+def made(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return make(tmp_path_factory.mktemp("export") / "out", digits)
+
+
+@pytest.fixture(scope="module")
+def sets(made: Made, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One set in each format, IPC 3, soft labels; the tars hold 12 images each."""
+    root = tmp_path_factory.mktemp("sets")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "SHARD_IMAGES", 12)
+        patch.setattr(export, "CHUNK", 7)
+        for kind in export.FORMATS:
+            export.main(
+                [str(made.out), str(root / kind), "--ipc", "3", "--format", kind, "--labels", "soft", "--device", "cpu"]
+            )
+    return {kind: root / kind for kind in export.FORMATS}
+
+
+@pytest.fixture(scope="module")
+def expected(made: Made) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Images [N, H, W], labels, soft labels of the set, as Python draws them."""
+    generator = gdd_dist.load_generator(made.out, "cpu")
+    images, labels = generator.balanced(30)
+    part, some = generator.balanced(7, first=20)
+    assert torch.equal(part, images[20:27])
+    assert some.tolist() == labels[20:27].tolist()
+    return images[:, 0].numpy(), labels, generator.soft_labels(images).numpy()
+
+
+def same(found: list[tuple[Any, int, Any]], expected: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+    images, labels, soft = (np.stack([np.asarray(row[i]) for row in found]) for i in range(3))
+    assert np.array_equal(images, expected[0])
+    assert labels.tolist() == expected[1].tolist()
+    np.testing.assert_allclose(soft, expected[2], atol=1e-5)
+
+
+def test_stock_webdataset_reads_the_shards(sets: dict[str, Path], expected: Any) -> None:
+    import webdataset
+
+    shards = sorted(map(str, sets["webdataset"].glob("train/*.tar")))
+    assert len(shards) == 3
+    rows = webdataset.WebDataset(shards, shardshuffle=False).decode("pill").to_tuple("png", "cls", "soft.npy")
+    same(list(rows), expected)
+
+
+def test_hugging_face_datasets_reads_the_directory_offline(
+    sets: dict[str, Path], expected: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    rows = datasets.load_dataset(str(sets["webdataset"]), split="train", cache_dir=str(tmp_path))
+    same([(r["png"], int(r["cls"]), r["soft.npy"]) for r in rows], expected)
+    folder = datasets.load_dataset(str(sets["folder"]), split="train", cache_dir=str(tmp_path))
+    assert folder.features["label"].names == [f"{i:04d}_{i}" for i in range(10)]
+    assert sorted(folder["label"]) == sorted(expected[1].tolist())
+
+
+def test_our_own_loader_reads_the_directory_and_every_byte_is_right(sets: dict[str, Path], expected: Any) -> None:
+    directory = sets["webdataset"]
+    verify(directory, deep=True, log=print)
+    manifest = Manifest.load(directory)
+    assert list(manifest.splits) == ["train"]
+    assert manifest.splits["train"].class_counts == (3,) * 10
+    images = Images(directory, manifest, "train")
+    assert np.array_equal(images.read(np.arange(30))[:, 0].numpy(), expected[0])
+    assert images.labels.tolist() == expected[1].tolist()
+    pixels = expected[0] / 255
+    assert manifest.mean[0] == pytest.approx(pixels.mean())
+    assert manifest.std[0] == pytest.approx(pixels.std())
+
+
+def test_torchvision_reads_the_folders_in_class_order(sets: dict[str, Path], expected: Any) -> None:
+    from torchvision.datasets import ImageFolder
+
+    found = ImageFolder(str(sets["folder"]))
+    assert found.classes == [f"{i:04d}_{i}" for i in range(10)]
+    assert len(found) == 30
+    for path, label in found.samples:
+        number = int(Path(path).stem)
+        assert expected[1][number] == label
+        assert np.array_equal(np.asarray(Image.open(path)), expected[0][number])
+        soft = np.load(Path(path).with_suffix(".soft.npy"), allow_pickle=False)
+        np.testing.assert_allclose(soft, expected[2][number], atol=1e-5)
+
+
+def test_numpy_reads_the_npz_without_pickle(sets: dict[str, Path], expected: Any) -> None:
+    data = np.load(sets["npz"] / "train.npz", allow_pickle=False)
+    assert data["images"].shape == (30, 1, 16, 16)
+    assert data["classes"].tolist() == [str(i) for i in range(10)]
+    same(list(zip(data["images"][:, 0], data["labels"], data["soft"], strict=True)), expected)
+
+
+def test_the_card_names_data_method_figures_licence_and_shows_samples(sets: dict[str, Path], made: Made) -> None:
+    for kind, directory in sets.items():
+        text = (directory / "README.md").read_text()
+        head = yaml.safe_load(text.split("---")[1])
+        assert head["license"] == "unknown"
+        assert head["size_categories"] == ["n<1K"]
+        for part in ("# digits, distilled: 30 images, 3 of each of 10 classes", "## Figures", "Not measured", "seed 0"):
+            assert part in text
+        assert made.fingerprints["matching"] in text
+        assert str(made.out) not in text
+        with Image.open(directory / "samples.png") as picture:
+            assert np.asarray(picture).std() > 5
+        assert ("configs" in head) == (kind != "npz")
+
+
+def test_figures_come_from_the_runs_report(reported: Any, tmp_path: Path) -> None:
+    dest = tmp_path / "set"
+    argv = [str(reported.out), str(dest), "--total", "25", "--licence", "cc-by-4.0", "--device", "cpu", "--seed", "5"]
+    export.main(argv)
+    text = (dest / "README.md").read_text()
+    assert "| matched | convnet:8 | regenerate | hard | 1 |" in text
+    assert "license: cc-by-4.0" in text
+    assert Manifest.load(dest).splits["train"].class_counts == (3,) * 5 + (2,) * 5
+
+
+def test_the_same_command_gives_the_same_bytes_and_another_seed_others(made: Made, tmp_path: Path) -> None:
+    tars = []
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        export.main([str(made.out), str(tmp_path / name), "--ipc", "1", "--seed", seed, "--device", "cpu"])
+        tars.append((tmp_path / name / "train" / "000000.tar").read_bytes())
+    assert tars[0] == tars[1] != tars[2]
+
+
+def test_a_single_file_gives_hard_labels_and_refuses_soft_ones(made: Made, tmp_path: Path) -> None:
+    file = str(made.dirs["matching"] / "generator.safetensors")
+    export.main([file, str(tmp_path / "hard"), "--ipc", "1", "--device", "cpu"])
+    with pytest.raises(UserError, match="soft labels need the run's teachers"):
+        export.main([file, str(tmp_path / "soft"), "--ipc", "1", "--labels", "soft", "--device", "cpu"])
+    assert [p.name for p in tmp_path.iterdir()] == ["hard"], "a failed export leaves something behind"
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--ipc", "0"], "a set of no images"),
+        ([], "one of the arguments --ipc --total is required"),
+        (["--ipc", "1", "--total", "5"], "not allowed with argument"),
+        (["--ipc", "1", "--format", "zip"], "invalid choice: 'zip'"),
+    ],
+)
+def test_wrong_use_is_one_line(made: Made, tmp_path: Path, argv: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        export.main([str(made.out), str(tmp_path / "d"), *argv])
+
+
+def test_a_directory_that_holds_something_is_left_alone(made: Made, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(UserError, match="is not empty; choose a new DEST"):
+        export.main([str(made.out), str(tmp_path), "--ipc", "1"])
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_class_names_become_file_names_whatever_they_hold() -> None:
+    assert export.safe("sea/lion..é") == "sea_lion..é"
+    assert "/" not in export.safe("../../etc")
+
+
+def test_the_example_trains_a_torchvision_resnet_on_the_set_and_measures_it(
+    sets: dict[str, Path], digits: Path
+) -> None:
+    assert len(EXAMPLE.read_text().splitlines()) <= 36
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLE), str(sets["webdataset"]), str(digits), "1"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("accuracy on real test images: ")
+    assert 0 <= float(done.stdout.split(":")[1].rstrip(" %\n")) <= 100
+
+
+def test_torch_sees_no_difference_between_the_formats(sets: dict[str, Path]) -> None:
+    data = np.load(sets["npz"] / "train.npz", allow_pickle=False)
+    manifest = Manifest.load(sets["webdataset"])
+    assert torch.equal(
+        torch.from_numpy(data["images"]), Images(sets["webdataset"], manifest, "train").read(np.arange(30))
+    )

@@ -1,0 +1,101 @@
+"""A loss or gradient that is not finite moves nothing, is counted, and does not go on for ever."""
+
+import pytest
+import torch
+
+from gdd_dist.engines.nonfinite import all_finite, poisoned
+from gdd_dist.training.classifier_fit import sgd, train_step
+from gdd_dist.training.skipped_steps import LIMIT, Diverged, Skips, going_back_once
+from sharding.errors import UserError
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_gradient_that_is_not_finite_is_found_wherever_it_is(value):
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    assert all_finite(net.parameters())  # none yet
+    net(torch.ones(1, 3)).sum().backward()
+    assert all_finite(net.parameters())
+    net[1].bias.grad[1] = value
+    assert not all_finite(net.parameters())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_says_so_in_its_gradients(value):
+    w = torch.ones(3, requires_grad=True)
+    poisoned(w.sum() + value).backward()  # its own gradient would be 1
+    assert w.grad.isnan().all()
+
+
+def test_a_finite_loss_keeps_every_bit_of_its_gradients():
+    w = torch.randn(1000, requires_grad=True)
+    (one,) = torch.autograd.grad((w**3).mean(), w)
+    (two,) = torch.autograd.grad(poisoned((w**3).mean()), w)
+    assert one.equal(two)
+
+
+def test_a_skipped_step_moves_neither_weights_nor_moments():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
+    optimizer, skips = sgd(net, 0.1, 0.9, 0.01), Skips()
+    good, bad, y = torch.randn(3, 1, 2, 2), torch.full((3, 1, 2, 2), float("inf")), torch.tensor([0, 1, 0])
+    train_step(net, optimizer, good, y, 0.1, "float32", skips)
+    before = [t.clone() for t in (*net.parameters(), *(s["momentum_buffer"] for s in optimizer.state.values()))]
+    train_step(net, optimizer, bad, y, 0.1, "float32", skips)
+    assert (skips.total, skips.in_a_row) == (1, 1)
+    after = [*net.parameters(), *(s["momentum_buffer"] for s in optimizer.state.values())]
+    assert all(a.equal(b) for a, b in zip(before, after, strict=True))
+    train_step(net, optimizer, good, y, 0.1, "float32", skips)
+    assert (skips.total, skips.in_a_row) == (1, 0)
+    assert not before[0].equal(after[0])
+
+
+def test_steps_skipped_in_a_row_end_the_attempt_and_single_ones_do_not():
+    skips = Skips()
+    for _ in range(3 * LIMIT):
+        skips.note(False)
+        skips.note(True)
+    assert skips.total == 3 * LIMIT
+    for _ in range(LIMIT - 1):
+        skips.note(False)
+    with pytest.raises(Diverged):
+        skips.note(False)
+    again = Skips()
+    again.load_state_dict(skips.state_dict())
+    assert again.state_dict() == skips.state_dict()
+
+
+def diverging(draws):
+    def attempt(draw):
+        if draw in draws:
+            raise Diverged(draw)
+        return draw
+
+    return attempt
+
+
+def test_a_loop_goes_back_once_with_another_draw_and_then_stops():
+    said = []
+    assert going_back_once("gan", diverging([]), "lower it", said.append) == 0
+    assert said == []
+    assert going_back_once("gan", diverging([0]), "lower it", said.append) == 1
+    assert said == [
+        "gan: 10 steps in a row had a loss or gradient that is not finite; "
+        "going back to the last checkpoint, with another draw of noise"
+    ]
+    with pytest.raises(UserError, match="gan: 10 steps in a row .* after going back to a checkpoint too; lower it"):
+        going_back_once("gan", diverging([0, 1]), "lower it", said.append)
+
+
+def test_a_loop_that_had_gone_back_before_it_was_interrupted_does_not_go_back_again():
+    def attempt(_draw):
+        raise Diverged(1)
+
+    with pytest.raises(UserError, match="after going back"):
+        going_back_once("gan", attempt, "lower it", lambda line: pytest.fail(line))
+
+
+def test_another_draw_is_another_seed_and_the_first_is_the_run_s_own():
+    skips = Skips()
+    assert skips.seed(7) == 7
+    skips.draw = 1
+    assert skips.seed(7) != 7
