@@ -6,7 +6,6 @@ From a single ``generator.safetensors`` this needs nothing but torch, numpy and 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -180,9 +179,10 @@ class Sampler:
         """The run's ``report.label_temperature``. Raises UserError without a run directory."""
         if self._out is None:
             raise UserError(_NO_RUN)
-        text = (self._out / "config.yaml").read_text()
-        found = re.search(r"^report:\n(?:  .*\n)*?  label_temperature: (\S+)", text, re.MULTILINE)
-        return float(found[1]) if found else 1.0
+        import yaml  # who draws from a single file need not have it
+
+        report = yaml.safe_load((self._out / "config.yaml").read_text()).get("report") or {}
+        return float(report.get("label_temperature", 1.0))
 
     def _load_teachers(self) -> list[Classifier]:
         if self._teachers is None:

@@ -2,26 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-COLUMNS = (
-    "train on",
-    "student",
-    "protocol",
-    "labels",
-    "IPC",
-    "steps",
-    "batch",
-    "images seen",
-    "distinct",
-    "accuracy %",
-    "ceiling share",
-)
-LEFT = 4
-"""Columns of words, aligned to the left; the others hold numbers."""
 NONE = "–"
-SCORES = ("balanced %", "LRS", "ARS")
 BALANCED_TOLERANCE = 1e-6
 
 
@@ -30,27 +14,41 @@ def accuracy(mean: float, std: float | None) -> str:
     return f"{mean:.1f}" if std is None else f"{mean:.1f} ± {std:.1f}"
 
 
-def cells(r: Mapping[str, Any]) -> list[str]:
-    """A row's cells."""
-    share = r["ceiling_share"]
-    return [
-        r["train_on"],
-        r["student"],
-        r["protocol"] or NONE,
-        r["labels"],
-        NONE if r["ipc"] is None else str(r["ipc"]),
-        f"{r['optimizer_steps']:,}",
-        f"{r['batch']:,}",
-        f"{r['images_seen']:,}",
-        f"{r['distinct_images_seen']:,}",
-        accuracy(r["mean"], r["std"]),
-        NONE if share is None else f"{100 * share:.0f} %",
-    ]
+CELLS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "train on": lambda r: r["train_on"],
+    "student": lambda r: r["student"],
+    "protocol": lambda r: r["protocol"] or NONE,
+    "labels": lambda r: r["labels"],
+    "IPC": lambda r: _number(r["ipc"], "d"),
+    "steps": lambda r: _number(r["optimizer_steps"], ",d"),
+    "batch": lambda r: _number(r["batch"], ",d"),
+    "images seen": lambda r: _number(r["images_seen"], ",d"),
+    "distinct": lambda r: _number(r["distinct_images_seen"], ",d"),
+    "accuracy %": lambda r: accuracy(r["mean"], r["std"]),
+    "ceiling share": lambda r: _number(r["ceiling_share"], ".0%").replace("%", " %"),
+    "balanced %": lambda r: _number(r.get("balanced_mean"), ".1f"),
+    "LRS": lambda r: _number(r.get("lrs"), ".3f"),
+    "ARS": lambda r: _number(r.get("ars"), ".3f"),
+}
+"""A column's name → what it shows of a row."""
+WORDS = ("train on", "student", "protocol", "labels")
+"""Aligned to the left; the others hold numbers."""
+BUDGET = ("steps", "batch", "images seen", "distinct")
+RESULT = ("accuracy %", "ceiling share")
+SCORES = ("balanced %", "LRS", "ARS")
+"""Only in Markdown, where a row has them."""
+ON_TERMINAL = (*WORDS, "IPC", *BUDGET, *RESULT)
+IN_MARKDOWN = (*WORDS, "IPC", *RESULT, *SCORES, *BUDGET)
+"""Figures first, so that a narrow screen shows them."""
+
+
+def _number(value: float | None, form: str) -> str:
+    return NONE if value is None else format(value, form)
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
     """The rows as plain text for a terminal; a blank line parts budgets."""
-    header, rule, *body = ruled(COLUMNS, [cells(r) for r in results], LEFT)
+    header, rule, *body = ruled(ON_TERMINAL, [[CELLS[c](r) for c in ON_TERMINAL] for r in results], len(WORDS))
     out, last = [header, rule], None
     for r, line in zip(results, body, strict=True):
         group = tuple(r[k] for k in ("student", "protocol", "labels", "ipc"))
@@ -91,19 +89,12 @@ def markdown(header: Sequence[str], lines: Iterable[Sequence[str]], left: int = 
 
 
 def markdown_table(results: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as Markdown, with the columns that these rows have a use for; figures first, so that a narrow screen shows them."""
-    lines = [dict(zip(COLUMNS, cells(r), strict=True)) | scores(r) for r in results]
-    unused = {name for name in SCORES if all(line[name] == NONE for line in lines)}
+    """The rows as Markdown, with the columns that these rows have a use for."""
+    unused = {name for name in SCORES if all(CELLS[name](r) == NONE for r in results)}
     if not any(differs(r) for r in results):
         unused.add("balanced %")
-    order = [c for c in (*COLUMNS[: LEFT + 1], *COLUMNS[-2:], *SCORES, *COLUMNS[LEFT + 1 : -2]) if c not in unused]
-    return markdown(order, [[line[c] for c in order] for line in lines], LEFT)
-
-
-def scores(r: Mapping[str, Any]) -> dict[str, str]:
-    """The cells of a row that not every table has."""
-    found = {"balanced %": r.get("balanced_mean"), "LRS": r.get("lrs"), "ARS": r.get("ars")}
-    return {k: NONE if v is None else f"{v:.1f}" if k == "balanced %" else f"{v:.3f}" for k, v in found.items()}
+    order = [name for name in IN_MARKDOWN if name not in unused]
+    return markdown(order, [[CELLS[name](r) for name in order] for r in results], len(WORDS))
 
 
 def differs(r: Mapping[str, Any]) -> bool:

@@ -119,7 +119,7 @@ def gan_step(
     g, seed = ctx.config.gan, nets.skips.seed(ctx.config.step_seed("gan"))
     lr, gamma = cosine(step, g.steps, g.lr, g.lr_final), penalty(g, step)
     labels = labels.to(ctx.device)
-    real = mirrored(ctx, to_float(real_uint8, ctx.device), step, slots, ctx.config.step_seed("gan"), "gan/flip")
+    real = mirrored(ctx, to_float(real_uint8, ctx.device), step, slots, seed, "gan/flip")
 
     def latents(purpose: str) -> Tensor:
         return torch.from_numpy(normal(seed, purpose, step, slots, g.latent)).to(ctx.device)
