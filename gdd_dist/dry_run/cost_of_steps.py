@@ -27,13 +27,14 @@ from gdd_dist.dry_run.sample_steps import (
 from gdd_dist.dry_run.work_left import quick_looks
 from gdd_dist.evaluation.quick_students import CHUNK, FRESH_IMAGES
 from gdd_dist.evaluation.rows import GENERATORS, Job
-from gdd_dist.evaluation.students import CHUNK_IMAGES, TEACHER_BATCH, Frozen
+from gdd_dist.evaluation.students import CHUNK_IMAGES, Frozen
 from gdd_dist.steps import matching
 from gdd_dist.steps.teacher_pool import Training
 from gdd_dist.training.classifier_fit import PREDICT_BATCH
 from gdd_dist.training.context import Context
 from gdd_dist.training.drawing import DRAW_BATCH
 from gdd_dist.training.sample_grid import GRID_CLASSES, GRID_COLUMNS
+from gdd_dist.training.soft_labels import BATCH as LABEL_BATCH
 
 
 class StepCosts:
@@ -120,7 +121,7 @@ class StepCosts:
         frozen, test = Frozen(ctx, self._made_up.dirs()), len(ctx.images("test"))
         label = paint = Curve([(1, Cost(0.0, 0.0))])
         if any(j.row.labels == "soft" for j in left):
-            label = self._meter(labelling(ctx, frozen), TEACHER_BATCH)
+            label = self._meter(labelling(ctx, frozen), LABEL_BATCH)
         if any(j.row.train_on in GENERATORS for j in left):
             paint = self._meter(drawing(ctx, frozen.generator("gan")), min(DRAW_BATCH, CHUNK_IMAGES))
         largest: dict[str, int] = {}
@@ -133,7 +134,7 @@ class StepCosts:
             parts = [in_batches(trained[j.row.student], b.images_seen, b.batch)]
             parts.append(in_batches(self._answer(j.row.student), test, PREDICT_BATCH))
             if j.row.labels == "soft":
-                parts.append(in_batches(label, b.images_seen, TEACHER_BATCH))
+                parts.append(in_batches(label, b.images_seen, LABEL_BATCH))
             if j.row.train_on in GENERATORS:
                 parts.append(in_batches(paint, b.distinct_images_seen, min(DRAW_BATCH, CHUNK_IMAGES)))
             spent.append(sum(c.seconds for c in parts))

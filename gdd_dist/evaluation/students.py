@@ -20,7 +20,6 @@ from gdd_dist.data.augment import AUGMENT_DRAWS
 from gdd_dist.data.images import prefetch, to_float
 from gdd_dist.data.noise import uniform
 from gdd_dist.data.order import dealt
-from gdd_dist.engines.precision import autocast
 from gdd_dist.evaluation import confusion
 from gdd_dist.evaluation.confusion import StudentResult
 from gdd_dist.evaluation.rows import GENERATORS, Job, Row, full_order, step_bounds
@@ -32,11 +31,11 @@ from gdd_dist.training.classifier_fit import predict, sgd, train_step
 from gdd_dist.training.context import Context
 from gdd_dist.training.drawing import draw
 from gdd_dist.training.skipped_steps import Diverged, Skips
+from gdd_dist.training.soft_labels import soft_labels
 from sharding.errors import UserError
 
 CHUNK_IMAGES = 512
 """Images drawn, augmented and labelled at once, ahead of the steps that train on them: small steps would wait for the overhead."""
-TEACHER_BATCH = 256
 
 Fetch = Callable[[np.ndarray], Tensor]
 
@@ -60,20 +59,9 @@ class Frozen:
         """Each training's last snapshot."""
         return [self._ctx.teacher(t) for t in read_teachers(self._dirs["teachers"]) if t.last]
 
-    @torch.no_grad()
     def soft_labels(self, images: Tensor, temperature: float) -> Tensor:
-        """Mean over teachers of softmax(logits / temperature) of float images [n, C, H, W]: float32 [n, K]."""
-        parts = []
-        for part in images.split(TEACHER_BATCH):
-            total: Tensor | None = None
-            for teacher in self.teachers:
-                with autocast(part.device, self._ctx.precision):
-                    logits = teacher(part)
-                share = (logits.float() / temperature).softmax(1)
-                total = share if total is None else total + share
-            assert total is not None
-            parts.append(total / len(self.teachers))
-        return torch.cat(parts)
+        """The teachers' labels float32 [n, K] of float images [n, C, H, W]."""
+        return soft_labels(self.teachers, images, temperature, self._ctx.precision)
 
 
 def real_samples(seed: int, purpose: str, slots: np.ndarray, ipc: int, members: list[np.ndarray]) -> np.ndarray:

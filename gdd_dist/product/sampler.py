@@ -23,6 +23,7 @@ from gdd_dist.models.files import GENERATOR, load_generator_network, read_teache
 from gdd_dist.models.generator import Generator
 from gdd_dist.storage.json_files import read_json
 from gdd_dist.storage.store import CONTENTS, Store, verify_file
+from gdd_dist.training.soft_labels import soft_labels
 from sharding.errors import UserError
 
 DRAW_BATCH = 250
@@ -168,12 +169,9 @@ class Sampler:
         teachers = self._load_teachers()
         if temperature is None:
             temperature = self.label_temperature()
-        parts = []
-        for part in images.split(DRAW_BATCH):
-            x = to_float(part, self.device) if part.dtype == torch.uint8 else part.to(self.device)
-            shares = [(net(x).float() / temperature).softmax(1) for net in teachers]
-            parts.append(torch.stack(shares).mean(0))
-        return torch.cat(parts)
+        x = to_float(images, self.device) if images.dtype == torch.uint8 else images.to(self.device)
+        # In the run's precision, as the report's students are labelled.
+        return soft_labels(teachers, x, temperature, self.meta.get("provenance", {}).get("precision", "float32"))
 
     def label_temperature(self) -> float:
         """The run's ``report.label_temperature``. Raises UserError without a run directory."""

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from gdd_dist.data.images import to_uint8
 from gdd_dist.data.noise import normal
-from gdd_dist.engines.precision import autocast
 from gdd_dist.models.generator import Generator
 from gdd_dist.training.context import Context
 
@@ -32,6 +31,6 @@ def draw(
     for i in range(0, len(labels), batch):
         y = torch.from_numpy(labels[i : i + batch]).to(ctx.device)
         z = normal(seed, f"{purpose}/z", step, slots[i : i + len(y)], generator.latent)
-        with autocast(ctx.device, ctx.precision):
-            parts.append(to_uint8(generator(torch.from_numpy(z).to(ctx.device), y)))
+        # In float32, whatever the run's precision: as `load_generator` draws.
+        parts.append(to_uint8(generator(torch.from_numpy(z).to(ctx.device), y)))
     return torch.cat(parts)

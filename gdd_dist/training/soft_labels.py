@@ -1,0 +1,30 @@
+"""Soft labels: what the teachers say of an image, together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gdd_dist.engines.precision import autocast
+
+BATCH = 256
+"""Images a forward."""
+
+
+@torch.no_grad()
+def soft_labels(teachers: Sequence[nn.Module], images: Tensor, temperature: float, precision: str) -> Tensor:
+    """Mean over teachers of softmax(logits / temperature) of float images [N, C, H, W] in [-1, 1]: float32 [N, K].
+
+    ``precision``: of the teachers' forwards, float32, bf16 or fp16.
+    """
+    parts = []
+    for part in images.split(BATCH):
+        total = torch.zeros(())
+        for teacher in teachers:
+            with autocast(part.device, precision):
+                logits = teacher(part)
+            total = total.to(part.device) + (logits.float() / temperature).softmax(1)
+        parts.append(total / len(teachers))
+    return torch.cat(parts)
