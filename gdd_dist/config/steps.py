@@ -16,7 +16,7 @@ from gdd_dist.models.names import has_batch_norm
 if TYPE_CHECKING:  # the settings read the names of the steps from here
     from gdd_dist.config.settings import Config
 
-ROWS_VERSION = 2
+ROWS_VERSION = 3
 """Of the report's rows, which are kept one by one: raised when a student's numbers change."""
 CUTS = ("ranks_per_teacher", "accumulate", "activation_checkpointing")
 """Settings that say how a teacher's batch is cut, and how often it passes: with a batch norm they change numbers."""
@@ -102,7 +102,7 @@ TABLE: dict[str, Step] = {
         Step("teachers", 1, ("shards",), _teachers),
         Step("logits", 1, ("shards", "teachers"), _logits),
         Step("gan", 2, ("shards",), _gan),
-        Step("matching", 1, ("shards", "teachers", "logits", "gan"), _matching),
+        Step("matching", 2, ("shards", "teachers", "logits", "gan"), _matching),
         Step("report", 2, ("shards", "teachers", "gan", "matching"), _report, reads=("logits",)),
     )
 }

@@ -128,7 +128,7 @@ def test_real_rows_see_as_many_distinct_images_as_they_say(made: Made) -> None:
 
 
 def test_golden_accuracy(made: Made) -> None:
-    """Fails when the numbers of rows change: then raise rows.VERSION and give the new values here."""
+    """Fails when the numbers of rows change: then raise ROWS_VERSION and give the new values here."""
     config = settings(
         ipc=(5,), epochs=40, seeds=1, students=("convnet:16",), protocol=("regenerate",), labels=("hard",)
     )
