@@ -30,9 +30,9 @@ from engines import KINDS, build
 from projection import parameters
 from wire import bytes_sent
 
-from gdd_dist.dry_run.meter import peak_memory, reset_peak
 from gdd_dist.engines.interface import Engine
 from gdd_dist.models.generator import Generator
+from gdd_dist.runtime.memory import peak_memory, reset_peak
 from gdd_dist.runtime.versions import commit
 from gdd_dist.runtime.world import World
 

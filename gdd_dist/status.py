@@ -10,7 +10,6 @@ from pathlib import Path
 
 from gdd_dist.config.settings import Config
 from gdd_dist.config.steps import STEPS
-from gdd_dist.dry_run.table import size
 from gdd_dist.pipeline.dataset import manifest_of
 from gdd_dist.pipeline.store_users import Directory, plans_of, read_run, remove, store_of, unused
 from gdd_dist.reporting.tables import aligned, headline
@@ -22,7 +21,7 @@ from gdd_dist.storage.checkpoints import newest_records
 from gdd_dist.storage.json_files import read_json
 from gdd_dist.storage.store import CHECKPOINTS, CONTENTS, Store
 from sharding.errors import UserError
-from sharding.progress import duration
+from sharding.progress import duration, size
 from sharding.redact import redact
 
 COLUMNS = ("step", "state", "fingerprint", "size", "finished")

@@ -8,23 +8,15 @@ kernels blur the memory of small batches, that line is the one of the tensors, w
 from __future__ import annotations
 
 import bisect
-import ctypes
 import gc
-import resource
-import sys
 import time
-import weakref
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from gdd_dist.data.images import free_memory
+from gdd_dist.runtime.memory import file_pages, peak_memory, reset_peak, tensors_of
 from gdd_dist.runtime.world import World
 
 LIMIT_SECONDS = 1.0
@@ -34,8 +26,6 @@ REPEAT_SECONDS = 0.2
 FIRST_BATCH, GROWTH = 2, 32
 CPU_BLUR = 1.5
 """Bytes that a step takes on a CPU for one of tensors (scratch of kernels, gaps in the heap); 1.0 to 2.2 were seen."""
-CUDA_CONTEXT = 600 * 2**20
-"""What a CUDA process takes beside its tensors: context, cuBLAS and cuDNN handles."""
 
 Prepare = Callable[[int], Callable[[], object]]
 """Batch → a step of that many images, to be called several times."""
@@ -58,12 +48,19 @@ class Cost:
         """Bytes that a GPU would hold."""
         return self.held + self.tensors
 
+    def beside(self, other: Cost) -> Cost:
+        """The same, where what ``other`` holds stays in memory."""
+        return replace(self, memory=self.memory + other.held, held=self.held + other.held)
+
     @staticmethod
     def peak(costs: Iterable[Cost], seconds: float) -> Cost:
         """The highest memory of several, and ``seconds``."""
-        found = [Cost(0.0, 0.0), *costs]
+        found = [NOTHING, *costs]
         largest = max(found, key=lambda c: c.on_gpu)
         return Cost(seconds, max(c.memory for c in found), largest.tensors, largest.held)
+
+
+NOTHING = Cost(0.0, 0.0)
 
 
 class Curve:
@@ -109,10 +106,10 @@ class Meter:
     def __call__(self, prepare: Prepare, batch: int, unit: int = 1) -> Curve:
         """The cost of one step of up to ``batch`` images of this rank; smaller batches are multiples of ``unit``. All ranks call it."""
         gc.collect()  # networks of earlier measurements; too slow to do before each
-        size = min(batch, max(unit, FIRST_BATCH))
-        points = [(size, self._measure(prepare(size), size == batch))]
-        while size := self._following(points, batch, unit):
+        size, points = min(batch, max(unit, FIRST_BATCH)), list[tuple[int, Cost]]()
+        while size:
             points.append((size, self._measure(prepare(size), size == batch)))
+            size = self._following(points, batch, unit)
         self.extrapolated |= points[-1][0] < batch
         return Curve(points, self._blur)
 
@@ -126,18 +123,15 @@ class Meter:
         else:
             one_more = Curve(points, self._blur).at(size + 1)
             in_time = (LIMIT_SECONDS - last.seconds) / max(one_more.seconds - last.seconds, 1e-9)
-            in_memory = self._room() / 2 / max(one_more.memory - last.memory, 1.0)
+            room = torch.cuda.mem_get_info(self._device)[0] if self._device.type == "cuda" else free_memory()
+            in_memory = room / 2 / max(one_more.memory - last.memory, 1.0)
             most = size + int(min(in_time, in_memory))
         most = min(most, batch, GROWTH * size)
         if most < batch:
             most = most // unit * unit
             if len(points) == 1:
                 most = max(most, min(2 * size, batch))
-        chosen: int = self._world.broadcast(most if most == batch or most >= 2 * size else 0)
-        return chosen
-
-    def _room(self) -> int:
-        return torch.cuda.mem_get_info(self._device)[0] if self._device.type == "cuda" else free_memory()
+        return int(self._world.broadcast(most if most == batch or most >= 2 * size else 0))
 
     def _measure(self, step: Callable[[], object], last: bool) -> Cost:
         """The first step sets up what lasts (optimizer state, kernels); the second is timed, and more where it is short."""
@@ -159,79 +153,3 @@ class Meter:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return (time.perf_counter() - begin) / times
-
-
-def tensors_of(step: Callable[[], object]) -> int:
-    """Bytes of all tensors that a step makes, at their peak."""
-    with _Tensors() as found:
-        step()
-    return found.peak
-
-
-class _Tensors(TorchDispatchMode):
-    """Follows storages from the operation that makes them to their end."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in given and storage._cdata not in self._alive:
-                    self._follow(storage)
-        return out
-
-    def _follow(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-
-        def gone(_reference: object) -> None:
-            self._alive.pop(key, None)
-            self.now -= size
-
-        self._alive[key] = weakref.ref(storage, gone)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-
-def reset_peak(device: torch.device) -> None:
-    """Give back what is free, and start the peak from what is left."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone; it keeps freed memory otherwise
-    if trim is not None:
-        trim(0)
-    with suppress(OSError):  # elsewhere the peak is that of the process since its start
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes at the peak since ``reset_peak``: what this process allocated, or tensors of the CUDA device and its context.
-
-    Pages of files (libraries, shards) are left out: the kernel drops and reads them again as it likes.
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) + CUDA_CONTEXT
-    if peak := _status("VmHWM"):
-        return peak - _status("RssFile")
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
-
-
-def file_pages(device: torch.device) -> int:
-    """Bytes of files in this process's resident set; 0 where unknown, or where memory is a CUDA device's."""
-    return 0 if device.type == "cuda" else _status("RssFile")
-
-
-def _status(name: str) -> int:
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(f"{name}:"):
-                return int(line.split()[1]) * 1024
-    return 0

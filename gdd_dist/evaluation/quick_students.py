@@ -111,3 +111,10 @@ def measured_after(steps: int) -> set[int]:
     learning rate one reading is noisy.
     """
     return {steps - round(k * steps / 25) for k in range(READINGS)}
+
+
+def forwards(ctx: Context) -> tuple[int, int, int]:
+    """Images that one quick student forwards: trained on, drawn, and answered when it is measured."""
+    m = ctx.config.matching
+    trained = m.quick_steps * m.quick_batch
+    return trained, trained + FRESH_IMAGES, len(measured_after(m.quick_steps)) * len(ctx.images("val")) + FRESH_IMAGES

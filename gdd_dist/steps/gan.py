@@ -88,6 +88,10 @@ class GanTraining(loop.Trainee):
         """What ``state_dict`` gave."""
         self.nets.load_state_dict(state)
 
+    def close(self) -> None:
+        """Free the engines."""
+        self.nets.close()
+
     def finish(self, work: Path, inputs: Inputs) -> None:
         """Write both networks; matching goes on with them."""
         ctx, ema = self._ctx, self.nets.ema
@@ -106,7 +110,7 @@ class GanTraining(loop.Trainee):
                 "provenance": inputs.provenance,
             }
             save_network(work / GENERATOR, ema, meta)
-        self.nets.close()
+        self.close()
 
 
 def gan_step(

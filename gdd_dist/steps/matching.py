@@ -246,6 +246,10 @@ class Matching(loop.Trainee):
         self.nets.load_state_dict(state["nets"])
         self.history, self.best = state["history"], state["best"]
 
+    def close(self) -> None:
+        """Free the engines."""
+        self.nets.close()
+
     def finish(self, work: Path, inputs: Inputs) -> None:
         """Write the selected generator as one self-contained file."""
         self.monitor.close()
@@ -253,4 +257,4 @@ class Matching(loop.Trainee):
             self.nets.ema.load_state_dict(self.best)
             meta = {**self.meta, "provenance": inputs.provenance, "history": self.history}
             save_network(work / GENERATOR, self.nets.ema, meta)
-        self.nets.close()
+        self.close()

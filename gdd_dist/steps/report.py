@@ -13,13 +13,13 @@ from gdd_dist.config.settings import SECTIONS, Config
 from gdd_dist.config.steps import Inputs
 from gdd_dist.data.noise import permutation
 from gdd_dist.evaluation.quick_students import best
-from gdd_dist.evaluation.rows import jobs
+from gdd_dist.evaluation.rows import jobs, plan
 from gdd_dist.evaluation.student_results import cached, confusions, evaluate, log_accuracies
 from gdd_dist.models.files import GENERATOR, TEACHERS, load_generator_network, read_network
 from gdd_dist.models.generator import Generator
 from gdd_dist.reporting import training_figures
 from gdd_dist.reporting.diagnostic_figures import gallery
-from gdd_dist.reporting.diagnostics import Evidence, collect, summary
+from gdd_dist.reporting.diagnostics import NEIGHBOURS, Evidence, collect, summary
 from gdd_dist.reporting.html_page import html
 from gdd_dist.reporting.metrics import document
 from gdd_dist.reporting.page import page
@@ -33,6 +33,10 @@ from sharding.files import write_atomic
 __all__ = ["run", "table"]
 
 SAMPLE_CLASSES, SAMPLE_COLUMNS = 20, 8
+CHART_BYTES, ENLARGED, TEXT_BYTES, ROW_BYTES = 400_000, 2.0, 20_000, 1_000
+"""Of the charts, of a pixel of an image in a picture, of the text, of a row in it: as in reports on digits (16x16, 10 classes, 13 rows) and
+on noise in colour (32x32, 40 classes, 33 rows), within a tenth.
+"""
 
 
 def run(ctx: Context, work: Path, inputs: Inputs) -> dict[str, Any]:
@@ -82,6 +86,15 @@ def documents(
         "report.md": text.encode(),
         "report.html": html(text, pngs).encode(),
     }
+
+
+def bytes_needed(ctx: Context) -> int:
+    """About the bytes of all that ``documents`` gives, where the page holds the pictures once more (base64)."""
+    m, rows = ctx.manifest, len(plan(ctx.config))
+    samples = 3 * min(ctx.classes, SAMPLE_CLASSES) * SAMPLE_COLUMNS
+    neighbours = min(ctx.classes, 10) * (1 + NEIGHBOURS)
+    pictures = CHART_BYTES + ENLARGED * (samples + neighbours) * m.height * m.width * m.channels
+    return int(pictures * (1 + 4 / 3)) + TEXT_BYTES + ROW_BYTES * rows
 
 
 def _note_start(ctx: Context, work: Path, known: int) -> None:

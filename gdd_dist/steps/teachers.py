@@ -179,9 +179,13 @@ class Pupil(loop.Trainee):
         self._records, self.curve = state["records"], state["curve"]
         self.skips.load_state_dict(state["skips"])
 
+    def close(self) -> None:
+        """Free the engine."""
+        self.engine.close()
+
     def finish(self) -> None:
         """All steps are done: the leader writes the record."""
-        self.engine.close()
+        self.close()
         if self._ctx.team.is_main:
             finish(self._work, self.training, self._records, self.curve)
 

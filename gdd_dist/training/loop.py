@@ -80,6 +80,10 @@ class Trainee(ABC):
     def after_step(self, done: int) -> None:
         """Called when ``done`` steps are done: progress, pictures, snapshots."""
 
+    @abstractmethod
+    def close(self) -> None:
+        """Free what holds on to the process group."""
+
 
 class Watcher:
     """What benchmarks and tests see of every loop of this process; put one into ``watchers``."""

@@ -35,3 +35,8 @@ def sample_grid(ctx: Context, generator: Generator) -> np.ndarray:
     labels = torch.arange(classes).repeat_interleave(GRID_COLUMNS)
     z = torch.from_numpy(normal(0, "grid", 0, np.arange(len(labels)), generator.latent))
     return grid(generator(z.to(ctx.device), labels.to(ctx.device)), GRID_COLUMNS)
+
+
+def forwards(ctx: Context) -> int:
+    """Images of ``sample_grid``."""
+    return min(ctx.classes, GRID_CLASSES) * GRID_COLUMNS

@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from gdd_dist import train
+from gdd_dist.config.steps import TABLE
 from gdd_dist.dry_run import table
-from gdd_dist.dry_run.cost_of_steps import makespan
-from gdd_dist.dry_run.meter import CPU_BLUR, Cost, Curve, Meter, file_pages, peak_memory, reset_peak, tensors_of
+from gdd_dist.dry_run.estimates import ESTIMATES, makespan
+from gdd_dist.dry_run.meter import CPU_BLUR, Cost, Curve, Meter
 from gdd_dist.dry_run.table import Line
 from gdd_dist.pipeline import run
+from gdd_dist.runtime.memory import file_pages, peak_memory, reset_peak, tensors_of
 from gdd_dist.runtime.world import World
 from gdd_dist.storage.checkpoints import Checkpoints
 from gdd_dist.storage.json_files import read_json
@@ -75,7 +77,11 @@ def test_what_it_says_is_what_the_run_does(tiny: list[str], tmp_path: Path, monk
     out = tmp_path / "out"
     argv = [*tiny, "--out", str(out), "--gan.grid_interval", "5"]
     assert_it_does_what_was_said([*argv, "--until", "gan"], out, monkeypatch)
-    assert_it_does_what_was_said(argv, out, monkeypatch)
+    assert_it_does_what_was_said([*argv, "--accumulate", "2"], out, monkeypatch)  # matching then draws twice
+
+
+def test_every_step_is_estimated() -> None:
+    assert list(ESTIMATES) == list(TABLE)
 
 
 @pytest.mark.parametrize(("step", "state"), [("teachers", "net"), ("gan", "g"), ("matching", "nets")])

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 
 from gdd_dist.config import command_line
 from gdd_dist.config.steps import TABLE
-from gdd_dist.dry_run.meter import tensors_of
 from gdd_dist.engines.ddp import DDPEngine
 from gdd_dist.models.classifiers import CLASSIFIERS, Classifier, build_classifier, has_batch_norm
 from gdd_dist.models.files import Teacher, save_network
 from gdd_dist.pipeline.preflight import check_teams
+from gdd_dist.runtime.memory import tensors_of
 from gdd_dist.runtime.teams import Team
 from gdd_dist.runtime.world import World
 from gdd_dist.steps import teachers

@@ -1,0 +1,233 @@
+"""What each step would take, from settings and what an interrupted run kept; and files as it leaves them, made up.
+
+`ESTIMATES` holds one entry for each step of the table; the rest of the dry run knows none by name.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gdd_dist.data.logit_cache import MEANS, logit_file
+from gdd_dist.dry_run.meter import NOTHING, Cost
+from gdd_dist.dry_run.trial import SILENT, Training, Trial, answering, drawing, labelling, smaller, studying
+from gdd_dist.evaluation import quick_students, rows, student_results, students
+from gdd_dist.models.files import GENERATOR, TEACHERS, save_network
+from gdd_dist.pipeline.run import provenance
+from gdd_dist.reporting import diagnostics
+from gdd_dist.steps import gan, logits, matching, report, teacher_pool, teachers
+from gdd_dist.storage.json_files import read_json, write_json
+from gdd_dist.storage.store import CHECKPOINTS
+from gdd_dist.training import drawing as drawn
+from gdd_dist.training import sample_grid, soft_labels
+from gdd_dist.training.classifier_fit import PREDICT_BATCH
+from gdd_dist.training.context import Context, train_order
+
+HASH = "0" * 64
+
+
+class Estimate(NamedTuple):
+    """What is left of a step. ``resumes``: a part of it is done; ``steps``: optimizer steps; ``images``: forwards; ``cost``: of it all."""
+
+    resumes: bool
+    steps: int
+    images: int
+    cost: Cost
+
+
+def make_up_teachers(trial: Trial, directory: Path) -> None:
+    """One network an architecture, which all its teachers share. Last snapshots come first, architectures in turn."""
+    ctx, records, first = trial.ctx, list[dict[str, Any]](), dict[str, Path]()
+    for number, (last, name) in enumerate(trial.pool):
+        path = directory / f"teacher-{number:03d}.safetensors"
+        if first.setdefault(name, path) != path:
+            path.hardlink_to(first[name])
+        else:
+            meta = {"format": "gdd-classifier/1", "architecture": name, "data": ctx.manifest.fingerprint}
+            save_network(path, ctx.classifier(name, 0, "dry-run"), meta)
+        kept = {"seed": 0, "step": 10000, "snapshot": 0, "last": last, "val_accuracy": 61.25}
+        records.append({"file": path.name, "bytes": 100000, "sha256": HASH, "architecture": name, **kept})
+    write_json(directory / TEACHERS, {"format": "gdd-teachers/1", "teachers": records})
+
+
+def estimate_teachers(trial: Trial, work: Path) -> Estimate:
+    """Each training forwards a batch a step, and val for each snapshot; pretrained teachers are measured on val alone."""
+    ctx, t, val, one_of = trial.ctx, trial.ctx.config.teachers, len(trial.ctx.images("val")), teacher_pool.Training
+    if t.pretrained:
+        trainings = [one_of(i, name, i, 0, (1,)) for i, name in enumerate(t.architectures)]
+    else:
+        per_epoch = train_order(ctx.config, "teachers", trial.shards, "teacher").steps_per_epoch
+        trainings = teacher_pool.pool(ctx.config, per_epoch)
+    paths = {one: teacher_pool.record_path(work, one) for one in trainings}
+    left = [(one, steps_done(ctx, path.with_suffix(""))) for one, path in paths.items() if not path.exists()]
+
+    def step_of(name: str) -> Training:
+        one, unit = one_of(0, name, 0, 1, (1,)), 2 * t.accumulate  # a single image has no batch statistics
+        return trial.training(
+            "teachers", t.ranks_per_teacher, lambda small: teachers.Pupil(small, one, work, SILENT, 0), unit
+        )
+
+    looks = {one.architecture: trial.cost(val, PREDICT_BATCH, answering, one.architecture) for one, _ in left}
+    steps = {name: Training() if t.pretrained else step_of(name) for name in looks}
+    spent, images = [], 0
+    for one, done in left:
+        step, marks = steps[one.architecture], sum(mark > done for mark in one.snapshots)
+        spent.append((one.steps - done) * step.cost.seconds + marks * looks[one.architecture].seconds)
+        images += (one.steps - done) * step.forwards + step.settling + marks * val
+    costs = [*(step.cost for step in steps.values()), *looks.values()]
+    resumes, todo = len(left) < len(trainings) or any(done for _, done in left), sum(o.steps - done for o, done in left)
+    return Estimate(resumes, todo, images, Cost.peak(costs, makespan(spent, ctx.team.count)))
+
+
+def make_up_logits(trial: Trial, directory: Path) -> None:
+    """Zeros that take no disk."""
+    views, classes, create, listed = trial.ctx.config.logits.views, trial.ctx.classes, np.lib.format.open_memmap, []
+    for i, (s, n) in product(range(len(trial.pool)), enumerate(trial.shards)):
+        path = logit_file(directory, i, s)
+        path.parent.mkdir(exist_ok=True)
+        create(path, "w+", np.float16, (views, n, classes))
+        listed.append({"file": str(path.relative_to(directory)), "sha256": HASH})
+    create(directory / MEANS, "w+", np.float32, (len(trial.pool), views, classes, classes))
+    write_json(directory / logits.LIST, {"files": listed})
+
+
+def estimate_logits(trial: Trial, work: Path) -> Estimate:
+    """Each file takes every view of a shard's samples."""
+    ctx, views, most = trial.ctx, trial.ctx.config.logits.views, max(trial.shards)
+    files = list(product(range(len(trial.pool)), enumerate(trial.shards)))
+    todo = [n for i, (s, n) in files if not logit_file(work, i, s).exists()]
+    images, names = views * sum(todo), ctx.config.teachers.architectures
+    batch = min(ctx.config.logits.batch, most)
+    costs = [trial.cost(images // len(names), batch, answering, name) for name in names]
+    cost = Cost.peak(costs, sum(c.seconds for c in costs) / ctx.world.size)
+    copies = 3  # of a file: as it is filled, as a file in memory, as the bytes of that file
+    cost = replace(cost, memory=cost.memory + copies * 2 * views * most * ctx.classes)
+    return Estimate(len(todo) < len(files), 0, images, cost)
+
+
+def make_up_gan(trial: Trial, directory: Path) -> None:
+    """Both networks after a step, so that there is a state of the optimizer."""
+    ctx, ranks = trial.ctx, trial.ctx.world.size
+    trainee = gan.GanTraining(smaller(ctx, "gan", ctx.config.accumulate * ranks, ranks), directory)
+    trainee.train(0, trainee.read(0))
+    meta = {"format": "gdd-generator/1", "arch": trainee.nets.ema.arch, "classes": list(ctx.manifest.classes)}
+    save_network(directory / GENERATOR, trainee.nets.ema, {**meta, "provenance": provenance(ctx, trial.fps)})
+    trainee.nets.save_discriminator(directory, write=True)
+    trainee.close()
+
+
+def estimate_gan(trial: Trial, work: Path) -> Estimate:
+    """Training steps, and grids of samples."""
+    ctx, g, grid = trial.ctx, trial.ctx.config.gan, sample_grid.forwards(trial.ctx)
+    start, unit = steps_done(ctx, work / CHECKPOINTS), ctx.config.accumulate
+    step = trial.training("gan", ctx.world.size, lambda small: gan.GanTraining(small, work), unit)
+    left, grids = g.steps - start, sum(gan.shows_grid(g, s) for s in range(start, g.steps))
+    painting = trial.cost(grid, grid, drawing).beside(step.cost)
+    cost = Cost.peak((step.cost, painting), left * step.cost.seconds + grids * painting.seconds)
+    return Estimate(start > 0, left, left * step.forwards + step.settling + grids * grid, cost)
+
+
+def make_up_matching(trial: Trial, directory: Path) -> None:
+    """The gan's generator."""
+    (directory / GENERATOR).hardlink_to(trial.directories["gan"] / GENERATOR)
+
+
+def estimate_matching(trial: Trial, work: Path) -> Estimate:
+    """Training steps, and measurements with quick students, each with a grid of samples."""
+    ctx, m, name = trial.ctx, trial.ctx.config.matching, trial.ctx.config.matching.quick_student
+    start, step = steps_done(ctx, work / CHECKPOINTS), _matching_step(trial, work)
+    trained, fresh, answered = quick_students.forwards(ctx)
+    parts = [
+        trial.cost(trained, m.quick_batch, studying, name).beside(step.cost),
+        trial.cost(fresh, min(drawn.DRAW_BATCH, quick_students.CHUNK * m.quick_batch), drawing).beside(step.cost),
+        trial.cost(answered, PREDICT_BATCH, answering, name).beside(step.cost),
+    ]
+    left, measurements = m.steps - start, sum(s % m.interval == 0 for s in range(start, m.steps)) + 1
+    turns = measurements * -(-m.quick_students // ctx.world.size)
+    each = m.quick_students * (trained + fresh + answered) + sample_grid.forwards(ctx)
+    cost = Cost.peak((step.cost, *parts), left * step.cost.seconds + turns * sum(part.seconds for part in parts))
+    return Estimate(start > 0, left, left * step.forwards + step.settling + measurements * each, cost)
+
+
+def _matching_step(trial: Trial, work: Path) -> Training:
+    """Groups take the teachers in turn: so a small batch has all architectures, as the whole one."""
+    config, dirs = trial.ctx.config, trial.directories
+    used = [i for i, (last, _) in enumerate(trial.pool) if last or config.matching.teachers == "all"]
+
+    def in_turn(batch: matching.Batch) -> matching.Batch:
+        turns = np.resize(used, len(batch.groups.classes))
+        return replace(batch, groups=replace(batch.groups, teachers=turns))
+
+    def build(small: Context) -> matching.Matching:
+        pool = matching.Pool(small, dirs["teachers"], dirs["logits"])
+        return matching.Matching(small, work, pool, dirs["gan"])
+
+    unit = config.matching.group * len(config.teachers.architectures) * config.accumulate
+    return trial.training("matching", trial.ctx.world.size, build, unit, in_turn)
+
+
+def make_up_report(trial: Trial, directory: Path) -> None:
+    """One file of the size of all."""
+    (directory / "report").write_bytes(bytes(report.bytes_needed(trial.ctx)))
+
+
+def estimate_report(trial: Trial, work: Path) -> Estimate:
+    """Students that no earlier run has trained; the pictures draw a few images from both generators."""
+    ctx, t, test = trial.ctx, trial.ctx.config.teachers, len(trial.ctx.images("test"))
+    jobs = rows.jobs(ctx.config, ctx.manifest, ctx.precision, {"data": trial.fps["shards"], **trial.fps})
+    known = student_results.cached(ctx, jobs)
+    left = [j for j in jobs if j.fingerprint not in known]
+    parts = [_student(trial, j, test) for j in left]
+    seconds = makespan([sum(part.seconds for part in own) for own in parts], ctx.world.size)
+    cost = Cost.peak([Cost(0.0, trial.meter.base), *(part for own in parts for part in own)], seconds)
+    images = sum(rows.images_forwarded(j, t.seeds * len(t.architectures), test) for j in left)
+    images += 2 * min(ctx.classes, report.SAMPLE_CLASSES) * report.SAMPLE_COLUMNS + diagnostics.forwards(ctx)
+    note = work / CHECKPOINTS / "start.json"
+    resumes = note.exists() and len(known) > read_json(note)["students"]
+    return Estimate(resumes, sum(j.budget.optimizer_steps for j in left), images, cost)
+
+
+def _student(trial: Trial, job: rows.Job, test: int) -> list[Cost]:
+    """The parts of what a student costs; the frozen networks that it learns from stay beside it."""
+    b, row, label, draw = job.budget, job.row, NOTHING, NOTHING
+    if row.labels == "soft":
+        label = trial.cost(b.images_seen, soft_labels.BATCH, labelling)
+    if row.train_on in rows.GENERATORS:
+        draw = trial.cost(b.distinct_images_seen, min(drawn.DRAW_BATCH, students.CHUNK_IMAGES), drawing)
+    own = [
+        trial.cost(b.images_seen, b.batch, studying, row.student),
+        trial.cost(test, PREDICT_BATCH, answering, row.student),
+    ]
+    return [label, draw, *(part.beside(label).beside(draw) for part in own)]
+
+
+ESTIMATES: dict[str, tuple[Callable[[Trial, Path], None], Callable[[Trial, Path], Estimate]]] = {
+    "teachers": (make_up_teachers, estimate_teachers),
+    "logits": (make_up_logits, estimate_logits),
+    "gan": (make_up_gan, estimate_gan),
+    "matching": (make_up_matching, estimate_matching),
+    "report": (make_up_report, estimate_report),
+}
+"""Step → what writes into a directory files like those that it leaves: names, formats and sizes are true, values made up; and
+what estimates what is left of a step that works in a directory.
+"""
+
+
+def steps_done(ctx: Context, directory: Path) -> int:
+    """The step that a checkpoint lets a loop go on from."""
+    found = ctx.checkpoints(directory).load()
+    return 0 if found is None else found[0]
+
+
+def makespan(seconds: Sequence[float], ranks: int) -> float:
+    """When the last rank is done, if each takes the longest job left as soon as it is free."""
+    busy = [0.0] * ranks
+    for job in sorted(seconds, reverse=True):
+        heapq.heapreplace(busy, busy[0] + job)
+    return max(busy)
