@@ -2,10 +2,11 @@
 
 from typing import TYPE_CHECKING, Any
 
+from sharding import __version__ as __version__
+
 if TYPE_CHECKING:
     from gdd_dist.product.sampler import load_generator as load_generator
 
-__version__ = "0.1.0"
 __all__ = ["__version__", "load_generator"]
 
 

@@ -13,7 +13,6 @@ from gdd_dist.config import command_line
 from gdd_dist.config.bounds import options
 from gdd_dist.runtime.arguments import Parser
 from gdd_dist.runtime.run_program import run_program
-from gdd_dist.runtime.world import World
 
 DIRECTORIES, FILES = ("data", "out", "store", "dest"), ("config", "deepspeed_config")
 PROGRAMS: dict[str, Callable[[], argparse.ArgumentParser]] = {
@@ -52,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def main(argv: Sequence[str], _joined: Callable[[World], None] | None = None) -> None:
+def main(argv: Sequence[str], _joined: object = None) -> None:
     """Print it."""
     sys.stdout.write(f"{script(parser().parse_args(argv).shell)}\n")
 

@@ -11,15 +11,17 @@ import textwrap
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from gdd_dist.health import checks, isolated_checks
-from gdd_dist.health.checks import FAIL, OK, WARN, Finding
+from gdd_dist.health.finding import FAIL, OK, WARN, Finding
 from gdd_dist.runtime.arguments import Parser
 from gdd_dist.runtime.run_program import run_program
 from gdd_dist.runtime.versions import versions
-from gdd_dist.runtime.world import World
+
+if TYPE_CHECKING:  # a command line is read, and refused, without torch
+    from gdd_dist.runtime.world import World
 
 WIDTH = 110
 
@@ -46,6 +48,8 @@ def main(argv: Sequence[str], joined: Callable[[World], None]) -> None:
     """Print what was found; leaves with 1 if anything failed."""
     arguments = parser().parse_args(argv)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        from gdd_dist.runtime.world import World
+
         world = World("cpu", 60)
         joined(world)
         found = together(world, Path(arguments.out))
@@ -70,6 +74,8 @@ def _watched(arguments: argparse.Namespace) -> Iterator[Finding]:
 
 def examine(arguments: argparse.Namespace) -> Iterator[Finding]:
     """This machine, check by check, the cheap ones first."""
+    from gdd_dist.health import checks, isolated_checks  # load torch
+
     yield checks.python()
     yield from checks.packages()
     yield checks.torch_pair()

@@ -40,7 +40,5 @@ def doctor() -> None:
 def shards() -> None:
     """gdd-shards: python -m sharding."""
     from sharding.__main__ import main
-    from sharding.pool import import_webdataset_without_torch
 
-    import_webdataset_without_torch()
     sys.exit(main())

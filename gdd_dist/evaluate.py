@@ -6,25 +6,23 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gdd_dist.config import command_line as configuration
 from gdd_dist.config.settings import Config
-from gdd_dist.evaluation.rows import check, plan
-from gdd_dist.evaluation.student_results import evaluate, log_accuracies
-from gdd_dist.models.files import GENERATOR, read_network
 from gdd_dist.pipeline.dataset import data_of
-from gdd_dist.pipeline.verify_inputs import verify_inputs
-from gdd_dist.reporting.metrics import document
 from gdd_dist.reporting.tables import table
 from gdd_dist.runtime.arguments import Parser
 from gdd_dist.runtime.run_program import note_preemption, run_program
-from gdd_dist.runtime.world import World
 from gdd_dist.storage.json_files import read_json, write_json
 from gdd_dist.storage.store import CONTENTS, Store
-from gdd_dist.training.context import Context, agreed_precision
 from sharding.errors import UserError
 from sharding.manifest import Manifest
+
+if TYPE_CHECKING:  # a command line is read, and refused, without torch
+    from gdd_dist.evaluation.rows import Row
+    from gdd_dist.runtime.world import World
+    from gdd_dist.training.context import Context
 
 FILE = "evaluate.json"
 _LISTS = ("ipc", "protocol", "labels", "students", "baselines")
@@ -100,9 +98,9 @@ def finished_steps(out: Path, manifest: Manifest) -> tuple[Store, dict[str, str]
     return store, {"data": manifest.fingerprint, **fps}
 
 
-def needed(config: Config, store: Store, fps: dict[str, str]) -> dict[str, Path]:
+def needed(rows: Sequence[Row], store: Store, fps: dict[str, str]) -> dict[str, Path]:
     """The directory of every step that a row reads. Raises UserError when one is gone."""
-    steps = sorted({step for row in plan(config) for step in row.reads})
+    steps = sorted({step for row in rows for step in row.reads})
     for step in steps:
         if not store.finished(step, fps[step]):
             raise UserError(
@@ -115,11 +113,17 @@ def main(argv: Sequence[str], joined: Callable[[World], None]) -> None:
     """Measure, print, write OUT/evaluate.json."""
     config = settings(parser().parse_args(argv))
     out = Path(config.out or ".")
+    from gdd_dist.evaluation.rows import check, plan
+    from gdd_dist.pipeline.verify_inputs import verify_inputs
+    from gdd_dist.runtime.world import World
+    from gdd_dist.training.context import Context, agreed_precision
+
     data = data_of(out, config)
     manifest = Manifest.load(data)
     check(config, manifest)
     store, fps = finished_steps(out, manifest)
-    dirs = needed(config, store, fps)
+    rows = plan(config)
+    dirs = needed(rows, store, fps)
     world = World(config.device, config.timeout)
     joined(world)
     note_preemption(world, out)
@@ -129,17 +133,21 @@ def main(argv: Sequence[str], joined: Callable[[World], None]) -> None:
     if config.verify:
         verify_inputs(ctx, {step: fps[step] for step in dirs}, ("train", "test"))
     world.enter("evaluate")
-    results = measure(ctx, dirs, fps)
+    results = measure(ctx, rows, dirs, fps)
     if world.is_main:
+        from gdd_dist.models.files import GENERATOR, read_network
+        from gdd_dist.reporting.metrics import document
+
         history = read_network(dirs["matching"] / GENERATOR)[1].get("history", [])
         write_json(out / FILE, document(ctx, fps, history, results))
         sys.stdout.write(f"\n{table(results)}\n\nwritten: {out / FILE}\n")
 
 
-def measure(ctx: Context, dirs: dict[str, Path], fps: dict[str, str]) -> list[dict[str, Any]]:
+def measure(ctx: Context, rows: Sequence[Row], dirs: dict[str, Path], fps: dict[str, str]) -> list[dict[str, Any]]:
     """All rows, watched."""
-    rows = len(plan(ctx.config))
-    monitor = ctx.monitor("evaluate", Path("students"), rows * ctx.config.report.seeds, unit="student")
+    from gdd_dist.evaluation.student_results import evaluate, log_accuracies
+
+    monitor = ctx.monitor("evaluate", Path("students"), len(rows) * ctx.config.report.seeds, unit="student")
     results = evaluate(ctx, dirs, fps, monitor)
     log_accuracies(monitor, results)
     monitor.close()

@@ -7,24 +7,26 @@ import io
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
-from gdd_dist.product.card import Drawn, card, sample_picture
-from gdd_dist.product.sampler import Sampler, load_generator
 from gdd_dist.runtime.arguments import Parser
 from gdd_dist.runtime.monitor import Monitor
 from gdd_dist.runtime.run_program import run_program
 from gdd_dist.runtime.versions import versions
-from gdd_dist.runtime.world import World
 from sharding.encode import Moments, Stored, mean_and_std, write_tar
 from sharding.errors import UserError
 from sharding.files import fsync_dir, write_atomic
 from sharding.manifest import Manifest, ShardInfo, SplitInfo
+
+if TYPE_CHECKING:  # a command line is read, and refused, without torch
+    from gdd_dist.product.card import Drawn
+    from gdd_dist.product.sampler import Sampler
 
 SHARD_IMAGES = 10_000
 CHUNK = 1_000
@@ -96,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def main(argv: Sequence[str], _joined: Callable[[World], None] | None = None) -> None:
+def main(argv: Sequence[str], _joined: object = None) -> None:
     """Draw, write, say where it is."""
     arguments = parser().parse_args(argv)
     if (arguments.total if arguments.ipc is None else arguments.ipc) < 1:
@@ -104,6 +106,9 @@ def main(argv: Sequence[str], _joined: Callable[[World], None] | None = None) ->
     dest = Path(arguments.dest)
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise UserError(f"{dest} is not empty; choose a new DEST")
+    from gdd_dist.product.card import Drawn, card, sample_picture
+    from gdd_dist.product.sampler import load_generator
+
     generator = load_generator(arguments.out, arguments.device)
     total = arguments.total or arguments.ipc * len(generator.classes)
     drawn = Drawn(

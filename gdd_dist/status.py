@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gdd_dist.config.settings import Config
@@ -16,8 +16,7 @@ from gdd_dist.reporting.tables import aligned, headline
 from gdd_dist.runtime.arguments import Parser
 from gdd_dist.runtime.locks import Lock
 from gdd_dist.runtime.run_program import run_program
-from gdd_dist.runtime.world import World
-from gdd_dist.storage.checkpoints import newest_records
+from gdd_dist.storage.checkpoint_records import newest_records
 from gdd_dist.storage.json_files import read_json
 from gdd_dist.storage.store import CHECKPOINTS, CONTENTS, Store
 from sharding.errors import UserError
@@ -41,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def main(argv: Sequence[str], _joined: Callable[[World], None] | None = None) -> None:
+def main(argv: Sequence[str], _joined: object = None) -> None:
     """Print, and prune if asked."""
     arguments = parser().parse_args(argv)
     if arguments.yes and not arguments.prune:

@@ -7,13 +7,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gdd_dist.config import command_line as configuration
-from gdd_dist.dry_run import table
-from gdd_dist.pipeline.dataset import prepare_data
-from gdd_dist.pipeline.run import run, run_lock
 from gdd_dist.runtime.run_program import note_preemption, run_program
-from gdd_dist.runtime.world import World
+
+if TYPE_CHECKING:
+    from gdd_dist.runtime.world import World
 
 
 def main(argv: list[str], joined: Callable[[World], None]) -> None:
@@ -24,11 +24,18 @@ def main(argv: list[str], joined: Callable[[World], None]) -> None:
         if int(os.environ.get("RANK", 0)) == 0:
             sys.stdout.write(configuration.to_yaml(config, command.preset))
         return
+    from gdd_dist.runtime.world import World  # loads torch, for which no one waits who only asks
+
     world = World(config.device, config.timeout)
     joined(world)
     if command.dry_run:
+        from gdd_dist.dry_run import table
+
         table.show(world, config)
         return
+    from gdd_dist.pipeline.dataset import prepare_data
+    from gdd_dist.pipeline.run import run, run_lock
+
     out = Path(config.out or ".")
     with run_lock(world, out):
         note_preemption(world, out)

@@ -9,11 +9,13 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
+from sharding import __version__
 from sharding.errors import UserError
 from sharding.manifest import Manifest
-from sharding.plan import DEFAULT_VAL_FRACTION, Options, parse_size
+from sharding.plan import DEFAULT_VAL_FRACTION, Options
 from sharding.pool import import_webdataset_without_torch
 from sharding.redact import redact
+from sharding.sizes import parse_size
 from sharding.sources import SOURCES
 from sharding.verify import verify
 from sharding.writer import build
@@ -31,6 +33,7 @@ class _Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     """Return the command line's parser; it raises UserError instead of exiting."""
     top = _Parser(prog="python -m sharding", description="Labelled images to tar shards, and checks of them.")
+    top.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="build | info | verify")
     make = commands.add_parser(
         "build",
@@ -87,6 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _build(arguments: argparse.Namespace) -> None:
+    import_webdataset_without_torch()
     options = Options(
         shard_size=parse_size(arguments.shard_size),
         workers=arguments.workers,
@@ -133,7 +137,6 @@ def _log(line: str) -> None:
 
 
 if __name__ == "__main__":
-    import_webdataset_without_torch()
     for stream in (sys.stdout, sys.stderr):
         # File names need not be valid text.
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

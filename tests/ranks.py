@@ -29,7 +29,7 @@ Before = Callable[[int], None]
 """Called with its rank in each process before anything else: counts, holds or kills."""
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["gdd_dist.train", "torch._dynamo", "pytest"])
+_server.set_forkserver_preload(["gdd_dist.train", "gdd_dist.dry_run.table", "torch._dynamo", "pytest"])
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import Any
 
 from gdd_dist.runtime.arguments import Parser
 from sharding.errors import UserError
-from tune.proposals import ALGORITHMS
 
 SCHEDULERS = ("asha", "fifo")
+ALGORITHMS = ("random", "optuna")
 METRICS = {
     "val": "accuracy of the kept generator's quick students on val",
     "lower": "the same minus its standard error",

@@ -19,7 +19,7 @@ import torch
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from gdd_dist.data.remote import is_remote, read_manifest
+from gdd_dist.data.location import is_remote, read_manifest
 from gdd_dist.runtime.monitor import say
 from gdd_dist.runtime.versions import versions
 from sharding.errors import UserError

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from gdd_dist.config import command_line as configuration
-from gdd_dist.data.remote import is_remote, read_manifest
+from gdd_dist.data.location import is_remote, read_manifest
 from gdd_dist.pipeline.preflight import check
 from gdd_dist.pipeline.store_users import store_of
 from gdd_dist.runtime.locks import Lock, holding, in_use

@@ -19,7 +19,6 @@ from optuna.trial import TrialState, create_trial
 from sharding.errors import UserError
 from tune.space import Axis
 
-ALGORITHMS = ("random", "optuna")
 RANDOM_FIRST = 5
 """Trials that TPE draws at random before it models anything."""
 ATTEMPTS = 100

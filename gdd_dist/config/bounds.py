@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 
 from gdd_dist.config.settings import SECTIONS, Config
 from sharding.errors import UserError
-from sharding.plan import parse_size
+from sharding.sizes import parse_size
 
 
 def options() -> Iterator[tuple[str, type, dataclasses.Field[Any]]]:

@@ -14,10 +14,11 @@ from typing import Any, get_args
 import yaml
 from jsonargparse import ArgumentParser
 
+from gdd_dist import __version__
 from gdd_dist.config.bounds import options, validate, value_of
 from gdd_dist.config.presets import PRESETS
 from gdd_dist.config.settings import SECTIONS, Config
-from gdd_dist.data.remote import read_manifest
+from gdd_dist.data.location import read_manifest
 from gdd_dist.models import pretrained
 from sharding.errors import UserError
 
@@ -50,6 +51,7 @@ def command_line() -> ArgumentParser:
         usage="torchrun --nproc_per_node=N -m %(prog)s [--preset NAME] [--data DIR] [--out DIR] [--SECTION.NAME VALUE ...]",
         description="Distil a labelled image data set into a class-conditional generator. Start it with torchrun, or alone as one process.",
         default_env=False,
+        version=__version__,
         print_config=None,  # ours prints what --config reads back, the preset included
     )
     parser.add_argument(
@@ -91,6 +93,7 @@ def _known() -> set[str]:
         "preset",
         "config",
         "help",
+        "version",
         "no-verify",
         "local_rank",
         "local-rank",

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from gdd_dist.config.steps import STEPS, TABLE
-from gdd_dist.data.order import default_streams
 
 SECTIONS = ("loader", *TABLE)
 
@@ -281,6 +280,8 @@ class Config:
     def streams(self, step: str) -> int:
         """The canonical streams of a global batch of gan, or of a teacher's, which is dealt to a team at most: as many of
         ``loader.streams`` as divide it."""
+        from gdd_dist.data.order import default_streams  # loads numpy
+
         asked, batch = self.loader.streams, int(getattr(self, step).batch)
         if not asked:
             return default_streams(batch)

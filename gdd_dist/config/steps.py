@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gdd_dist.models import pretrained
 from gdd_dist.models.names import has_batch_norm
 
 if TYPE_CHECKING:  # the settings read the names of the steps from here
@@ -59,8 +60,6 @@ class Step:
 
 def _teachers(config: Config) -> dict[str, Any]:
     if config.teachers.pretrained:
-        from gdd_dist.models import pretrained  # loads torch
-
         return {"pretrained": pretrained.hashes(config.teachers.pretrained)}
     shaping = {**config.shaping("teachers"), "loader": config.shaping("loader")}
     if any(has_batch_norm(name) for name in config.teachers.architectures):

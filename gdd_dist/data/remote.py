@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import queue
-import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -20,27 +19,17 @@ from pathlib import Path
 from typing import BinaryIO
 
 from gdd_dist.data.download import Source, locked, whole
+from gdd_dist.data.location import is_remote, read_manifest
 from gdd_dist.runtime.monitor import LINE_SECONDS, Monitor, say
 from sharding.errors import UserError
 from sharding.files import write_atomic
 from sharding.manifest import FILE, Manifest, ShardInfo, parse_manifest
-from sharding.plan import parse_size
 from sharding.progress import duration
+from sharding.sizes import parse_size
 
-SCHEMES = ("s3", "s3a", "gs", "gcs", "https", "http")
 DOWNLOADS = 2
 """Downloads ahead at a time, of one rank."""
 INDEX_DOWNLOADS = 16
-
-
-def is_remote(data: str) -> bool:
-    """Whether ``data`` is a URL. Raises UserError for one that is not read, commands among them."""
-    if data.lower().startswith("pipe:") or data.startswith("|"):
-        raise UserError(f"--data {data} is a command, and commands are never run; give a directory or a URL")
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", data)
-    if "::" in data or (scheme and scheme[1].lower() not in SCHEMES):
-        raise UserError(f"--data {data} is not read; give a directory or a URL of {', '.join(SCHEMES)}")
-    return scheme is not None
 
 
 @dataclass(frozen=True)
@@ -56,14 +45,6 @@ class Cache:
         """From settings; without a directory, the user's own cache."""
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         return Cache(Path(directory) if directory else home / "gdd_dist" / "data", parse_size(limit), patience)
-
-
-def read_manifest(data: str, patience: float = 60.0) -> Manifest:
-    """The manifest of a directory or a URL; of a URL once in a process, so that it cannot change under a run.
-
-    ``patience``: seconds for which a store may fail.
-    """
-    return remote_manifest(data, patience) if is_remote(data) else Manifest.load(data)
 
 
 @cache

@@ -11,7 +11,6 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -19,26 +18,16 @@ import numpy as np
 import torch
 
 from gdd_dist.engines.precision import resolve_precision
+from gdd_dist.health.finding import FAIL, OK, WARN, Finding
 from sharding.errors import UserError
 from sharding.files import fsync_dir, write_atomic
 from sharding.shards import decode
 
-OK, WARN, FAIL = "ok", "warn", "FAIL"
 OLDEST_PYTHON = (3, 11)
 LOW_SPACE, NO_SPACE = 5e9, 5e8
 SLOW_JPEG = 1_500.0
 JPEG_SIDE, JPEG_SECONDS = 64, 0.3
 RENDEZVOUS_PORT, TENSORBOARD_PORT = 29500, 6006
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the doctor's page. ``state``: ok, warn (something optional will not work) or FAIL; ``fix``: what to do."""
-
-    name: str
-    state: str
-    detail: str
-    fix: str = ""
 
 
 def python() -> Finding:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from gdd_dist.health.checks import FAIL, OK, WARN, Finding
+from gdd_dist.health.finding import FAIL, OK, WARN, Finding
 
 PATIENCE = 90.0
 """Seconds."""

@@ -13,15 +13,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from gdd_dist.models.classifiers import Classifier, build_classifier
-from gdd_dist.models.discriminator import Discriminator
 from gdd_dist.models.generator import Generator
 from gdd_dist.storage.json_files import read_json
 from sharding.errors import UserError
 from sharding.files import write_atomic
 
-if TYPE_CHECKING:  # who only reads a generator has no TensorBoard
-    pass
+if TYPE_CHECKING:  # who only draws needs neither
+    from gdd_dist.models.classifiers import Classifier
+    from gdd_dist.models.discriminator import Discriminator
 
 TEACHERS = "teachers.json"
 GENERATOR = "generator.safetensors"
@@ -56,6 +55,8 @@ def load_generator_network(path: Path) -> tuple[Generator, dict[str, Any]]:
 
 def load_discriminator_network(path: Path) -> Discriminator:
     """The discriminator of a ``discriminator.safetensors``."""
+    from gdd_dist.models.discriminator import Discriminator
+
     weights, meta = read_network(path)
     net = Discriminator(**meta["arch"])
     net.load_state_dict(weights)
@@ -78,6 +79,8 @@ class Teacher:
 
     def load(self, channels: int, size: int, classes: int) -> Classifier:
         """The network on the CPU, frozen, in evaluation mode; mean and std come with the weights."""
+        from gdd_dist.models.classifiers import build_classifier
+
         shape = {"channels": channels, "size": size, "classes": classes}
         with torch.device("meta"):  # no time, and no random numbers, for weights that are replaced at once
             net = build_classifier(self.architecture, **shape, mean=[0.0] * channels, std=[1.0] * channels)

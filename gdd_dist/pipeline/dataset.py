@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gdd_dist.config.settings import Config
-from gdd_dist.data.remote import Cache, open_data, read_manifest
-from gdd_dist.runtime.world import World
+from gdd_dist.data.location import read_manifest
 from sharding.manifest import FILE, Manifest
-from sharding.writer import build
+
+if TYPE_CHECKING:
+    from gdd_dist.runtime.world import World
 
 PATIENCE = 5.0
 """Seconds that the store of a remote data set may fail before its manifest counts as not there."""
@@ -30,21 +32,28 @@ def data_or_digits(config: Config, out: Path, scratch: Path) -> tuple[Path, bool
         return data, False
     if (out / "data" / FILE).exists():
         return out / "data", False
+    from sharding.writer import build  # few runs build
+
     build("digits", scratch / "data")
     return scratch / "data", True
 
 
 def data_directory(config: Config) -> Path | None:
     """Where --data lies on this host, a mirror if it is remote; None where it is not given."""
+    if config.data is None:
+        return None
+    from gdd_dist.data.remote import Cache, open_data  # most questions are answered by the manifest alone
+
     loader = config.loader
-    cache = Cache.of(loader.cache_dir, loader.cache_limit, loader.patience)
-    return None if config.data is None else open_data(config.data, cache)
+    return open_data(config.data, Cache.of(loader.cache_dir, loader.cache_limit, loader.patience))
 
 
 def prepare_data(world: World, config: Config, out: Path) -> tuple[Path, str]:
     """The data directory and its status; without --data the digits are built in OUT/data on first use."""
     if (data := data_directory(config)) is not None:
         return data, "reused"
+    from sharding.writer import build
+
     reused = world.broadcast(build("digits", out / "data").reused if world.is_main else None)
     if world.local_rank == 0 and not (out / "data" / FILE).exists():  # a host with a disk of its own
         build("digits", out / "data")

@@ -8,7 +8,7 @@ from gdd_dist.config.settings import Config
 from gdd_dist.engines import deepspeed_config
 from gdd_dist.engines.deepspeed_engine import import_deepspeed
 from gdd_dist.evaluation import rows
-from gdd_dist.models import pretrained
+from gdd_dist.models import pretrained, pretrained_networks
 from gdd_dist.models.classifiers import has_batch_norm, parse_classifier, parse_student
 from gdd_dist.models.residual import side_widths
 from sharding.errors import UserError
@@ -31,7 +31,7 @@ def check(config: Config, manifest: Manifest, world: int, device: torch.device) 
         parse_classifier(name)
     parse_student(config.matching.quick_student)
     for file in pretrained.files(config.teachers.pretrained) if config.teachers.pretrained else ():
-        pretrained.load(file, manifest)
+        pretrained_networks.load(file, manifest)
     check_ranks(config, world)
     if not config.teachers.pretrained:
         check_teams(config, world)

@@ -21,7 +21,6 @@ from gdd_dist.reporting.tables import table
 from gdd_dist.runtime.file_exchange import Disks
 from gdd_dist.runtime.locks import Lock, holding, in_use
 from gdd_dist.runtime.monitor import say, write_text
-from gdd_dist.runtime.tensorboard_layout import write_layout
 from gdd_dist.runtime.versions import commit, versions
 from gdd_dist.runtime.world import World
 from gdd_dist.storage.json_files import read_json, write_json
@@ -106,6 +105,8 @@ def write_config(out: Path, text: str) -> None:
     """OUT/config.yaml, and the same in TensorBoard; without keys that stand in URLs."""
     path, text = out / "config.yaml", redact(text)
     if not path.exists() or path.read_text() != text:
+        from gdd_dist.runtime.tensorboard_layout import write_layout  # loads TensorBoard, which only rank 0 writes
+
         write_text(out / "tensorboard" / "config", "config", text)
         write_layout(out / "tensorboard" / "overview")
         write_atomic(path, text.encode())

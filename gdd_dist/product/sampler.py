@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,15 +16,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from gdd_dist.data.noise import normal
-from gdd_dist.data.order import dealt
 from gdd_dist.data.pixels import to_float, to_uint8
-from gdd_dist.models.classifiers import Classifier
 from gdd_dist.models.files import GENERATOR, load_generator_network, read_teachers
 from gdd_dist.models.generator import Generator
 from gdd_dist.storage.json_files import read_json
-from gdd_dist.storage.store import CONTENTS, Store, verify_file
-from gdd_dist.training.soft_labels import soft_labels
 from sharding.errors import UserError
+
+if TYPE_CHECKING:  # only soft labels need the teachers
+    from gdd_dist.models.classifiers import Classifier
 
 DRAW_BATCH = 250
 Labels = Sequence[int] | np.ndarray | Tensor
@@ -52,6 +51,8 @@ def load_generator(path: str | Path, device: str | torch.device = "auto") -> Sam
 
 def verify(directory: Path, *names: str) -> None:
     """Raise UserError where files of a finished step are not as they were written."""
+    from gdd_dist.storage.store import CONTENTS, verify_file
+
     files = read_json(directory / CONTENTS)["files"]
     for name in names:
         entry = files.get(name)
@@ -151,6 +152,8 @@ class Sampler:
     def _stream(
         self, batch_size: int, seed: int, soft_labels: bool, truncation: float | None
     ) -> Iterator[tuple[Tensor, Tensor]]:
+        from gdd_dist.data.order import dealt
+
         first = 0
         while True:
             places = np.arange(first, first + batch_size)
@@ -166,6 +169,8 @@ class Sampler:
         ``images``: uint8 [N, C, H, W], or float in [-1, 1], say after your augmentation, as the report labels them.
         ``temperature``: by default the run's ``report.label_temperature``. Raises UserError without a run directory.
         """
+        from gdd_dist.training.soft_labels import soft_labels
+
         teachers = self._load_teachers()
         if temperature is None:
             temperature = self.label_temperature()
@@ -243,6 +248,8 @@ def truncated(z: Tensor, limit: float | None) -> Tensor:
 
 def load_teachers(step: Path, arch: Mapping[str, Any], device: torch.device) -> list[Classifier]:
     """The last snapshots of the pool that a finished matching step was made with, frozen. Raises UserError where it is gone."""
+    from gdd_dist.storage.store import CONTENTS, Store
+
     fp = read_json(step / CONTENTS)["provenance"]["fingerprints"]["teachers"]
     store = Store(step.parent.parent)
     if not store.finished("teachers", fp):

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from gdd_dist.runtime.tensorboard_layout import hparams, scalar
 from sharding.progress import duration
 from sharding.redact import redact
 
@@ -102,6 +101,8 @@ class Monitor:
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Log ``values`` as STEP/NAME."""
         if self._writer:
+            from gdd_dist.runtime.tensorboard_layout import scalar
+
             with naming(self._directory):
                 for name, value in values.items():
                     self._writer._get_file_writer().add_summary(scalar(f"{self.step}/{name}", value), step)
@@ -109,6 +110,8 @@ class Monitor:
     def hparams(self, settings: Mapping[str, Any], results: Mapping[str, float]) -> None:
         """The run's settings (flat) and what came of them, for TensorBoard's HPARAMS page."""
         if self._writer:
+            from gdd_dist.runtime.tensorboard_layout import hparams
+
             own = {f"result/{name}": value for name, value in results.items()}
             with naming(self._directory):
                 for summary in hparams(settings, {f"{self.step}/{name}": value for name, value in own.items()}):

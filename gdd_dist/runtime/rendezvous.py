@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from gdd_dist.runtime.signals import PeerError
 from sharding.errors import UserError
 
 _POLL = 0.002
@@ -19,10 +20,6 @@ _SOON = datetime.timedelta(seconds=10)
 
 _ECHO = 10.0
 """Seconds that the others give rank 0 to say who is missing."""
-
-
-class PeerError(Exception):
-    """Another rank failed; its own message says why."""
 
 
 def meet(rank: int, size: int, timeout: float) -> Any:

@@ -10,15 +10,15 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from gdd_dist.runtime.rendezvous import PeerError, claim_before_joining
-from gdd_dist.runtime.signals import Preempted, asked, end_with, listen
-from gdd_dist.runtime.world import World
+from gdd_dist.runtime.signals import PeerError, Preempted, asked, end_with, listen
 from gdd_dist.storage.json_files import write_json
 from sharding.errors import UserError
 from sharding.redact import redact
+
+if TYPE_CHECKING:  # --help is answered without torch
+    from gdd_dist.runtime.world import World
 
 PREEMPTED = "preempted"
 """The file in OUT that tells launchers to start the job again: torchrun itself exits with 1 whatever happened."""
@@ -94,7 +94,7 @@ def report_failure(fault: Exception, world: World | None, debug: bool) -> int:
             UserError(f"{gone} is gone; run the same command again: it goes on from the last checkpoint"),
             True,
         )
-    mine = world.claim_failure() if world is not None else size == 1 or claim_before_joining()
+    mine = world.claim_failure() if world is not None else size == 1 or _claim_before_joining()
     if not mine:
         sys.stderr.write(f"stopped: rank {rank}, because another rank failed\n")
         time.sleep(_PEER_FAULT)  # torchrun blames, and reports, whoever is gone first
@@ -105,9 +105,16 @@ def report_failure(fault: Exception, world: World | None, debug: bool) -> int:
     return 2 if user else 1
 
 
+def _claim_before_joining() -> bool:
+    from gdd_dist.runtime.rendezvous import claim_before_joining  # loads torch
+
+    return claim_before_joining()
+
+
 def explained(fault: Exception, world: World | None) -> Exception:
     """A fault that the user can mend as one that says how: a GPU without enough memory."""
-    if not isinstance(fault, torch.OutOfMemoryError):
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(fault, torch.OutOfMemoryError):
         return fault
     remedies = {
         **{s: f"lower --{s}.batch, or cut it with --accumulate, or use more ranks" for s in ("gan", "matching")},

@@ -25,6 +25,10 @@ class Preempted(Exception):
     """This job was asked to stop; what it had done is saved."""
 
 
+class PeerError(Exception):
+    """Another rank failed; its own message says why."""
+
+
 class Asked:
     """Whether this job was asked to stop. ``number``: the signal, 0 while none came; ``heard``: set when one did.
 

@@ -5,15 +5,26 @@ from __future__ import annotations
 import platform
 import subprocess
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from gdd_dist import __version__
 
 PACKAGES = ("gdd_dist", "torch", "torchvision", "numpy")
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and the libraries that shape numbers."""
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # a copy of the tree that nobody installed
+        if name != "gdd_dist":
+            raise
+        return __version__
 
 
 @cache

@@ -19,8 +19,8 @@ import torch.distributed as dist
 
 from gdd_dist.runtime.heartbeat import Pulse, describe
 from gdd_dist.runtime.monitor import say
-from gdd_dist.runtime.rendezvous import PeerError, meet
-from gdd_dist.runtime.signals import Preempted, asked
+from gdd_dist.runtime.rendezvous import meet
+from gdd_dist.runtime.signals import PeerError, Preempted, asked
 from gdd_dist.runtime.vote import Vote
 from sharding.errors import UserError
 

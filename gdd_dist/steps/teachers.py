@@ -16,7 +16,7 @@ from gdd_dist.data.augment import AUGMENT_DRAWS
 from gdd_dist.data.images import to_float
 from gdd_dist.data.noise import uniform
 from gdd_dist.engines.ddp import DDPEngine
-from gdd_dist.models import pretrained
+from gdd_dist.models import pretrained, pretrained_networks
 from gdd_dist.models.classifiers import Classifier
 from gdd_dist.models.files import TEACHERS
 from gdd_dist.runtime.monitor import Monitor, say
@@ -81,7 +81,7 @@ def take(ctx: Context, work: Path, directory: str) -> dict[str, Any]:
     monitor = ctx.monitor("teachers", work, len(files), unit="teacher")
     mine = []
     for i in ctx.world.queue(len(files)):
-        net = ctx.watch(pretrained.load(files[i], ctx.manifest)).eval()
+        net = ctx.watch(pretrained_networks.load(files[i], ctx.manifest)).eval()
         training = Training(i, files[i].architecture, i, 1, (1,))
         mine.append(keep(ctx, net, training, 1, work))
         say(f"teachers: {files[i].path.name}, {files[i].architecture}: {mine[-1]['val_accuracy']:.1f} % on val")

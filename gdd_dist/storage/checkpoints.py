@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from gdd_dist.storage.checkpoint_records import records, step_of
 from gdd_dist.storage.json_files import read_json, write_json
 from sharding.errors import UserError
 from sharding.files import write_atomic
@@ -73,7 +74,7 @@ class Checkpoints:
 
     def _forget(self, step: int) -> None:
         """Keep the newest few up to ``step``. The record goes first: without one, data is not looked at."""
-        steps = sorted({_step_of(p) for p in self.directory.glob("step-*.*")}, reverse=True)
+        steps = sorted({step_of(p) for p in self.directory.glob("step-*.*")}, reverse=True)
         kept = [s for s in steps if s <= step][: self._keep]
         for old in steps:
             if old not in kept:
@@ -87,7 +88,7 @@ class Checkpoints:
         gives their hosts the files of the rank that writes them.
         """
         self._bring()
-        for step in self._among([_step_of(record) for record in records(self.directory)])[0]:
+        for step in self._among([step_of(record) for record in records(self.directory)])[0]:
             state, fault = None, ""
             try:
                 state = self._read(step)
@@ -119,18 +120,3 @@ class Checkpoints:
         except (RuntimeError, pickle.UnpicklingError, EOFError) as e:
             raise UserError(f"{path} holds what no checkpoint of ours does ({' '.join(str(e).split())[:80]})") from e
         return state
-
-
-def records(directory: Path) -> list[Path]:
-    """The records of the checkpoints in one loop's directory, newest first; none is looked into."""
-    return sorted(directory.glob("step-*.json"), key=_step_of, reverse=True)
-
-
-def newest_records(directory: Path) -> list[tuple[Path, int]]:
-    """(record, step) of the newest checkpoint of each loop at or below ``directory``, unverified."""
-    loops = sorted({record.parent for record in directory.rglob("step-*.json")})
-    return [(newest, _step_of(newest)) for newest in (records(loop)[0] for loop in loops)]
-
-
-def _step_of(path: Path) -> int:
-    return int(path.stem[5:])

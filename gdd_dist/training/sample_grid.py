@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from gdd_dist.data.images import to_uint8
 from gdd_dist.data.noise import normal
@@ -24,8 +23,23 @@ def enlarged_grid(images: Tensor, columns: int) -> np.ndarray:
     """uint8 images [B, C, H, W] → a uint8 picture [H', W', 3], row by row; small images are enlarged."""
     scale = max(1, 32 // images.shape[-1])
     enlarged = images.cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    picture: Tensor = make_grid(enlarged.float() / 255, nrow=columns, padding=1)
-    return (picture * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    return laid_out(enlarged.numpy(), columns)
+
+
+def laid_out(images: np.ndarray, columns: int) -> np.ndarray:
+    """uint8 images [B, C, H, W], C 1 or 3 → a uint8 picture [H', W', 3], row by row, with a black line around each.
+
+    One image alone stands without lines.
+    """
+    count, channels, height, width = images.shape
+    if count == 1:
+        return images[0].repeat(3 // channels, 0).transpose(1, 2, 0)
+    columns = min(columns, count)
+    picture = np.zeros((-(-count // columns) * (height + 1) + 1, columns * (width + 1) + 1, 3), np.uint8)
+    for i, image in enumerate(images):
+        y, x = i // columns * (height + 1) + 1, i % columns * (width + 1) + 1
+        picture[y : y + height, x : x + width] = image.transpose(1, 2, 0)  # one channel becomes three
+    return picture
 
 
 @torch.no_grad()

@@ -19,7 +19,8 @@ import torch
 
 from gdd_dist.data import remote
 from gdd_dist.data.images import Images
-from gdd_dist.data.remote import Cache, is_remote, mirror_of, open_data, read_manifest, remote_manifest
+from gdd_dist.data.location import is_remote, read_manifest
+from gdd_dist.data.remote import Cache, mirror_of, open_data, remote_manifest
 from sharding.errors import UserError
 from sharding.manifest import Manifest
 from sharding.plan import Options

@@ -17,7 +17,7 @@ import torch
 
 from gdd_dist import doctor
 from gdd_dist.health import checks, isolated_checks
-from gdd_dist.health.checks import FAIL, OK, WARN, Finding
+from gdd_dist.health.finding import FAIL, OK, WARN, Finding
 
 NEEDS = ["torch>=2.11", "numpy>=1.26", 'ray[tune]>=2.50; extra == "tune"']
 

@@ -13,7 +13,7 @@ from conftest import Finished
 from safetensors.torch import load_file, save_file
 
 from gdd_dist.config import command_line
-from gdd_dist.models import pretrained
+from gdd_dist.models import pretrained, pretrained_networks
 from gdd_dist.models.classifiers import build_classifier
 from gdd_dist.models.files import Teacher, read_teachers
 from gdd_dist.steps import teachers
@@ -83,7 +83,7 @@ def test_a_network_of_torchvisions_answers_as_it_did(tmp_path: Path) -> None:
         mean="[0.1, 0.2, 0.3]",
         std="[0.5, 0.6, 0.7]",
     )
-    loaded = pretrained.load(only(tmp_path), manifest()).eval()
+    loaded = pretrained_networks.load(only(tmp_path), manifest()).eval()
     pixels = torch.rand(2, 3, 16, 16)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.1, 0.2, 0.3], [0.5, 0.6, 0.7]))
     with torch.no_grad():
@@ -98,7 +98,7 @@ def test_a_network_of_torchvisions_answers_as_it_did(tmp_path: Path) -> None:
 def test_without_mean_and_std_it_gets_the_data_sets(tmp_path: Path) -> None:
     body = ours(4, 3).body
     save(tmp_path / "a.safetensors", body, architecture="convnet:8")
-    loaded = pretrained.load(only(tmp_path), manifest())
+    loaded = pretrained_networks.load(only(tmp_path), manifest())
     assert loaded.mean.flatten().tolist() == [0.0] * 3
     assert loaded.std.flatten().tolist() == [0.5] * 3
 
@@ -120,7 +120,7 @@ def test_what_does_not_fit_is_named(
 ) -> None:
     save(tmp_path / "a.safetensors", ours(classes, channels), **meta)
     with pytest.raises(UserError, match=said) as e:
-        pretrained.load(only(tmp_path), manifest(channels, 10))
+        pretrained_networks.load(only(tmp_path), manifest(channels, 10))
     assert "a.safetensors" in str(e.value)
 
 

@@ -13,8 +13,8 @@ import ranks
 import torch
 
 from gdd_dist.runtime.heartbeat import Watch
-from gdd_dist.runtime.rendezvous import PeerError
 from gdd_dist.runtime.run_program import describe, explained, run_program
+from gdd_dist.runtime.signals import PeerError
 from gdd_dist.runtime.world import World
 from sharding.errors import UserError
 

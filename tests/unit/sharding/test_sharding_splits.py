@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sharding.errors import UserError
-from sharding.plan import parse_size
+from sharding.sizes import parse_size
 from sharding.splits import apportion, cut, deal, stratified
 
 COUNTS = st.lists(st.integers(2, 200), min_size=1, max_size=12).map(lambda counts: np.array(counts, np.int64))

@@ -1,0 +1,32 @@
+"""Where a data set lies, a directory or a URL, and its manifest: all that most programs ask of it."""
+
+from __future__ import annotations
+
+import re
+
+from sharding.errors import UserError
+from sharding.manifest import Manifest
+
+SCHEMES = ("s3", "s3a", "gs", "gcs", "https", "http")
+
+
+def is_remote(data: str) -> bool:
+    """Whether ``data`` is a URL. Raises UserError for one that is not read, commands among them."""
+    if data.lower().startswith("pipe:") or data.startswith("|"):
+        raise UserError(f"--data {data} is a command, and commands are never run; give a directory or a URL")
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", data)
+    if "::" in data or (scheme and scheme[1].lower() not in SCHEMES):
+        raise UserError(f"--data {data} is not read; give a directory or a URL of {', '.join(SCHEMES)}")
+    return scheme is not None
+
+
+def read_manifest(data: str, patience: float = 60.0) -> Manifest:
+    """The manifest of a directory or a URL; of a URL once in a process, so that it cannot change under a run.
+
+    ``patience``: seconds for which a store may fail.
+    """
+    if not is_remote(data):
+        return Manifest.load(data)
+    from gdd_dist.data.remote import remote_manifest  # most data sets are on a disk
+
+    return remote_manifest(data, patience)

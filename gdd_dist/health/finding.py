@@ -1,0 +1,17 @@
+"""What a check found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+OK, WARN, FAIL = "ok", "warn", "FAIL"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's page. ``state``: ok, warn (something optional will not work) or FAIL; ``fix``: what to do."""
+
+    name: str
+    state: str
+    detail: str
+    fix: str = ""
