@@ -3,7 +3,16 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-RANKS  ?= 8
+# A rank for each GPU, else for each core: the largest of 8, 4, 2 and 1 that fits, which all divide the digits' batches.
+comma  := ,
+ifeq ($(origin CUDA_VISIBLE_DEVICES),undefined)
+GPUS    = $(shell nvidia-smi --list-gpus 2>/dev/null | grep -c ^GPU)
+else
+GPUS    = $(words $(filter-out -1,$(subst $(comma), ,$(CUDA_VISIBLE_DEVICES))))
+endif
+CORES   = $(shell env -u OMP_NUM_THREADS nproc)
+FITS    = $(shell n=$(1); echo $$((n >= 8 ? 8 : n >= 4 ? 4 : n >= 2 ? 2 : 1)))
+RANKS  ?= $(call FITS,$(if $(filter-out 0,$(GPUS)),$(GPUS),$(CORES)))
 
 .PHONY: env train test test-all chaos lint tensorboard clean
 

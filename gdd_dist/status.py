@@ -22,6 +22,7 @@ from gdd_dist.storage.store import CHECKPOINTS, CONTENTS, Store
 from sharding.errors import UserError
 from sharding.progress import duration, size
 from sharding.redact import redact
+from sharding.sizes import size
 
 COLUMNS = ("step", "state", "fingerprint", "size", "finished")
 

@@ -1,4 +1,4 @@
-"""Numbers of bytes as people write them."""
+"""Numbers of bytes as people write and read them."""
 
 import re
 
@@ -15,3 +15,11 @@ def parse_size(text: str) -> int:
     if not match or match[2].upper() not in _UNITS:
         raise UserError(f"size {text!r} is not a number of bytes; write it as 64MB")
     return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def size(n: float) -> str:
+    """Bytes in words."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if n >= scale:
+            return f"{n / scale:.1f} {unit}" if n < 100 * scale else f"{n / scale:.0f} {unit}"
+    return f"{n:.0f} B" if n else "0"

@@ -100,6 +100,8 @@ def devices() -> Finding:
         return Finding("devices", OK, f"{len(names)} CUDA: {gpus}; {here}; computes in {precision}")
     precision = resolve_precision("auto", torch.device("cpu"))
     detail = f"no CUDA device; {here}; computes in {precision}"
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return Finding("devices", OK, f"CUDA_VISIBLE_DEVICES hides all GPUs; {detail}")
     if Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi"):
         why = (
             "this torch was built without CUDA"

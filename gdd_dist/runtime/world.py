@@ -17,12 +17,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from gdd_dist.runtime.devices import check_identities, identity, pick_device
 from gdd_dist.runtime.heartbeat import Pulse, describe
 from gdd_dist.runtime.monitor import say
 from gdd_dist.runtime.rendezvous import meet
 from gdd_dist.runtime.signals import PeerError, Preempted, asked
 from gdd_dist.runtime.vote import Vote
-from sharding.errors import UserError
 
 _POLL = 0.002
 _COLLECTIVE = 1800.0
@@ -41,7 +41,7 @@ class World:
         self.timeout = timeout
         self._limit = datetime.timedelta(seconds=max(_COLLECTIVE, timeout))
         self.group: Any = None  # of collectives: torch's default, all ranks
-        self.device = self._pick_device(device)
+        self.device = pick_device(device, self.local_rank, self.local_size)
         self.step = "start"
         self.on_preempted: Callable[[], None] = lambda: None
         self._store: Any = None
@@ -59,7 +59,7 @@ class World:
         self._pulse = Pulse(
             self._store.clone(), self.rank, self.size, self.timeout, lambda: self.step, self.claim_failure
         )
-        self.barrier()
+        check_identities(self.gather(identity(self.device)), self.local_size)
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         store = dist.PrefixStore("gdd", self._store)
         with _on_loopback(self.local_size == self.size):
@@ -71,19 +71,6 @@ class World:
         with _on_loopback(self.local_size == self.size):
             groups = [dist.new_group(list(range(r, r + size)), timeout=self._limit) for r in firsts]
         return groups[self.rank // size]
-
-    def _pick_device(self, device: str) -> torch.device:
-        if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
-            if not torch.cuda.is_available():
-                raise UserError("--device cuda, but torch sees no CUDA device; use --device cpu or mend the driver")
-            if self.local_rank >= torch.cuda.device_count():
-                raise UserError(
-                    f"{self.local_size} ranks on this host but {torch.cuda.device_count()} CUDA devices; "
-                    "start one rank per device or use --device cpu"
-                )
-            torch.cuda.set_device(self.local_rank)
-            return torch.device("cuda", self.local_rank)
-        return torch.device("cpu")
 
     @property
     def threads(self) -> int:

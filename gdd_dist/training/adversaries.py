@@ -25,6 +25,7 @@ from gdd_dist.models.files import DISCRIMINATOR, save_network
 from gdd_dist.models.generator import Generator
 from gdd_dist.training import losses
 from gdd_dist.training.context import Context
+from gdd_dist.training.optimizers import Adam
 from gdd_dist.training.skipped_steps import Skips
 from sharding.errors import UserError
 from sharding.files import write_atomic
@@ -169,7 +170,7 @@ class Adversaries:
 
 
 def _adam(net: torch.nn.Module, betas: tuple[float, float]) -> torch.optim.Adam:
-    return torch.optim.Adam(net.parameters(), lr=1e-4, betas=betas)
+    return Adam(net.parameters(), lr=1e-4, betas=betas)
 
 
 def mean_scalars(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gdd_dist.data.images import Images, to_float
 from gdd_dist.engines.nonfinite import all_finite, poisoned
 from gdd_dist.engines.precision import autocast
+from gdd_dist.training.optimizers import SGD
 from gdd_dist.training.skipped_steps import Skips
 
 PREDICT_BATCH = 500
@@ -20,7 +21,7 @@ PREDICT_BATCH = 500
 def sgd(net: nn.Module, lr: float, momentum: float, weight_decay: float, nesterov: bool = False) -> torch.optim.SGD:
     """SGD over all weights."""
     nesterov = nesterov and momentum > 0
-    return torch.optim.SGD(net.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
+    return SGD(net.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
 
 
 def train_step(

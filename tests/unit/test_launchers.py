@@ -239,3 +239,35 @@ def test_where_ranks_are_started_anew_a_host_that_comes_back_finds_their_store(n
     """What torchrun shares between rounds it names in the first alone (torch 2.14): a newcomer would wait for it in vain."""
     text = (FOLDER / name).read_text()
     assert re.search(r"^(export|ENV) TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "visible", "cores", "ranks"),
+    [
+        (0, None, 2, 2),
+        (0, None, 3, 2),
+        (0, None, 64, 8),
+        (0, None, 1, 1),
+        (1, None, 64, 1),
+        (3, None, 64, 2),
+        (4, None, 2, 4),
+        (16, None, 64, 8),
+        (8, "0,3", 64, 2),
+        (8, "", 4, 4),
+        (8, "-1", 4, 4),
+    ],
+)
+def test_make_train_starts_as_many_ranks_as_fit(tmp_path, gpus, visible, cores, ranks):
+    listed = "".join(f"echo 'GPU {i}: NVIDIA (UUID: GPU-{i})'\n" for i in range(gpus))
+    for name, body in {
+        "nvidia-smi": listed or "echo NVIDIA-SMI has failed; exit 9\n",
+        "nproc": f"echo {cores}\n",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}")
+        (tmp_path / name).chmod(0o755)
+    env = {k: v for k, v in os.environ.items() if k not in ("CUDA_VISIBLE_DEVICES", "RANKS", "MAKEFLAGS")}
+    env |= {"PATH": f"{tmp_path}:{env['PATH']}"} | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
+    for more, wanted in (([], ranks), (["RANKS=5"], 5)):
+        command = ["make", "--dry-run", "train", *more]
+        said = subprocess.run(command, cwd=FOLDER.parent, env=env, capture_output=True, text=True, check=True).stdout
+        assert re.findall(r"--nproc_per_node=(\d*) ", said) == [str(wanted)]

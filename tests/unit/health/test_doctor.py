@@ -177,6 +177,7 @@ def test_torch_and_torchvision_that_do_not_belong_together(monkeypatch: pytest.M
 
 def test_a_gpu_that_torch_does_not_see(monkeypatch: pytest.MonkeyPatch, empty_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     (empty_path / "nvidia-smi").write_text("#!/bin/sh\n")
     (empty_path / "nvidia-smi").chmod(0o755)
     for cuda, fix in ((None, "reinstall torch torchvision"), ("13.0", "update the driver to one that knows CUDA 13.0")):
@@ -184,6 +185,16 @@ def test_a_gpu_that_torch_does_not_see(monkeypatch: pytest.MonkeyPatch, empty_pa
         found = checks.devices()
         assert found.state == FAIL
         assert fix in found.fix
+
+
+def test_gpus_that_the_user_hides_are_no_fault(monkeypatch: pytest.MonkeyPatch, empty_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    (empty_path / "nvidia-smi").write_text("#!/bin/sh\n")
+    (empty_path / "nvidia-smi").chmod(0o755)
+    found = checks.devices()
+    assert found.state == OK
+    assert "hides" in found.detail
 
 
 def test_a_backend_that_does_not_come_up_says_which_interface_to_name(monkeypatch: pytest.MonkeyPatch) -> None:

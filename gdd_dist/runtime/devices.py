@@ -1,0 +1,51 @@
+"""Which device a rank computes on: one GPU for each rank of a host, or the CPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+
+from sharding.errors import UserError
+
+
+def pick_device(device: str, local_rank: int, local_size: int) -> torch.device:
+    """The device of a rank for ``--device``: auto, cpu or cuda. Raises UserError when its host has no GPU for it.
+
+    A launcher may show each rank a single GPU of its own (srun --gpus-per-task=1): then that is the rank's, whatever its number.
+    """
+    if device != "cuda" and not (device == "auto" and torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("--device cuda, but torch sees no CUDA device; use --device cpu or mend the driver")
+    count = torch.cuda.device_count()
+    index = 0 if count == 1 else local_rank
+    if index >= count:
+        raise UserError(too_few(local_size, count))
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def identity(device: torch.device) -> list[str]:
+    """What tells a GPU from all others of the job, [] for the CPU: two ranks must not have the same."""
+    if device.type == "cpu":
+        return []
+    return [os.uname().nodename, str(torch.cuda.get_device_properties(device).uuid)]
+
+
+def check_identities(identities: Sequence[list[str]], local_size: int) -> None:
+    """``identities`` of all ranks. Raises UserError where ranks share a GPU: NCCL would fail with a long message."""
+    gpus = {tuple(i) for i in identities if i}
+    if len(gpus) < sum(bool(i) for i in identities):
+        hosts = {host for host, _ in gpus}
+        raise UserError(too_few(local_size, min(sum(h == host for h, _ in gpus) for host in hosts)))
+
+
+def too_few(ranks: int, gpus: int) -> str:
+    """What is wrong when a host has fewer GPUs than ranks, and what to type; global batches divide by powers of two."""
+    fits = 1 << (gpus.bit_length() - 1)
+    return (
+        f"{ranks} ranks on this host but {gpus} CUDA device{'' if gpus == 1 else 's'}; "
+        f"start torchrun --nproc_per_node={fits} (make train RANKS={fits}), or give --device cpu"
+    )

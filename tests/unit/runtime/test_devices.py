@@ -1,0 +1,63 @@
+"""Which device a rank gets; torch is told of GPUs that are not there."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from gdd_dist.runtime.devices import check_identities, identity, pick_device
+from sharding.errors import UserError
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Makes torch see so many GPUs."""
+
+    def see(count):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda _index: None)
+        uuid = "1234"
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: SimpleNamespace(uuid=uuid))
+
+    return see
+
+
+def test_a_gpu_for_each_rank(gpus):
+    gpus(4)
+    assert [pick_device("auto", r, 4) for r in range(4)] == [torch.device("cuda", r) for r in range(4)]
+    assert pick_device("cpu", 3, 4) == torch.device("cpu")
+
+
+def test_the_only_gpu_that_a_rank_sees_is_its_own(gpus):
+    gpus(1)
+    assert [pick_device("cuda", r, 4) for r in range(4)] == [torch.device("cuda", 0)] * 4
+
+
+def test_without_gpus_there_is_the_cpu(gpus):
+    gpus(0)
+    assert pick_device("auto", 7, 8) == torch.device("cpu")
+    assert identity(torch.device("cpu")) == []
+
+
+@pytest.mark.parametrize(("count", "fits"), [(2, 2), (3, 2), (4, 4), (7, 4)])
+def test_fewer_gpus_than_ranks_says_what_to_type(gpus, count, fits):
+    gpus(count)
+    said = f"8 ranks on this host but {count} CUDA devices; start torchrun --nproc_per_node={fits} (make train RANKS={fits})"
+    with pytest.raises(UserError, match=re.escape(said)):
+        pick_device("auto", count, 8)
+
+
+def test_ranks_that_share_the_only_gpu_of_a_host_are_refused(gpus):
+    gpus(1)
+    same = [identity(pick_device("auto", r, 2)) for r in range(2)]
+    with pytest.raises(
+        UserError, match=re.escape("2 ranks on this host but 1 CUDA device; start torchrun --nproc_per_node=1 ")
+    ):
+        check_identities(same, 2)
+
+
+def test_gpus_of_their_own_on_one_host_or_several_pass():
+    check_identities([["a", "1"], ["a", "2"], ["b", "1"], ["b", "2"]], 2)
+    check_identities([[], [], []], 3)
