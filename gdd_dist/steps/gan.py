@@ -23,8 +23,9 @@ from gdd_dist.models.generator import Generator
 from gdd_dist.training import loop
 from gdd_dist.training.adversaries import Adversaries, augmentation, ema_decay, mean_scalars, mirrored
 from gdd_dist.training.context import Context, seeded, train_order
-from gdd_dist.training.sample_grid import sample_grid
+from gdd_dist.training.sample_grid import as_png, sample_grid
 from gdd_dist.training.schedules import cosine
+from sharding.files import write_atomic
 
 
 def run(ctx: Context, work: Path, inputs: Inputs) -> dict[str, Any]:
@@ -77,8 +78,17 @@ class GanTraining(loop.Trainee):
     def after_step(self, done: int) -> None:
         """Progress, and at intervals a grid of samples."""
         if self._ctx.world.is_main and shows_grid(self._ctx.config.gan, done - 1):
-            self.monitor.picture("samples", sample_grid(self._ctx, self.nets.ema), done - 1)
+            picture = sample_grid(self._ctx, self.nets.ema)
+            self.monitor.picture("samples", picture, done - 1)
+            if done == self.steps:
+                self._show(picture)
         self.monitor.advance(done, images=self._ctx.config.gan.batch)
+
+    def _show(self, picture: np.ndarray) -> None:
+        """A first look, long before the report: OUT/samples-gan.png. It lies beside the step, whose files never change."""
+        path = self._ctx.out / "samples-gan.png"
+        write_atomic(path, as_png(picture))
+        self._ctx.world.say(f"gan: samples of the last step, a row for each class, before matching: {path}")
 
     def state_dict(self) -> dict[str, Any]:
         """Networks, optimizers, EMA, skipped steps."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from gdd_dist.data.images import to_uint8
@@ -40,6 +43,13 @@ def laid_out(images: np.ndarray, columns: int) -> np.ndarray:
         y, x = i // columns * (height + 1) + 1, i % columns * (width + 1) + 1
         picture[y : y + height, x : x + width] = image.transpose(1, 2, 0)  # one channel becomes three
     return picture
+
+
+def as_png(picture: np.ndarray) -> bytes:
+    """A uint8 picture [H, W, 3] as a PNG file."""
+    stream = io.BytesIO()
+    Image.fromarray(picture).save(stream, "PNG")
+    return stream.getvalue()
 
 
 @torch.no_grad()

@@ -41,6 +41,9 @@ def test_one_process_computes_every_step_and_ends_with_the_table(reported):
         "gan",
         "matched",
     }
+    picture = reported.out / "samples-gan.png"
+    assert f"before matching: {picture}\n" in reported.err
+    assert picture.read_bytes().startswith(b"\x89PNG")
     assert not list(reported.out.rglob("*.partial"))
     assert not list(reported.out.rglob("*.lock"))
     assert not list(reported.out.rglob("*.tmp"))
