@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -165,9 +164,3 @@ class Images:
         # It was allocated on our stream: its memory must wait for those who read it on theirs.
         moved.record_stream(torch.cuda.current_stream(self._device))
         return moved
-
-
-def free_memory() -> int:
-    """Bytes of memory that this host can still give, divided by the ranks that share it."""
-    pages = os.sysconf("SC_AVPHYS_PAGES") if hasattr(os, "sysconf") else 0
-    return int(pages * os.sysconf("SC_PAGE_SIZE")) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))

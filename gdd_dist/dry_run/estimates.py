@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gdd_dist.data.logit_cache import MEANS, logit_file
-from gdd_dist.dry_run.meter import NOTHING, Cost
 from gdd_dist.dry_run.trial import SILENT, Training, Trial, answering, drawing, labelling, smaller, studying
 from gdd_dist.evaluation import quick_students, rows, student_results, students
 from gdd_dist.models.files import GENERATOR, TEACHERS, save_network
 from gdd_dist.pipeline.run import provenance
 from gdd_dist.reporting import diagnostics
+from gdd_dist.runtime.meter import NOTHING, Cost
 from gdd_dist.steps import gan, logits, matching, report, teacher_pool, teachers
 from gdd_dist.storage.json_files import read_json, write_json
 from gdd_dist.storage.store import CHECKPOINTS

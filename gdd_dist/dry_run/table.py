@@ -13,7 +13,6 @@ from pathlib import Path
 from gdd_dist.config.settings import Config
 from gdd_dist.config.steps import STEPS, TABLE
 from gdd_dist.dry_run.estimates import ESTIMATES
-from gdd_dist.dry_run.meter import Meter
 from gdd_dist.dry_run.trial import Trial
 from gdd_dist.pipeline.dataset import data_or_digits
 from gdd_dist.pipeline.fingerprints import fingerprints
@@ -21,6 +20,7 @@ from gdd_dist.pipeline.preflight import check
 from gdd_dist.pipeline.store_users import store_of
 from gdd_dist.reporting.tables import aligned
 from gdd_dist.runtime.memory import CUDA_CONTEXT
+from gdd_dist.runtime.meter import Meter
 from gdd_dist.runtime.world import World
 from gdd_dist.storage.store import Store
 from gdd_dist.training.context import Context, agreed_precision

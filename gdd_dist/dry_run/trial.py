@@ -21,9 +21,9 @@ from gdd_dist.config.steps import TABLE
 from gdd_dist.data.augment import AUGMENT_DRAWS
 from gdd_dist.data.images import to_float
 from gdd_dist.data.noise import uniform
-from gdd_dist.dry_run.meter import NOTHING, Cost, Meter
 from gdd_dist.engines.precision import autocast
 from gdd_dist.evaluation.students import Frozen
+from gdd_dist.runtime.meter import NOTHING, Cost, Meter
 from gdd_dist.runtime.monitor import Monitor
 from gdd_dist.training.classifier_fit import sgd, train_step
 from gdd_dist.training.context import Context

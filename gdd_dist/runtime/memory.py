@@ -1,8 +1,9 @@
-"""How much memory this process, or its device, takes; and the tensors of a piece of code."""
+"""How much memory there is, how much this process or its device takes, and how much the tensors of a piece of code."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import resource
 import sys
 import weakref
@@ -85,6 +86,12 @@ def peak_memory(device: torch.device) -> int:
 def file_pages(device: torch.device) -> int:
     """Bytes of files in this process's resident set; 0 where unknown, or where memory is a CUDA device's."""
     return 0 if device.type == "cuda" else _status("RssFile")
+
+
+def free_memory() -> int:
+    """Bytes of memory that this host can still give, divided by the ranks that share it."""
+    pages = os.sysconf("SC_AVPHYS_PAGES") if hasattr(os, "sysconf") else 0
+    return int(pages * os.sysconf("SC_PAGE_SIZE")) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def _status(name: str) -> int:

@@ -33,9 +33,13 @@ from sharding.files import write_atomic
 __all__ = ["run", "table"]
 
 SAMPLE_CLASSES, SAMPLE_COLUMNS = 20, 8
-CHART_BYTES, ENLARGED, TEXT_BYTES, ROW_BYTES = 400_000, 2.0, 20_000, 1_000
-"""Of the charts, of a pixel of an image in a picture, of the text, of a row in it: as in reports on digits (16x16, 10 classes, 13 rows) and
-on noise in colour (32x32, 40 classes, 33 rows), within a tenth.
+CHART_BYTES, TEXT_BYTES, ROW_BYTES = 400_000, 20_000, 1_000
+"""Of all charts, of the text in all its forms, of a row in it."""
+SHOWN_SIDE, SHOWN_BYTES = 54, {1: 0.2, 3: 0.9}
+"""Pixels to which an image is enlarged in a picture; bytes of such a pixel, by channels.
+
+All as in two reports, whose sizes they give within a tenth: on digits (16x16, 10 classes), and on 40 classes of smooth noise in
+colour (32x32).
 """
 
 
@@ -92,8 +96,8 @@ def bytes_needed(ctx: Context) -> int:
     """About the bytes of all that ``documents`` gives, where the page holds the pictures once more (base64)."""
     m, rows = ctx.manifest, len(plan(ctx.config))
     samples = 3 * min(ctx.classes, SAMPLE_CLASSES) * SAMPLE_COLUMNS
-    neighbours = min(ctx.classes, 10) * (1 + NEIGHBOURS)
-    pictures = CHART_BYTES + ENLARGED * (samples + neighbours) * m.height * m.width * m.channels
+    images = samples + min(ctx.classes, 10) * (1 + NEIGHBOURS)
+    pictures = CHART_BYTES + images * max(SHOWN_SIDE, m.height) ** 2 * SHOWN_BYTES[m.channels]
     return int(pictures * (1 + 4 / 3)) + TEXT_BYTES + ROW_BYTES * rows
 
 

@@ -10,10 +10,10 @@ from gdd_dist import train
 from gdd_dist.config.steps import TABLE
 from gdd_dist.dry_run import table
 from gdd_dist.dry_run.estimates import ESTIMATES, makespan
-from gdd_dist.dry_run.meter import CPU_BLUR, Cost, Curve, Meter
 from gdd_dist.dry_run.table import Line
 from gdd_dist.pipeline import run
 from gdd_dist.runtime.memory import file_pages, peak_memory, reset_peak, tensors_of
+from gdd_dist.runtime.meter import CPU_BLUR, Cost, Curve, Meter
 from gdd_dist.runtime.world import World
 from gdd_dist.storage.checkpoints import Checkpoints
 from gdd_dist.storage.json_files import read_json

@@ -15,8 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from gdd_dist.data.images import free_memory
-from gdd_dist.runtime.memory import file_pages, peak_memory, reset_peak, tensors_of
+from gdd_dist.runtime.memory import file_pages, free_memory, peak_memory, reset_peak, tensors_of
 from gdd_dist.runtime.world import World
 
 LIMIT_SECONDS = 1.0
