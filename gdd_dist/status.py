@@ -20,7 +20,7 @@ from gdd_dist.storage.checkpoint_records import newest_records
 from gdd_dist.storage.json_files import read_json
 from gdd_dist.storage.store import CHECKPOINTS, CONTENTS, Store
 from sharding.errors import UserError
-from sharding.progress import duration, size
+from sharding.progress import duration
 from sharding.redact import redact
 from sharding.sizes import size
 

@@ -19,14 +19,6 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 360_000 else f"{seconds / 86400:.0f} days"
 
 
-def size(n: float) -> str:
-    """Bytes in words."""
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if n >= scale:
-            return f"{n / scale:.1f} {unit}" if n < 100 * scale else f"{n / scale:.0f} {unit}"
-    return f"{n:.0f} B" if n else "0"
-
-
 class Progress:
     """Counts images (or `unit`s) of one phase. Use as a context manager; `update` takes the number done so far."""
 

@@ -25,7 +25,8 @@ from gdd_dist.runtime.world import World
 from gdd_dist.storage.store import Store
 from gdd_dist.training.context import Context, agreed_precision
 from sharding.manifest import Manifest
-from sharding.progress import duration, size
+from sharding.progress import duration
+from sharding.sizes import size
 
 RECORD_BYTES, ENTRY_BYTES = 800, 125
 """Of a step's contents.json, and of a file in it."""
