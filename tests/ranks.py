@@ -25,11 +25,14 @@ from typing import Any
 import pytest
 import torch
 
+from gdd_dist.config.steps import TABLE
+
 Before = Callable[[int], None]
 """Called with its rank in each process before anything else: counts, holds or kills."""
 
+STEPS = [f"gdd_dist.steps.{name}" for name in TABLE]
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["gdd_dist.train", "gdd_dist.dry_run.table", "torch._dynamo", "pytest"])
+_server.set_forkserver_preload(["gdd_dist.train", "gdd_dist.pipeline.run", *STEPS, "torch._dynamo", "pytest"])
 
 
 @dataclass(frozen=True)
