@@ -13,10 +13,10 @@ from conftest import Finished
 from safetensors.torch import load_file, save_file
 
 from gdd_dist.config import command_line
+from gdd_dist.config.steps import TABLE
 from gdd_dist.models import pretrained, pretrained_networks
 from gdd_dist.models.classifiers import build_classifier
 from gdd_dist.models.files import Teacher, read_teachers
-from gdd_dist.steps import teachers
 from gdd_dist.storage.json_files import read_json
 from sharding.errors import UserError
 from sharding.manifest import Manifest
@@ -140,7 +140,7 @@ def test_the_fingerprint_is_that_of_their_content_wherever_they_lie(tmp_path: Pa
 
     def shaped(name: str, *more: str) -> dict:
         argv = ["--preset", "digits", "--teachers.pretrained", str(tmp_path / name), *more]
-        return teachers.settings(command_line.parse(argv).config)
+        return TABLE["teachers"].settings(command_line.parse(argv).config)
 
     assert shaped("a") == shaped("b") == shaped("a", "--teachers.epochs", "99")
     assert shaped("a") != shaped("c")
