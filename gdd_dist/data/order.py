@@ -5,6 +5,7 @@ Nothing here holds state, so a position is a number, and resume is exact and fre
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,17 +19,49 @@ RUN = 16
 """Steps whose samples are looked up at once: numpy's calls cost more than what they do for one batch."""
 
 
-def dealt(seed: int, purpose: str, positions: np.ndarray, n: int) -> np.ndarray:
+class Recent:
+    """`permutation`, with the last ones kept, ``most`` numbers in all: who deals few numbers at a time would draw each again and again.
+
+    Safe to use from several threads. What it returns is kept too, and read-only.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most, self._numbers, self._lock = most, 0, threading.Lock()
+        self._kept: dict[tuple[int, str, int, int], np.ndarray] = {}
+
+    def __call__(self, seed: int, purpose: str, step: int, n: int) -> np.ndarray:
+        """A permutation of range(n), int64 [n]."""
+        key = (seed, purpose, step, n)
+        with self._lock:
+            found = self._kept.pop(key, None)
+            if found is None:
+                found = permutation(*key)
+                found.flags.writeable = False
+                self._numbers += n
+            self._kept[key] = found  # the dictionary's order is that of the last use
+            while self._numbers > self._most:
+                self._numbers -= len(self._kept.pop(next(iter(self._kept))))
+        return found
+
+
+def dealt(
+    seed: int,
+    purpose: str,
+    positions: np.ndarray,
+    n: int,
+    draw: Callable[[int, str, int, int], np.ndarray] = permutation,
+) -> np.ndarray:
     """An endless sequence over range(n), read at ``positions``: each block of ``n`` positions holds every number once.
 
-    So ``k = position // n`` is how often the number has come before. Returns int64 [len(positions)] in [0, n).
+    So ``k = position // n`` is how often the number has come before. Returns int64 [len(positions)] in [0, n). ``draw``:
+    `permutation`, or a `Recent` of it.
     """
     positions = np.asarray(positions, dtype=np.int64)
     blocks = positions // n
     out = np.empty(len(positions), dtype=np.int64)
     for block in np.unique(blocks):
         here = blocks == block
-        out[here] = permutation(seed, purpose, int(block), n)[positions[here] % n]
+        out[here] = draw(seed, purpose, int(block), n)[positions[here] % n]
     return out
 
 

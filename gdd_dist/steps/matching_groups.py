@@ -9,7 +9,7 @@ import numpy as np
 
 from gdd_dist.config.settings import Config
 from gdd_dist.data.noise import uniform
-from gdd_dist.data.order import dealt
+from gdd_dist.data.order import Recent, dealt
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,8 @@ class Dealer:
         )
         self._present = np.unique(labels)
         self._members = {int(c): np.flatnonzero(labels == c) for c in self._present}
+        # Of each class the block that is dealt, and the next one, since a group may meet a block's end.
+        self._recent = Recent(2 * len(labels))
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Groups:
         """This rank's groups of global batch ``step``: classes and teachers come evenly, each class's samples once before any twice."""
@@ -81,9 +83,8 @@ class Dealer:
         for place, c in zip(places.tolist(), classes.tolist(), strict=True):
             members = self._members[c]
             turn = place // count  # how many groups of this class came before
-            samples.append(
-                members[dealt(seed, f"matching/sample/{c}", np.arange(turn * n, (turn + 1) * n), len(members))]
-            )
+            turns = np.arange(turn * n, (turn + 1) * n)
+            samples.append(members[dealt(seed, f"matching/sample/{c}", turns, len(members), self._recent)])
         slots = np.arange(rank * share * n, (rank + 1) * share * n)
         views = (uniform(seed, "matching/view", step, slots, 1)[:, 0] * self._views).astype(np.int64)
         return Groups(classes, teachers, np.concatenate(samples), views, slots)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gdd_dist.data.noise import normal, permutation, philox, uniform
-from gdd_dist.data.order import Order, balanced_rows, dealt, default_streams
+from gdd_dist.data.order import Order, Recent, balanced_rows, dealt, default_streams
 
 KNOWN_ANSWERS = [  # Random123's kat_vectors for philox4x32 10
     ([0] * 4, (0, 0), [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
@@ -142,6 +142,32 @@ def test_dealt_holds_every_number_once_per_block(n, start, count):
     assert np.array_equal(
         dealt(0, "classes", np.arange(start, start + count), n), sequence.ravel()[start : start + count]
     )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 40),
+    st.lists(
+        st.tuples(st.sampled_from("abc"), st.integers(1, 9), st.lists(st.integers(0, 50), max_size=9)), max_size=12
+    ),
+)
+def test_dealt_from_kept_permutations_is_dealt(most, asked):
+    recent = Recent(most)
+    for purpose, n, positions in asked:
+        at = np.array(positions, np.int64)
+        assert np.array_equal(dealt(3, purpose, at, n, recent), dealt(3, purpose, at, n))
+        assert sum(map(len, recent._kept.values())) == recent._numbers <= most
+
+
+def test_recent_draws_a_permutation_once_while_it_has_room_and_hands_out_none_that_can_be_changed(monkeypatch):
+    drawn = []
+    monkeypatch.setattr("gdd_dist.data.order.permutation", lambda *of: drawn.append(of[1]) or permutation(*of))
+    recent = Recent(20)
+    for purpose in "aababcab":  # two of 10 numbers have room
+        recent(0, purpose, 0, 10)
+    assert drawn == ["a", "b", "c", "a", "b"]
+    with pytest.raises(ValueError, match="read-only"):
+        recent(0, "a", 0, 10)[0] = 1
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,5 +1,6 @@
 """Who stands in which slot of matching: even, exact, and the same on any number of ranks (design 5.1, 6)."""
 
+import copy
 import dataclasses
 from collections import Counter
 
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gdd_dist.config.settings import Config, Matching
+from gdd_dist.data.noise import permutation
 from gdd_dist.steps.matching import Dealer, Groups
 
 
@@ -108,6 +110,26 @@ def test_a_batch_depends_on_seed_and_step_alone():
     assert two.batch(7).samples.tolist() == one.batch(7).samples.tolist()  # without the steps before
     assert dealer(seed=1).batch(7).samples.tolist() != one.batch(7).samples.tolist()
     assert one.batch(8).samples.tolist() != one.batch(7).samples.tolist()
+
+
+@settings(max_examples=30, deadline=None)
+@given(dealers(), st.lists(st.integers(0, 50), min_size=1, max_size=12))
+def test_kept_permutations_change_no_batch(drawn, steps):
+    deal, _ = drawn
+    plain = copy.copy(deal)
+    plain._recent = permutation
+    for step in steps:
+        for field in dataclasses.fields(Groups):
+            assert np.array_equal(getattr(deal.batch(step), field.name), getattr(plain.batch(step), field.name))
+
+
+def test_a_class_is_shuffled_once_a_round_not_once_a_group(monkeypatch):
+    drawn = []
+    monkeypatch.setattr("gdd_dist.data.order.permutation", lambda *of: drawn.append(of) or permutation(*of))
+    deal = dealer(groups=6, group=2, labels=[0] * 12 + [1] * 12)
+    for step in range(2):  # of each class six groups of two: all of it, once
+        deal.batch(step)
+    assert sorted(of[1] for of in drawn if "sample" in of[1]) == ["matching/sample/0", "matching/sample/1"]
 
 
 def test_golden_batch():
