@@ -19,5 +19,6 @@ def all_finite(parameters: Iterable[Tensor]) -> bool:
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
         return True
-    largest = torch.stack(torch._foreach_norm(gradients, float("inf")))
+    # The same as their infinity norm, which takes a CPU ten times as long.
+    largest = torch.stack(torch._foreach_max(torch._foreach_abs(gradients)))
     return bool(largest.isfinite().all())

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gdd_dist.models.classifiers import CLASSIFIERS, Classifier, build_classifier, has_batch_norm
+from gdd_dist.models.classifiers import CLASSIFIERS, Classifier, Halve, build_classifier, has_batch_norm
 from gdd_dist.models.discriminator import Discriminator
 from gdd_dist.models.generator import Generator
 from sharding.errors import UserError
@@ -24,6 +24,20 @@ def classifier(name: str, size: int = 16, channels: int = 3, classes: int = 5) -
 
 def images(count: int, size: int = 16, channels: int = 3) -> Tensor:
     return torch.rand(count, channels, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@pytest.mark.parametrize("side", [(6, 8), (7, 9), (2, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_halving_is_average_pooling(dtype: torch.dtype, side: tuple[int, int]) -> None:
+    """In bfloat16 it is torch's own, which rounds once."""
+    x = torch.randn(2, 3, *side, generator=torch.Generator().manual_seed(0)).to(dtype)
+    ours, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    found, expected = Halve()(ours), nn.functional.avg_pool2d(other, 2)
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    exact = {"atol": 0.0, "rtol": 0.0} if dtype != torch.float32 else {"atol": 1e-6, "rtol": 1e-6}
+    torch.testing.assert_close(found, expected, **exact)
+    torch.testing.assert_close(ours.grad, other.grad, **exact)
 
 
 @pytest.mark.parametrize("size", [8, 16, 32, 64])

@@ -99,3 +99,24 @@ def test_another_draw_is_another_seed_and_the_first_is_the_run_s_own():
     assert skips.seed(7) == 7
     skips.draw = 1
     assert skips.seed(7) != 7
+
+
+def test_the_largest_number_is_finite():
+    w = torch.zeros(3, requires_grad=True)
+    w.grad = torch.full((3,), -torch.finfo(torch.float32).max)
+    assert all_finite([w])
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_sgd_is_torchs_own(nesterov):
+    """Fused, but the same to rounding over steps, with a learning rate that changes."""
+    nets = [torch.nn.Linear(7, 5), torch.nn.Linear(7, 5)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    ours = sgd(nets[0], 0.1, 0.9, 0.01, nesterov)
+    plain = torch.optim.SGD(nets[1].parameters(), 0.1, 0.9, weight_decay=0.01, nesterov=nesterov, foreach=False)
+    x, y, skips = torch.randn(10, 4, 7), torch.randint(5, (10, 4)), Skips()
+    for k in range(10):
+        for net, optimizer in zip(nets, (ours, plain), strict=True):
+            train_step(net, optimizer, x[k], y[k], 0.1 / (k + 1), "float32", skips)
+    for one, two in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)
