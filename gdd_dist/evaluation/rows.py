@@ -169,11 +169,18 @@ def jobs(config: Config, manifest: Manifest, precision: str, fingerprints: Mappi
     return found
 
 
+def images_labelled(job: Job) -> int:
+    """Images that the teachers label: all that a soft student sees, or its set once where each epoch sees the same images."""
+    if job.row.labels != "soft":
+        return 0
+    same = job.row.protocol == "fixed" and not job.row.augmented
+    return job.budget.distinct_images_seen if same else job.budget.images_seen
+
+
 def images_forwarded(job: Job, last_teachers: int, test: int) -> int:
     """Images that go through a network when a job runs: student, soft labels, generator, and the test set at the end."""
-    seen = job.budget.images_seen
     drawn = job.budget.distinct_images_seen if job.row.train_on in GENERATORS else 0
-    return seen * (1 + (last_teachers if job.row.labels == "soft" else 0)) + drawn + test
+    return job.budget.images_seen + images_labelled(job) * last_teachers + drawn + test
 
 
 def result(row: Row, spent: Budget, seeds: Sequence[int], measured: Sequence[StudentResult]) -> dict[str, Any]:

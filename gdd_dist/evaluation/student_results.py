@@ -15,7 +15,7 @@ import torch
 
 from gdd_dist.evaluation.confusion import StudentResult, pack, unpack
 from gdd_dist.evaluation.ddranking import with_scores
-from gdd_dist.evaluation.rows import Job, Row, jobs, result, with_ceiling_shares
+from gdd_dist.evaluation.rows import Job, Row, images_labelled, jobs, result, with_ceiling_shares
 from gdd_dist.evaluation.students import Frozen, train
 from gdd_dist.models.classifiers import build_classifier
 from gdd_dist.models.files import read_teachers
@@ -100,10 +100,7 @@ def costs(ctx: Context, students: list[Job], teachers: Path | None) -> dict[str,
     pool = read_teachers(teachers) if teachers and any(j.row.labels == "soft" for j in students) else []
     forward_only = 1 / 3
     soft = forward_only * sum(weights(t.architecture) for t in pool if t.last)
-    return {
-        j.fingerprint: j.budget.images_seen * (sizes[j.row.student] + (soft if j.row.labels == "soft" else 0.0))
-        for j in students
-    }
+    return {j.fingerprint: j.budget.images_seen * sizes[j.row.student] + images_labelled(j) * soft for j in students}
 
 
 def evaluate(

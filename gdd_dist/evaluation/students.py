@@ -18,8 +18,8 @@ from torch import Tensor
 
 from gdd_dist.data.augment import AUGMENT_DRAWS
 from gdd_dist.data.images import prefetch, to_float
-from gdd_dist.data.noise import uniform
-from gdd_dist.data.order import dealt
+from gdd_dist.data.noise import permutation, uniform
+from gdd_dist.data.order import Recent, dealt
 from gdd_dist.evaluation import confusion
 from gdd_dist.evaluation.confusion import StudentResult
 from gdd_dist.evaluation.rows import GENERATORS, Job, Row, full_order, step_bounds
@@ -38,6 +38,7 @@ CHUNK_IMAGES = 512
 """Images drawn, augmented and labelled at once, ahead of the steps that train on them: small steps would wait for the overhead."""
 
 Fetch = Callable[[np.ndarray], Tensor]
+Draw = Callable[[int, str, int, int], np.ndarray]
 
 
 class Frozen:
@@ -64,17 +65,20 @@ class Frozen:
         return soft_labels(self.teachers, images, temperature, self._ctx.precision)
 
 
-def real_samples(seed: int, purpose: str, slots: np.ndarray, ipc: int, members: list[np.ndarray]) -> np.ndarray:
+def real_samples(
+    seed: int, purpose: str, slots: np.ndarray, ipc: int, members: list[np.ndarray], draw: Draw = permutation
+) -> np.ndarray:
     """Sample numbers of real images for slots of a sequence of sets: none of a class comes again before all of it came.
 
-    Slot s is image s mod (IPC·K) of set s div (IPC·K), sets ordered by class. ``members``: sample numbers by class.
+    Slot s is image s mod (IPC·K) of set s div (IPC·K), sets ordered by class. ``members``: sample numbers by class;
+    ``draw``: `permutation`, or a `Recent` of it.
     """
     sets, places = np.divmod(slots, ipc * len(members))
     turns = sets * ipc + places % ipc
     out = np.empty(len(slots), dtype=np.int64)
     for c in np.unique(places // ipc):
         here = places // ipc == c
-        out[here] = members[c][dealt(seed, f"{purpose}/real/{c}", turns[here], len(members[c]))]
+        out[here] = members[c][dealt(seed, f"{purpose}/real/{c}", turns[here], len(members[c]), draw)]
     return out
 
 
@@ -86,16 +90,19 @@ class Sets:
 
     def __init__(self, ctx: Context, frozen: Frozen, row: Row, seed: int) -> None:
         assert row.ipc is not None
-        self._ctx, self._ipc, self._fixed = ctx, row.ipc, row.protocol == "fixed"
+        self._ctx, self._frozen, self._ipc, self._fixed = ctx, frozen, row.ipc, row.protocol == "fixed"
+        self._same = self._fixed and not row.augmented
         self._seed, self.purpose = ctx.config.step_seed("report"), f"report/{row.protocol}/{row.ipc}/{seed}"
         self.images = row.ipc * ctx.classes
         """Images of a set."""
+        self._order = Recent(2 * self.images)  # chunks of the training sequence end within an epoch
         self._fetch = self._real() if row.train_on == "real" else self._generated(frozen.generator(row.train_on))
 
     def _real(self) -> Fetch:
         images = self._ctx.images("train")
         members = [np.flatnonzero(images.labels == c) for c in range(self._ctx.classes)]
-        return lambda slots: images.read(real_samples(self._seed, self.purpose, slots, self._ipc, members))
+        recent = Recent(2 * len(images))
+        return lambda slots: images.read(real_samples(self._seed, self.purpose, slots, self._ipc, members, recent))
 
     def _generated(self, generator: Generator) -> Fetch:
         def fetch(slots: np.ndarray) -> Tensor:
@@ -110,9 +117,27 @@ class Sets:
         slots = np.arange(self.images)
         return self._fetch(slots).to(self._ctx.device).contiguous(), slots // self._ipc
 
+    @cached_property
+    def _only_soft_labels(self) -> Tensor:
+        """The teachers' labels of the fixed set as it is, float32 [IPC·K, K]."""
+        return self._label(to_float(self.only[0], self._ctx.device))
+
+    def _label(self, images: Tensor) -> Tensor:
+        return self._frozen.soft_labels(images, self._ctx.config.report.label_temperature)
+
+    def soft_labels(self, places: np.ndarray, seen: Tensor) -> Tensor:
+        """The teachers' labels float32 [n, K] of what is ``seen`` at places, float [n, C, H, W]; once where each epoch sees the same."""
+        if not self._same:
+            return self._label(seen)
+        return self._only_soft_labels[torch.from_numpy(self._members(places)).to(seen.device)]
+
+    def _members(self, places: np.ndarray) -> np.ndarray:
+        """Which image of its set stands at each place, int64 [n]; each epoch is shuffled anew."""
+        return dealt(self._seed, f"{self.purpose}/order", places, self.images, self._order)
+
     def take(self, places: np.ndarray) -> tuple[Tensor, np.ndarray]:
-        """Images and labels at places of the training sequence; each epoch is shuffled anew."""
-        members = dealt(self._seed, f"{self.purpose}/order", places, self.images)
+        """Images and labels at places of the training sequence."""
+        members = self._members(places)
         if self._fixed:
             images, labels = self.only
             return images[torch.from_numpy(members).to(images.device)], labels[members]
@@ -156,7 +181,7 @@ def _fit_sets(ctx: Context, net: Classifier, frozen: Frozen, job: Job, monitor: 
         x = ctx.augment(plain, draws) if job.row.augmented else plain
         y = torch.from_numpy(labels).to(ctx.device)
         if job.row.labels == "soft":
-            y = frozen.soft_labels(x, r.label_temperature)
+            y = sets.soft_labels(places, x)
         for a, b in pairwise((ends - ends[0]).tolist()):
             train_step(net, optimizer, x[a:b], y[a:b], r.lr, ctx.precision, skips)
         monitor.advance(first + len(ends) - 1)

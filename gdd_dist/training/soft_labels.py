@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from gdd_dist.engines.precision import autocast
 
 BATCH = 256
-"""Images a forward."""
+"""Images a forward on a GPU."""
+CPU_BATCH = 32
+"""Images a forward on a CPU: a layer's activations stay in its cache."""
 
 
 @torch.no_grad()
@@ -20,7 +22,7 @@ def soft_labels(teachers: Sequence[nn.Module], images: Tensor, temperature: floa
     ``precision``: of the teachers' forwards, float32, bf16 or fp16.
     """
     parts = []
-    for part in images.split(BATCH):
+    for part in images.split(CPU_BATCH if images.device.type == "cpu" else BATCH):
         total = torch.zeros(())
         for teacher in teachers:
             with autocast(part.device, precision):

@@ -12,10 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as settings_of_hypothesis
+from hypothesis import strategies as st
 from students import Made, make, settings
 
 from gdd_dist import evaluate as program
 from gdd_dist.data.images import to_float
+from gdd_dist.data.order import Recent
 from gdd_dist.evaluation.rows import Row, images_forwarded, jobs
 from gdd_dist.evaluation.student_results import evaluate, record_path
 from gdd_dist.evaluation.students import Frozen, Sets, real_samples, train
@@ -96,6 +100,32 @@ def test_gan_and_matched_students_get_the_same_latents_labels_and_order(made: Ma
     frozen = Frozen(ctx, swapped)
     a, b = (Sets(ctx, frozen, Row(k, "convnet:8", "regenerate", "hard", 1), 0) for k in ("gan", "matched"))
     assert torch.equal(a.take(np.arange(30))[0], b.take(np.arange(30))[0])
+
+
+def test_the_fixed_set_without_augmentation_is_labelled_once_as_each_epoch_would_be(made: Made) -> None:
+    ctx = made.context(settings(ipc=(2,)))
+    row = Row("matched", "convnet:8", "fixed", "soft", 2, augmented=False)
+    plain, moved = (Sets(ctx, Frozen(ctx, made.dirs), r, 0) for r in (row, dataclasses.replace(row, augmented=True)))
+    for first in (0, 13, 45):
+        places = np.arange(first, first + 25)
+        seen = to_float(plain.take(places)[0], ctx.device)
+        before = ctx.forwards
+        labels = plain.soft_labels(places, seen)
+        assert ctx.forwards - before == (0 if first else 2 * plain.images)
+        torch.testing.assert_close(labels, moved.soft_labels(places, seen), atol=1e-6, rtol=0)
+
+
+@settings_of_hypothesis(max_examples=30, deadline=None)
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(1, 4), st.lists(st.integers(0, 300), max_size=30)
+)
+def test_kept_permutations_change_no_real_sample(sizes: list[int], ipc: int, slots: list[int]) -> None:
+    ends = np.cumsum(sizes)
+    members = [np.arange(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+    recent = Recent(2 * int(ends[-1]))
+    for asked in (np.array(slots, np.int64), np.arange(50)):
+        expected = real_samples(0, "p", asked, ipc, members)
+        assert real_samples(0, "p", asked, ipc, members, recent).tolist() == expected.tolist()
 
 
 def test_soft_labels_are_the_mean_of_the_last_teachers_softened_answers(made: Made) -> None:
