@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gdd_dist.data.images import Images, to_float
 from gdd_dist.engines.nonfinite import all_finite, poisoned
 from gdd_dist.engines.precision import autocast
+from gdd_dist.training.forward_size import forward_size
 from gdd_dist.training.optimizers import SGD
 from gdd_dist.training.skipped_steps import Skips
 
@@ -65,7 +66,8 @@ def predict(
     parts = []
     for i in range(0, n, batch):
         with autocast(device, precision):
-            parts.append(net(to_float(read(np.arange(i, min(i + batch, n))), device)).float().cpu())
+            images = to_float(read(np.arange(i, min(i + batch, n))), device)
+            parts += [net(part).float().cpu() for part in images.split(forward_size(device, batch))]
     net.train()
     return torch.cat(parts)
 

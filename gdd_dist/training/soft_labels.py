@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from gdd_dist.engines.precision import autocast
+from gdd_dist.training.forward_size import forward_size
 
 BATCH = 256
-"""Images a forward on a GPU."""
-CPU_BATCH = 32
-"""Images a forward on a CPU: a layer's activations stay in its cache."""
+"""Images a forward, fewer on a CPU."""
 
 
 @torch.no_grad()
@@ -22,7 +21,7 @@ def soft_labels(teachers: Sequence[nn.Module], images: Tensor, temperature: floa
     ``precision``: of the teachers' forwards, float32, bf16 or fp16.
     """
     parts = []
-    for part in images.split(CPU_BATCH if images.device.type == "cpu" else BATCH):
+    for part in images.split(forward_size(images.device, BATCH)):
         total = torch.zeros(())
         for teacher in teachers:
             with autocast(part.device, precision):
