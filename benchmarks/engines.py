@@ -46,13 +46,14 @@ def build(net: Generator | Discriminator, world: World, kind: str, precision: st
 def step(g: Engine, d: Engine, world: World, batch: int, size: int) -> None:
     """A discriminator step with gradient penalties and a generator step."""
     labels = torch.arange(batch, device=world.device) % 10
-    real = torch.randn(batch, 3, size, size, device=world.device).requires_grad_()
+    real = torch.randn(batch, 3, size, size, device=world.device)
     with torch.no_grad():
         fake = g.module(torch.randn(batch, 64, device=world.device), labels).float()
-    fake.requires_grad_()
-    a, b = d(real, labels), d(fake, labels)
-    of_images = torch.autograd.grad([a.sum() + b.sum()], [real, fake], create_graph=True)
-    loss = losses.relativistic_discriminator(a, b) + 0.5 * sum(map(losses.zero_centred_penalty, of_images))
+    both = torch.cat((real, fake)).requires_grad_()
+    scores = d(both, torch.cat((labels, labels)))
+    (of_images,) = torch.autograd.grad(scores.sum(), both, create_graph=True)
+    loss = losses.relativistic_discriminator(*scores.chunk(2))
+    loss = loss + 0.5 * sum(map(losses.zero_centred_penalty, of_images.chunk(2)))
     d.backward(loss)
     d.step(1e-4)
     images = g(torch.randn(batch, 64, device=world.device), labels)

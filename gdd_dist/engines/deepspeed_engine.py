@@ -1,7 +1,8 @@
 """DeepSpeed's ZeRO stages 0 to 3 behind the engine interface: one ``deepspeed.initialize`` per network, float32 weights.
 
 What DeepSpeed gets silently wrong is kept out here: it clips gradients unless told not to; its own forward knows no double
-backward, so forwards go through the bare module; its optimizer state does not exist before the first step, so an engine
+backward, so forwards go through the bare module; ZeRO 3 takes weights away after a first backward of a forward, so they are
+gathered for a second one; its optimizer state does not exist before the first step, so an engine
 begins with a step of nothing. States that leave this file are whole, in torch's own layout: any engine on any number of
 ranks can go on from them.
 """
@@ -103,7 +104,7 @@ class DeepSpeedEngine:
         self._stage = int(config["zero_optimization"]["stage"])
         self._engine, self._optimizer, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         self._scale = LossScale(enabled=precision == "fp16")
-        self._accumulate, self._done = accumulate, 0
+        self._accumulate, self._done, self._went_back = accumulate, 0, False
         if self._scale.enabled:
             for p in self._parameters:
                 p.register_hook(self._scale.unscale)
@@ -132,7 +133,13 @@ class DeepSpeedEngine:
         """Forward under autocast; float32 out."""
         with autocast(self._world.device, self._precision):
             out: Tensor = self.module(*inputs)
+        self._went_back = False
+        if self._stage == 3 and out.requires_grad:
+            out.register_hook(self._note_backward)
         return out.float()
+
+    def _note_backward(self, gradient: Tensor) -> None:
+        self._went_back = True
 
     def backward(self, loss: Tensor) -> None:
         """Mean gradients over ranks and micro-batches."""
@@ -140,7 +147,8 @@ class DeepSpeedEngine:
             self._engine.step()  # tells DeepSpeed of the micro-batch before; the last one's is told by ``step``
         # What DeepSpeed's own forward would do: without it ZeRO 3 forgets all micro-batches but the last.
         getattr(self._optimizer, "clear_backward_seen_flag", lambda: None)()
-        self._engine.backward(self._scale.scale(poisoned(loss)))
+        with self.gathered() if self._went_back else nullcontext():
+            self._engine.backward(self._scale.scale(poisoned(loss)))
         self._done += 1
 
     def step(self, lr: float) -> bool:

@@ -8,14 +8,15 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gdd_dist.models.convolution import Conv2d, WholeMapConv2d
 from gdd_dist.models.residual import ResidualStage, scaled_conv, side_widths
 
 
 class Discriminator(nn.Module):
     """Scores images of a class: [B, C, size, size] float in [-1, 1], labels [B] int64 -> [B] float, higher for real.
 
-    The generator's stages mirrored: pixels enter in patches of `patch` squared, features of the 4x4 map are projected
-    on the class embedding. Raises UserError for a size that is not `patch` times 4, 8, 16, …
+    The generator's stages mirrored: pixels enter in patches of `patch` squared, features of the smallest map are projected
+    on the class embedding. Raises UserError for a size that is not `patch` times 4, 5, 6 or 7 times a power of two.
     """
 
     def __init__(
@@ -44,14 +45,15 @@ class Discriminator(nn.Module):
             "patch": patch,
         }
         """Arguments that rebuild this discriminator, fit for JSON: Discriminator(**arch)."""
-        widths = side_widths(size, width, patch)[::-1]
+        by_side = side_widths(size, width, patch)
+        base, widths = min(by_side), list(by_side.values())[::-1]
         depth = blocks * len(widths)
-        self.from_image = scaled_conv(channels * patch**2, widths[0], 1)
-        self.stages = nn.ModuleList(ResidualStage(w, blocks, depth, group_size, expansion) for w in widths)
+        self.from_image = scaled_conv(channels * patch**2, widths[0], 1, kind=Conv2d)
+        self.stages = nn.ModuleList(ResidualStage(w, blocks, depth, group_size, expansion, Conv2d) for w in widths)
         pairs = zip(widths[:-1], widths[1:], strict=True)
-        self.changes = nn.ModuleList(scaled_conv(a, b, 1) if a != b else nn.Identity() for a, b in pairs)
-        # Depthwise over the whole 4x4 map, then across channels: a learned pooling.
-        self.pool = scaled_conv(widths[-1], widths[-1], 4, groups=widths[-1])
+        self.changes = nn.ModuleList(scaled_conv(a, b, 1, kind=Conv2d) if a != b else nn.Identity() for a, b in pairs)
+        # Depthwise over the whole smallest map, then across channels: a learned pooling.
+        self.pool = scaled_conv(widths[-1], widths[-1], base, groups=widths[-1], kind=WholeMapConv2d)
         self.features = nn.Linear(widths[-1], embedding, bias=False)
         nn.init.normal_(self.features.weight, std=widths[-1] ** -0.5)
         self.embedding = nn.Embedding(classes, embedding)

@@ -90,12 +90,13 @@ class Adversaries:
         return scalars, self.d.step(lr)
 
     def _discriminator_backward(self, real: Tensor, fake: Tensor, labels: Tensor, gamma: float) -> dict[str, Tensor]:
-        real, fake = real.requires_grad_(), fake.requires_grad_()
-        # Two forwards, one double backward: what both DDP and DeepSpeed get right.
-        real_scores, fake_scores = self.d(real, labels), self.d(fake, labels)
+        # One forward and one double backward of both sides: an image's score knows no neighbours in the batch.
+        images = torch.cat((real, fake)).requires_grad_()
+        scores = self.d(images, torch.cat((labels, labels)))
+        real_scores, fake_scores = scores.chunk(2)
         loss = losses.relativistic_discriminator(real_scores, fake_scores)
-        gradients = torch.autograd.grad([real_scores.sum() + fake_scores.sum()], [real, fake], create_graph=True)
-        r1, r2 = losses.zero_centred_penalty(gradients[0]), losses.zero_centred_penalty(gradients[1])
+        (gradients,) = torch.autograd.grad(scores.sum(), images, create_graph=True)
+        r1, r2 = map(losses.zero_centred_penalty, gradients.chunk(2))
         self.d.backward(loss + 0.5 * gamma * (r1 + r2))
         return {
             "loss_d": loss.detach(),

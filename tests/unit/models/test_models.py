@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gdd_dist.models.classifiers import CLASSIFIERS, Classifier, Halve, build_classifier, has_batch_norm
 from gdd_dist.models.discriminator import Discriminator
-from gdd_dist.models.generator import Generator
+from gdd_dist.models.generator import Generator, doubled
+from gdd_dist.models.residual import side_widths
 from sharding.errors import UserError
 
 SMALL: dict[str, Any] = {"classes": 5, "width": 16, "embedding": 8}
@@ -40,7 +42,7 @@ def test_halving_is_average_pooling(dtype: torch.dtype, side: tuple[int, int]) -
     torch.testing.assert_close(ours.grad, other.grad, **exact)
 
 
-@pytest.mark.parametrize("size", [8, 16, 32, 64])
+@pytest.mark.parametrize("size", [8, 16, 28, 32, 64, 96])
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_classifier_shapes_and_gradients_at_every_size(name: str, size: int) -> None:
     model = classifier(f"{name}:16", size)
@@ -104,7 +106,21 @@ def test_statistics_and_sizes_that_do_not_fit_are_refused() -> None:
         classifier("convnet", size=4)
 
 
-@pytest.mark.parametrize(("size", "channels", "patch"), [(8, 1, 1), (16, 1, 2), (16, 1, 1), (32, 3, 1), (64, 3, 2)])
+@pytest.mark.parametrize(
+    ("size", "channels", "patch"),
+    [
+        (8, 1, 1),
+        (16, 1, 2),
+        (16, 1, 1),
+        (32, 3, 1),
+        (64, 3, 2),
+        (28, 1, 1),
+        (28, 1, 2),
+        (48, 3, 1),
+        (80, 3, 4),
+        (96, 3, 1),
+    ],
+)
 def test_gan_shapes_range_and_gradients(size: int, channels: int, patch: int) -> None:
     generator = Generator(**SMALL, size=size, channels=channels, patch=patch, latent=12)
     discriminator = Discriminator(**SMALL, size=size, channels=channels, patch=patch)
@@ -148,10 +164,11 @@ def test_latent_and_label_both_matter() -> None:
     assert not torch.allclose(first, generator(latents, zero + 1))
 
 
-def test_gradient_penalty_reaches_every_weight_and_is_finite() -> None:
-    discriminator = Discriminator(**SMALL, size=16, channels=1, patch=2)
+@pytest.mark.parametrize(("size", "patch"), [(16, 2), (28, 1), (48, 1), (80, 1), (96, 1)])
+def test_gradient_penalty_reaches_every_weight_and_is_finite(size: int, patch: int) -> None:
+    discriminator = Discriminator(**SMALL, size=size, channels=1, patch=patch)
     awaken(discriminator)
-    x = images(4, channels=1).requires_grad_()
+    x = images(4, size, channels=1).requires_grad_()
     scores = discriminator(x, torch.tensor([0, 1, 2, 3]))
     (gradient,) = torch.autograd.grad(scores.sum(), x, create_graph=True)
     gradient.square().sum().backward()
@@ -171,6 +188,33 @@ def test_second_derivative_equals_finite_differences() -> None:
     assert torch.autograd.gradgradcheck(lambda v: discriminator(v, labels).square().sum(), (x,))
 
 
+@pytest.mark.parametrize(
+    ("size", "patch", "sides", "widths"),
+    [
+        (16, 2, [4, 8], [64, 64]),
+        (16, 1, [4, 8, 16], [64, 64, 64]),
+        (64, 1, [4, 8, 16, 32, 64], [64, 64, 64, 32, 16]),
+        (256, 1, [4, 8, 16, 32, 64, 128, 256], [64, 64, 64, 32, 16, 16, 16]),
+        (28, 1, [7, 14, 28], [64, 64, 32]),
+        (28, 4, [7], [64]),
+        (80, 1, [5, 10, 20, 40, 80], [64, 64, 32, 16, 16]),
+        (96, 1, [6, 12, 24, 48, 96], [64, 64, 32, 16, 16]),
+    ],
+)
+def test_widths_halve_from_16_positions_a_side_on(size: int, patch: int, sides: list[int], widths: list[int]) -> None:
+    assert side_widths(size, 64, patch) == dict(zip(sides, widths, strict=True))
+
+
+@pytest.mark.parametrize("side", [4, 5, 6, 7, 8, 14])
+def test_doubling_is_bilinear_and_so_is_its_gradient(side: int) -> None:
+    x = torch.randn(2, 3, side, side, dtype=torch.float64, requires_grad=True)
+    expected = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+    found, weights = doubled(x), torch.randn(expected.shape, dtype=torch.float64)
+    torch.testing.assert_close(found, expected)
+    gradients = (torch.autograd.grad((y * weights).sum(), x)[0] for y in (found, expected))
+    torch.testing.assert_close(*gradients)
+
+
 def test_networks_are_rebuilt_from_their_arch() -> None:
     for network in (
         Generator(**SMALL, size=32, channels=3, latent=20, blocks=2),
@@ -181,7 +225,7 @@ def test_networks_are_rebuilt_from_their_arch() -> None:
         assert again.arch == network.arch
 
 
-@pytest.mark.parametrize("options", [{"size": 24}, {"size": 2}, {"size": 16, "patch": 3}, {"size": 16, "width": 20}])
+@pytest.mark.parametrize("options", [{"size": 36}, {"size": 2}, {"size": 16, "patch": 3}, {"size": 16, "width": 20}])
 def test_sizes_and_widths_that_do_not_fit_are_one_line(options: dict[str, int]) -> None:
     for network in (Generator, Discriminator):
         with pytest.raises(UserError, match="another|--image-size|change one") as error:
