@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gdd_dist import losses
-from gdd_dist.training.adversaries import Adversaries
+from gdd_dist.config.presets import PRESETS
+from gdd_dist.config.settings import Gan
 from gdd_dist.models import residual
 from gdd_dist.models.convolution import Conv2d, WholeMapConv2d, leaky_relu
 from gdd_dist.models.discriminator import Discriminator
-from gdd_dist.config.presets import PRESETS
-from gdd_dist.config.settings import Gan
+from gdd_dist.training import losses
+from gdd_dist.training.adversaries import Adversaries
 
 LAYERS: list[dict[str, Any]] = [
     {"kernel_size": 1},
