@@ -1,0 +1,278 @@
+"""Every measured figure of README and docs, from the records in benchmarks/results.
+
+    python benchmarks/figures.py            # write the marked blocks of all pages anew
+    python benchmarks/figures.py --check    # name the blocks that differ from the records, and exit with 1
+
+A page holds `<!-- figures: NAME -->`, the figures, and `<!-- end -->`. NAME is a function below; it reads records and returns Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import ttest_ind, ttest_rel
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"<!-- figures: ([\w-]+) -->\n(.*?)<!-- end -->", re.DOTALL)
+ROWS = {"real": "real images", "gan": "GAN (EMA)", "matched": "matched"}
+COLUMNS = [(protocol, labels) for protocol in ("regenerate", "fixed") for labels in ("hard", "soft")]
+
+
+def record(name: str) -> dict[str, Any]:
+    """A record that is one JSON object."""
+    found: dict[str, Any] = json.loads((RESULTS / name).read_text())
+    return found
+
+
+def lines(name: str, benchmark: str = "", **settings: Any) -> list[dict[str, Any]]:
+    """The JSON lines of a record whose name begins with ``benchmark`` and whose settings are those given."""
+    found = [json.loads(text) for text in (RESULTS / name).read_text().splitlines()]
+    return [
+        one for one in found if one["benchmark"].startswith(benchmark) and settings.items() <= one["settings"].items()
+    ]
+
+
+def only(name: str, benchmark: str, **settings: Any) -> dict[str, Any]:
+    """The one line of a record that has exactly this name."""
+    (found,) = (one for one in lines(name, benchmark, **settings) if one["benchmark"] == benchmark)
+    return found
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+
+
+def students(name: str) -> str:
+    """Accuracy of students by what they were trained on, from a run's record; bold where matching beat the GAN beyond noise."""
+    run = record(name)
+    results = run["metrics"]["results"]
+    by = {(r["train_on"], r["protocol"], r["labels"]): r for r in results}
+    full, gap = by["full", None, "hard"], run["metrics"]["shortcut_gap"]
+
+    def cell(what: str, protocol: str, labels: str) -> str:
+        row = by[what, protocol, labels]
+        text = f"{row['mean']:.1f} ± {row['std']:.1f}"
+        return f"**{text}**" if what == "matched" and beats(row, by["gan", protocol, labels]) else text
+
+    rows = [[label, *(cell(what, *column) for column in COLUMNS)] for what, label in ROWS.items()]
+    one = by["real", "regenerate", "hard"]
+    kept = gap["selected_step"]
+    return (
+        table(["trained on", *(f"{protocol}, {labels} labels" for protocol, labels in COLUMNS)], rows)
+        + f"\n\nAccuracy on test in percent, mean ± standard deviation over {len(one['seeds'])} students. "
+        f"IPC {one['ipc']}: {one['optimizer_steps']} steps of {one['batch']} images.\n"
+        "Bold: better than the GAN beyond the noise of students (Welch's t-test, p < 0.05). One run, so the noise of training a "
+        "generator is not in it.\n"
+        f"All real data on its own budget: {full['mean']:.1f} ± {full['std']:.1f}. Matching kept "
+        f"{f'step {kept}' if kept else 'the GAN itself (step 0)'}. "
+        f"Shortcut gap: {gap['gan']:.1f} points with the GAN, {gap['matched']:.1f} after matching.\n"
+        f"Time, on {run['metrics']['hardware']['cpu']}: {run['note'].partition(';')[0]}.\n"
+    )
+
+
+def beats(row: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether a row's students are better than another's, beyond their noise."""
+    return row["mean"] > other["mean"] and bool(
+        ttest_ind(row["accuracies"], other["accuracies"], equal_var=False).pvalue < 0.05
+    )
+
+
+def standardization() -> str:
+    text = []
+    for labels in ("hard", "soft"):
+        (one,) = (o for o in lines("standardization.jsonl") if o["unit"].endswith(f"{labels} labels"))
+        test = ttest_rel(one["settings"]["skd"], one["settings"]["kd"])
+        text.append(
+            f"- {labels} labels: {one['ours']:.1f} % standardized, {one['other']['kd']:.1f} % not. The difference is "
+            f"{one['difference']:.2f} ± {one['stderr']:.2f} points (standard error over {one['settings']['seeds']} runs): "
+            f"{'proved' if test.pvalue < 0.05 else 'no proof'} (t = {test.statistic:.1f}, {test.df} degrees of freedom)."
+        )
+    return "\n".join(text) + "\n"
+
+
+def search_outcome() -> str:
+    return (
+        next(t for t in (RESULTS / "search-digits.md").read_text().splitlines() if t.startswith("Best on val")) + "\n"
+    )
+
+
+def search_cost() -> str:
+    over, reuse = only("search.jsonl", "search-overhead"), only("search.jsonl", "search-reuse")
+    trials = over["settings"]["trials"]
+    return (
+        f"On two idle cores, one round: {trials} trials of {over['ours'] / trials:.0f} s took "
+        f"{100 / over['ratio'] - 100:.1f} % longer through the search than by hand.\n"
+        f"A trial that computes teachers, logits and GAN for itself takes {reuse['ratio']:.1f} times as long.\n"
+    )
+
+
+def loader() -> str:
+    def ratio(benchmark: str) -> str:
+        return f"{only('loader.json', benchmark)['ratio']:.1f} ×"
+
+    one, others = only("loader.json", "loader/process"), only("loader.json", "loader/all")["other"]
+    best = max(others, key=lambda name: others[name]).partition("/")[0].replace("ImageFolder", "ImageFolder with PIL")
+    bare = [o["ratio"] for o in lines("loader.json", "loader/bare")]
+    resident = {o["settings"]["ours"][-1]: o["ratio"] for o in lines("loader.json", "loader/resident")}
+    mosaic = only("loader-mosaic.json", "loader/all")["other"]
+    shorter = [
+        o["ratio"]
+        for n in ("loader-shorter.json", "loader-mosaic.json")
+        for o in lines(n, "loader/all")
+        if o["benchmark"] == "loader/all"
+    ]
+    rows = [
+        [label, ratio(f"loader/process{name}"), ratio(f"loader/all{name}")]
+        for label, name in (
+            (f"{best} (the best of them)", ""),
+            ("webdataset", ", webdataset"),
+            ("webdataset that shuffles", ", shuffled webdataset"),
+        )
+    ]
+    return (
+        table(["images/s of ours over", "one process each", "the other at its best number of workers"], rows)
+        + f"\n\n64-pixel JPEGs of Tiny ImageNet; ours is one process with two threads, {round(one['ours'], -3):,.0f} images/s. Two cores, "
+        f"medians of {one['settings']['rounds']} rounds.\n"
+        f"Other programs share the two cores, so the last column moves: {len(shorter)} shorter runs gave {min(shorter):.1f} to "
+        f"{max(shorter):.1f} × ImageFolder.\n"
+        f"Ours reaches {min(bare):.2f} of the bare decoder on the same bytes.\n"
+        f"Kept decoded (`--loader.resident`): {resident['1']:.0f} × streaming with one thread, {resident['2']:.0f} × with two.\n"
+        f"mosaicml-streaming, in another run: {mosaic['mosaicml-streaming/0']:,.0f} images/s in one process, "
+        f"{mosaic['mosaicml-streaming/2']:,.0f} with two workers.\n"
+    )  # fmt: skip
+
+
+def loader_short() -> str:
+    one, best = (only("loader.json", f"loader/{name}")["ratio"] for name in ("process", "all"))
+    return (
+        f"On two cores the loader reads JPEGs {one:.1f} times as fast as ImageFolder with PIL, one process each, and {best:.1f} times as "
+        "fast as its best number of workers.\n"
+    )
+
+
+def waiting() -> str:
+    rows = [
+        [str(one["settings"]["ranks"]), one["settings"]["step"]]
+        + [f"{100 * one['waiting'][how]:.1f} %" for how in ("stock webdataset", "streaming", "resident")]
+        for one in lines("waiting.json")
+    ]
+    return (
+        table(["ranks", "step", "stock webdataset", "ours", "ours, kept decoded"], rows)
+        + "\n\nShare of a step's time spent waiting for data. One round, on made-up images, on two cores.\n"
+    )
+
+
+def order() -> str:
+    seconds = {
+        name: statistics.median(only("order.json", f"order/{name}")["seconds"]) for name in ("start-up", "resume")
+    }
+    return (
+        f"The order of 10⁹ samples in 10⁶ shards starts in {seconds['start-up']:.2f} s, resumes in {seconds['resume']:.2f} s and takes "
+        f"{only('order.json', 'order/memory')['megabytes']:.0f} MB, on two cores.\n"
+    )
+
+
+def hostile() -> str:
+    found = lines("hostile.json")
+    return f"{len(found)} hostile archives: each is refused; the worst takes {max(o['megabytes'] for o in found):.1f} MB of memory.\n"
+
+
+def checkpoint() -> str:
+    cost, kill = only("checkpoint.jsonl", "checkpoint cost"), only("checkpoint.jsonl", "after a kill")
+    return (
+        f"The GAN of the digits, {cost['settings']['ranks']} ranks on 2 cores beside other jobs, once: saving takes "
+        f"{100 * cost['share']:.2f} % of the time.\nAfter a kill in the middle of an interval, {kill['seconds_of_work_repeated']:.0f} s of work "
+        f"are repeated.\nThe first new step comes {kill['seconds_to_first_new_step']:.0f} s after the kill; most of that is the start of Python "
+        "and torch.\n"
+    )
+
+
+def engines() -> str:
+    rows = [
+        [one["benchmark"].partition("/")[2].replace("zero_", "ZeRO "), f"{one['ratio']:.2f}",
+         f"{min(one['ratios']):.2f} to {max(one['ratios']):.2f}"]
+        for one in lines("engines.jsonl")
+    ]  # fmt: skip
+    one = lines("engines.jsonl")[0]["settings"]
+    return (
+        table(["engine", "images/s over DDP's, median", "range"], rows)
+        + f"\n\n{one['ranks']} ranks on two idle cores, {one['rounds']} rounds; width {one['width']}, {one['size']} pixels, {one['batch']} "
+        f"images a rank, {one['precision']}. A difference counts where the range does not hold 1.\n"
+    )
+
+
+def scaling() -> str:
+    head = [
+        "step",
+        "ranks",
+        "images/s",
+        "step, s",
+        "compute",
+        "data",
+        "communication",
+        "bytes a step, formula",
+        "counted",
+    ]
+    rows = []
+    for one in lines("scaling.jsonl"):
+        seconds, sent = one["seconds_a_step"], one["bytes_sent_a_step"]
+        over = f" (+{100 * sent['counted'] / sent['formula'] - 100:.1f} %)" if sent["formula"] else ""
+        rows.append(
+            [one["benchmark"].partition("/")[2], str(one["settings"]["ranks"]), f"{one['ours']:.0f}"]
+            + [f"{seconds[k]:.3f}" for k in ("step", "compute", "data", "communication")]
+            + [f"{sent['formula']:,}", f"{sent['counted']:,}{over}"]
+        )
+    return table(head, rows) + "\n"
+
+
+FIGURES: dict[str, Callable[[], str]] = {
+    "digits": lambda: students("digits.json"),
+    "cifar10-trial": lambda: students("cifar10-trial.json"),
+    "tiny-imagenet-trial": lambda: students("tiny-imagenet-trial.json"),
+    "standardization": standardization,
+    "search-outcome": search_outcome,
+    "search-cost": search_cost,
+    "loader": loader,
+    "loader-short": loader_short,
+    "waiting": waiting,
+    "order": order,
+    "hostile": hostile,
+    "checkpoint": checkpoint,
+    "engines": engines,
+    "scaling": scaling,
+}
+
+
+def renewed(text: str) -> str:
+    """A page with its blocks as the records have them."""
+    return BLOCK.sub(lambda m: f"<!-- figures: {m[1]} -->\n{FIGURES[m[1]]()}<!-- end -->", text)
+
+
+def differing(text: str) -> list[str]:
+    """Names of a page's blocks that are not as the records have them."""
+    return [name for name, body in BLOCK.findall(text) if body != FIGURES[name]()]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; name the blocks that differ")
+    check = parser.parse_args().check
+    found = [(page, name) for page in PAGES for name in differing(page.read_text())]
+    for page, name in found:
+        print(f"{page.relative_to(ROOT)}: {name} {'differs from its record' if check else 'renewed'}")
+        if not check:
+            page.write_text(renewed(page.read_text()))
+    return int(check and bool(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
