@@ -23,7 +23,13 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"<!-- figures: ([\w-]+) -->\n(.*?)<!-- end -->", re.DOTALL)
-ROWS = {"real": "real images", "gan": "GAN (EMA)", "matched": "matched"}
+ROWS = {
+    "real": "real images",
+    "equal_bytes": "real images, equal bytes",
+    "gaussian": "trivial generator",
+    "gan": "GAN (EMA)",
+    "matched": "matched",
+}
 COLUMNS = [(protocol, labels) for protocol in ("regenerate", "fixed") for labels in ("hard", "soft")]
 
 
@@ -54,16 +60,21 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def students(name: str) -> str:
     """Accuracy of students by what they were trained on, from a run's record; bold where matching beat the GAN beyond noise."""
     run = record(name)
-    results = run["metrics"]["results"]
-    by = {(r["train_on"], r["protocol"], r["labels"]): r for r in results}
+    by = {(r["train_on"], r["protocol"], r["labels"]): r for r in run["metrics"]["results"]}
     full, gap = by["full", None, "hard"], run["metrics"]["shortcut_gap"]
 
     def cell(what: str, protocol: str, labels: str) -> str:
-        row = by[what, protocol, labels]
+        row = by.get((what, protocol, labels))
+        if row is None:
+            return "–"
         text = f"{row['mean']:.1f} ± {row['std']:.1f}"
         return f"**{text}**" if what == "matched" and beats(row, by["gan", protocol, labels]) else text
 
-    rows = [[label, *(cell(what, *column) for column in COLUMNS)] for what, label in ROWS.items()]
+    rows = [
+        [label, *(cell(what, *column) for column in COLUMNS)]
+        for what, label in ROWS.items()
+        if any(what == key[0] for key in by)
+    ]
     one = by["real", "regenerate", "hard"]
     kept = gap["selected_step"]
     return (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -20,7 +21,8 @@ from sharding import __main__ as sharding_program
 from tune import options
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "launchers/README.md")]
+PAGES = sorted([*TOP, *(ROOT / "docs").glob("*.md")])
 LAUNCHERS = ("torchrun", "deepspeed", "srun", "python", "python3")
 PROGRAMS: dict[str, Callable[[list[str]], object]] = {
     "gdd_dist.train": command_line.parse,
@@ -76,7 +78,7 @@ def test_every_command_parses(page: str, command: str, tmp_path: Path, monkeypat
             file = tmp_path / argv[argv.index("--config") + 1]
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text("seed: 3\n")
-        if "--help" in argv:
+        if {"--help", "--version"} & set(argv):
             with pytest.raises(SystemExit, match="0"):
                 PROGRAMS[program](argv)
         else:
@@ -88,6 +90,40 @@ def test_every_command_parses(page: str, command: str, tmp_path: Path, monkeypat
     elif scripts := [w for w in words if w.endswith((".py", ".sh")) and "/" in w and not w.startswith(("/", "~"))]:
         for script in scripts:
             assert (ROOT / script).exists(), f"{script} is not there"
+
+
+def test_readme_is_short_and_names_what_is_typed() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.split()) <= 1200
+    for typed in ("make train", "make test", "torchrun --nproc_per_node=8 -m gdd_dist.train", "tensorboard"):
+        assert typed in text
+    assert "python tune/search.py" in text
+
+
+def anchors(page: Path) -> set[str]:
+    """Of a page's headings, as GitHub makes them."""
+    heads = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(p.relative_to(ROOT)) for p in PAGES])
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not link.startswith("http"):
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (ROOT / "docs/index.md").read_text()
+    assert [p.name for p in (ROOT / "docs").glob("*.md") if p.name != "index.md" and f"({p.name})" not in index] == []
+
+
+def test_the_reference_of_settings_is_what_the_code_has() -> None:
+    """`python docs/settings.py` writes it anew."""
+    assert runpy.run_path(str(ROOT / "docs/settings.py"))["page"]() == (ROOT / "docs/settings.md").read_text()
 
 
 def run(*argv: object, cwd: Path) -> str:
