@@ -24,7 +24,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"<!-- figures: ([\w-]+) -->\n(.*?)<!-- end -->", re.DOTALL)
 ROWS = {
-    "real": "real images",
+    "real": "real images (regenerate: the ceiling)",
     "equal_bytes": "real images, equal bytes",
     "gaussian": "trivial generator",
     "gan": "GAN (EMA)",
@@ -165,7 +165,7 @@ def loader() -> str:
 def loader_short() -> str:
     one, best = (only("loader.json", f"loader/{name}")["ratio"] for name in ("process", "all"))
     return (
-        f"On two cores the loader reads JPEGs {one:.1f} times as fast as ImageFolder with PIL, one process each, and {best:.1f} times as "
+        f"On two cores the loader reads JPEGs {one:.1f} times as fast as ImageFolder with PIL, one process each (ours with two threads), and {best:.1f} times as "
         "fast as its best number of workers.\n"
     )
 
