@@ -165,8 +165,8 @@ def loader() -> str:
 def loader_short() -> str:
     one, best = (only("loader.json", f"loader/{name}")["ratio"] for name in ("process", "all"))
     return (
-        f"On two cores the loader reads JPEGs {one:.1f} times as fast as ImageFolder with PIL, one process each (ours with two threads), and {best:.1f} times as "
-        "fast as its best number of workers.\n"
+        f"On two cores the loader reads JPEGs {one:.1f} times as fast as ImageFolder with PIL, one process each (ours with two "
+        f"threads), and {best:.1f} times as fast as its best number of workers.\n"
     )
 
 
