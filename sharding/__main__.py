@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,15 +11,18 @@ from typing import NoReturn
 from tqdm import tqdm
 
 from sharding.errors import UserError
+from sharding.layout import summary
 from sharding.manifest import Manifest
-from sharding.plan import DEFAULT_VAL_FRACTION, Options, parse_size
+from sharding.options import DEFAULT_VAL_FRACTION, Options, parse_size
 from sharding.pool import import_webdataset_without_torch
 from sharding.redact import redact
 from sharding.sources import SOURCES
+from sharding.tars import shown
 from sharding.verify import verify
 from sharding.writer import build
 
 USER_ERROR, INTERRUPTED = 2, 130
+CLASSES_SHOWN = 20
 
 
 class _Parser(argparse.ArgumentParser):
@@ -38,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
         description="Build a data set. The same command goes on with an unfinished build.",
     )
     make.add_argument("source", metavar="SOURCE", help=" | ".join(source.usage for source in SOURCES.values()))
-    make.add_argument("dest", metavar="DEST", type=Path, help="directory to write, new or empty")
+    make.add_argument("dest", metavar="DEST", type=_path, help="directory to write, new or empty")
     defaults = Options()
     make.add_argument("--shard-size", default="64MB", metavar="SIZE", help="source bytes for each shard (64MB)")
     make.add_argument("--workers", type=int, metavar="N", help="worker processes (all cores)")
@@ -56,11 +60,25 @@ def parser() -> argparse.ArgumentParser:
     make.add_argument(
         "--on-error", default=defaults.on_error, metavar="stop|skip", help="what to do about unreadable images (stop)"
     )
+    make.add_argument(
+        "--classes", nargs="+", default=(), metavar="N|NAME", help="the first N classes alone, or those named"
+    )
+    make.add_argument(
+        "--layout", metavar="splits|classes", help="of folder:, what directories called train or test are"
+    )
+    make.add_argument("--first-label", type=int, default=0, metavar="N", help="of webdataset:, the smallest label (0)")
+    make.add_argument(
+        "--value-range",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="what becomes black and white, of images beyond 8 bits (0 65535 of 16 bits)",
+    )
     info = commands.add_parser("info", help="say what a data set holds")
-    info.add_argument("dest", metavar="DEST", type=Path)
+    info.add_argument("dest", metavar="DEST", type=_path)
     info.add_argument("--json", action="store_true", help="print the manifest")
     check = commands.add_parser("verify", help="check sizes and sha256 of all files")
-    check.add_argument("dest", metavar="DEST", type=Path)
+    check.add_argument("dest", metavar="DEST", type=_path)
     check.add_argument("--deep", action="store_true", help="decode every image too")
     return top
 
@@ -95,12 +113,22 @@ def _build(arguments: argparse.Namespace) -> None:
         image_size=arguments.image_size,
         seed=arguments.seed,
         on_error=arguments.on_error,
+        layout=arguments.layout,
+        first_label=arguments.first_label,
+        value_range=arguments.value_range and tuple(arguments.value_range),
+        classes=tuple(arguments.classes),
     )
     built = build(arguments.source, arguments.dest, options, log=_log, bar=sys.stderr.isatty())
     splits = ", ".join(f"{name} {split.samples:,}" for name, split in built.manifest.splits.items())
     skipped = f"; {built.skipped} unreadable images skipped" if built.skipped else ""
     state = "is already there" if built.reused else "is built"
-    print(f"{built.manifest.name} {state} in {arguments.dest}: {splits}{skipped}")
+    print(f"{shown(built.manifest.name)} {state} in {arguments.dest}: {splits}{skipped}")
+    totals = [sum(counts) for counts in zip(*(s.class_counts for s in built.manifest.splits.values()), strict=True)]
+    names = [f"{shown(name)} {n:,}" for name, n in zip(built.manifest.classes, totals, strict=True)]
+    more = f", and {len(names) - CLASSES_SHOWN} more; info lists all" if len(names) > CLASSES_SHOWN else ""
+    print(f"{len(names)} classes: {', '.join(names[:CLASSES_SHOWN])}{more}")
+    if built.manifest.left_out:
+        print(f"left out: {summary(built.manifest.left_out)}")
 
 
 def _info(arguments: argparse.Namespace) -> None:
@@ -109,7 +137,7 @@ def _info(arguments: argparse.Namespace) -> None:
         print(json.dumps(manifest.to_json(), indent=1))
         return
     counts = "1 channel" if manifest.channels == 1 else f"{manifest.channels} channels"
-    print(f"{manifest.name}: {len(manifest.classes)} classes, {manifest.width}×{manifest.height}, {counts}")
+    print(f"{shown(manifest.name)}: {len(manifest.classes)} classes, {manifest.width}×{manifest.height}, {counts}")
     print(f"fingerprint {manifest.fingerprint}")
     print("mean " + " ".join(f"{value:.4f}" for value in manifest.mean), end="; ")
     print("std " + " ".join(f"{value:.4f}" for value in manifest.std))
@@ -118,6 +146,17 @@ def _info(arguments: argparse.Namespace) -> None:
         per_class = f"{min(split.class_counts)} … {max(split.class_counts)}"
         size = sum(shard.bytes for shard in split.shards) / 1e6
         print(f"{name:6} {split.samples:>10,} {per_class:>15} {len(split.shards):>7} {size:>9.1f}")
+    if manifest.left_out:
+        print(f"left out: {summary(manifest.left_out)}")
+    print(f"{'class':>6} " + " ".join(f"{name:>9}" for name in manifest.splits))
+    for label, name in enumerate(manifest.classes):
+        counts = " ".join(f"{split.class_counts[label]:>9,}" for split in manifest.splits.values())
+        print(f"{label:>6} {counts}  {shown(name)}")
+
+
+def _path(text: str) -> Path:
+    """DEST, its ``~`` expanded where the shell did not."""
+    return Path(os.path.expanduser(text))
 
 
 def _verify(arguments: argparse.Namespace) -> None:

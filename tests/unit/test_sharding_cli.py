@@ -45,13 +45,16 @@ def failure(capsys, *arguments: object) -> str:
 def test_build_info_and_verify_in_real_processes(tmp_path):
     folder = write_folder(tmp_path / "data", {"a": 20, "b": 20})
     first = run("build", f"folder:{folder}", tmp_path / "d", "--test-fraction", "0.2", "--workers", "2")
-    assert (first.returncode, first.stdout) == (0, f"data is built in {tmp_path / 'd'}: train 30, val 2, test 8\n")
+    said = f"data is built in {tmp_path / 'd'}: train 30, val 2, test 8\n2 classes: a 20, b 20\n"
+    assert (first.returncode, first.stdout) == (0, said)
     assert "writing: 40 images" in first.stderr
     again = run("build", f"folder:{folder}", tmp_path / "d", "--test-fraction", "0.2")
     assert (again.returncode, again.stdout[:21]) == (0, "data is already there")
     info = run("info", tmp_path / "d", "--json")
     assert json.loads(info.stdout) == json.loads((tmp_path / "d/manifest.json").read_text())
-    assert "data: 2 classes, 8×8, 3 channels" in run("info", tmp_path / "d").stdout
+    told = run("info", tmp_path / "d").stdout
+    assert "data: 2 classes, 8×8, 3 channels" in told
+    assert told.splitlines()[-2:] == ["     0        15         1         4  a", "     1        15         1         4  b"]
     deep = run("verify", tmp_path / "d", "--deep")
     assert deep.returncode == 0
     assert "every image are right" in deep.stdout
