@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from sharding.errors import UserError
-from sharding.links import CIRCLE, DANGLING, SPECIAL, Member, check_walk, followed
+from sharding.links import LOST, SPECIAL, Member, check_walk, followed
 from sharding.tars import LONGEST_NAME, Unfit, checked_name, shown, tree
 
 # An encoded image larger than this is taken for damage, or for an attempt to fill the memory.
 LARGEST_FILE = 256 * 2**20
-HEAD = 64
-"""Bytes that tell what a file is."""
 _ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
+_UNIX = (3, 19)
 _UTF8, _ENCRYPTED, _UNICODE_NAME = 0x800, 1, b"up"
 
 
@@ -49,10 +48,10 @@ class Files(ABC):
     def bytes_of(self, member: Member, most: int = -1) -> bytes:
         """Return a file's content, or its first `most` bytes. Raises OSError or ValueError with the reason."""
 
-    def head(self, member: Member) -> bytes:
-        """Return a file's first HEAD bytes, or all if it is shorter; none if it cannot be read."""
+    def start_of(self, member: Member, most: int) -> bytes:
+        """Return a file's first `most` bytes, or all if it is shorter; none if it cannot be read."""
         with suppress(OSError, ValueError):
-            return self.bytes_of(member, HEAD)
+            return self.bytes_of(member, most)
         return b""
 
     def read(self, member: Member) -> bytes:
@@ -79,7 +78,7 @@ class DirectoryFiles(Files):
             prefix = "" if relative == "." else relative.replace(os.sep, "/") + "/"
             for name in [name for name in names if _leads_back(os.path.join(folder, name))]:
                 names.remove(name)  # it would be walked for ever
-                members.append(Member(prefix + name, 0, odd=CIRCLE))
+                members.append(Member(prefix + name, 0, odd=LOST))
             directories.update(prefix + name for name in names)
             members += [_look(os.path.join(folder, name), prefix + name) for name in files]
         return sorted(members, key=lambda member: member.name), directories
@@ -145,12 +144,17 @@ class ZipFiles(Files):
             if windows or info.create_system == 0:  # some programs there write these
                 name = name.replace("\\", "/")
             self._check(info, name)
-            mode, folder, name = info.external_attr >> 16, name.endswith("/"), posixpath.normpath(name)
-            member = Member(name, info.file_size, place)
-            if folder or stat.S_ISDIR(mode):
+            kind = stat.S_IFMT(info.external_attr >> 16) if info.create_system in _UNIX else 0
+            folder, name = name.endswith("/") or kind == stat.S_IFDIR, posixpath.normpath(name)
+            odd = "" if kind in (0, stat.S_IFREG, stat.S_IFLNK) else SPECIAL
+            member = Member(name, info.file_size, place, odd=odd)
+            links.pop(name, None)  # of two members of one name the last counts
+            members.pop(name, None)
+            if folder:
                 directories.add(name)
-            elif stat.S_ISLNK(mode) and info.create_system == 3 and info.file_size <= LONGEST_NAME:
-                links[name] = posixpath.join(posixpath.dirname(name), os.fsdecode(self.bytes_of(member))) or "."
+            elif kind == stat.S_IFLNK:
+                target = os.fsdecode(self.start_of(member, LONGEST_NAME))
+                links[name] = posixpath.join(posixpath.dirname(name), target) or "."
             else:
                 members[name] = member
         return followed(members, directories, links)
@@ -210,7 +214,7 @@ def _look(path: str, name: str) -> Member:
         found = os.stat(path)
     except OSError as error:
         # Of one that may not be looked at, the reading says so.
-        return Member(name, 0, odd="" if isinstance(error, PermissionError) else DANGLING)
+        return Member(name, 0, odd="" if isinstance(error, PermissionError) else LOST)
     return Member(name, found.st_size, odd="" if stat.S_ISREG(found.st_mode) else SPECIAL)
 
 

@@ -52,7 +52,7 @@ class Folder(Source):
         used = {sample.member.name for samples in splits.values() for sample in samples}
         notes += _about_names(folders, names)
         if taken := len(used & tree.by_content):
-            notes.append(f"{taken:,} images are told by their first bytes: their names have no suffix of an image")
+            notes.append(f"images whose names have no suffix of an image, told by their first bytes: {taken:,}")
         classes = tuple(names[key] for key in ordered)
         left_out = tree.left_out(used, root)
         return Listing(base_name(self.argument), classes, splits, files, left_out=left_out, notes=tuple(notes))
@@ -91,15 +91,14 @@ class Folder(Source):
 
 
 def _root(tree: Tree) -> str:
+    """Where the classes or the splits lie: a single directory is entered, as it would be one class alone."""
     root = ""
-    while True:
-        folders = tree.folders(root)
-        if len(folders) != 1 or split_of(folders[0]) or tree.images(root):
-            return root
+    while len(folders := tree.folders(root)) == 1 and not split_of(folders[0]):
         inner = posixpath.join(root, folders[0])
-        if tree.images(inner) or not tree.folders(inner):
-            return root
+        if not tree.folders(inner):
+            break
         root = inner
+    return root
 
 
 def _holds_classes(tree: Tree, folder: str) -> bool:

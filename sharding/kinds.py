@@ -2,6 +2,8 @@
 
 import re
 
+HEAD = 64
+"""Bytes that tell what a file is."""
 _IMAGE = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|II\*\0|MM\0\*|\0\0\0\x0cjP  |....ftypavi[fs]", re.DOTALL
 )
@@ -34,7 +36,7 @@ _OTHERS = {
 
 
 def is_image(head: bytes) -> bool:
-    """Whether a file that begins so is an image of a kind that is read; 32 bytes are enough."""
+    """Whether a file that begins so is an image of a kind that is read; HEAD bytes are enough."""
     return _IMAGE.match(head) is not None
 
 

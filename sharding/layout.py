@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterator
 
 from sharding.containers import Files
 from sharding.images import SUFFIXES
-from sharding.kinds import is_image
-from sharding.links import DANGLING, Member
+from sharding.kinds import HEAD, is_image
+from sharding.links import LOST, Member
 from sharding.tars import shown
 
 # What systems put beside people's files.
@@ -53,11 +53,11 @@ class Tree:
     def _other(self, member: Member) -> str:
         """What a file is that is no image, told by its suffix or, where that says nothing, by its first bytes; "": an image."""
         suffix = _suffix(member.name)
-        if member.odd and not (member.odd == DANGLING and suffix in SUFFIXES):
+        if member.odd and not (member.odd == LOST and suffix in SUFFIXES):
             return member.odd
         if suffix in SUFFIXES:
             return ""
-        if _TYPE.fullmatch(suffix) or not is_image(self._source.head(member)):
+        if _TYPE.fullmatch(suffix) or not is_image(self._source.start_of(member, HEAD)):
             return f"{shown(suffix)} files" if suffix else "files without a suffix"
         self.by_content.add(member.name)
         return ""

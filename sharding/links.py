@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from sharding.errors import UserError
 
-DANGLING, CIRCLE, SPECIAL = "links that lead nowhere", "links that lead back", "pipes, sockets and devices"
+LOST, SPECIAL = "links that lead nowhere or back", "pipes, sockets and devices"
 """Why a member cannot be read."""
 _HOPS = 40
 
@@ -52,10 +52,8 @@ def followed(
             name, target = posixpath.join(shown, base), _real(posixpath.join(way[-1], base), links)
             if target is not None and target in files:
                 members.append(replace(files[target], name=name))
-            elif target in way:
-                members.append(Member(name, 0, odd=CIRCLE))
-            elif target is None or target not in inside:
-                members.append(Member(name, 0, odd=DANGLING))
+            elif target is None or target in way or target not in inside:
+                members.append(Member(name, 0, odd=LOST))
             else:
                 directories.add(name)
                 entered.add(target)

@@ -166,9 +166,9 @@ def about(plan: Plan) -> list[str]:
             elif split != shard.split:
                 across.append(f"{pair} in {split} and {shard.split}")
     if between:
-        notes.append(f"{len(between):,} pictures stand in two classes: {between[0]}")
+        notes.append(f"pictures that stand in two classes: {len(between):,} ({between[0]})")
     if across:
-        notes.append(f"{len(across):,} pictures stand in two splits: {across[0]}")
+        notes.append(f"pictures that stand in two splits: {len(across):,} ({across[0]})")
     if 0 <= highest < 2**15 and plan.target.values is None:
         notes.append(
             f"images of 16 bits are read as 0 … 65535, and use up to {highest}: --value-range 0 {highest} spreads them"

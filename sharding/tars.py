@@ -85,7 +85,7 @@ def is_tar(head: bytes) -> bool:
 
 def shown(name: str) -> str:
     """A member's name as it may be printed: short, on one line, without control characters."""
-    name = name if len(name) <= 200 else f"{name[:200]}…"
+    name = writable(name if len(name) <= 200 else f"{name[:200]}…")
     return name if name.isprintable() else ascii(name)[1:-1]
 
 
