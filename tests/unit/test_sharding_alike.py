@@ -9,26 +9,54 @@ import unicodedata
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from test_sharding_support import contents, encoded, pixels
 
 from sharding.errors import UserError
 from sharding.options import Options
-from sharding.shards import Shards, decode
-from sharding.sources import open_source
 from sharding.writer import build
 
 EXAMPLES, MORE = 60, 2000
 IMAGES = [encoded(pixels(seed, 4, 4), "PNG" if seed % 2 else "JPEG") for seed in range(12)]
 OTHERS = [b"", b"some text", b"PK\x03\x04", b"\xff\xfe\x00"]
 CAFE = "café"
-CLASSES = ["cat", "Cat", "CAT", CAFE, unicodedata.normalize("NFD", CAFE), "caf\udce9", "猫", "a b", "c\\d", "train", "Test", "x.y", "-"]
-FILES = ["0.png", "1.PNG", "2.Jpeg", "3", "4.jpg?w=200", "5.avif", "a\\b.png", "\udcff.png", "é.png", "6.png ", "deep/7.png", "deep/er/8.jpg"]
+CLASSES = [
+    "cat",
+    "Cat",
+    "CAT",
+    CAFE,
+    unicodedata.normalize("NFD", CAFE),
+    "caf\udce9",
+    "猫",
+    "a b",
+    "c\\d",
+    "train",
+    "Test",
+    "x.y",
+    "-",
+]
+FILES = [
+    "0.png",
+    "1.PNG",
+    "2.Jpeg",
+    "3",
+    "4.jpg?w=200",
+    "5.avif",
+    "a\\b.png",
+    "\udcff.png",
+    "é.png",
+    "6.png ",
+    "deep/7.png",
+    "deep/er/8.jpg",
+]
 CLUTTER = ["note.txt", "9.HEIC", ".hidden.png", "@eaDir/0.png/thumb.jpg", "__MACOSX/._0.png", "Thumbs.db", "README"]
-SPLITS = [{"train": "train"}, {"train": "Training", "test": "Testing"}, {"train": "TRAIN", "val": "valid", "test": "test"}]
+SPLITS = [
+    {"train": "train"},
+    {"train": "Training", "test": "Testing"},
+    {"train": "TRAIN", "val": "valid", "test": "test"},
+]
 SEEN: list[str] = []
 
 
@@ -57,9 +85,14 @@ def trees(draw) -> dict[str, bytes | str | None]:
     for clutter in draw(st.lists(st.sampled_from(CLUTTER), max_size=3, unique=True)):
         tree[os.path.join(draw(st.sampled_from(["", *folders])), clutter)] = draw(st.sampled_from(OTHERS))
     for number in range(draw(st.integers(0, 3))):
-        link = os.path.join(draw(st.sampled_from(["", *folders])), draw(st.sampled_from(["link", "link.png"])) + str(number) * (number > 1))
+        link = os.path.join(
+            draw(st.sampled_from(["", *folders])),
+            draw(st.sampled_from(["link", "link.png"])) + str(number) * (number > 1),
+        )
         target = draw(st.sampled_from(["gone", "..", ".", "../..", *folders, *tree]))
-        tree.setdefault(link, os.path.relpath(target, os.path.dirname(link) or ".") if target in (*folders, *tree) else target)
+        tree.setdefault(
+            link, os.path.relpath(target, os.path.dirname(link) or ".") if target in (*folders, *tree) else target
+        )
     if draw(st.booleans()):
         tree[os.path.join(draw(st.sampled_from(folders)), "pipe.png")] = None
     return tree
@@ -91,8 +124,14 @@ def to_zip(root: Path, path: Path, top: str, marked: bool, folders: bool) -> Pat
             if stat.S_ISDIR(mode) and not folders:
                 continue
             info = Raw(os.path.join(top, file.relative_to(root)) + "/" * stat.S_ISDIR(mode))
-            info.marked, info.external_attr = marked and "\udc80" > max(info.filename), mode << 16
-            data = os.fsencode(os.readlink(file)) if file.is_symlink() else file.read_bytes() if stat.S_ISREG(mode) else b""
+            info.marked, info.external_attr = marked and max(info.filename) < "\udc80", mode << 16
+            data = (
+                os.fsencode(os.readlink(file))
+                if file.is_symlink()
+                else file.read_bytes()
+                if stat.S_ISREG(mode)
+                else b""
+            )
             archive.writestr(info, data)
     return path
 
@@ -101,8 +140,10 @@ def outcome(path: Path, dest: Path, top: str = ".") -> object:
     """The manifest and all bytes of a build; where it is refused, what is said of it."""
     lines: list[str] = []
     try:
-        manifest = build(f"folder:{path}", dest, Options(workers=1, on_error="skip", image_size=4), log=lines.append).manifest
-    except UserError as error:
+        manifest = build(
+            f"folder:{path}", dest, Options(workers=1, on_error="skip", image_size=4), log=lines.append
+        ).manifest
+    except UserError:
         try:
             options = Options(workers=1, test_fraction=0.3, on_error="skip", image_size=4)
             manifest = build(f"folder:{path}", dest, options, log=lines.append).manifest
@@ -117,7 +158,9 @@ def alike(scratch: Path, tree: dict[str, bytes | str | None], top: str, form: in
     root = write(scratch / "s", tree)
     first = outcome(root, scratch / "d0")
     SEEN.append("refused" if isinstance(first, str) else "built")
-    for number, path in enumerate([to_tar(root, scratch / "s.tar", top, form), to_zip(root, scratch / "s.zip", top, marked, folders)]):
+    for number, path in enumerate(
+        [to_tar(root, scratch / "s.tar", top, form), to_zip(root, scratch / "s.zip", top, marked, folders)]
+    ):
         assert outcome(path, scratch / f"d{number + 1}", top) == first
 
 
@@ -128,7 +171,8 @@ CASES = {
     "marked": st.booleans(),
     "folders": st.booleans(),
 }
-from hypothesis import Phase
+
+
 QUIET = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck), "phases": [Phase.generate]}
 
 

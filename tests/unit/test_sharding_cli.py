@@ -54,7 +54,10 @@ def test_build_info_and_verify_in_real_processes(tmp_path):
     assert json.loads(info.stdout) == json.loads((tmp_path / "d/manifest.json").read_text())
     told = run("info", tmp_path / "d").stdout
     assert "data: 2 classes, 8×8, 3 channels" in told
-    assert told.splitlines()[-2:] == ["     0        15         1         4  a", "     1        15         1         4  b"]
+    assert told.splitlines()[-2:] == [
+        "     0        15         1         4  a",
+        "     1        15         1         4  b",
+    ]
     deep = run("verify", tmp_path / "d", "--deep")
     assert deep.returncode == 0
     assert "every image are right" in deep.stdout
