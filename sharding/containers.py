@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sharding.errors import UserError
-from sharding.links import LOST, SPECIAL, Member, check_walk, followed
+from sharding.links import LOST, SPECIAL, Found, Member, check_walk
 from sharding.tars import LONGEST_NAME, Unfit, checked_name, shown, tree
 
 # An encoded image larger than this is taken for damage, or for an attempt to fill the memory.
@@ -96,25 +96,17 @@ class TarFiles(Files):
 
     def listing(self) -> tuple[list[Member], set[str]]:
         """Return all files and directories. Raises UserError when it is cut, damaged or holds what is no data."""
-        members: dict[str, Member] = {}
-        directories: set[str] = set()
-        links: dict[str, str] = {}
+        found = Found()
         try:
             for entry in tree(self.path):
                 name = posixpath.normpath(entry.name)
-                links.pop(name, None)  # of two members of one name the last counts
-                members.pop(name, None)
-                if entry.is_file or entry.odd:
-                    members[name] = Member(name, entry.size, entry.offset, odd=entry.odd)
-                elif entry.target:
-                    links[name] = entry.target
-                else:
-                    directories.add(name)
+                member = Member(name, entry.size, entry.offset, odd=entry.odd)
+                found.add(name, member if entry.is_file or entry.odd else None, entry.target)
         except Unfit as error:
             raise UserError(f"{self.shown} cannot be read as it is: {error}") from None
         except (ValueError, OSError) as error:
             raise UserError(f"{self.shown} is not a whole tar archive ({error}); get it again") from None
-        return followed(members, directories, links)
+        return found.followed()
 
     def bytes_of(self, member: Member, most: int = -1) -> bytes:
         """Return the member's content, or its first bytes."""
@@ -134,9 +126,7 @@ class ZipFiles(Files):
 
     def listing(self) -> tuple[list[Member], set[str]]:
         """Return all files and directories. Raises UserError when it is damaged, or of a kind that is not read."""
-        members: dict[str, Member] = {}
-        directories: set[str] = set()
-        links: dict[str, str] = {}
+        found = Found()
         infos = self._opened().infolist()
         written = [_zip_name(info) for info in infos]
         windows = not any("/" in name for name in written)
@@ -148,16 +138,13 @@ class ZipFiles(Files):
             folder, name = name.endswith("/") or kind == stat.S_IFDIR, posixpath.normpath(name)
             odd = "" if kind in (0, stat.S_IFREG, stat.S_IFLNK) else SPECIAL
             member = Member(name, info.file_size, place, odd=odd)
-            links.pop(name, None)  # of two members of one name the last counts
-            members.pop(name, None)
-            if folder:
-                directories.add(name)
-            elif kind == stat.S_IFLNK:
-                target = os.fsdecode(self.start_of(member, LONGEST_NAME))
-                links[name] = posixpath.join(posixpath.dirname(name), target) or "."
-            else:
-                members[name] = member
-        return followed(members, directories, links)
+            target = ""
+            if kind == stat.S_IFLNK:
+                target = (
+                    posixpath.join(posixpath.dirname(name), os.fsdecode(self.start_of(member, LONGEST_NAME))) or "."
+                )
+            found.add(name, None if folder or target else member, target)
+        return found.followed()
 
     def bytes_of(self, member: Member, most: int = -1) -> bytes:
         """Return the member's content, decompressed and checked, or its first bytes."""
@@ -171,17 +158,14 @@ class ZipFiles(Files):
     def _check(self, info: zipfile.ZipInfo, name: str) -> None:
         try:
             checked_name(name)
+            if info.flag_bits & _ENCRYPTED:
+                raise ValueError(f"{shown(name)} is encrypted")
+            if info.compress_type not in _ZIP_METHODS:
+                raise ValueError(f"{shown(name)} is compressed by method {info.compress_type}")
         except ValueError as error:
             raise UserError(
                 f"{self.shown} cannot be read as it is: {error}; unpack it and give the directory"
             ) from None
-        if info.flag_bits & _ENCRYPTED:
-            raise UserError(f"{self.shown} is encrypted ({shown(name)}); unpack it and give the directory")
-        if info.compress_type not in _ZIP_METHODS:
-            what = f"{shown(name)} by method {info.compress_type}"
-            raise UserError(
-                f"{self.shown} is compressed in a way that is not read ({what}); unpack it and give the directory"
-            )
 
     def _opened(self) -> zipfile.ZipFile:
         if self._archive is None:

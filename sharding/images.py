@@ -23,39 +23,24 @@ from PIL import Image, features
 from sharding.shards import decode
 
 # No PostScript, which would start an interpreter, and no container formats.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000") + (
-    ("AVIF",) if features.check("avif") else ()
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "BMP",
+    "GIF",
+    "TIFF",
+    "PPM",
+    "JPEG2000",
+    *(["AVIF"] if features.check("avif") else []),
 )
-SUFFIXES = frozenset(
-    (
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".jif",
-        ".pjpeg",
-        ".png",
-        ".apng",
-        ".webp",
-        ".avif",
-        ".bmp",
-        ".gif",
-        ".tif",
-        ".tiff",
-    )
-    + (".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx")
-)
+_SUFFIXES = "jpg jpeg jpe jfif jif pjpeg png apng webp avif bmp gif tif tiff ppm pgm pbm pnm jp2 j2k jpx"
+SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
 _KEPT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 _ORIENTATION = 0x0112
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_TURN = Image.Transpose
+_TURNS = dict(enumerate((_TURN.FLIP_LEFT_RIGHT, _TURN.ROTATE_180, _TURN.FLIP_TOP_BOTTOM, _TURN.TRANSPOSE), 2))
+_TURNS |= dict(enumerate((_TURN.ROTATE_270, _TURN.TRANSVERSE, _TURN.ROTATE_90), 6))
 # What a PNG may say of itself beside its pixels and their orientation. Pillow refuses it when it is long.
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 
@@ -109,37 +94,38 @@ def inspect(item: Item, values: Values | None = None) -> Seen:
         return Seen(digest, item.shape[0], item.shape[1], item.shape[2] == 1, "")
     # Pillow's plugins answer damaged files with exceptions of many types.
     try:
-        seen = _from_pixels(lambda payload: _inspect(payload, values), item)
+        seen = _from_pixels(lambda image, payload: _inspect(image, payload, values), item)
     except Exception as error:
         raise ValueError(_reason(error)) from error
     return replace(seen, sha256=digest, kept_as=seen.kept_as if seen.sha256 == digest else "")
 
 
-def _inspect(payload: bytes, values: Values | None) -> Seen:
-    with Image.open(io.BytesIO(payload), formats=FORMATS) as image:
-        grey, kept_as, highest = _is_grey(image), _kept_as(image, payload), -1
-        width, height = image.size
-        if kept_as:
-            # As what trains does it: strictly.
-            decode(payload, np.empty((height, width, 1 if grey else 3), np.uint8))
-        else:
-            if payload[:2] == b"\xff\xd8":
-                simplejpeg.decode_jpeg(payload, "CMYK" if image.mode == "CMYK" else "RGB")
-            if values is None and image.mode.startswith("I"):
-                highest = int(np.asarray(image).max())
-            width, height = plain(image, values).size
-        return Seen(digest_of(payload), height, width, grey, kept_as, highest)
+def _inspect(image: Image.Image, payload: bytes, values: Values | None) -> Seen:
+    grey, kept_as, highest = _is_grey(image), _kept_as(image, payload), -1
+    width, height = image.size
+    if kept_as:
+        # As what trains does it: strictly.
+        decode(payload, np.empty((height, width, 1 if grey else 3), np.uint8))
+    else:
+        if payload[:2] == b"\xff\xd8":
+            simplejpeg.decode_jpeg(payload, "CMYK" if image.mode == "CMYK" else "RGB")
+        if values is None and image.mode.startswith("I"):
+            highest = int(np.asarray(image).max())
+        width, height = plain(image, values).size
+    return Seen(digest_of(payload), height, width, grey, kept_as, highest)
 
 
-def _from_pixels(function: Callable[[bytes], Result], payload: bytes) -> Result:
-    """What `function` makes of an image; of a PNG that it cannot read as it is, without its texts."""
+def _from_pixels(function: Callable[[Image.Image, bytes], Result], payload: bytes) -> Result:
+    """What `function` makes of an image, and its bytes; of a PNG that it cannot read as it is, without its texts."""
     with _strict_on_bombs():
         try:
-            return function(payload)
+            with Image.open(io.BytesIO(payload), formats=FORMATS) as image:
+                return function(image, payload)
         except (ValueError, OSError):
             if (bare := _without_texts(payload)) == payload:
                 raise
-            return function(bare)
+            with Image.open(io.BytesIO(bare), formats=FORMATS) as image:
+                return function(image, bare)
 
 
 def _without_texts(payload: bytes) -> bytes:
@@ -218,7 +204,7 @@ def to_pixels(item: Item, target: Target) -> NDArray[np.uint8]:
     if isinstance(item, np.ndarray):
         image = Image.fromarray(item[:, :, 0] if item.shape[2] == 1 else item)
     else:
-        image = _from_pixels(lambda payload: _plain_of(payload, target.values), item)
+        image = _from_pixels(lambda opened, _: plain(opened, target.values), item)
     image = image.convert("L" if target.channels == 1 else "RGB")
     if image.size != (target.width, target.height):
         scale = min(image.width / target.width, image.height / target.height)
@@ -227,11 +213,6 @@ def to_pixels(item: Item, target: Target) -> NDArray[np.uint8]:
         box = (left, top, left + width, top + height)
         image = image.resize((target.width, target.height), Image.Resampling.BICUBIC, box=box)
     return np.asarray(image).reshape(target.height, target.width, target.channels)
-
-
-def _plain_of(payload: bytes, values: Values | None) -> Image.Image:
-    with Image.open(io.BytesIO(payload), formats=FORMATS) as opened:
-        return plain(opened, values)
 
 
 def to_stored(item: Item, seen: Seen, target: Target) -> tuple[str, bytes]:

@@ -9,20 +9,14 @@ _IMAGE = re.compile(
 )
 _UNPACK = "unpack it ({} {{file}}) and give the directory"
 _REWRITE = "write its images as files, DIRECTORY/CLASS/IMAGE, or as WebDataset tars"
-_COMPRESSED = {
-    b"\x1f\x8b": "gzip",
-    b"BZh": "bzip2",
-    b"\xfd7zXZ\x00": "xz",
-    b"\x28\xb5\x2f\xfd": "zstd",
-    b"\x04\x22\x4d\x18": "lz4",
-    b"LZIP": "lzip",
-}
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz"}
+_COMPRESSED |= {b"\x28\xb5\x2f\xfd": "zstd", b"\x04\x22\x4d\x18": "lz4", b"LZIP": "lzip"}
+_PAGE = ("a web page, not an archive", "look into it: the download may want a login")
 _OTHERS = {
     b"7z\xbc\xaf\x27\x1c": ("a 7z archive", _UNPACK.format("7z x")),
     b"Rar!\x1a\x07": ("a RAR archive", _UNPACK.format("unrar x")),
     b"hsqs": ("a squashfs image", _UNPACK.format("unsquashfs")),
     b"07070": ("a cpio archive", _UNPACK.format("cpio -id <")),
-    b"!<arch>\n": ("an ar archive", _UNPACK.format("ar x")),
     b"PAR1": ("a Parquet file", _REWRITE),
     b"ARROW1": ("an Arrow file", _REWRITE),
     b"\x89HDF\r\n\x1a\n": ("an HDF5 file", _REWRITE),
@@ -30,8 +24,8 @@ _OTHERS = {
     b"SQLite format 3\0": ("an SQLite database", _REWRITE),
     b"%PDF": ("a PDF document", _REWRITE),
     b"version https://git-lfs": ("a pointer of Git LFS, not the file itself", "fetch that: git lfs pull"),
-    b"<!doctype html": ("a web page, not an archive", "look into it: the download may want a login"),
-    b"<html": ("a web page, not an archive", "look into it: the download may want a login"),
+    b"<!doctype html": _PAGE,
+    b"<html": _PAGE,
 }
 
 

@@ -31,36 +31,53 @@ def check_walk(walked: int, real: int) -> None:
         raise UserError(f"links lead into {real:,} directories in more than {walked:,} ways; remove some of them")
 
 
-def followed(
-    files: Mapping[str, Member], folders: Iterable[str], links: Mapping[str, str]
-) -> tuple[list[Member], set[str]]:
-    """Return all files, sorted by name, and the names of directories, as they look with links followed.
+class Found:
+    """What stands in an archive; of two members of one name the last counts."""
 
-    `links` tells where each link leads, relative to the archive. Raises UserError as `check_walk` does.
-    """
-    if not links:
-        return sorted(files.values(), key=lambda member: member.name), set(folders)
-    inside = _inside([*files, *folders, *links])
-    inside.update({folder: inside[folder] for folder in folders})  # an empty directory is one too
-    members: list[Member] = []
-    directories: set[str] = set()
-    entered, walked = {""}, 0
-    waiting: list[tuple[str, tuple[str, ...]]] = [("", ("",))]
-    while waiting:
-        shown, way = waiting.pop()
-        for base in inside[way[-1]]:
-            name, own = posixpath.join(shown, base), posixpath.join(way[-1], base)
-            target = _real(own, links)
-            if target is not None and target in files:
-                members.append(replace(files[target], name=name))
-            elif target is None or target not in inside or (target != own and target in way):
-                members.append(Member(name, 0, odd=LOST))
-            else:
-                directories.add(name)
-                entered.add(target)
-                check_walk(walked := walked + 1, len(entered))
-                waiting.append((name, (*way, target)))
-    return sorted(members, key=lambda member: member.name), directories
+    def __init__(self) -> None:
+        self.files: dict[str, Member] = {}
+        self.folders: set[str] = set()
+        self.links: dict[str, str] = {}
+
+    def add(self, name: str, file: Member | None, target: str = "") -> None:
+        """Add a file, or a link to `target`, relative to the archive, or else a directory."""
+        self.files.pop(name, None)
+        self.links.pop(name, None)
+        if file is not None:
+            self.files[name] = file
+        elif target:
+            self.links[name] = target
+        else:
+            self.folders.add(name)
+
+    def followed(self) -> tuple[list[Member], set[str]]:
+        """Return all files, sorted by name, and the names of directories, as they look with links followed.
+
+        Raises UserError as `check_walk` does.
+        """
+        if not self.links:
+            return sorted(self.files.values(), key=lambda member: member.name), self.folders
+        inside = _inside([*self.files, *self.folders, *self.links])
+        inside.update({folder: inside[folder] for folder in self.folders})  # an empty directory is one too
+        members: list[Member] = []
+        directories: set[str] = set()
+        entered, walked = {""}, 0
+        waiting: list[tuple[str, tuple[str, ...]]] = [("", ("",))]
+        while waiting:
+            shown, way = waiting.pop()
+            for base in inside[way[-1]]:
+                name, own = posixpath.join(shown, base), posixpath.join(way[-1], base)
+                target = _real(own, self.links)
+                if target is not None and target in self.files:
+                    members.append(replace(self.files[target], name=name))
+                elif target is None or target not in inside or (target != own and target in way):
+                    members.append(Member(name, 0, odd=LOST))
+                else:
+                    directories.add(name)
+                    entered.add(target)
+                    check_walk(walked := walked + 1, len(entered))
+                    waiting.append((name, (*way, target)))
+        return sorted(members, key=lambda member: member.name), directories
 
 
 def _inside(names: Iterable[str]) -> dict[str, set[str]]:

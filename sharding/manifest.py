@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -139,34 +139,15 @@ def parse_manifest(content: bytes, path: str) -> Manifest:
 
 
 def _split_to_json(split: SplitInfo) -> dict[str, Any]:
-    return {
-        "samples": split.samples,
-        "class_counts": list(split.class_counts),
-        "shards": [
-            {
-                "file": shard.file,
-                "samples": shard.samples,
-                "bytes": shard.bytes,
-                "sha256": shard.sha256,
-                "index_sha256": shard.index_sha256,
-            }
-            for shard in split.shards
-        ],
-    }
+    shards = [asdict(shard) for shard in split.shards]
+    return {"samples": split.samples, "class_counts": list(split.class_counts), "shards": shards}
 
 
 def _split_from_json(split: dict[str, Any]) -> SplitInfo:
     shards = tuple(
-        ShardInfo(
-            file=shard["file"],
-            samples=shard["samples"],
-            bytes=shard["bytes"],
-            sha256=shard["sha256"],
-            index_sha256=shard["index_sha256"],
-        )
-        for shard in split["shards"]
+        ShardInfo(**{field.name: shard[field.name] for field in fields(ShardInfo)}) for shard in split["shards"]
     )
-    return SplitInfo(samples=split["samples"], class_counts=tuple(split["class_counts"]), shards=shards)
+    return SplitInfo(split["samples"], tuple(split["class_counts"]), shards)
 
 
 def _check(manifest: Manifest) -> None:
