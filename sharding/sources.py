@@ -17,6 +17,7 @@ from sharding.folders import Folder
 from sharding.foreign import WebDataset
 from sharding.layout import Tree
 from sharding.listing import Listing, Sample, Source, chosen
+from sharding.mnist import Mnist
 from sharding.options import Options
 
 _TEXTS = ("wnids.txt", "words.txt", "val/val_annotations.txt")
@@ -82,6 +83,7 @@ SOURCES: dict[str, type[Source]] = {
     "digits": Digits,
     "cifar10": Cifar10,
     "cifar100": Cifar100,
+    "mnist": Mnist,
     "tiny-imagenet": TinyImageNet,
     "folder": Folder,
     "webdataset": WebDataset,
