@@ -21,7 +21,7 @@ from sharding.tars import shown
 from sharding.verify import verify
 from sharding.writer import build
 
-USER_ERROR, INTERRUPTED = 2, 130
+UNFORESEEN, USER_ERROR, INTERRUPTED = 1, 2, 130
 CLASSES_SHOWN = 20
 
 
@@ -80,17 +80,23 @@ def parser() -> argparse.ArgumentParser:
     check = commands.add_parser("verify", help="check sizes and sha256 of all files")
     check.add_argument("dest", metavar="DEST", type=_path)
     check.add_argument("--deep", action="store_true", help="decode every image too")
+    for command in (make, info, check):
+        command.add_argument("--debug", action="store_true", help="show where an unforeseen error comes from")
     return top
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status, 2 after an error the user can mend."""
+    """Run one command; returns the exit status, 2 after an error the user can mend, 1 after another."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
         options = parser().parse_args(arguments)
         {"build": _build, "info": _info, "verify": _verify}[options.command](options)
     except UserError as error:
         print(f"error: {redact(str(error))}", file=sys.stderr)
         return USER_ERROR
+    except BrokenPipeError:  # who read the output has gone; what else is to be written goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNFORESEEN
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
         print(
@@ -101,6 +107,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped: the same command goes on from here", file=sys.stderr)
         return INTERRUPTED
+    except Exception as error:
+        if "--debug" in arguments:
+            raise
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        print(
+            f"error: {redact(what)} (unforeseen: run it again with --debug and report what it shows)", file=sys.stderr
+        )
+        return UNFORESEEN
     return 0
 
 
@@ -173,6 +187,8 @@ def _log(line: str) -> None:
 
 if __name__ == "__main__":
     import_webdataset_without_torch()
+    # A stream that was closed before the start is none.
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         # File names need not be valid text.
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

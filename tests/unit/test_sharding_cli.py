@@ -5,6 +5,7 @@ import time
 
 import numpy as np
 import pytest
+from test_sharding_support import command as argv
 from test_sharding_support import contents, environment, flip, run, write_folder
 
 import sharding
@@ -187,6 +188,54 @@ def test_digits_are_built_quietly_from_python(tmp_path, capsys):
     assert capsys.readouterr() == ("", "")
     with pytest.raises(UserError, match="already holds"):
         sharding.build_digits(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [
+        ("info {dest} >&-", 0),
+        ("info {dest} 2>&-", 0),
+        ("info {dest} | true", 0),
+        ("info {dest} | sleep 0; exit ${{PIPESTATUS[0]}}", None),
+        ("info {dest} > /dev/full", 2),
+        ("build folder:{folder} {dest}-more --test-fraction 0.2 >&- 2>&-", 0),
+    ],
+)
+def test_outputs_that_are_closed_broken_or_full_are_no_traceback(dest, tmp_path, command, status):
+    import subprocess
+    import sys
+
+    folder = write_folder(tmp_path / "data", {"a": 20, "b": 20})
+    line = f"{sys.executable} -m sharding {command.format(dest=dest, folder=folder)}"
+    done = subprocess.run(["bash", "-c", line], env=environment(), capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert done.returncode in ((0, 1) if status is None else (status,))
+    assert (tmp_path / "dest-more/manifest.json").exists() == command.startswith("build")
+
+
+def test_what_ascii_cannot_say_is_replaced(dest):
+    import subprocess
+
+    classes = dataclasses.replace(Manifest.load(dest), classes=("猫", "a\nb"))
+    classes.save(dest)
+    env = environment() | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    done = subprocess.run(argv("info", dest), env=env, capture_output=True, check=False)
+    assert done.returncode == 0
+    assert b"\\u732b" in done.stdout
+    assert b"a\\nb" in done.stdout
+
+
+def test_an_unforeseen_error_is_one_line_and_debug_shows_where(dest, capsys, monkeypatch):
+    monkeypatch.setattr(Manifest, "load", lambda _path: {}["s3://user:key@x"])
+    assert main(["info", str(dest)]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: KeyError: ")
+    assert "run it again with --debug" in err
+    assert "user:key" not in err
+    assert err.count("\n") == 1
+    with pytest.raises(KeyError):
+        main(["info", str(dest), "--debug"])
 
 
 def test_reading_shards_needs_neither_torch_nor_webdataset():
