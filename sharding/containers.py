@@ -163,9 +163,8 @@ class ZipFiles(Files):
             if info.compress_type not in _ZIP_METHODS:
                 raise ValueError(f"{shown(name)} is compressed by method {info.compress_type}")
         except ValueError as error:
-            raise UserError(
-                f"{self.shown} cannot be read as it is: {error}; unpack it and give the directory"
-            ) from None
+            cure = "unpack it and give the directory"
+            raise UserError(f"{self.shown} cannot be read as it is: {error}; {cure}") from None
 
     def _opened(self) -> zipfile.ZipFile:
         if self._archive is None:

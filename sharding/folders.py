@@ -15,9 +15,8 @@ from sharding.manifest import SPLITS
 from sharding.tars import shown, writable
 
 _NAMES = {"train": "train(?:ing)?|trn", "val": "val(?:id(?:ation)?)?|dev", "test": "test(?:ing)?|tst"}
-_SPLIT_NAMES = {
-    split: re.compile(rf"(?:{names})(?:[\s._-]*(?:set|data|images|split))?") for split, names in _NAMES.items()
-}
+_TAIL = r"(?:[\s._-]*(?:set|data|images|split))?"
+_SPLIT_NAMES = {split: re.compile(f"(?:{names}){_TAIL}") for split, names in _NAMES.items()}
 
 
 def split_of(name: str) -> str | None:
@@ -43,10 +42,9 @@ class Folder(Source):
         if len(names) < 2:
             found = f"only the class {shown(*names.values())}" if names else "no directory of a class"
             held = summary(tree.left_out((), root))
-            layout = "lay it out as PATH/CLASS/IMAGE or PATH/train/CLASS/IMAGE" + (
-                f" (there are: {held})" if held else ""
-            )
-            raise UserError(f"{files.shown} holds {found}; {layout}")
+            there = f" (there are: {held})" if held else ""
+            cure = f"lay it out as PATH/CLASS/IMAGE or PATH/train/CLASS/IMAGE{there}"
+            raise UserError(f"{files.shown} holds {found}; {cure}")
         ordered = sorted(names, key=lambda key: names[key])
         splits = {split: _samples(files, tree, where[split], ordered, found) for split, found in folders.items()}
         used = {sample.member.name for samples in splits.values() for sample in samples}
@@ -62,7 +60,7 @@ class Folder(Source):
         layout, names = self.options.layout, tree.folders(root)
         # A class may be called train as well: its directory then holds images, where a split's holds directories.
         like = {name: split for name in names if (split := split_of(name))}
-        shaped = {name: split for name, split in like.items() if _holds_classes(tree, posixpath.join(root, name))}
+        shaped = {name: split for name, split in like.items() if tree.folders(posixpath.join(root, name))}
         others = [n for n in names if n not in like and tree.images_below(posixpath.join(root, n))]
         if layout == "classes":
             return {"train": root}, []
@@ -72,17 +70,14 @@ class Folder(Source):
         if layout is None and others:
             found, rest = _few(shaped), _few(others)
             if not _agree(tree, root, shaped):
-                return {"train": root}, [
-                    f"{found} and {rest} are read as classes; --layout splits reads {found} as splits"
-                ]
+                note = f"{found} and {rest} are read as classes; --layout splits reads {found} as splits"
+                return {"train": root}, [note]
             notes = [f"{found} are read as splits, {rest} left out; --layout classes reads all of them as classes"]
         where: dict[str, str] = {}
         for name, split in shaped.items():
             if split in where:
-                both = f"{shown(posixpath.basename(where[split]))} and {shown(name)}"
-                raise UserError(
-                    f"{both} of {files.shown} are both read as {split}; join them, or give --layout classes"
-                )
+                both = f"{shown(posixpath.basename(where[split]))} and {shown(name)} of {files.shown}"
+                raise UserError(f"{both} are both read as {split}; join them, or give --layout classes")
             where[split] = posixpath.join(root, name)
         if "train" not in where:
             found = " and ".join(shown(posixpath.basename(where[s])) for s in SPLITS if s in where) or "no split"
@@ -99,10 +94,6 @@ def _root(tree: Tree) -> str:
             break
         root = inner
     return root
-
-
-def _holds_classes(tree: Tree, folder: str) -> bool:
-    return bool(tree.folders(folder)) and not tree.images(folder)
 
 
 def _agree(tree: Tree, root: str, shaped: dict[str, str]) -> bool:

@@ -5,6 +5,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,15 @@ IMAGES = ("jpg", "jpeg", "png", "webp")
 LONGEST_CLS, LONGEST_JSON = 32, 2**20
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _SPLIT = re.compile(rf",(?=(?:{'|'.join(SPLITS)})=)")
+
+
+@dataclass
+class Aside:
+    """What is not taken: files of each kind, and, where samples without an image or a label are to be skipped, why each was."""
+
+    skip: bool = False
+    left_out: Counter[str] = field(default_factory=Counter)
+    faults: list[tuple[int, str]] = field(default_factory=list)
 
 
 class TarSet:
@@ -60,17 +70,16 @@ class WebDataset(Source):
     def listing(self) -> Listing:
         """List the samples of all tars, by their headers; images are not read."""
         patterns = split_patterns(self.argument)
-        left_out = Counter[str]()
-        found = {split: tars(pattern, left_out) for split, pattern in patterns.items()}
+        aside = Aside(self.options.on_error == "skip")
+        found = {split: tars(pattern, aside) for split, pattern in patterns.items()}
         paths = [path for split in SPLITS for path in found.get(split, ())]
         reader, splits = TarSet(paths), dict[str, list[Sample]]()
-        faults: list[tuple[int, str]] | None = [] if self.options.on_error == "skip" else None
         if twice := sorted({path for path in paths if paths.count(path) > 1}):
             raise UserError(f"{twice[0]} is named in two places; give each tar once")
         number = 0
         for split in SPLITS:
             for path in found.get(split, ()):
-                splits.setdefault(split, []).extend(samples(path, number, reader, faults, left_out))
+                splits.setdefault(split, []).extend(samples(path, number, reader, aside))
                 number += 1
             if split in found and not splits[split]:
                 raise UserError(f"the tars of {split} hold no sample; check {patterns[split]}")
@@ -81,10 +90,8 @@ class WebDataset(Source):
         names = tuple(str(label) for label in range(first, last + 1))
         # The labels in the tars must be those of the data set, for programs that read the tars alone.
         in_place = tuple(paths) if "=" in self.argument and len(patterns) > 1 and not first else ()
-        counts = dict(left_out.most_common())
-        return Listing(
-            self._name(patterns), names, splits, reader, in_place=in_place, left_out=counts, faults=tuple(faults or ())
-        )
+        name, left_out, faults = self._name(patterns), dict(aside.left_out.most_common()), tuple(aside.faults)
+        return Listing(name, names, splits, reader, in_place=in_place, left_out=left_out, faults=faults)
 
     @staticmethod
     def _name(patterns: dict[str, str]) -> str:
@@ -120,18 +127,16 @@ def _local(pattern: str) -> str:
             raise UserError(f"{shown(part)} is a command, and commands are never run; give the paths of tar files")
         # A name here may have a colon as well.
         if "://" in part or (_SCHEME.match(part) and not any(map(_matches, _names(part)))):
-            raise UserError(
-                f"{shown(part)} is a URL; copy the tars here and give their paths (no file here is called so)"
-            )
+            raise UserError(f"{shown(part)} is a URL; copy the tars here and give their paths (no file is called so)")
     return pattern
 
 
-def tars(pattern: str, left_out: Counter[str] | None = None) -> list[Path]:
+def tars(pattern: str, aside: Aside | None = None) -> list[Path]:
     """The tars of directories, or those that patterns with braces and asterisks name, sorted within each brace.
 
-    What else is in a directory is added to `left_out`. Raises UserError where there are none, or one is missing.
+    What else is in a directory is put `aside`. Raises UserError where there are none, or one is missing.
     """
-    paths: list[Path] = []
+    paths, aside = list[Path](), aside or Aside()
     for part in _parts(pattern):
         if Path(part).is_dir():
             inside = sorted(Path(part).iterdir())
@@ -139,10 +144,8 @@ def tars(pattern: str, left_out: Counter[str] | None = None) -> list[Path]:
             if not found:
                 raise UserError(f"{part} holds no .tar; give a directory of tars or a pattern")
             for path in {*inside} - {*found}:
-                kind = (
-                    "directories" if path.is_dir() else f"{shown(path.suffix)} files" if path.suffix else "other files"
-                )
-                (left_out if left_out is not None else Counter[str]())[f"{kind} beside the tars"] += 1
+                kind = "directories" if path.is_dir() else f"{shown(path.suffix) or 'other'} files"
+                aside.left_out[f"{kind} beside the tars"] += 1
             continue
         for name in _names(part):
             matches = _matches(name)
@@ -169,45 +172,35 @@ def _matches(name: str) -> list[str]:
     return [name] if Path(name).exists() else sorted(glob(name))
 
 
-def samples(
-    path: Path,
-    tar: int,
-    reader: TarSet,
-    faults: list[tuple[int, str]] | None = None,
-    left_out: Counter[str] | None = None,
-) -> Iterator[Sample]:
-    """Yield the samples of one tar. Raises UserError that names the tar, and the key or member, where it is not as it should be.
+def samples(path: Path, tar: int, reader: TarSet, aside: Aside | None = None) -> Iterator[Sample]:
+    """Yield the samples of one tar; what is not taken is put `aside`.
 
-    With `faults` a sample without an image or a label is noted there, with the tar's number, and no error. The files that
-    are not read are added to `left_out`.
+    Raises UserError that names the tar, and the key or member, where it is not as it should be.
     """
-    unused = Counter[str]()
+    aside = aside or Aside()
     try:
         _check_plain(path)
-        for key, files in grouped(entries(path), unused):
+        for key, files in grouped(entries(path), aside.left_out):
             try:
-                sample = _sample(path, tar, key, files, reader, unused)
+                sample = _sample(path, tar, key, files, reader, aside.left_out)
             except ValueError as error:
-                if faults is None:
+                if not aside.skip:
                     raise
-                faults.append((tar, f"{path.name}: {error}"))
+                aside.faults.append((tar, f"{path.name}: {error}"))
             else:
                 yield sample
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror or error}); check its permissions") from None
-    except Unfit as error:
-        raise UserError(f"{path}: {error}, or leave it out") from None
     except ValueError as error:
-        raise UserError(f"{path}: {error}; mend it or leave it out") from None
-    if left_out is not None:
-        left_out.update(unused)
+        cure = ", or leave it out" if isinstance(error, Unfit) else "; mend it or leave it out"
+        raise UserError(f"{path}: {error}{cure}") from None
 
 
 def grouped(members: Iterator[Entry], unused: Counter[str]) -> Iterator[tuple[str, dict[str, Entry]]]:
     """Yield (key, extension → file) of neighbours that share a key: what stands before the first dot of the file's name.
 
-    Files without a key, as stock webdataset has it, are left out, and counted as `unused`. Raises ValueError for a key that comes again, or an
-    extension that comes twice.
+    Files without a key, as stock webdataset has it, are left out, and counted in `unused`. Raises ValueError for a key that
+    comes again, or an extension that comes twice.
     """
     seen, key, files = set[str](), "", dict[str, Entry]()
     for entry in members:
@@ -274,18 +267,15 @@ def last_label(splits: dict[str, list[Sample]], first: int) -> int:
     if least.label < first:
         raise UserError(f"{least.member.name} has the label {least.label}, less than --first-label {first}; lower that")
     if most.label - first >= len(splits["train"]):
-        raise UserError(
-            f"{most.member.name} has the label {most.label}, but there are fewer images than that; check it"
-        )
+        what = f"{most.member.name} has the label {most.label}"
+        raise UserError(f"{what}, but there are fewer images than that; check it")
     if least.label > first == 0:
-        raise UserError(
-            f"labels begin at {least.label}, not at 0; give --first-label {least.label}, which makes new tars with labels from 0"
-        )
+        cure = f"give --first-label {least.label}, which makes new tars with labels from 0"
+        raise UserError(f"labels begin at {least.label}, not at 0; {cure}")
     for split, members in splits.items():
         if wrong := next((s for s in members if not first <= s.label <= most.label), None):
-            raise UserError(
-                f"{wrong.member.name} has the label {wrong.label}, which no image of train has; check {split}"
-            )
+            what = f"{wrong.member.name} has the label {wrong.label}"
+            raise UserError(f"{what}, which no image of train has; check {split}")
     return most.label
 
 

@@ -17,6 +17,7 @@ _OTHERS = {
     b"Rar!\x1a\x07": ("a RAR archive", _UNPACK.format("unrar x")),
     b"hsqs": ("a squashfs image", _UNPACK.format("unsquashfs")),
     b"07070": ("a cpio archive", _UNPACK.format("cpio -id <")),
+    b"PK": ("a zip archive", "give it as folder:PATH, or unpack it"),
     b"PAR1": ("a Parquet file", _REWRITE),
     b"ARROW1": ("an Arrow file", _REWRITE),
     b"\x89HDF\r\n\x1a\n": ("an HDF5 file", _REWRITE),

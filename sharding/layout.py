@@ -35,19 +35,21 @@ class Tree:
         for name in directories:
             self._add_folder(posixpath.normpath(name))
         for member in members:
-            name = posixpath.normpath(member.name)
-            if what := _system(name) or self._other(member):
+            name, system = posixpath.normpath(member.name), _system(member.name)
+            if what := system or self._other(member):
                 self._others[name] = what
             else:
                 self._images[posixpath.dirname(name)].append(member)
-            if not _system(name):
+            if not system:
                 self._by_name[name] = member
                 self._add_folder(posixpath.dirname(name))
 
     def _add_folder(self, name: str) -> None:
         while name not in ("", ".", "/") and not _system(name):
-            parent = posixpath.dirname(name)
-            self._folders[parent].add(posixpath.basename(name))
+            parent, base = posixpath.split(name)
+            if base in self._folders[parent]:
+                break
+            self._folders[parent].add(base)
             name = parent
 
     def _other(self, member: Member) -> str:

@@ -10,6 +10,7 @@ from sharding.errors import UserError
 from sharding.images import Item
 from sharding.links import Member
 from sharding.options import Options
+from sharding.tars import writable
 
 ARCHIVE, PIXELS = SCRATCH = ("source.tar", "pixels")
 """Names of the temporary files a source may make: a decompressed archive, an array of pixels."""
@@ -71,7 +72,7 @@ def chosen(listing: Listing, wanted: Sequence[str]) -> Listing:
 
     Raises UserError for a class that is not there, or is named twice.
     """
-    names = tuple(wanted)
+    names = tuple(map(writable, wanted))
     if len(names) == 1 and names[0] not in listing.classes and names[0].isdecimal():
         if not 0 < int(names[0]) <= len(listing.classes):
             raise UserError(f"--classes is {names[0]}; {listing.name} has {len(listing.classes)} classes")

@@ -10,7 +10,7 @@ from sharding.containers import TarMember
 from sharding.errors import UserError
 from sharding.images import Seen, Target
 from sharding.links import Member
-from sharding.listing import Listing, Sample
+from sharding.listing import Listing
 from sharding.manifest import SPLITS
 from sharding.options import DEFAULT_VAL_FRACTION as DEFAULT_VAL_FRACTION
 from sharding.options import Options as Options
@@ -77,12 +77,14 @@ def make_plan(listing: Listing, seen: dict[str, list[Seen | None]], options: Opt
     Raises UserError when sizes differ and none is asked for, or a class is too small to be split.
     """
     splits: dict[str, list[Planned]] = {}
-    number = 0
+    torn, number = {tar for tar, _ in listing.faults}, 0
     for split, samples in listing.splits.items():
         splits[split] = []
         for sample, look in zip(samples, seen[split], strict=True):
             if look is not None:
-                splits[split].append(_planned(number, sample, look))
+                splits[split].append(Planned(f"{number:08d}", sample.member, sample.label, look))
+            elif isinstance(sample.member, TarMember):
+                torn.add(sample.member.tar)
             number += 1
     _check_classes(splits, listing.classes)
     looks = [sample.seen for samples in splits.values() for sample in samples]
@@ -91,7 +93,6 @@ def make_plan(listing: Listing, seen: dict[str, list[Seen | None]], options: Opt
     _cut_splits(splits, listing, options)
     everything = [sample for samples in splits.values() for sample in samples]
     in_place = bool(listing.in_place) and all(target.keeps(sample.seen) for sample in everything)
-    torn = {tar for tar, _ in listing.faults} | _skipped_from(listing, seen)
     shards = [
         shard
         for split in SPLITS
@@ -129,10 +130,6 @@ def choose_target(seen: list[Seen], image_size: int | None) -> Target:
     return Target(height, width, channels)
 
 
-def _planned(number: int, sample: Sample, look: Seen) -> Planned:
-    return Planned(f"{number:08d}", sample.member, sample.label, look)
-
-
 def _check_classes(splits: dict[str, list[Planned]], classes: tuple[str, ...]) -> None:
     for split, samples in splits.items():
         if not samples:
@@ -153,26 +150,18 @@ def _check_depth(seen: list[Seen]) -> None:
 
 def about(plan: Plan) -> list[str]:
     """What the user should know of a plan: pictures that stand twice where they should not, and values left unused."""
-    notes, first = [], dict[bytes, tuple[str, Planned]]()
-    across, between = list[str](), list[str]()
-    highest = -1
+    first, twice, highest = dict[bytes, tuple[str, Planned]](), dict[str, list[str]](), -1
     for shard in plan.shards:
         for sample in shard.samples:
             highest = max(highest, sample.seen.highest)
             split, other = first.setdefault(sample.seen.sha256, (shard.split, sample))
-            pair = f"{shown(other.member.name)} and {shown(sample.member.name)}"
-            if other.label != sample.label:
-                between.append(pair)
-            elif split != shard.split:
-                across.append(f"{pair} in {split} and {shard.split}")
-    if between:
-        notes.append(f"pictures that stand in two classes: {len(between):,} ({between[0]})")
-    if across:
-        notes.append(f"pictures that stand in two splits: {len(across):,} ({across[0]})")
+            if other.label != sample.label or split != shard.split:
+                kind = "classes" if other.label != sample.label else "splits"
+                twice.setdefault(kind, []).append(f"{shown(other.member.name)} and {shown(sample.member.name)}")
+    notes = [f"pictures that stand in two {kind}: {len(pairs):,} ({pairs[0]})" for kind, pairs in twice.items()]
     if 0 <= highest < 2**15 and plan.target.values is None:
-        notes.append(
-            f"images of 16 bits are read as 0 … 65535, and use up to {highest}: --value-range 0 {highest} spreads them"
-        )
+        spread = f"--value-range 0 {highest} spreads them"
+        notes.append(f"images of 16 bits are read as 0 … 65535, and use up to {highest}: {spread}")
     return notes
 
 
@@ -214,16 +203,6 @@ def _as_they_lie(split: str, samples: list[Planned], paths: tuple[Path, ...], to
         ShardPlan(split, f"{split}/{tar:06d}.tar", tuple(rows), None if tar in torn else paths[tar])
         for tar, rows in sorted(by_tar.items())
     ]
-
-
-def _skipped_from(listing: Listing, seen: dict[str, list[Seen | None]]) -> set[int]:
-    """The tars of which images are left out."""
-    pairs = (
-        (s.member, look)
-        for split, members in listing.splits.items()
-        for s, look in zip(members, seen[split], strict=True)
-    )
-    return {member.tar for member, look in pairs if look is None and isinstance(member, TarMember)}
 
 
 def tar_bytes(size: int) -> int:

@@ -110,6 +110,11 @@ def test_what_is_compressed_and_no_tar_is_named(tmp_path):
         assert "is compressed, but what is in it is no tar archive" in refused(tmp_path / name, tmp_path)
 
 
+def test_a_zip_is_no_webdataset(tmp_path, folder):
+    with pytest.raises(UserError, match=r"s\.zip: it is a zip archive; give it as folder:PATH"):
+        open_source(f"webdataset:{to_zip(folder, tmp_path / 's.zip')}", tmp_path)
+
+
 def test_a_name_that_looks_like_magic_is_a_name(tmp_path):
     for name in ("BZh", "Rar!", "7z", "PAR1", "LZIP"):
         files = {f"{name}{c}/{i}.png": encoded(pixels(i)) for c in "ab" for i in range(6)}

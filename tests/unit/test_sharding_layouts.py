@@ -84,6 +84,12 @@ def test_splits_beside_other_images_are_splits_and_it_is_said(tmp_path):
     assert counts(folder, tmp_path / "e", options)[0] == ("extra", "test", "train")
 
 
+def test_a_stray_image_in_train_does_not_hide_its_classes(tmp_path):
+    folder = write_folder(tmp_path / "s", {"train/a": 6, "train/b": 6, "train": 1, "test/a": 3, "test/b": 3})
+    manifest = build(f"folder:{folder}", tmp_path / "d", Options(workers=1)).manifest
+    assert (manifest.classes, manifest.left_out) == (("a", "b"), {"images in train": 1})
+
+
 def test_images_of_test_without_a_class_are_left_out_and_counted(tmp_path):
     folder = write_folder(tmp_path / "s", {"train/a": 6, "train/b": 6, "test": 5})
     manifest = build(f"folder:{folder}", tmp_path / "d", CUT).manifest
