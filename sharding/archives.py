@@ -75,7 +75,7 @@ def _decompress(path: Path, opener: Any, scratch: Path) -> Path:
         raise UserError(f"{path} is damaged ({error}); get it again") from None
     with target.open("rb") as stream:
         if not is_tar(stream.read(BLOCK)):
-            raise UserError(f"{path} is compressed, but what is in it is no tar archive; {_READ}")
+            raise UserError(f"{path} is compressed, but what is in it is no whole tar archive; {_READ}")
     return target
 
 

@@ -107,7 +107,7 @@ def test_what_is_compressed_and_no_tar_is_named(tmp_path):
     (tmp_path / "x.gz").write_bytes(gzip.compress(b"a,b\n" * 400))
     (tmp_path / "x.bz2").write_bytes(bz2.compress(b""))
     for name in ("x.gz", "x.bz2"):
-        assert "is compressed, but what is in it is no tar archive" in refused(tmp_path / name, tmp_path)
+        assert "is compressed, but what is in it is no whole tar archive" in refused(tmp_path / name, tmp_path)
 
 
 def test_a_zip_is_no_webdataset(tmp_path, folder):
