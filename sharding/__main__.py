@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
 
@@ -43,37 +44,21 @@ def parser() -> argparse.ArgumentParser:
     )
     make.add_argument("source", metavar="SOURCE", help=" | ".join(source.usage for source in SOURCES.values()))
     make.add_argument("dest", metavar="DEST", type=_path, help="directory to write, new or empty")
-    defaults = Options()
     make.add_argument("--shard-size", default="64MB", metavar="SIZE", help="source bytes for each shard (64MB)")
-    make.add_argument("--workers", type=int, metavar="N", help="worker processes (all cores)")
-    make.add_argument(
-        "--val-fraction",
-        type=float,
-        metavar="F",
-        help=f"share of train that becomes val ({DEFAULT_VAL_FRACTION}; digits: 240 images)",
-    )
-    make.add_argument(
-        "--test-fraction", type=float, metavar="F", help="share of train that becomes test, if none is there"
-    )
-    make.add_argument("--image-size", type=int, metavar="S", help="scale the short side and crop the centre to S×S")
-    make.add_argument("--seed", type=int, default=defaults.seed, metavar="N", help="of splits and order (0)")
-    make.add_argument(
-        "--on-error", default=defaults.on_error, metavar="stop|skip", help="what to do about unreadable images (stop)"
-    )
-    make.add_argument(
-        "--classes", nargs="+", default=(), metavar="N|NAME", help="the first N classes alone, or those named"
-    )
-    make.add_argument(
-        "--layout", metavar="splits|classes", help="of folder:, what directories called train or test are"
-    )
-    make.add_argument("--first-label", type=int, default=0, metavar="N", help="of webdataset:, the smallest label (0)")
-    make.add_argument(
-        "--value-range",
-        type=float,
-        nargs=2,
-        metavar=("LOW", "HIGH"),
-        help="what becomes black and white, of images beyond 8 bits (0 65535 of 16 bits)",
-    )
+    for flag, kind, metavar, text in (
+        ("--workers", int, "N", "worker processes (all cores)"),
+        ("--val-fraction", float, "F", f"share of train that becomes val ({DEFAULT_VAL_FRACTION}; digits: 240 images)"),
+        ("--test-fraction", float, "F", "share of train that becomes test, if none is there"),
+        ("--image-size", int, "S", "scale the short side and crop the centre to S×S"),
+        ("--seed", int, "N", "of splits and order (0)"),
+        ("--on-error", str, "stop|skip", "what to do about unreadable images (stop)"),
+        ("--layout", str, "splits|classes", "of folder:, what directories called train or test are"),
+        ("--first-label", int, "N", "of webdataset:, the smallest label (0)"),
+    ):
+        make.add_argument(flag, type=kind, metavar=metavar, help=text)
+    make.add_argument("--classes", nargs="+", metavar="N|NAME", help="the first N classes alone, or those named")
+    text = "what becomes black and white, of images beyond 8 bits (0 65535 of 16 bits)"
+    make.add_argument("--value-range", type=float, nargs=2, metavar=("LOW", "HIGH"), help=text)
     info = commands.add_parser("info", help="say what a data set holds")
     info.add_argument("dest", metavar="DEST", type=_path)
     info.add_argument("--json", action="store_true", help="print the manifest")
@@ -119,19 +104,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _build(arguments: argparse.Namespace) -> None:
-    options = Options(
-        shard_size=parse_size(arguments.shard_size),
-        workers=arguments.workers,
-        val_fraction=arguments.val_fraction,
-        test_fraction=arguments.test_fraction,
-        image_size=arguments.image_size,
-        seed=arguments.seed,
-        on_error=arguments.on_error,
-        layout=arguments.layout,
-        first_label=arguments.first_label,
-        value_range=arguments.value_range and tuple(arguments.value_range),
-        classes=tuple(arguments.classes),
-    )
+    given = {field.name: getattr(arguments, field.name) for field in fields(Options)}
+    given["shard_size"] = parse_size(arguments.shard_size)
+    lists = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+    options = Options(**{name: value for name, value in (given | lists).items() if value is not None})
     built = build(arguments.source, arguments.dest, options, log=_log, bar=sys.stderr.isatty())
     splits = ", ".join(f"{name} {split.samples:,}" for name, split in built.manifest.splits.items())
     skipped = f"; {built.skipped} unreadable images skipped" if built.skipped else ""

@@ -214,6 +214,36 @@ def test_outputs_that_are_closed_broken_or_full_are_no_traceback(dest, tmp_path,
     assert (tmp_path / "dest-more/manifest.json").exists() == command.startswith("build")
 
 
+def test_options_reach_the_build(tmp_path, capsys):
+    folder = write_folder(tmp_path / "s", {"train": 6, "b": 6, "c": 6}, channels=1)
+    words = ["--layout", "classes", "--classes", "train", "c", "--value-range", "-10", "400", "--test-fraction", "0.2"]
+    assert main(["build", f"folder:{folder}", str(tmp_path / "d"), *words, "--workers", "1", "--seed", "3"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[1:] == ["2 classes: train 6, c 6", "left out: images of other classes 6"]
+    assert "--value-range is 5 2" in failure(
+        capsys, "build", f"folder:{folder}", tmp_path / "e", "--value-range", "5", "2"
+    )
+    assert "--first-label is -1" in failure(capsys, "build", f"folder:{folder}", tmp_path / "e", "--first-label", "-1")
+    assert "--layout is flat" in failure(capsys, "build", f"folder:{folder}", tmp_path / "e", "--layout", "flat")
+    assert "--shard-size" in failure(
+        capsys, "build", f"folder:{folder}", tmp_path / "e", "--shard-size", "0." + "0" * 400 + "1"
+    )
+    assert (
+        main(
+            [
+                "build",
+                f"folder:{folder}",
+                str(tmp_path / "f"),
+                "--shard-size",
+                "9" * 400 + "GB",
+                "--test-fraction",
+                "0.2",
+            ]
+        )
+        == 0
+    )
+
+
 def test_what_ascii_cannot_say_is_replaced(dest):
     import subprocess
 
