@@ -165,16 +165,19 @@ class _Walk:
 
     def _check_room(self, name: str, size: int, data: int) -> None:
         if data + padded(size) > self._end:
-            raise ValueError(
-                f"{shown(name)} claims {size} bytes where {max(0, self._end - data)} are left: cut or forged"
-            )
+            left = max(0, self._end - data)
+            raise ValueError(f"{shown(name)} claims {size} bytes where {left} are left: cut or forged")
 
     def _check_end(self, position: int) -> None:
         if self._bytes(position + BLOCK, BLOCK, "the second of its two closing zero blocks") != _ZEROS:
             raise ValueError(f"the block at byte {position + BLOCK} follows a zero block but is none")
         position += 2 * BLOCK
         while chunk := os.pread(self._descriptor, 2**20, position):
-            if chunk.count(0) != len(chunk):
+            if rest := chunk.lstrip(b"\0"):
+                start = position + (len(chunk) - len(rest)) // BLOCK * BLOCK
+                if is_tar(os.pread(self._descriptor, BLOCK, start)):
+                    cure = "unpack it (tar -xif) and give the directory"
+                    raise Unfit(f"a second archive begins at byte {start}; {cure}")
                 raise ValueError(f"there are bytes after its end, from byte {position} on")
             position += len(chunk)
 
@@ -191,7 +194,7 @@ def checked_name(name: str) -> str:
     if name.startswith("/"):
         raise Unfit(f"{shown(name)} is an absolute name; write the archive again with relative ones (tar without -P)")
     if ".." in name.split("/"):
-        raise ValueError(f"{shown(name)} leads outside the archive")
+        raise Unfit(f"{shown(name)} leads outside the archive; write the archive again without it")
     if "\0" in name:
         raise ValueError(f"{shown(name)} is no name")
     return name

@@ -155,7 +155,11 @@ def test_wrong_layouts_are_named(tmp_path, counts, empty, message, archive):
             "is not a whole tar archive .*before the second of its two closing zero blocks",
         ),
         (lambda data: cut(data, 0) + b"x" * BLOCK + data, "is not a whole tar archive .*is no header"),
-        (lambda data: data + data, "is not a whole tar archive .*there are bytes after its end"),
+        (lambda data: data + b"more", "is not a whole tar archive .*there are bytes after its end"),
+        (
+            lambda data: data + data,
+            r"cannot be read as it is: a second archive begins at byte \d+; unpack it \(tar -xif\)",
+        ),
         (lambda data: gzip.compress(data)[:-20], "is damaged"),
         (lambda data: b"\x1f\x8b" + b"rubbish" * 99, "is damaged"),
         (lambda data: b"PK\x03\x04" + b"rubbish" * 99, "is not a whole zip archive"),
