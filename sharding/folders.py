@@ -66,9 +66,11 @@ class Folder(Source):
             return {"train": root}, []
         if layout is None and not shaped:
             return {"train": root} if len(like) < len(names) else {}, []
-        notes = []
+        notes, found = [], _few(shaped)
+        if layout is None and not set(shaped) <= set(SPLITS):
+            notes = [f"{found} are read as splits; --layout classes reads them as classes"]
         if layout is None and others:
-            found, rest = _few(shaped), _few(others)
+            rest = _few(others)
             if not _agree(tree, root, shaped):
                 note = f"{found} and {rest} are read as classes; --layout splits reads {found} as splits"
                 return {"train": root}, [note]

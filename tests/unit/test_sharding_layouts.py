@@ -52,7 +52,10 @@ def test_splits_are_told_by_their_names_in_any_case(name, split):
 )
 def test_each_spelling_of_the_splits_gives_the_same(tmp_path, names):
     folder = write_folder(tmp_path / "s", {f"{names[i]}/{c}": n for i, n in enumerate((8, 3, 4)) for c in "ab"})
-    assert counts(folder, tmp_path / "d", Options(workers=1)) == (("a", "b"), {"train": 16, "val": 6, "test": 8})
+    lines: list[str] = []
+    expected = ("a", "b"), {"train": 16, "val": 6, "test": 8}
+    assert counts(folder, tmp_path / "d", Options(workers=1), lines.append) == expected
+    assert any("are read as splits; --layout classes reads them as classes" in line for line in lines)
 
 
 def test_two_spellings_of_one_split_are_not_joined_without_a_word(tmp_path):

@@ -269,6 +269,7 @@ def test_tiny_imagenet_is_read_in_its_published_layout(tmp_path, archive):
     manifest = build(f"tiny-imagenet:{path}", tmp_path / "d", ONE).manifest
     assert manifest.name == "tiny-imagenet"
     assert manifest.classes == ("goldfish", "crane (n02)", "crane (n03)")
+    assert manifest.left_out == {".txt files": 3, "images in test": 2}
     assert {name: split.class_counts for name, split in manifest.splits.items()} == {
         "train": (5, 5, 5),
         "val": (1, 1, 1),
