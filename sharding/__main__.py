@@ -77,18 +77,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parser().parse_args(arguments)
         {"build": _build, "info": _info, "verify": _verify}[options.command](options)
     except UserError as error:
-        print(f"error: {redact(str(error))}", file=sys.stderr)
-        return USER_ERROR
+        return _failed(str(error), USER_ERROR)
     except BrokenPipeError:  # who read the output has gone; what else is to be written goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return UNFORESEEN
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
-        print(
-            f"error: cannot read or write{where} ({error.strerror or error}); free space or check permissions",
-            file=sys.stderr,
-        )
-        return USER_ERROR
+        line = f"cannot read or write{where} ({error.strerror or error}); free space or check permissions"
+        return _failed(line, USER_ERROR)
     except KeyboardInterrupt:
         print("stopped: the same command goes on from here", file=sys.stderr)
         return INTERRUPTED
@@ -96,11 +92,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "--debug" in arguments:
             raise
         what = f"{type(error).__name__}: {error}".splitlines()[0]
-        print(
-            f"error: {redact(what)} (unforeseen: run it again with --debug and report what it shows)", file=sys.stderr
-        )
-        return UNFORESEEN
+        return _failed(f"{what} (unforeseen: run it again with --debug and report what it shows)", UNFORESEEN)
     return 0
+
+
+def _failed(line: str, status: int) -> int:
+    print(f"error: {redact(line)}", file=sys.stderr)
+    return status
 
 
 def _build(arguments: argparse.Namespace) -> None:

@@ -34,11 +34,6 @@ class Written:
     sums: tuple[int, ...]
     squares: tuple[int, ...]
 
-    @property
-    def samples(self) -> int:
-        """Number of samples."""
-        return self.info.samples
-
 
 @dataclass(frozen=True)
 class ShardTask:
