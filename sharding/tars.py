@@ -157,7 +157,8 @@ class _Walk:
             return {"path" if info.type == tarfile.GNUTYPE_LONGNAME else "linkpath": name}
         found = dict(_records(content))
         if any(key.startswith("GNU.sparse") for key in found):
-            raise Unfit(f"{shown(found.get('path', info.name))} {_SPARSE}")
+            name = found.get("GNU.sparse.name", found.get("path", info.name))
+            raise Unfit(f"{shown(name)} {_SPARSE}")
         found = {key: found[key] for key in ("path", "linkpath", "size") if key in found}
         if found and info.type == tarfile.XGLTYPE:
             raise ValueError(f"a global header sets the {' and '.join(found)} of all members")

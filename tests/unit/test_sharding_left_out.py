@@ -1,12 +1,14 @@
 """Nothing is left out without a word: what a build does not use is counted by kind, said, and recorded."""
 
 import dataclasses
+import io
 import json
 import os
 import socket
 
 import numpy as np
 import pytest
+import webdataset
 from PIL import Image, features
 from test_sharding_support import encoded, pixels, run, to_tar, to_zip, write_folder
 
@@ -15,7 +17,6 @@ from sharding.layout import summary
 from sharding.links import check_walk
 from sharding.manifest import Manifest
 from sharding.options import Options
-from sharding.shards import Shards, decode
 from sharding.writer import build
 
 ONE = Options(workers=1, test_fraction=0.2)
@@ -27,14 +28,18 @@ def put(path, content: bytes = b"x"):
 
 
 def stored(dest) -> list[tuple[bytes, int]]:
-    """The pixels and the label of every sample."""
+    """The pixels and the label of every sample, as stock webdataset and Pillow read them."""
     manifest, found = Manifest.load(dest), []
-    for split in manifest.splits:
-        shards = Shards(dest, manifest, split)
-        for i in range(shards.samples):
-            out = np.empty((manifest.height, manifest.width, manifest.channels), np.uint8)
-            decode(shards.payload(i), out)
-            found.append((out.tobytes(), int(shards.labels[i])))
+    for split in manifest.splits.values():
+        urls = [str(dest / shard.file) for shard in split.shards]
+        for sample in webdataset.WebDataset(urls, shardshuffle=False, empty_check=False):
+            (payload,) = [sample[kind] for kind in ("jpg", "png", "webp") if kind in sample]
+            image = Image.open(io.BytesIO(payload)).convert("L" if manifest.channels == 1 else "RGB")
+            assert image.size == (manifest.width, manifest.height)
+            found.append((image.tobytes(), int(sample["cls"])))
+    assert np.bincount([label for _, label in found]).tolist() == [
+        sum(counts) for counts in zip(*(split.class_counts for split in manifest.splits.values()), strict=True)
+    ]
     return sorted(found)
 
 
