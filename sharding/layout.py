@@ -59,8 +59,10 @@ class Tree:
             return member.odd
         if suffix in SUFFIXES:
             return ""
-        if _TYPE.fullmatch(suffix) or not is_image(self._source.start_of(member, HEAD)):
-            return f"{shown(suffix)} files" if suffix else "files without a suffix"
+        if _TYPE.fullmatch(suffix):
+            return f"{suffix} files"
+        if not is_image(self._source.start_of(member, HEAD)):
+            return "files with a suffix of their own" if suffix else "files without a suffix"
         self.by_content.add(member.name)
         return ""
 

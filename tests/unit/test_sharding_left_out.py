@@ -94,10 +94,11 @@ def test_images_are_told_by_their_first_bytes_where_the_name_says_nothing(folder
     for i, name in enumerate(("30", "31.jpg?w=200", "32.png_large")):
         put(folder / "cat" / name, encoded(pixels(90 + i)))
     put(folder / "cat/33", b"no image")
+    put(folder / "cat/34.2024-01-01", b"no image")
     lines: list[str] = []
     manifest = build(f"folder:{folder}", tmp_path / "d", ONE, log=lines.append).manifest
     assert [x for x in stored(tmp_path / "d") if x in expected] == sorted(expected)
-    assert manifest.left_out == {"files without a suffix": 1}
+    assert manifest.left_out == {"files without a suffix": 1, "files with a suffix of their own": 1}
     assert any("told by their first bytes: 2" in line for line in lines)  # the ? is cut off first
 
 
