@@ -11,12 +11,14 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
+from sharding import __version__
 from sharding.errors import UserError
 from sharding.layout import summary
 from sharding.manifest import Manifest
-from sharding.options import DEFAULT_VAL_FRACTION, Options, parse_size
+from sharding.options import DEFAULT_VAL_FRACTION, Options
 from sharding.pool import import_webdataset_without_torch
 from sharding.redact import redact
+from sharding.sizes import parse_size
 from sharding.sources import SOURCES
 from sharding.tars import shown
 from sharding.verify import verify
@@ -36,6 +38,7 @@ class _Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     """Return the command line's parser; it raises UserError instead of exiting."""
     top = _Parser(prog="python -m sharding", description="Labelled images to tar shards, and checks of them.")
+    top.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="build | info | verify")
     make = commands.add_parser(
         "build",
@@ -102,6 +105,7 @@ def _failed(line: str, status: int) -> int:
 
 
 def _build(arguments: argparse.Namespace) -> None:
+    import_webdataset_without_torch()
     given = {field.name: getattr(arguments, field.name) for field in fields(Options)}
     given["shard_size"] = parse_size(arguments.shard_size)
     lists = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
@@ -160,7 +164,6 @@ def _log(line: str) -> None:
 
 
 if __name__ == "__main__":
-    import_webdataset_without_torch()
     # A stream that was closed before the start is none.
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):

@@ -1,25 +1,12 @@
 """What a user chooses about a build."""
 
 import math
-import re
 from dataclasses import dataclass
-from fractions import Fraction
 
 from sharding.errors import UserError
 
-_UNITS = {"": 1, "B": 1}
-_UNITS |= {unit + "B": 1000**power for power, unit in enumerate("KMGT", 1)}
-_UNITS |= {unit + "IB": 1024**power for power, unit in enumerate("KMGT", 1)}
 DEFAULT_VAL_FRACTION = 0.05
 LARGEST_SIDE = 4096
-
-
-def parse_size(text: str) -> int:
-    """Return bytes from ``64MB`` (10^6), ``64MiB`` (2^20) or a plain number. Raises UserError when it is none."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if not match or match[2].upper() not in _UNITS:
-        raise UserError(f"size {text!r} is not a number of bytes; write it as 64MB")
-    return int(Fraction(match[1]) * _UNITS[match[2].upper()])
 
 
 @dataclass(frozen=True)
