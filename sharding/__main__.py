@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
 
@@ -11,16 +13,19 @@ from tqdm import tqdm
 
 from sharding import __version__
 from sharding.errors import UserError
+from sharding.layout import summary
 from sharding.manifest import Manifest
-from sharding.plan import DEFAULT_VAL_FRACTION, Options
+from sharding.options import DEFAULT_VAL_FRACTION, Options
 from sharding.pool import import_webdataset_without_torch
 from sharding.redact import redact
 from sharding.sizes import parse_size
 from sharding.sources import SOURCES
+from sharding.tars import shown
 from sharding.verify import verify
 from sharding.writer import build
 
-USER_ERROR, INTERRUPTED = 2, 130
+UNFORESEEN, USER_ERROR, INTERRUPTED = 1, 2, 130
+CLASSES_SHOWN = 20
 
 
 class _Parser(argparse.ArgumentParser):
@@ -41,70 +46,81 @@ def parser() -> argparse.ArgumentParser:
         description="Build a data set. The same command goes on with an unfinished build.",
     )
     make.add_argument("source", metavar="SOURCE", help=" | ".join(source.usage for source in SOURCES.values()))
-    make.add_argument("dest", metavar="DEST", type=Path, help="directory to write, new or empty")
-    defaults = Options()
+    make.add_argument("dest", metavar="DEST", type=_path, help="directory to write, new or empty")
     make.add_argument("--shard-size", default="64MB", metavar="SIZE", help="source bytes for each shard (64MB)")
-    make.add_argument("--workers", type=int, metavar="N", help="worker processes (all cores)")
-    make.add_argument(
-        "--val-fraction",
-        type=float,
-        metavar="F",
-        help=f"share of train that becomes val ({DEFAULT_VAL_FRACTION}; digits: 240 images)",
-    )
-    make.add_argument(
-        "--test-fraction", type=float, metavar="F", help="share of train that becomes test, if none is there"
-    )
-    make.add_argument("--image-size", type=int, metavar="S", help="scale the short side and crop the centre to S×S")
-    make.add_argument("--seed", type=int, default=defaults.seed, metavar="N", help="of splits and order (0)")
-    make.add_argument(
-        "--on-error", default=defaults.on_error, metavar="stop|skip", help="what to do about unreadable images (stop)"
-    )
+    for flag, kind, metavar, text in (
+        ("--workers", int, "N", "worker processes (all cores)"),
+        ("--val-fraction", float, "F", f"share of train that becomes val ({DEFAULT_VAL_FRACTION}; digits: 240 images)"),
+        ("--test-fraction", float, "F", "share of train that becomes test, if none is there"),
+        ("--image-size", int, "S", "scale the short side and crop the centre to S×S"),
+        ("--seed", int, "N", "of splits and order (0)"),
+        ("--on-error", str, "stop|skip", "what to do about unreadable images (stop)"),
+        ("--layout", str, "splits|classes", "of folder:, what directories called train or test are"),
+        ("--first-label", int, "N", "of webdataset:, the smallest label (0)"),
+    ):
+        make.add_argument(flag, type=kind, metavar=metavar, help=text)
+    make.add_argument("--classes", nargs="+", metavar="N|NAME", help="the first N classes alone, or those named")
+    text = "what becomes black and white, of images beyond 8 bits (0 65535 of 16 bits)"
+    make.add_argument("--value-range", type=float, nargs=2, metavar=("LOW", "HIGH"), help=text)
     info = commands.add_parser("info", help="say what a data set holds")
-    info.add_argument("dest", metavar="DEST", type=Path)
+    info.add_argument("dest", metavar="DEST", type=_path)
     info.add_argument("--json", action="store_true", help="print the manifest")
     check = commands.add_parser("verify", help="check sizes and sha256 of all files")
-    check.add_argument("dest", metavar="DEST", type=Path)
+    check.add_argument("dest", metavar="DEST", type=_path)
     check.add_argument("--deep", action="store_true", help="decode every image too")
+    for command in (make, info, check):
+        command.add_argument("--debug", action="store_true", help="show where an unforeseen error comes from")
     return top
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status, 2 after an error the user can mend."""
+    """Run one command; returns the exit status, 2 after an error the user can mend, 1 after another."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
         options = parser().parse_args(arguments)
         {"build": _build, "info": _info, "verify": _verify}[options.command](options)
     except UserError as error:
-        print(f"error: {redact(str(error))}", file=sys.stderr)
-        return USER_ERROR
+        return _failed(str(error), USER_ERROR)
+    except BrokenPipeError:  # who read the output has gone; what else is to be written goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNFORESEEN
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
-        print(
-            f"error: cannot read or write{where} ({error.strerror or error}); free space or check permissions",
-            file=sys.stderr,
-        )
-        return USER_ERROR
+        line = f"cannot read or write{where} ({error.strerror or error}); free space or check permissions"
+        return _failed(line, USER_ERROR)
     except KeyboardInterrupt:
         print("stopped: the same command goes on from here", file=sys.stderr)
         return INTERRUPTED
+    except Exception as error:
+        if "--debug" in arguments:
+            raise
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        return _failed(f"{what} (unforeseen: run it again with --debug and report what it shows)", UNFORESEEN)
     return 0
+
+
+def _failed(line: str, status: int) -> int:
+    print(f"error: {redact(line)}", file=sys.stderr)
+    return status
 
 
 def _build(arguments: argparse.Namespace) -> None:
     import_webdataset_without_torch()
-    options = Options(
-        shard_size=parse_size(arguments.shard_size),
-        workers=arguments.workers,
-        val_fraction=arguments.val_fraction,
-        test_fraction=arguments.test_fraction,
-        image_size=arguments.image_size,
-        seed=arguments.seed,
-        on_error=arguments.on_error,
-    )
+    given = {field.name: getattr(arguments, field.name) for field in fields(Options)}
+    given["shard_size"] = parse_size(arguments.shard_size)
+    lists = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+    options = Options(**{name: value for name, value in (given | lists).items() if value is not None})
     built = build(arguments.source, arguments.dest, options, log=_log, bar=sys.stderr.isatty())
     splits = ", ".join(f"{name} {split.samples:,}" for name, split in built.manifest.splits.items())
     skipped = f"; {built.skipped} unreadable images skipped" if built.skipped else ""
     state = "is already there" if built.reused else "is built"
-    print(f"{built.manifest.name} {state} in {arguments.dest}: {splits}{skipped}")
+    print(f"{shown(built.manifest.name)} {state} in {arguments.dest}: {splits}{skipped}")
+    totals = [sum(counts) for counts in zip(*(s.class_counts for s in built.manifest.splits.values()), strict=True)]
+    names = [f"{shown(name)} {n:,}" for name, n in zip(built.manifest.classes, totals, strict=True)]
+    more = f", and {len(names) - CLASSES_SHOWN} more; info lists all" if len(names) > CLASSES_SHOWN else ""
+    print(f"{len(names)} classes: {', '.join(names[:CLASSES_SHOWN])}{more}")
+    if built.manifest.left_out:
+        print(f"left out: {summary(built.manifest.left_out)}")
 
 
 def _info(arguments: argparse.Namespace) -> None:
@@ -113,7 +129,7 @@ def _info(arguments: argparse.Namespace) -> None:
         print(json.dumps(manifest.to_json(), indent=1))
         return
     counts = "1 channel" if manifest.channels == 1 else f"{manifest.channels} channels"
-    print(f"{manifest.name}: {len(manifest.classes)} classes, {manifest.width}×{manifest.height}, {counts}")
+    print(f"{shown(manifest.name)}: {len(manifest.classes)} classes, {manifest.width}×{manifest.height}, {counts}")
     print(f"fingerprint {manifest.fingerprint}")
     print("mean " + " ".join(f"{value:.4f}" for value in manifest.mean), end="; ")
     print("std " + " ".join(f"{value:.4f}" for value in manifest.std))
@@ -122,6 +138,17 @@ def _info(arguments: argparse.Namespace) -> None:
         per_class = f"{min(split.class_counts)} … {max(split.class_counts)}"
         size = sum(shard.bytes for shard in split.shards) / 1e6
         print(f"{name:6} {split.samples:>10,} {per_class:>15} {len(split.shards):>7} {size:>9.1f}")
+    if manifest.left_out:
+        print(f"left out: {summary(manifest.left_out)}")
+    print(f"{'class':>6} " + " ".join(f"{name:>9}" for name in manifest.splits))
+    for label, name in enumerate(manifest.classes):
+        counts = " ".join(f"{split.class_counts[label]:>9,}" for split in manifest.splits.values())
+        print(f"{label:>6} {counts}  {shown(name)}")
+
+
+def _path(text: str) -> Path:
+    """DEST, its ``~`` expanded where the shell did not."""
+    return Path(os.path.expanduser(text))
 
 
 def _verify(arguments: argparse.Namespace) -> None:
@@ -137,6 +164,8 @@ def _log(line: str) -> None:
 
 
 if __name__ == "__main__":
+    # A stream that was closed before the start is none.
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         # File names need not be valid text.
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

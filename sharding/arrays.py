@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sharding import cifar
-from sharding.archives import Member, open_files
+from sharding.archives import open_files
 from sharding.errors import UserError
+from sharding.links import Member
 from sharding.listing import PIXELS, Listing, Sample, Source
 from sharding.splits import stratified
 
@@ -88,7 +89,8 @@ class Cifar(Source):
                     for i, label in enumerate(batch.labels.tolist()):
                         splits[split].append(Sample(Member(f"{file}[{i}]", cifar.PIXELS, offset=rows + i), label))
                     rows += len(batch.labels)
-        return Listing(self.variant.name, classes, splits, ArrayReader(path, (rows, 32, 32, 3)))
+        reader = ArrayReader(path, (rows, 32, 32, 3))
+        return Listing(self.variant.name, classes, splits, reader, left_out=archive.left_out())
 
 
 class Cifar10(Cifar):

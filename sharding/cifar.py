@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sharding.archives import Files
+from sharding.containers import Files
 from sharding.errors import UserError
 from sharding.layout import Tree
 
@@ -82,6 +82,11 @@ class Archive:
             raise self._malformed(file, f"a label is outside 0 … {classes - 1}")
         upright = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         return Batch(file, upright, np.array(labels, np.int64))
+
+    def left_out(self) -> dict[str, int]:
+        """Return how many files of each kind are none of the archive's."""
+        files = (*self._variant.train, *self._variant.test, self._variant.meta)
+        return self._tree.left_out({posixpath.join(self._folder, file) for file in files})
 
     def _load(self, file: str) -> dict[str, Any]:
         member = self._tree.find(posixpath.join(self._folder, file))

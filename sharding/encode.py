@@ -12,10 +12,10 @@ from typing import BinaryIO
 
 import numpy as np
 
-from sharding.archives import Member
 from sharding.errors import UserError
 from sharding.files import atomic_file, link_atomic, sha256_file, write_atomic
-from sharding.images import Seen, Target, digest_of, inspect, to_stored
+from sharding.images import Seen, Target, Values, digest_of, inspect, to_stored
+from sharding.links import Member
 from sharding.listing import Reader
 from sharding.manifest import ShardInfo
 from sharding.plan import Planned, ShardPlan
@@ -34,11 +34,6 @@ class Written:
     sums: tuple[int, ...]
     squares: tuple[int, ...]
 
-    @property
-    def samples(self) -> int:
-        """Number of samples."""
-        return self.info.samples
-
 
 @dataclass(frozen=True)
 class ShardTask:
@@ -50,12 +45,14 @@ class ShardTask:
     target: Target
 
 
-def inspect_all(reader: Reader, members: Sequence[Member], tick: Tick) -> list[Seen | str]:
+def inspect_all(
+    reader: Reader, members: Sequence[Member], tick: Tick, *, values: Values | None = None
+) -> list[Seen | str]:
     """Look at images; for one that cannot be read, return the reason."""
     found: list[Seen | str] = []
     for member in members:
         try:
-            found.append(inspect(reader.read(member)))
+            found.append(inspect(reader.read(member), values))
         except (OSError, ValueError) as error:
             found.append(" ".join(str(error).split()) or type(error).__name__)
         tick(1)
@@ -159,12 +156,16 @@ class Moments:
 def mean_and_std(
     sums: Sequence[Sequence[int]], squares: Sequence[Sequence[int]], pixels: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and population standard deviation per channel, in [0, 1], from shards' sums over `pixels` pixels."""
+    """Return mean and population standard deviation per channel, in [0, 1], from shards' sums over `pixels` pixels.
+
+    The deviation of a channel that is constant counts as 1: pixels are divided by it.
+    """
     means, deviations = [], []
     for total, square in zip(map(sum, zip(*sums, strict=True)), map(sum, zip(*squares, strict=True)), strict=True):
         means.append(total / (pixels * 255))
         # In integers up to the division: no cancellation.
-        deviations.append(((pixels * square - total**2) / (pixels * 255) ** 2) ** 0.5)
+        variance = (pixels * square - total**2) / (pixels * 255) ** 2
+        deviations.append(variance**0.5 or 1.0)
     return tuple(means), tuple(deviations)
 
 

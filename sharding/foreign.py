@@ -3,24 +3,36 @@
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
 from typing import Any
 
 from braceexpand import braceexpand
 
-from sharding.archives import LARGEST_FILE, Member, TarMember
+from sharding.containers import LARGEST_FILE, TarMember
 from sharding.errors import UserError
+from sharding.kinds import unread
+from sharding.links import Member
 from sharding.listing import Listing, Sample, Source
 from sharding.manifest import SPLITS
-from sharding.tars import Entry, entries, shown
+from sharding.tars import BLOCK, Entry, Unfit, entries, is_tar, shown, writable
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 LONGEST_CLS, LONGEST_JSON = 32, 2**20
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _SPLIT = re.compile(rf",(?=(?:{'|'.join(SPLITS)})=)")
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+@dataclass
+class Aside:
+    """What is not taken: files of each kind, and, where samples without an image or a label are to be skipped, why each was."""
+
+    skip: bool = False
+    left_out: Counter[str] = field(default_factory=Counter)
+    faults: list[tuple[int, str]] = field(default_factory=list)
 
 
 class TarSet:
@@ -58,29 +70,36 @@ class WebDataset(Source):
     def listing(self) -> Listing:
         """List the samples of all tars, by their headers; images are not read."""
         patterns = split_patterns(self.argument)
-        found = {split: tars(pattern) for split, pattern in patterns.items()}
+        aside = Aside(self.options.on_error == "skip")
+        found = {split: tars(pattern, aside) for split, pattern in patterns.items()}
         paths = [path for split in SPLITS for path in found.get(split, ())]
-        reader, splits, number = TarSet(paths), dict[str, list[Sample]](), 0
+        reader, splits = TarSet(paths), dict[str, list[Sample]]()
         if twice := sorted({path for path in paths if paths.count(path) > 1}):
             raise UserError(f"{twice[0]} is named in two places; give each tar once")
+        number = 0
         for split in SPLITS:
             for path in found.get(split, ()):
-                splits.setdefault(split, []).extend(samples(path, number, reader))
+                splits.setdefault(split, []).extend(samples(path, number, reader, aside))
                 number += 1
             if split in found and not splits[split]:
                 raise UserError(f"the tars of {split} hold no sample; check {patterns[split]}")
-        classes = count_classes(splits)
-        names = tuple(str(label) for label in range(classes))
-        in_place = tuple(paths) if "=" in self.argument and len(patterns) > 1 else ()
-        return Listing(self._name(patterns), names, splits, reader, in_place=in_place)
+        first = self.options.first_label
+        last = last_label(splits, first)
+        if first:
+            splits = {split: [Sample(s.member, s.label - first) for s in found] for split, found in splits.items()}
+        names = tuple(str(label) for label in range(first, last + 1))
+        # The labels in the tars must be those of the data set, for programs that read the tars alone.
+        in_place = tuple(paths) if "=" in self.argument and len(patterns) > 1 and not first else ()
+        name, left_out, faults = self._name(patterns), dict(aside.left_out.most_common()), tuple(aside.faults)
+        return Listing(name, names, splits, reader, in_place=in_place, left_out=left_out, faults=faults)
 
     @staticmethod
     def _name(patterns: dict[str, str]) -> str:
         """What stands before the part of a pattern that varies, or the nearest directory whose name says more than its split."""
-        path = Path(patterns["train"]).absolute()
+        path = Path(_parts(patterns["train"])[0]).absolute()
         stem = path.name if path.is_dir() else re.split(r"[*?\[{]", path.name)[0].removesuffix(".tar")
         names = [stem.strip("-_. "), *(parent.name for parent in path.parents)]
-        return next((name for name in names if name and name not in SPLITS), "webdataset")
+        return writable(next((name for name in names if name and name not in SPLITS), "webdataset"))
 
 
 def split_patterns(argument: str) -> dict[str, str]:
@@ -95,65 +114,100 @@ def split_patterns(argument: str) -> dict[str, str]:
     return patterns
 
 
+def _parts(pattern: str) -> list[str]:
+    """The patterns of a list ``a::b``, as stock webdataset writes them."""
+    return [pattern] if Path(pattern).exists() else pattern.split("::")
+
+
 def _local(pattern: str) -> str:
     """Refuse commands and URLs: stock webdataset hands pipe:, and many other schemes, to a shell."""
     pattern = pattern.strip()
-    if pattern.lower().startswith("pipe:") or pattern.startswith(("|", "!")):
-        raise UserError(f"{shown(pattern)} is a command, and commands are never run; give the paths of tar files")
-    if _SCHEME.match(pattern) or "://" in pattern:
-        raise UserError(f"{shown(pattern)} is a URL; copy the tars here and give their paths")
+    for part in _parts(pattern):
+        if part.lower().startswith("pipe:") or part.startswith(("|", "!")):
+            raise UserError(f"{shown(part)} is a command, and commands are never run; give the paths of tar files")
+        # A name here may have a colon as well.
+        if "://" in part or (_SCHEME.match(part) and not any(map(_matches, _names(part)))):
+            raise UserError(f"{shown(part)} is a URL; copy the tars here and give their paths (no file is called so)")
     return pattern
 
 
-def tars(pattern: str) -> list[Path]:
-    """The tars of a directory, or those that a pattern with braces and asterisks names, sorted within each brace.
+def tars(pattern: str, aside: Aside | None = None) -> list[Path]:
+    """The tars of directories, or those that patterns with braces and asterisks name, sorted within each brace.
 
-    Raises UserError where there are none, or one that is named is missing.
+    What else is in a directory is put `aside`. Raises UserError where there are none, or one is missing.
     """
-    if Path(pattern).is_dir():
-        found = sorted(Path(pattern).glob("*.tar"))
-        if not found:
-            raise UserError(f"{pattern} holds no .tar; give a directory of tars or a pattern")
-        return [path.absolute() for path in found]
-    paths = []
-    try:
-        plain = list(braceexpand(pattern))
-    except ValueError as error:
-        raise UserError(f"{pattern} is not a pattern ({error}); write it as shards-{{000..123}}.tar") from None
-    for name in plain:
-        matches = sorted(glob(name)) if any(c in name for c in "*?[") and not Path(name).exists() else [name]
-        if not matches:
-            raise UserError(f"{name} matches no file; check the pattern")
-        paths += [Path(match) for match in matches]
+    paths, aside = list[Path](), aside or Aside()
+    for part in _parts(pattern):
+        if Path(part).is_dir():
+            inside = sorted(Path(part).iterdir())
+            paths += (found := [path for path in inside if path.suffix == ".tar"])
+            if not found:
+                raise UserError(f"{part} holds no .tar; give a directory of tars or a pattern")
+            for path in {*inside} - {*found}:
+                kind = "directories" if path.is_dir() else f"{shown(path.suffix) or 'other'} files"
+                aside.left_out[f"{kind} beside the tars"] += 1
+            continue
+        for name in _names(part):
+            matches = _matches(name)
+            if not matches and any(c in name for c in "*?["):
+                raise UserError(f"{name} matches no file; check the pattern")
+            paths += map(Path, matches or [name])
     for path in paths:
         if not path.is_file():
-            raise UserError(f"{path} does not exist; check the pattern")
+            what = "is a directory, a pipe or a device" if path.exists() else "does not exist"
+            raise UserError(f"{path} {what}; check the pattern")
     return [path.absolute() for path in paths]
 
 
-def samples(path: Path, tar: int, reader: TarSet) -> Iterator[Sample]:
-    """Yield the samples of one tar. Raises UserError that names the tar, and the key or member, where it is not as it should be."""
+def _names(pattern: str) -> list[str]:
+    """The names, or patterns with asterisks, that a pattern with braces stands for."""
+    try:
+        return list(braceexpand(pattern))
+    except ValueError as error:
+        raise UserError(f"{pattern} is not a pattern ({error}); write it as shards-{{000..123}}.tar") from None
+
+
+def _matches(name: str) -> list[str]:
+    """The file of that name, or those that it matches."""
+    return [name] if Path(name).exists() else sorted(glob(name))
+
+
+def samples(path: Path, tar: int, reader: TarSet, aside: Aside | None = None) -> Iterator[Sample]:
+    """Yield the samples of one tar; what is not taken is put `aside`.
+
+    Raises UserError that names the tar, and the key or member, where it is not as it should be.
+    """
+    aside = aside or Aside()
     try:
         _check_plain(path)
-        for key, files in grouped(entries(path)):
-            yield _sample(path, tar, key, files, reader)
+        for key, files in grouped(entries(path), aside.left_out):
+            try:
+                sample = _sample(path, tar, key, files, reader, aside.left_out)
+            except ValueError as error:
+                if not aside.skip:
+                    raise
+                aside.faults.append((tar, f"{path.name}: {error}"))
+            else:
+                yield sample
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror or error}); check its permissions") from None
     except ValueError as error:
-        raise UserError(f"{path}: {error}; mend it or leave it out") from None
+        cure = ", or leave it out" if isinstance(error, Unfit) else "; mend it or leave it out"
+        raise UserError(f"{path}: {error}{cure}") from None
 
 
-def grouped(members: Iterator[Entry]) -> Iterator[tuple[str, dict[str, Entry]]]:
+def grouped(members: Iterator[Entry], unused: Counter[str]) -> Iterator[tuple[str, dict[str, Entry]]]:
     """Yield (key, extension → file) of neighbours that share a key: what stands before the first dot of the file's name.
 
-    Files without a key, as stock webdataset has it, are left out. Raises ValueError for a key that comes again, or an
-    extension that comes twice.
+    Files without a key, as stock webdataset has it, are left out, and counted in `unused`. Raises ValueError for a key that
+    comes again, or an extension that comes twice.
     """
     seen, key, files = set[str](), "", dict[str, Entry]()
     for entry in members:
         folder, slash, base = entry.name.removeprefix("./").rpartition("/")
         stem, dot, extension = base.partition(".")
         if not stem or not dot or (stem.startswith("__") and stem.endswith("__")):
+            unused["files without a key"] += 1
             continue
         if (own := folder + slash + stem) != key:
             if files:
@@ -169,7 +223,7 @@ def grouped(members: Iterator[Entry]) -> Iterator[tuple[str, dict[str, Entry]]]:
         yield key, files
 
 
-def _sample(path: Path, tar: int, key: str, files: dict[str, Entry], reader: TarSet) -> Sample:
+def _sample(path: Path, tar: int, key: str, files: dict[str, Entry], reader: TarSet, unused: Counter[str]) -> Sample:
     images = [extension for extension in IMAGES if extension in files]
     if len(images) != 1:
         found = f"{len(images)} images" if images else "no image"
@@ -178,7 +232,10 @@ def _sample(path: Path, tar: int, key: str, files: dict[str, Entry], reader: Tar
     if image.size == 0:
         raise ValueError(f"key {shown(key)} has an empty image")
     member = TarMember(f"{path.name}: {shown(image.name)}", image.size, image.offset, tar)
-    return Sample(member, _label(tar, key, files, reader))
+    label = _label(tar, key, files, reader)
+    read = (images[0], "cls" if "cls" in files else "json")
+    unused.update(f".{shown(extension)} files" for extension in files if extension not in read)
+    return Sample(member, label)
 
 
 def _label(tar: int, key: str, files: dict[str, Entry], reader: TarSet) -> int:
@@ -204,26 +261,28 @@ def _label(tar: int, key: str, files: dict[str, Entry], reader: TarSet) -> int:
     return int(value)
 
 
-def count_classes(splits: dict[str, list[Sample]]) -> int:
-    """One more than the largest label of train. Raises UserError for a label that cannot be a class."""
-    most = max(splits["train"], key=lambda sample: sample.label)
-    if most.label >= len(splits["train"]):
-        raise UserError(
-            f"{most.member.name} has the label {most.label}, but there are fewer images than that; check it"
-        )
+def last_label(splits: dict[str, list[Sample]], first: int) -> int:
+    """The largest label of train. Raises UserError for one that cannot be a class, or where none is `first`."""
+    least, most = (bound(splits["train"], key=lambda sample: sample.label) for bound in (min, max))
+    if least.label < first:
+        raise UserError(f"{least.member.name} has the label {least.label}, less than --first-label {first}; lower that")
+    if most.label - first >= len(splits["train"]):
+        what = f"{most.member.name} has the label {most.label}"
+        raise UserError(f"{what}, but there are fewer images than that; check it")
+    if least.label > first == 0:
+        cure = f"give --first-label {least.label}, which makes new tars with labels from 0"
+        raise UserError(f"labels begin at {least.label}, not at 0; {cure}")
     for split, members in splits.items():
-        if wrong := next((s for s in members if s.label > most.label), None):
-            raise UserError(
-                f"{wrong.member.name} has the label {wrong.label}, which no image of train has; check {split}"
-            )
-    return most.label + 1
+        if wrong := next((s for s in members if not first <= s.label <= most.label), None):
+            what = f"{wrong.member.name} has the label {wrong.label}"
+            raise UserError(f"{what}, which no image of train has; check {split}")
+    return most.label
 
 
 def _check_plain(path: Path) -> None:
     with path.open("rb") as stream:
-        head = stream.read(8)
-    for magic, name in _COMPRESSED.items():
-        if head.startswith(magic):
-            raise ValueError(f"it is compressed ({name}), so its samples cannot be reached at random; decompress it")
+        head = stream.read(BLOCK)
+    if not is_tar(head) and (what := unread(head, path.name)):
+        raise Unfit(f"it is {what}")
     if not head:
         raise ValueError("it is empty")

@@ -2,32 +2,51 @@
 
 Images are brought to 8 bits, upright, L or RGB:
 EXIF orientation is applied; transparency is laid over white; palettes are expanded; CMYK goes through Pillow's plain
-formula; 16-bit values v become round(v / 257); of an animation the first frame counts. Another size is reached by
-scaling the short side (bicubic, antialiased) and cropping the centre.
+formula; 16-bit values v become round(v / 257); what has no range of its own (integers of 32 bits, floats) is refused
+unless the user gives the range; of an animation the first frame counts. Another size is reached by scaling the short
+side (bicubic, antialiased) and cropping the centre.
 """
 
 import hashlib
 import io
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
+import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, features
 
 from sharding.shards import decode
 
 # No PostScript, which would start an interpreter, and no container formats.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
-SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-    + (".ppm", ".pgm", ".pbm", ".pnm", ".jp2")
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "BMP",
+    "GIF",
+    "TIFF",
+    "PPM",
+    "JPEG2000",
+    *(["AVIF"] if features.check("avif") else []),
 )
+_SUFFIXES = "jpg jpeg jpe jfif jif pjpeg png apng webp avif bmp gif tif tiff ppm pgm pbm pnm jp2 j2k jpx"
+SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
 _KEPT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 _ORIENTATION = 0x0112
+_TURN = Image.Transpose
+_TURNS = dict(enumerate((_TURN.FLIP_LEFT_RIGHT, _TURN.ROTATE_180, _TURN.FLIP_TOP_BOTTOM, _TURN.TRANSPOSE), 2))
+_TURNS |= dict(enumerate((_TURN.ROTATE_270, _TURN.TRANSVERSE, _TURN.ROTATE_90), 6))
+# What a PNG may say of itself beside its pixels and their orientation. Pillow refuses it when it is long.
+_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 
+Values = tuple[float, float]
+"""What becomes 0 and what becomes 255, of images beyond 8 bits."""
+Result = TypeVar("Result")
 Item = bytes | NDArray[np.uint8]
 """What a source yields for a sample: an encoded image, or uint8 pixels [H, W, C]."""
 
@@ -37,7 +56,7 @@ class Seen:
     """What a look at an image told. Height and width in pixels after EXIF rotation; `sha256` is of the source bytes.
 
     `kept_as` is the file extension under which the source bytes may be stored unchanged, or empty: they must be
-    converted.
+    converted. `highest`: the largest value of one of 16 bits that are read as 0 … 65535, else -1.
     """
 
     sha256: bytes
@@ -45,15 +64,17 @@ class Seen:
     width: int
     grey: bool
     kept_as: str
+    highest: int = -1
 
 
 @dataclass(frozen=True)
 class Target:
-    """The size in pixels and the number of channels (1 or 3) that all images get."""
+    """The size in pixels and the number of channels (1 or 3) that all images get, and the range of those beyond 8 bits."""
 
     height: int
     width: int
     channels: int
+    values: Values | None = None
 
     def keeps(self, seen: Seen) -> bool:
         """Whether the source bytes are stored unchanged: decoders make equal channels of a grey image among colours."""
@@ -66,41 +87,63 @@ def digest_of(item: Item) -> bytes:
     return hashlib.sha256(item if isinstance(item, bytes) else item.tobytes()).digest()
 
 
-def inspect(item: Item) -> Seen:
+def inspect(item: Item, values: Values | None = None) -> Seen:
     """Decode an image in full and say what it holds. Raises ValueError with the reason when it cannot be read."""
     digest = digest_of(item)
     if isinstance(item, np.ndarray):
         return Seen(digest, item.shape[0], item.shape[1], item.shape[2] == 1, "")
     # Pillow's plugins answer damaged files with exceptions of many types.
     try:
-        with _strict_on_bombs():
-            return _inspect(item, digest)
+        seen = _from_pixels(lambda image, payload: _inspect(image, payload, values), item)
     except Exception as error:
         raise ValueError(_reason(error)) from error
+    return replace(seen, sha256=digest, kept_as=seen.kept_as if seen.sha256 == digest else "")
 
 
-def _inspect(payload: bytes, digest: bytes) -> Seen:
-    with Image.open(io.BytesIO(payload), formats=FORMATS) as image:
-        grey = _is_grey(image)
-        kept_as = _kept_as(image, payload)
-        width, height = image.size
-        if kept_as == "jpg":
-            # What trains decodes strictly; a JPEG that only a lenient decoder reads is converted.
-            try:
-                decode(payload, np.empty((height, width, 1 if grey else 3), np.uint8))
-            except ValueError:
-                kept_as = ""
-        if not kept_as:
-            width, height = plain(image).size
-        elif kept_as != "jpg":
-            image.load()
-        return Seen(digest, height, width, grey, kept_as)
+def _inspect(image: Image.Image, payload: bytes, values: Values | None) -> Seen:
+    grey, kept_as, highest = _is_grey(image), _kept_as(image, payload), -1
+    width, height = image.size
+    if kept_as:
+        # As what trains does it: strictly.
+        decode(payload, np.empty((height, width, 1 if grey else 3), np.uint8))
+    else:
+        if payload[:2] == b"\xff\xd8":
+            simplejpeg.decode_jpeg(payload, "CMYK" if image.mode == "CMYK" else "RGB")
+        if values is None and image.mode.startswith("I"):
+            highest = int(np.asarray(image).max())
+        width, height = plain(image, values).size
+    return Seen(digest_of(payload), height, width, grey, kept_as, highest)
+
+
+def _from_pixels(function: Callable[[Image.Image, bytes], Result], payload: bytes) -> Result:
+    """What `function` makes of an image, and its bytes; of a PNG that it cannot read as it is, without its texts."""
+    with _strict_on_bombs():
+        try:
+            with Image.open(io.BytesIO(payload), formats=FORMATS) as image:
+                return function(image, payload)
+        except (ValueError, OSError):
+            if (bare := _without_texts(payload)) == payload:
+                raise
+            with Image.open(io.BytesIO(bare), formats=FORMATS) as image:
+                return function(image, bare)
+
+
+def _without_texts(payload: bytes) -> bytes:
+    kept, position = [payload[:8]], 8
+    if kept[0] != b"\x89PNG\r\n\x1a\n":
+        return payload
+    while position < len(payload):
+        end = position + 12 + int.from_bytes(payload[position : position + 4], "big")
+        if payload[position + 4 : position + 8] not in _TEXTS:
+            kept.append(payload[position:end])
+        position = end
+    return b"".join(kept)
 
 
 def _kept_as(image: Image.Image, payload: bytes) -> str:
     deep = image.format == "PNG" and payload[24:25] == b"\x10"
     still = getattr(image, "n_frames", 1) == 1
-    upright = image.getexif().get(_ORIENTATION, 1) not in range(2, 9)
+    upright = _turn(image) is None
     if image.mode not in ("L", "RGB") or "transparency" in image.info or deep or not still or not upright:
         return ""
     return _KEPT.get(image.format or "", "")
@@ -113,17 +156,25 @@ def _is_grey(image: Image.Image) -> bool:
     return image.mode in ("1", "L", "LA", "La", "I", "F") or image.mode.startswith("I;16")
 
 
-def plain(image: Image.Image) -> Image.Image:
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What brings the image upright; None where its metadata say nothing of that, or are damaged."""
+    # Pillow answers damaged metadata, too, with exceptions of many types; the pixels tell of themselves.
+    with suppress(Exception):
+        return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    return None
+
+
+def plain(image: Image.Image, values: Values | None = None) -> Image.Image:
     """Return the image upright, in 8 bits, as L where it is single-channel, else as RGB.
 
-    Raises ValueError for pixels without a defined range (32-bit), and what Pillow raises for damaged files.
+    Raises ValueError for pixels without a defined range where `values` is None, and what Pillow raises for damaged files.
     """
-    grey = _is_grey(image)
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise ValueError("32-bit float pixels have no defined range")
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        image = _from_16_bits(image)
+    grey, kind = _is_grey(image), image.format
+    image.load()  # Pillow turns TIFFs itself
+    if (turn := _turn(image)) is not None:
+        image = image.transpose(turn)
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _from_deep(image, values, kind)
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         white = Image.new("RGBA", image.size, "white")
         white.alpha_composite(image.convert("RGBA"))
@@ -131,11 +182,21 @@ def plain(image: Image.Image) -> Image.Image:
     return image.convert("L" if grey else "RGB")
 
 
-def _from_16_bits(image: Image.Image) -> Image.Image:
-    values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
-        raise ValueError("32-bit pixels have no defined range")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+def _from_deep(image: Image.Image, values: Values | None, kind: str | None) -> Image.Image:
+    """8 bits of single-channel pixels beyond them, between `values`; of 16 bits, between their own least and most."""
+    pixels = np.asarray(image)
+    if values is not None:
+        low, high = values
+        if not np.isfinite(pixels).all():
+            raise ValueError("some of its pixels are no numbers")
+        scaled = (pixels.astype(np.float64) - low) * (255 / (high - low))
+        return Image.fromarray(np.floor(scaled + 0.5).clip(0, 255).astype(np.uint8))
+    # Pillow makes this mode of a TIFF's integers of 32 bits and of signed ones; of other formats' 16 bits.
+    if image.mode == "F" or (image.mode == "I" and kind == "TIFF"):
+        what = "32-bit float" if image.mode == "F" else "32-bit or signed"
+        found = f"these lie between {pixels.min():g} and {pixels.max():g}"
+        raise ValueError(f"{what} pixels have no defined range; give --value-range LOW HIGH, {found}")
+    return Image.fromarray(((pixels.astype(np.int64) + 128) // 257).astype(np.uint8))
 
 
 def to_pixels(item: Item, target: Target) -> NDArray[np.uint8]:
@@ -143,8 +204,7 @@ def to_pixels(item: Item, target: Target) -> NDArray[np.uint8]:
     if isinstance(item, np.ndarray):
         image = Image.fromarray(item[:, :, 0] if item.shape[2] == 1 else item)
     else:
-        with _strict_on_bombs(), Image.open(io.BytesIO(item), formats=FORMATS) as opened:
-            image = plain(opened)
+        image = _from_pixels(lambda opened, _: plain(opened, target.values), item)
     image = image.convert("L" if target.channels == 1 else "RGB")
     if image.size != (target.width, target.height):
         scale = min(image.width / target.width, image.height / target.height)

@@ -1,44 +1,78 @@
-"""Which files of a directory or archive are the images of which class."""
+"""Which files of a directory or archive are images, and what becomes of the others."""
 
 import posixpath
-from collections import defaultdict
-from collections.abc import Iterator
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator
 
-from sharding.archives import Files, Member
+from sharding.containers import Files
 from sharding.images import SUFFIXES
+from sharding.kinds import HEAD, is_image
+from sharding.links import LOST, Member
+from sharding.tars import shown
+
+# What systems put beside people's files.
+_SYSTEM = frozenset(
+    ("__macosx", "@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "$recycle.bin")
+    + ("system volume information", "lost+found", "__pycache__")
+)
+_TYPE = re.compile(r"\.[a-z][a-z0-9]{0,7}")
+HIDDEN = "hidden files"
 
 
 class Tree:
-    """The directories and files of a source, hidden ones (``.name``, ``__MACOSX``) left out. The root is ``""``."""
+    """The directories and files of a source, hidden ones (``.name``) and those of systems left out. The root is ``""``."""
 
     def __init__(self, files: Files) -> None:
-        self._files: dict[str, list[Member]] = defaultdict(list)
+        self._source = files
+        self._images: dict[str, list[Member]] = defaultdict(list)
         self._folders: dict[str, set[str]] = defaultdict(set)
         self._by_name: dict[str, Member] = {}
+        self._others: dict[str, str] = {}
+        self.by_content = set[str]()
+        """Names of images that no suffix tells, but the first bytes."""
         members, directories = files.listing()
         for name in directories:
             self._add_folder(posixpath.normpath(name))
         for member in members:
-            name = posixpath.normpath(member.name)
-            if not _hidden(name):
-                folder = posixpath.dirname(name)
-                self._files[folder].append(member)
+            name, system = posixpath.normpath(member.name), _system(member.name)
+            if what := system or self._other(member):
+                self._others[name] = what
+            else:
+                self._images[posixpath.dirname(name)].append(member)
+            if not system:
                 self._by_name[name] = member
-                self._add_folder(folder)
+                self._add_folder(posixpath.dirname(name))
 
     def _add_folder(self, name: str) -> None:
-        while name not in ("", ".", "/") and not _hidden(name):
-            parent = posixpath.dirname(name)
-            self._folders[parent].add(posixpath.basename(name))
+        while name not in ("", ".", "/") and not _system(name):
+            parent, base = posixpath.split(name)
+            if base in self._folders[parent]:
+                break
+            self._folders[parent].add(base)
             name = parent
+
+    def _other(self, member: Member) -> str:
+        """What a file is that is no image, told by its suffix or, where that says nothing, by its first bytes; "": an image."""
+        suffix = _suffix(member.name)
+        if member.odd and not (member.odd == LOST and suffix in SUFFIXES):
+            return member.odd
+        if suffix in SUFFIXES:
+            return ""
+        if _TYPE.fullmatch(suffix):
+            return f"{suffix} files"
+        if not is_image(self._source.start_of(member, HEAD)):
+            return "files with a suffix of their own" if suffix else "files without a suffix"
+        self.by_content.add(member.name)
+        return ""
 
     def folders(self, folder: str) -> list[str]:
         """Return the sorted names of the directories in a directory."""
         return sorted(self._folders.get(folder, ()))
 
     def images(self, folder: str) -> list[Member]:
-        """Return the images directly in a directory, sorted by name; images are told by the file's suffix."""
-        return [member for member in self._files.get(folder, ()) if _is_image(member.name)]
+        """Return the images directly in a directory, sorted by name."""
+        return self._images.get(folder, [])
 
     def images_below(self, folder: str) -> list[Member]:
         """Return the images in a directory and all below it, sorted by name."""
@@ -60,10 +94,45 @@ class Tree:
         """Return the directory nearest the root that holds a file of that name."""
         return next((folder for folder in self.walk() if self.find(posixpath.join(folder, file))), None)
 
+    def left_out(self, used: Collection[str], root: str = "", below: str = "") -> dict[str, int]:
+        """Return what in the directory `below` is none of the `used` files: how many of each kind, the commonest first.
 
-def _hidden(name: str) -> bool:
-    return any((part.startswith(".") and part != ".") or part == "__MACOSX" for part in name.split("/"))
+        Images are told by the directory below `root` in which they lie.
+        """
+        counts = Counter[str]()
+        for name, what in self._others.items():
+            counts[what] += name not in used and _inside(name, below)
+        for folder, members in self._images.items():
+            top = folder.removeprefix(root).lstrip("/").partition("/")[0]
+            what = f"images in {shown(top)}" if top and _inside(folder, root) else "images outside all directories"
+            counts[what] += sum(member.name not in used and _inside(member.name, below) for member in members)
+        return {what: count for what, count in counts.most_common() if count}
 
 
-def _is_image(name: str) -> bool:
-    return posixpath.splitext(name)[1].lower() in SUFFIXES
+def summary(left_out: dict[str, int], most: int = 12) -> str:
+    """Say how many of each kind were left out, in one line."""
+    parts = [f"{what} {count:,}" for what, count in list(left_out.items())[:most]]
+    if rest := list(left_out.values())[most:]:
+        parts.append(f"{len(rest)} more kinds {sum(rest):,}")
+    return ", ".join(parts)
+
+
+def _inside(name: str, folder: str) -> bool:
+    return not folder or name == folder or name.startswith(folder + "/")
+
+
+def _system(name: str) -> str:
+    """What hides a file or a directory: a name that is hidden, or one of a system's; "": nothing."""
+    for part in name.split("/"):
+        if part.startswith(".") and part not in (".", ".."):
+            return HIDDEN
+        if part.casefold() in _SYSTEM:
+            return f"files in {part}"
+    return ""
+
+
+def _suffix(name: str) -> str:
+    """A file's suffix in small letters, without what addresses on the web append: ``.jpg`` of ``1.JPG?w=200``."""
+    base = posixpath.basename(name).lower()
+    suffix = posixpath.splitext(base)[1]
+    return suffix if suffix in SUFFIXES else posixpath.splitext(base.partition("?")[0])[1]

@@ -1,12 +1,16 @@
 """What every source answers: its samples, and a reader of their bytes."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Protocol
 
-from sharding.archives import Member
+from sharding.errors import UserError
 from sharding.images import Item
+from sharding.links import Member
+from sharding.options import Options
+from sharding.tars import writable
 
 ARCHIVE, PIXELS = SCRATCH = ("source.tar", "pixels")
 """Names of the temporary files a source may make: a decompressed archive, an array of pixels."""
@@ -33,6 +37,8 @@ class Listing:
 
     `in_place`: the tars that hold the samples, where the data set may be an index of them; empty: it is written anew.
     `val_samples`: how many samples val gets when the user asks for no fraction (None: the builder's own fraction).
+    `left_out`: how many files of each kind are not used; `notes`: what the user should know of how the source was read;
+    `faults`: samples that are skipped because they have no image or no label, as (number of the tar, reason).
     """
 
     name: str
@@ -42,6 +48,9 @@ class Listing:
     val_samples: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
     in_place: tuple[Path, ...] = ()
+    left_out: dict[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    faults: tuple[tuple[int, str], ...] = ()
 
 
 class Source(ABC):
@@ -49,10 +58,34 @@ class Source(ABC):
 
     usage: ClassVar[str]
 
-    def __init__(self, argument: str, scratch: Path) -> None:
+    def __init__(self, argument: str, scratch: Path, options: Options | None = None) -> None:
         """`argument` is what follows the colon; `scratch` is a directory for temporary files."""
-        self.argument, self.scratch = argument, scratch
+        self.argument, self.scratch, self.options = argument, scratch, options or Options()
 
     @abstractmethod
     def listing(self) -> Listing:
         """List the samples. Raises UserError when the source is missing or malformed."""
+
+
+def chosen(listing: Listing, wanted: Sequence[str]) -> Listing:
+    """Return the listing of some classes alone: those named, in that order, or the first N.
+
+    Raises UserError for a class that is not there, or is named twice.
+    """
+    names = tuple(map(writable, wanted))
+    if len(names) == 1 and names[0] not in listing.classes and names[0].isdecimal():
+        if not 0 < int(names[0]) <= len(listing.classes):
+            raise UserError(f"--classes is {names[0]}; {listing.name} has {len(listing.classes)} classes")
+        names = listing.classes[: int(names[0])]
+    for name in names:
+        if name not in listing.classes or names.count(name) > 1:
+            what = "is named twice" if name in listing.classes else f"is no class of {listing.name}"
+            raise UserError(f"--classes: {name} {what}; give a number, or names of classes, each once")
+    labels = {listing.classes.index(name): label for label, name in enumerate(names)}
+    splits = {
+        split: [Sample(sample.member, labels[sample.label]) for sample in samples if sample.label in labels]
+        for split, samples in listing.splits.items()
+    }
+    others = sum(map(len, listing.splits.values())) - sum(map(len, splits.values()))
+    left_out = listing.left_out | ({"images of other classes": others} if others else {})
+    return replace(listing, classes=names, splits=splits, in_place=(), left_out=left_out, val_samples=None)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,10 @@ class SplitInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What DATA holds. `mean` and `std` are per channel of the train split, of pixels in [0, 1]; size in pixels."""
+    """What DATA holds. `mean` and `std` are per channel of the train split, of pixels in [0, 1]; size in pixels.
+
+    `std` of a channel that is constant is 1. `left_out`: how many files of each kind the build did not use.
+    """
 
     name: str
     classes: tuple[str, ...]
@@ -55,18 +58,20 @@ class Manifest:
     std: tuple[float, ...]
     versions: dict[str, str]
     splits: dict[str, SplitInfo]
+    left_out: dict[str, int] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits that name this data: sha256 of the canonical JSON of everything but `versions`."""
+        """16 hex digits that name this data: sha256 of the canonical JSON of all but `versions` and `left_out`."""
         document = self.to_json()
         del document["versions"]
+        document.pop("left_out", None)
         canonical = json.dumps(document, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
         """Return the document that stands in manifest.json."""
-        return {
+        document = {
             "format": FORMAT,
             "name": self.name,
             "classes": [{"id": i, "name": name} for i, name in enumerate(self.classes)],
@@ -76,6 +81,7 @@ class Manifest:
             "versions": dict(sorted(self.versions.items())),
             "splits": {name: _split_to_json(self.splits[name]) for name in SPLITS if name in self.splits},
         }
+        return document | ({"left_out": self.left_out} if self.left_out else {})
 
     @staticmethod
     def from_json(document: Any) -> "Manifest":
@@ -95,6 +101,7 @@ class Manifest:
             std=tuple(float(value) for value in document["std"]),
             versions=dict(document["versions"]),
             splits={name: _split_from_json(split) for name, split in document["splits"].items()},
+            left_out={str(what): int(count) for what, count in document.get("left_out", {}).items()},
         )
         _check(manifest)
         return manifest
@@ -132,34 +139,15 @@ def parse_manifest(content: bytes, path: str) -> Manifest:
 
 
 def _split_to_json(split: SplitInfo) -> dict[str, Any]:
-    return {
-        "samples": split.samples,
-        "class_counts": list(split.class_counts),
-        "shards": [
-            {
-                "file": shard.file,
-                "samples": shard.samples,
-                "bytes": shard.bytes,
-                "sha256": shard.sha256,
-                "index_sha256": shard.index_sha256,
-            }
-            for shard in split.shards
-        ],
-    }
+    shards = [asdict(shard) for shard in split.shards]
+    return {"samples": split.samples, "class_counts": list(split.class_counts), "shards": shards}
 
 
 def _split_from_json(split: dict[str, Any]) -> SplitInfo:
     shards = tuple(
-        ShardInfo(
-            file=shard["file"],
-            samples=shard["samples"],
-            bytes=shard["bytes"],
-            sha256=shard["sha256"],
-            index_sha256=shard["index_sha256"],
-        )
-        for shard in split["shards"]
+        ShardInfo(**{field.name: shard[field.name] for field in fields(ShardInfo)}) for shard in split["shards"]
     )
-    return SplitInfo(samples=split["samples"], class_counts=tuple(split["class_counts"]), shards=shards)
+    return SplitInfo(split["samples"], tuple(split["class_counts"]), shards)
 
 
 def _check(manifest: Manifest) -> None:

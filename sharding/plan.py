@@ -3,50 +3,20 @@
 import hashlib
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sharding.archives import Member, TarMember
+from sharding.containers import TarMember
 from sharding.errors import UserError
 from sharding.images import Seen, Target
-from sharding.listing import Listing, Sample
+from sharding.links import Member
+from sharding.listing import Listing
 from sharding.manifest import SPLITS
+from sharding.options import DEFAULT_VAL_FRACTION as DEFAULT_VAL_FRACTION
+from sharding.options import Options as Options
+from sharding.sizes import parse_size as parse_size
 from sharding.splits import cut, deal
-from sharding.tars import BLOCK, padded
-
-DEFAULT_VAL_FRACTION = 0.05
-LARGEST_SIDE = 4096
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a user chooses about a build. Raises UserError for values that make no sense.
-
-    `shard_size` is in bytes, of the source's images; fractions lie between 0 and 1; `workers` None means all cores.
-    """
-
-    shard_size: int = 64_000_000
-    workers: int | None = None
-    val_fraction: float | None = None
-    test_fraction: float | None = None
-    image_size: int | None = None
-    seed: int = 0
-    on_error: str = "stop"
-
-    def __post_init__(self) -> None:
-        for name, fraction in (("val-fraction", self.val_fraction), ("test-fraction", self.test_fraction)):
-            if fraction is not None and not 0 < fraction < 1:
-                raise UserError(f"--{name} is {fraction}; give a number between 0 and 1, both excluded")
-        least = {"shard-size": self.shard_size, "workers": self.workers, "image-size": self.image_size}
-        for name, value in least.items():
-            if value is not None and value < 1:
-                raise UserError(f"--{name} is {value}; give 1 or more")
-        if self.image_size is not None and self.image_size > LARGEST_SIDE:
-            raise UserError(f"--image-size is {self.image_size}; give {LARGEST_SIDE} or less")
-        if self.seed < 0:
-            raise UserError(f"--seed is {self.seed}; give 0 or more")
-        if self.on_error not in ("stop", "skip"):
-            raise UserError(f"--on-error is {self.on_error}; give stop or skip")
+from sharding.tars import BLOCK, padded, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +55,9 @@ class Plan:
     def fingerprint(self) -> str:
         """Return 64 hex digits: two plans of one fingerprint, with the same libraries, give the same bytes."""
         digest = hashlib.sha256()
-        target = [self.target.height, self.target.width, self.target.channels]
+        target: list[object] = [self.target.height, self.target.width, self.target.channels]
+        if self.target.values is not None:
+            target.append(self.target.values)
         digest.update(json.dumps([self.name, self.classes, target]).encode())
         for shard in self.shards:
             digest.update(f"\n{shard.file}\n".encode())
@@ -105,15 +77,19 @@ def make_plan(listing: Listing, seen: dict[str, list[Seen | None]], options: Opt
     Raises UserError when sizes differ and none is asked for, or a class is too small to be split.
     """
     splits: dict[str, list[Planned]] = {}
-    number = 0
+    torn, number = {tar for tar, _ in listing.faults}, 0
     for split, samples in listing.splits.items():
         splits[split] = []
         for sample, look in zip(samples, seen[split], strict=True):
             if look is not None:
-                splits[split].append(_planned(number, sample, look))
+                splits[split].append(Planned(f"{number:08d}", sample.member, sample.label, look))
+            elif isinstance(sample.member, TarMember):
+                torn.add(sample.member.tar)
             number += 1
     _check_classes(splits, listing.classes)
-    target = choose_target([sample.seen for samples in splits.values() for sample in samples], options.image_size)
+    looks = [sample.seen for samples in splits.values() for sample in samples]
+    _check_depth(looks)
+    target = replace(choose_target(looks, options.image_size), values=options.value_range)
     _cut_splits(splits, listing, options)
     everything = [sample for samples in splits.values() for sample in samples]
     in_place = bool(listing.in_place) and all(target.keeps(sample.seen) for sample in everything)
@@ -122,7 +98,7 @@ def make_plan(listing: Listing, seen: dict[str, list[Seen | None]], options: Opt
         for split in SPLITS
         if splits.get(split)
         for shard in (
-            _as_they_lie(split, splits[split], listing.in_place)
+            _as_they_lie(split, splits[split], listing.in_place, torn)
             if in_place
             else _deal_split(split, splits[split], options)
         )
@@ -131,7 +107,9 @@ def make_plan(listing: Listing, seen: dict[str, list[Seen | None]], options: Opt
 
 
 def check_splits(listing: Listing, options: Options) -> None:
-    """Raise UserError where the fractions asked for do not suit the splits the source brings."""
+    """Raise UserError where there are not two classes, or the fractions asked for do not suit the splits of the source."""
+    if len(listing.classes) < 2:
+        raise UserError(f"{listing.name} holds only the class {shown(*listing.classes)}; give a source of two or more")
     if "test" not in listing.splits and options.test_fraction is None:
         raise UserError(f"{listing.name} has no test set; give --test-fraction, say 0.1, to cut one from train")
     for split, fraction in (("test", options.test_fraction), ("val", options.val_fraction)):
@@ -152,17 +130,39 @@ def choose_target(seen: list[Seen], image_size: int | None) -> Target:
     return Target(height, width, channels)
 
 
-def _planned(number: int, sample: Sample, look: Seen) -> Planned:
-    return Planned(f"{number:08d}", sample.member, sample.label, look)
-
-
 def _check_classes(splits: dict[str, list[Planned]], classes: tuple[str, ...]) -> None:
     for split, samples in splits.items():
         if not samples:
             raise UserError(f"{split} holds no image that can be read; check the source")
     missing = set(range(len(classes))) - {sample.label for sample in splits["train"]}
     if missing:
-        raise UserError(f"class {classes[min(missing)]} has no image in train; add images or remove the class")
+        raise UserError(f"class {shown(classes[min(missing)])} has no image in train; add images or remove the class")
+
+
+def _check_depth(seen: list[Seen]) -> None:
+    """Raise UserError where images of 16 bits use so few of their values that nothing of them would be left in 8."""
+    highest = max(look.highest for look in seen)
+    if 0 < highest < 256:
+        count = sum(look.highest >= 0 for look in seen)
+        what = f"no value of {count:,} images of 16 bits is above {highest}, so that they would be black"
+        raise UserError(f"{what}; give --value-range 0 {highest}, or other numbers that become black and white")
+
+
+def about(plan: Plan) -> list[str]:
+    """What the user should know of a plan: pictures that stand twice where they should not, and values left unused."""
+    first, twice, highest = dict[bytes, tuple[str, Planned]](), dict[str, list[str]](), -1
+    for shard in plan.shards:
+        for sample in shard.samples:
+            highest = max(highest, sample.seen.highest)
+            split, other = first.setdefault(sample.seen.sha256, (shard.split, sample))
+            if other.label != sample.label or split != shard.split:
+                kind = "classes" if other.label != sample.label else "splits"
+                twice.setdefault(kind, []).append(f"{shown(other.member.name)} and {shown(sample.member.name)}")
+    notes = [f"pictures that stand in two {kind}: {len(pairs):,} ({pairs[0]})" for kind, pairs in twice.items()]
+    if 0 <= highest < 2**15 and plan.target.values is None:
+        spread = f"--value-range 0 {highest} spreads them"
+        notes.append(f"images of 16 bits are read as 0 … 65535, and use up to {highest}: {spread}")
+    return notes
 
 
 def _cut_splits(splits: dict[str, list[Planned]], listing: Listing, options: Options) -> None:
@@ -190,13 +190,19 @@ def _deal_split(split: str, samples: list[Planned], options: Options) -> list[Sh
     ]
 
 
-def _as_they_lie(split: str, samples: list[Planned], paths: tuple[Path, ...]) -> list[ShardPlan]:
-    """A shard for each tar that holds samples of the split: those that were cut from train are rows of train's tars."""
+def _as_they_lie(split: str, samples: list[Planned], paths: tuple[Path, ...], torn: set[int]) -> list[ShardPlan]:
+    """A shard for each tar that holds samples of the split: those that were cut from train are rows of train's tars.
+
+    Tars of which samples are skipped (`torn`) are written anew without those: other programs read a tar whole.
+    """
     by_tar: dict[int, list[Planned]] = {}
     for sample in samples:
         assert isinstance(sample.member, TarMember)
         by_tar.setdefault(sample.member.tar, []).append(sample)
-    return [ShardPlan(split, f"{split}/{tar:06d}.tar", tuple(rows), paths[tar]) for tar, rows in sorted(by_tar.items())]
+    return [
+        ShardPlan(split, f"{split}/{tar:06d}.tar", tuple(rows), None if tar in torn else paths[tar])
+        for tar, rows in sorted(by_tar.items())
+    ]
 
 
 def tar_bytes(size: int) -> int:

@@ -1,6 +1,7 @@
 """Numbers of bytes as people write and read them."""
 
 import re
+from fractions import Fraction
 
 from sharding.errors import UserError
 
@@ -14,7 +15,7 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     if not match or match[2].upper() not in _UNITS:
         raise UserError(f"size {text!r} is not a number of bytes; write it as 64MB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    return int(Fraction(match[1]) * _UNITS[match[2].upper()])
 
 
 def size(n: float) -> str:

@@ -3,17 +3,24 @@
 Digits and CIFAR, whose samples are pixels, are in arrays.py.
 """
 
+import os
 import posixpath
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from sharding.archives import Files, base_name, open_files
+from sharding.archives import open_files
 from sharding.arrays import Cifar10, Cifar100, Digits
+from sharding.containers import Files
 from sharding.errors import UserError
+from sharding.folders import Folder
 from sharding.foreign import WebDataset
 from sharding.layout import Tree
-from sharding.listing import Listing, Sample, Source
-from sharding.manifest import SPLITS
+from sharding.listing import Listing, Sample, Source, chosen
+from sharding.mnist import Mnist
+from sharding.options import Options
+
+_TEXTS = ("wnids.txt", "words.txt", "val/val_annotations.txt")
 
 
 class TinyImageNet(Source):
@@ -41,7 +48,9 @@ class TinyImageNet(Source):
         test = self._published_val(files, tree, root, ids)
         words = [line.rstrip("\n").split("\t", 1) for line in self._lines(files, tree, root, "words.txt")]
         names = _class_names(wnids, {pair[0]: pair[1] for pair in words if len(pair) == 2})
-        return Listing("tiny-imagenet", names, {"train": train, "test": test}, files)
+        used = {s.member.name for s in (*train, *test)} | {posixpath.join(root, text) for text in _TEXTS}
+        left_out = tree.left_out(used, root)
+        return Listing("tiny-imagenet", names, {"train": train, "test": test}, files, left_out=left_out)
 
     def _published_val(self, files: Files, tree: Tree, root: str, ids: dict[str, int]) -> list[Sample]:
         annotated = {}
@@ -70,71 +79,34 @@ class TinyImageNet(Source):
             raise UserError(f"cannot read {name} in {files.shown} ({error}); get it again") from None
 
 
-class Folder(Source):
-    """Directories of images: PATH/{train,val,test}/CLASS/… or PATH/CLASS/…; class ids follow the sorted names."""
-
-    usage = "folder:PATH"
-
-    def listing(self) -> Listing:
-        """List the images; a single top-level directory is entered."""
-        files = open_files(self.argument, self.scratch)
-        tree = Tree(files)
-        root = self._root(tree)
-        names = tree.folders(root)
-        folders = [split for split in SPLITS if split in names and tree.folders(posixpath.join(root, split))]
-        if folders and "train" not in folders:
-            raise UserError(f"{files.shown} has {' and '.join(folders)} but no train; add PATH/train/CLASS/IMAGE")
-        # A class may be called train as well: its directory then holds images, where a split's holds directories.
-        where = {split: posixpath.join(root, split) for split in folders} or {"train": root}
-        classes = tuple(tree.folders(where["train"]))
-        if not folders and set(classes) <= set(SPLITS):
-            classes = ()
-        if len(classes) < 2:
-            found = f"only the class {classes[0]}" if classes else "no directory of a class"
-            raise UserError(f"{files.shown} holds {found}; lay it out as PATH/CLASS/IMAGE or PATH/train/CLASS/IMAGE")
-        splits = {split: self._samples(files, tree, folder, classes) for split, folder in where.items()}
-        return Listing(base_name(self.argument), classes, splits, files)
-
-    @staticmethod
-    def _root(tree: Tree) -> str:
-        root = ""
-        while True:
-            folders = tree.folders(root)
-            if len(folders) != 1 or folders[0] in SPLITS or tree.images(root):
-                return root
-            inner = posixpath.join(root, folders[0])
-            if tree.images(inner) or not tree.folders(inner):
-                return root
-            root = inner
-
-    @staticmethod
-    def _samples(files: Files, tree: Tree, folder: str, classes: Sequence[str]) -> list[Sample]:
-        unknown = sorted(set(tree.folders(folder)) - set(classes))
-        if unknown:
-            raise UserError(f"class {unknown[0]} is in {folder} of {files.shown} but not in train; remove or add it")
-        samples = []
-        for label, name in enumerate(classes):
-            images = tree.images_below(posixpath.join(folder, name))
-            if not images and name in tree.folders(folder):
-                where = posixpath.join(folder, name)
-                raise UserError(f"class {name} is empty: {where} in {files.shown} holds no image; fill or remove it")
-            samples += [Sample(member, label) for member in images]
-        return samples
-
-
 SOURCES: dict[str, type[Source]] = {
     "digits": Digits,
     "cifar10": Cifar10,
     "cifar100": Cifar100,
+    "mnist": Mnist,
     "tiny-imagenet": TinyImageNet,
     "folder": Folder,
     "webdataset": WebDataset,
 }
 
 
-def open_source(text: str, scratch: Path) -> Listing:
+def open_source(text: str, scratch: Path, options: Options | None = None) -> Listing:
     """List what SOURCE, as a user writes it, holds. Raises UserError when it is unknown, missing or malformed."""
-    return parse(text)(text.partition(":")[2], scratch).listing()
+    options, text = options or Options(), expanded(text)
+    source = parse(text)
+    if options.layout and source is not Folder:
+        raise UserError("--layout is for folder: alone; leave it out")
+    if options.first_label and source is not WebDataset:
+        raise UserError("--first-label is for webdataset: alone; leave it out")
+    listing = source(text.partition(":")[2], scratch, options).listing()
+    return chosen(listing, options.classes) if options.classes else listing
+
+
+def expanded(text: str) -> str:
+    """SOURCE with ``~`` at the beginning of its paths expanded: shells do that at the beginning of words alone."""
+    kind, colon, argument = text.partition(":")
+    starts = r"(^|::|=)(~[^/:,]*)" if kind == "webdataset" else r"(^)(~[^/]*)"
+    return kind + colon + re.sub(starts, lambda found: found[1] + os.path.expanduser(found[2]), argument)
 
 
 def parse(text: str) -> type[Source]:

@@ -4,6 +4,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sharding.errors import UserError
+from sharding.tars import shown
 
 _PURPOSES = ("test", "val", "deal-train", "deal-val", "deal-test")
 
@@ -45,7 +46,7 @@ def cut(labels: ArrayLike, total: int, *, seed: int, purpose: str, classes: tupl
     try:
         return stratified(labels, total, seed=seed, purpose=purpose)
     except ValueError as error:
-        name = classes[error.args[1]]
+        name = shown(classes[error.args[1]])
         raise UserError(
             f"class {name} has too few images to give {purpose} one and train one; add images or remove the class"
         ) from None

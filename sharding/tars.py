@@ -1,8 +1,8 @@
 """The members of a tar archive, from its headers, none of which is trusted.
 
 `tarfile` ends silently at a cut or a bad header. Here an archive is whole, up to its two closing zero blocks, or an error; its
-members are plain files, directories and, where they are asked for, links, with names inside the archive, or an error; and no
-header makes this module allocate more than a mebibyte.
+members are plain files, directories and, where they are asked for, links and special files, with names inside the archive,
+or an error; and no header makes this module allocate more than a mebibyte.
 """
 
 import os
@@ -10,8 +10,11 @@ import posixpath
 import re
 import tarfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from sharding.links import SPECIAL
 
 BLOCK = tarfile.BLOCKSIZE
 LONGEST_NAME = 4096
@@ -20,8 +23,10 @@ _ZEROS = bytes(BLOCK)
 _PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
 _DEVICES = (tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
+_LABEL, _DUMP, _VOLUME = b"V", b"D", b"M"  # GNU's: a label, a directory with its names, the rest of a split file
 _LONG = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 _PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE)
+_SPARSE = "is a sparse file; write the archive again without --sparse"
 _RECORD = re.compile(rb"(\d{1,7}) ([^=\n]{1,256})=")
 
 
@@ -29,13 +34,15 @@ _RECORD = re.compile(rb"(\d{1,7}) ([^=\n]{1,256})=")
 class Entry:
     """A member: its name as it stands in the archive, and of a plain file its size in bytes and where its bytes begin.
 
-    `target`: of a link, the member that it leads to, relative to the archive; it may not be there.
+    `target`: of a link, the member that it leads to, relative to the archive; it may not be there. `odd`: of a pipe or a
+    device, what it is.
     """
 
     name: str
     size: int = 0
     offset: int = -1
     target: str = ""
+    odd: str = ""
 
     @property
     def is_file(self) -> bool:
@@ -50,14 +57,17 @@ def entries(path: Path) -> Iterator[Entry]:
     place in a data set: links, devices, sparse files, names that lead outside. Raises OSError where it cannot be read.
     """
     for entry in tree(path):
-        if entry.target:
-            raise ValueError(f"{shown(entry.name)} is a link")
+        if entry.target or entry.odd:
+            raise ValueError(f"{shown(entry.name)} is {'a link' if entry.target else 'a device'}")
         if entry.is_file:
             yield entry
 
 
 def tree(path: Path) -> Iterator[Entry]:
-    """As `entries`, with directories and links, which are neither plain files."""
+    """As `entries`, with directories, links, pipes and devices, which are no plain files.
+
+    Raises Unfit, a ValueError, for an archive that is whole and of a kind that is not read.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         yield from _Walk(descriptor, os.fstat(descriptor).st_size).members()
@@ -65,10 +75,27 @@ def tree(path: Path) -> Iterator[Entry]:
         os.close(descriptor)
 
 
+def is_tar(head: bytes) -> bool:
+    """Whether a file's first block is a tar's header, or the end of one that holds nothing."""
+    with suppress(tarfile.HeaderError, ValueError, OverflowError):
+        tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
+        return True
+    return head == bytes(BLOCK)
+
+
 def shown(name: str) -> str:
     """A member's name as it may be printed: short, on one line, without control characters."""
-    name = name if len(name) <= 200 else f"{name[:200]}…"
+    name = writable(name if len(name) <= 200 else f"{name[:200]}…")
     return name if name.isprintable() else ascii(name)[1:-1]
+
+
+def writable(name: str) -> str:
+    """A name as it may be written: bytes that are not UTF-8 become ``\\xe9``."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+class Unfit(ValueError):
+    """An archive that is whole, but of a kind that is not read; the message says what to do."""
 
 
 class _Walk:
@@ -86,13 +113,16 @@ class _Walk:
                 extensions |= self._extension(info, data)
                 position = data + padded(info.size)
                 continue
-            name = _checked_name(extensions.get("path", info.name))
+            if info.type == _LABEL:  # of the whole volume, as `tar -V` writes it
+                position, extensions = data, {}
+                continue
+            name = checked_name(extensions.get("path", info.name))
             size = _size(extensions["size"], name) if "size" in extensions else info.size
             target = _target(info, name, extensions.get("linkpath", info.linkname))
             extensions = {}
             if info.type not in _PLAIN:
-                yield Entry(name, target=target)
-                position = data
+                yield Entry(name, target=target, odd=SPECIAL if info.type in _DEVICES else "")
+                position = data + (padded(size) if info.type == _DUMP else 0)
                 continue
             self._check_room(name, size, data)
             yield Entry(name, size, data)
@@ -127,7 +157,8 @@ class _Walk:
             return {"path" if info.type == tarfile.GNUTYPE_LONGNAME else "linkpath": name}
         found = dict(_records(content))
         if any(key.startswith("GNU.sparse") for key in found):
-            raise ValueError(f"{shown(found.get('path', info.name))} is a sparse file")
+            name = found.get("GNU.sparse.name", found.get("path", info.name))
+            raise Unfit(f"{shown(name)} {_SPARSE}")
         found = {key: found[key] for key in ("path", "linkpath", "size") if key in found}
         if found and info.type == tarfile.XGLTYPE:
             raise ValueError(f"a global header sets the {' and '.join(found)} of all members")
@@ -135,16 +166,19 @@ class _Walk:
 
     def _check_room(self, name: str, size: int, data: int) -> None:
         if data + padded(size) > self._end:
-            raise ValueError(
-                f"{shown(name)} claims {size} bytes where {max(0, self._end - data)} are left: cut or forged"
-            )
+            left = max(0, self._end - data)
+            raise ValueError(f"{shown(name)} claims {size} bytes where {left} are left: cut or forged")
 
     def _check_end(self, position: int) -> None:
         if self._bytes(position + BLOCK, BLOCK, "the second of its two closing zero blocks") != _ZEROS:
             raise ValueError(f"the block at byte {position + BLOCK} follows a zero block but is none")
         position += 2 * BLOCK
         while chunk := os.pread(self._descriptor, 2**20, position):
-            if chunk.count(0) != len(chunk):
+            if rest := chunk.lstrip(b"\0"):
+                start = position + (len(chunk) - len(rest)) // BLOCK * BLOCK
+                if is_tar(os.pread(self._descriptor, BLOCK, start)):
+                    cure = "unpack it (tar -xif) and give the directory"
+                    raise Unfit(f"a second archive begins at byte {start}; {cure}")
                 raise ValueError(f"there are bytes after its end, from byte {position} on")
             position += len(chunk)
 
@@ -154,27 +188,30 @@ def padded(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
 
 
-def _checked_name(name: str) -> str:
+def checked_name(name: str) -> str:
+    """Return a member's name as it is. Raises ValueError where it leads outside the archive, or is none."""
     if not name or len(name) > LONGEST_NAME:
         raise ValueError(f"a member's name has {len(name)} characters")
     if name.startswith("/"):
-        raise ValueError(f"{shown(name)} is an absolute name")
+        raise Unfit(f"{shown(name)} is an absolute name; write the archive again with relative ones (tar without -P)")
     if ".." in name.split("/"):
-        raise ValueError(f"{shown(name)} leads outside the archive")
+        raise Unfit(f"{shown(name)} leads outside the archive; write the archive again without it")
     if "\0" in name:
         raise ValueError(f"{shown(name)} is no name")
     return name
 
 
 def _target(info: tarfile.TarInfo, name: str, linkname: str) -> str:
-    """Where a link leads; nowhere a plain file or a directory. Raises ValueError for members of other kinds."""
-    if info.type in _PLAIN or info.type == tarfile.DIRTYPE:
+    """Where a link leads; no other member leads anywhere. Raises ValueError for members of unknown kinds."""
+    if info.type in (*_PLAIN, *_DEVICES, tarfile.DIRTYPE, _DUMP):
         return ""
     if info.type in _LINKS:  # a hard link names a member, a symbolic one a way from its own directory
-        return posixpath.normpath(posixpath.join("" if info.islnk() else posixpath.dirname(name), linkname))
-    kinds = ((_DEVICES, "a device"), ((tarfile.GNUTYPE_SPARSE,), "a sparse file"))
-    what = next((text for types, text in kinds if info.type in types), f"a member of unknown kind {info.type!r}")
-    raise ValueError(f"{shown(name)} is {what}")
+        return posixpath.join("" if info.islnk() else posixpath.dirname(name), linkname) or "."
+    if info.type == tarfile.GNUTYPE_SPARSE:
+        raise Unfit(f"{shown(name)} {_SPARSE}")
+    if info.type == _VOLUME:
+        raise Unfit(f"{shown(name)} began in another volume; unpack it (tar -xM) and give the directory")
+    raise ValueError(f"{shown(name)} is a member of unknown kind {info.type!r}")
 
 
 def _size(text: str, name: str) -> int:

@@ -7,6 +7,7 @@ record of each finished shard. The manifest is written last: a directory without
 import json
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,11 +20,12 @@ from sharding.files import exclusive_lock, fsync_dir, remove_temporaries, write_
 from sharding.images import Seen
 from sharding.listing import SCRATCH, Listing
 from sharding.manifest import BUILD_FILE, FILE, SPLITS, Manifest, SplitInfo
-from sharding.plan import Options, Plan, check_splits, make_plan
+from sharding.options import Options
+from sharding.plan import Plan, about, check_splits, make_plan
 from sharding.pool import Pool, available_cores
 from sharding.progress import Log, Progress
 from sharding.shards import verify_shard
-from sharding.sources import open_source, parse
+from sharding.sources import expanded, open_source, parse
 
 WORK = ".build"
 BUILD_FORMAT = "gdd-build/1"
@@ -50,6 +52,7 @@ def build(
     OSError when the disk is full or not writable; what was finished by then is used by the next run.
     """
     options, log, dest = options or Options(), log or _silent, Path(dest)
+    source = expanded(source)
     parse(source)
     check_destination(dest, source.partition(":")[2])
     work, fresh = dest / WORK, not dest.exists()
@@ -64,8 +67,10 @@ def build(
 
 
 def _build(source: str, dest: Path, options: Options, log: Log, bar: bool) -> Built:
-    listing = open_source(source, dest / WORK)
+    listing = open_source(source, dest / WORK, options)
     check_splits(listing, options)
+    for note in listing.notes:
+        log(note)
     versions = library_versions() | listing.versions
     images = sum(len(samples) for samples in listing.splits.values())
     workers = min(options.workers or available_cores(), images if options.workers else -(-images // IMAGES_PER_WORKER))
@@ -73,6 +78,8 @@ def _build(source: str, dest: Path, options: Options, log: Log, bar: bool) -> Bu
         with Progress("reading", images, log=log, bar=bar) as progress:
             seen, skipped = _inspect(pool, listing, options, progress, log)
         plan = make_plan(listing, seen, options)
+        for note in about(plan):
+            log(note)
         if (dest / FILE).exists():
             return Built(_existing(dest, plan), True, len(skipped))
         tasks = [
@@ -80,15 +87,17 @@ def _build(source: str, dest: Path, options: Options, log: Log, bar: bool) -> Bu
             for shard in plan.shards
         ]
         if listing.in_place:
-            rewritten = plan.shards[0].tar is None
+            anew = sum(shard.tar is None for shard in plan.shards)
             log(
-                "some images do not fit as they are: writing new tars"
-                if rewritten
+                f"{anew} of {len(tasks)} tars are written anew: images do not fit as they are, or are skipped"
+                if anew
                 else "indexing the tars where they lie"
             )
         _prepare(dest, source, plan, versions, skipped)
         written = _write(pool, tasks, log, bar)
-    manifest = _manifest(plan, written, versions)
+    manifest = _manifest(plan, written, versions, _left_out(listing, seen))
+    if flat := [str(c) for c, s in enumerate(manifest.std, 1) if s == 1.0]:
+        log(f"channel {', '.join(flat)} has one value in all of train: its standard deviation counts as 1")
     manifest.save(dest)
     return Built(manifest, False, len(skipped))
 
@@ -99,8 +108,10 @@ def _inspect(
     """Look at every image; return what was seen by split, None for one left out, and why each of those was."""
     members = [sample.member for samples in listing.splits.values() for sample in samples]
     chunks = [members[start : start + CHUNK] for start in range(0, len(members), CHUNK)]
-    results = [look for chunk in pool.map(inspect_all, chunks, progress) for look in chunk]
-    skipped = [f"{m.name}: {look}" for m, look in zip(members, results, strict=True) if isinstance(look, str)]
+    look_at = partial(inspect_all, values=options.value_range)
+    results = [look for chunk in pool.map(look_at, chunks, progress) for look in chunk]
+    skipped = [reason for _, reason in listing.faults]
+    skipped += [f"{m.name}: {look}" for m, look in zip(members, results, strict=True) if isinstance(look, str)]
     if skipped and options.on_error == "stop":
         more = f", and {len(skipped) - 1} more" if len(skipped) > 1 else ""
         name, _, reason = skipped[0].partition(": ")
@@ -190,7 +201,13 @@ def _state(dest: Path) -> dict[str, object]:
     return state if isinstance(state, dict) and state.get("format") == BUILD_FORMAT else {}
 
 
-def _manifest(plan: Plan, written: list[Written], versions: dict[str, str]) -> Manifest:
+def _left_out(listing: Listing, seen: dict[str, list[Seen | None]]) -> dict[str, int]:
+    unreadable = sum(look is None for looks in seen.values() for look in looks)
+    counts = {"unreadable images": unreadable, "samples without image or label": len(listing.faults)}
+    return {what: count for what, count in counts.items() if count} | listing.left_out
+
+
+def _manifest(plan: Plan, written: list[Written], versions: dict[str, str], left_out: dict[str, int]) -> Manifest:
     splits = {}
     for split in SPLITS:
         pairs = [(p, w) for p, w in zip(plan.shards, written, strict=True) if p.split == split]
@@ -202,7 +219,7 @@ def _manifest(plan: Plan, written: list[Written], versions: dict[str, str]) -> M
     pixels = splits["train"].samples * target.height * target.width
     mean, std = mean_and_std([w.sums for w in train], [w.squares for w in train], pixels)
     size = (target.height, target.width, target.channels)
-    return Manifest(plan.name, plan.classes, *size, mean, std, versions, splits)
+    return Manifest(plan.name, plan.classes, *size, mean, std, versions, splits, left_out)
 
 
 def library_versions() -> dict[str, str]:

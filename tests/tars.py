@@ -157,7 +157,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "fifo": (_raw(header("a.jpg", 0, tarfile.FIFOTYPE)), r"a\.jpg is a device"),
     "sparse": (_raw(header("a.jpg", 0, tarfile.GNUTYPE_SPARSE)), r"a\.jpg is a sparse file"),
     "sparse by pax": (_sparse_pax, "is a sparse file"),
-    "unknown kind": (_raw(header("a.jpg", 0, b"V")), r"a\.jpg is a member of unknown kind"),
+    "unknown kind": (_raw(header("a.jpg", 0, b"Q")), r"a\.jpg is a member of unknown kind"),
     "claims 2^60 bytes": (_raw(header("a.jpg", 2**60)), r"a\.jpg claims 1152921504606846976 bytes where"),
     "long name of 2^40 bytes": (_long_name, "extended header at byte 0 claims 1099511627776 bytes"),
     "cut in its end": (_cut(10240 - 1024 + 512), "was cut"),

@@ -205,6 +205,103 @@ def test_any_number_of_workers_gives_the_same_index(source, tmp_path):
     assert Manifest.load(tmp_path / "1") == Manifest.load(tmp_path / "3")
 
 
+def cut_short(path, key):
+    """Damage the image of that key where it lies."""
+    with tarfile.open(path) as archive:
+        member = archive.getmember(f"{key}.jpg")
+    with path.open("r+b") as stream:
+        stream.seek(member.offset_data + 30)
+        stream.write(bytes(member.size - 30))
+
+
+def test_only_tars_with_skipped_samples_are_written_anew_and_stock_webdataset_reads_all(source, tmp_path):
+    cut_short(tmp_path / "in/train-1.tar", "00105")
+    tar(tmp_path / "in/test-0.tar", {k: v for k, v in samples(1000, 12).items() if k != "01003.cls"})
+    data, lines = tmp_path / "data", list[str]()
+    for lone in (Options(workers=1), Options(workers=1, on_error="stop")):
+        with pytest.raises(UserError, match="key 01003 has no label"):
+            build(source, data, lone)
+    options = Options(val_fraction=0.2, workers=1, on_error="skip")
+    built = build(source, data, options, log=lines.append)
+    assert built.skipped == 2
+    assert (
+        built.manifest.left_out["unreadable images"] == built.manifest.left_out["samples without image or label"] == 1
+    )
+    assert sum(line.startswith("skipped ") for line in lines) == 2
+    links = {p.relative_to(data).as_posix(): p.is_symlink() for p in data.rglob("*.tar")}
+    assert links == {
+        f"{s}/00000{n}.tar": n in (0, 2)
+        for s, n in (("train", 0), ("train", 1), ("train", 2), ("val", 0), ("val", 1), ("val", 2), ("test", 3))
+    }
+    whole = everything(data)
+    assert len(whole) == 89 + 11
+    anew = [p for p in data.rglob("*.tar") if not p.is_symlink()]
+    assert sorted(stock([*anew, *(tmp_path / "in" / f"train-{n}.tar" for n in (0, 2))])) == whole
+    verify(data, deep=True, log=silent)
+    assert build(source, data, options).reused
+
+
+def test_labels_that_begin_at_one_are_named_and_renumbered(tmp_path):
+    files = {f"{i:03d}.{e}": c for i in range(30) for e, c in (("jpg", image(i)), ("cls", str(1 + i % 3).encode()))}
+    one = tar(tmp_path / "in/one.tar", files)
+    two = tar(tmp_path / "in/two.tar", {f"t{k}": v for k, v in files.items()})
+    for text in (f"{one}", f"train={one},test={two}"):
+        with pytest.raises(UserError, match="labels begin at 1, not at 0; give --first-label 1"):
+            build(f"webdataset:{text}", tmp_path / "no", Options(test_fraction=None if "=" in text else 0.2))
+    options = Options(workers=1, val_fraction=0.2, first_label=1)
+    manifest = build(f"webdataset:train={one},test={two}", tmp_path / "d", options).manifest
+    assert manifest.classes == ("1", "2", "3")
+    shards = sorted((tmp_path / "d").rglob("*.tar"))
+    assert not any(p.is_symlink() for p in shards)
+    assert everything(tmp_path / "d") == stock(shards) == sorted((p, label - 1) for p, label in stock([one, two]))
+    with pytest.raises(UserError, match="has the label 1, less than --first-label 2"):
+        build(f"webdataset:train={one},test={two}", tmp_path / "no", Options(first_label=2))
+    with pytest.raises(UserError, match="--first-label is for webdataset: alone"):
+        build("digits", tmp_path / "no", Options(first_label=1))
+
+
+def test_one_class_alone_is_refused_before_anything_is_read(tmp_path):
+    path = tar(tmp_path / "one.tar", samples(0, 12, classes=1))
+    with pytest.raises(UserError, match="one holds only the class 0; give a source of two or more"):
+        build(f"webdataset:{path}", tmp_path / "no", Options(test_fraction=0.2))
+    assert not (tmp_path / "no").exists()
+
+
+def test_files_of_samples_that_are_not_read_are_counted(tmp_path):
+    path = tar(tmp_path / "in/x.tar", samples(0, 12) | {"00011.txt": b"x", "00011.json": b"{}", "README": b"x"})
+    (tmp_path / "in/more.tar.gz").touch()
+    (tmp_path / "in/sub").mkdir()
+    for text, beside in ((path, {}), (path.parent, {".gz files beside the tars": 1, "directories beside the tars": 1})):
+        shutil.rmtree(tmp_path / "d", ignore_errors=True)
+        manifest = build(f"webdataset:{text}", tmp_path / "d", Options(test_fraction=0.2)).manifest
+        assert manifest.left_out == {".txt files": 1, ".json files": 1, "files without a key": 1} | beside
+
+
+def test_names_with_a_colon_lists_and_a_tilde_are_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    tar(tmp_path / "a:b/x-0.tar", samples(0, 12))
+    tar(tmp_path / "y::z.tar", samples(100, 12))
+    tar(tmp_path / "home/in/t-1.tar", samples(200, 12))
+    options = Options(workers=1, test_fraction=0.2)
+    for number, (text, images) in enumerate(
+        [("a:b/x-0.tar", 12), ("a:b/x-*.tar", 12), ("a:b/x-{0..0}.tar", 12), ("a:b", 12), ("y::z.tar", 12)]
+        + [("a:b/x-0.tar::~/in", 24), ("~/in::./y::z.tar", 0), ("a:b/x-{0..0}.tar::~/in/t-*.tar", 24)]
+    ):
+        if not images:  # a name with :: in a list is two names
+            with pytest.raises(UserError, match="y does not exist"):
+                build(f"webdataset:{text}", tmp_path / f"d{number}", options)
+            continue
+        manifest = build(f"webdataset:{text}", tmp_path / f"d{number}", options).manifest
+        assert sum(split.samples for split in manifest.splits.values()) == images
+    built = build("webdataset:train=a:b/x-0.tar,test=~/in/t-1.tar", tmp_path / "last", Options(workers=1))
+    assert built.manifest.splits["test"].samples == 12
+    with pytest.raises(UserError, match=r"s3:x/y\.tar is a URL; copy the tars here"):
+        build("webdataset:a:b::s3:x/y.tar", tmp_path / "no", options)
+    with pytest.raises(UserError, match="is a command, and commands are never run"):
+        build("webdataset:a:b::pipe:true", tmp_path / "no", options)
+
+
 @pytest.mark.parametrize("document", [{"label": 0}, {"label": "0"}])
 def test_labels_in_json_are_numbers(tmp_path, document):
     path = labelled(tmp_path / "x.tar", document)

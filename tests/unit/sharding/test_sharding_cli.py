@@ -5,6 +5,7 @@ import time
 
 import numpy as np
 import pytest
+from test_sharding_support import command as argv
 from test_sharding_support import contents, environment, flip, run, write_folder
 
 import sharding
@@ -45,13 +46,19 @@ def failure(capsys, *arguments: object) -> str:
 def test_build_info_and_verify_in_real_processes(tmp_path):
     folder = write_folder(tmp_path / "data", {"a": 20, "b": 20})
     first = run("build", f"folder:{folder}", tmp_path / "d", "--test-fraction", "0.2", "--workers", "2")
-    assert (first.returncode, first.stdout) == (0, f"data is built in {tmp_path / 'd'}: train 30, val 2, test 8\n")
+    said = f"data is built in {tmp_path / 'd'}: train 30, val 2, test 8\n2 classes: a 20, b 20\n"
+    assert (first.returncode, first.stdout) == (0, said)
     assert "writing: 40 images" in first.stderr
     again = run("build", f"folder:{folder}", tmp_path / "d", "--test-fraction", "0.2")
     assert (again.returncode, again.stdout[:21]) == (0, "data is already there")
     info = run("info", tmp_path / "d", "--json")
     assert json.loads(info.stdout) == json.loads((tmp_path / "d/manifest.json").read_text())
-    assert "data: 2 classes, 8×8, 3 channels" in run("info", tmp_path / "d").stdout
+    told = run("info", tmp_path / "d").stdout
+    assert "data: 2 classes, 8×8, 3 channels" in told
+    assert told.splitlines()[-2:] == [
+        "     0        15         1         4  a",
+        "     1        15         1         4  b",
+    ]
     deep = run("verify", tmp_path / "d", "--deep")
     assert deep.returncode == 0
     assert "every image are right" in deep.stdout
@@ -71,7 +78,8 @@ def test_user_errors_are_one_line_and_status_2(tmp_path):
         (["biuld", "digits", "d"], "invalid choice: 'biuld'"),
         (["build", "digits", "d", "--colour"], "unrecognized arguments: --colour"),
         (["build", "digits", "d", "--workers", "two"], "invalid int value: 'two'"),
-        (["build", "mnist", "d"], "unknown source 'mnist'; give one of digits"),
+        (["build", "svhn", "d"], "unknown source 'svhn'; give one of digits"),
+        (["build", "mnist", "d"], "source 'mnist' lacks its path; write mnist:PATH"),
         (["build", "digits", "d", "--shard-size", "big"], "size 'big' is not a number of bytes"),
         (["build", "digits", "d", "--val-fraction", "-0.1"], "--val-fraction is -0.1"),
         (["build", "digits", "d", "--val-fraction", "2"], "--val-fraction is 2.0"),
@@ -180,6 +188,84 @@ def test_digits_are_built_quietly_from_python(tmp_path, capsys):
     assert capsys.readouterr() == ("", "")
     with pytest.raises(UserError, match="already holds"):
         sharding.build_digits(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [
+        ("info {dest} >&-", 0),
+        ("info {dest} 2>&-", 0),
+        ("info {dest} | true", 0),
+        ("info {dest} | sleep 0; exit ${{PIPESTATUS[0]}}", None),
+        ("info {dest} > /dev/full", 2),
+        ("build folder:{folder} {dest}-more --test-fraction 0.2 >&- 2>&-", 0),
+    ],
+)
+def test_outputs_that_are_closed_broken_or_full_are_no_traceback(dest, tmp_path, command, status):
+    import subprocess
+    import sys
+
+    folder = write_folder(tmp_path / "data", {"a": 20, "b": 20})
+    line = f"{sys.executable} -m sharding {command.format(dest=dest, folder=folder)}"
+    done = subprocess.run(["bash", "-c", line], env=environment(), capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert done.returncode in ((0, 1) if status is None else (status,))
+    assert (tmp_path / "dest-more/manifest.json").exists() == command.startswith("build")
+
+
+def test_options_reach_the_build(tmp_path, capsys):
+    folder = write_folder(tmp_path / "s", {"train": 6, "b": 6, "c": 6}, channels=1)
+    words = ["--layout", "classes", "--classes", "train", "c", "--value-range", "-10", "400", "--test-fraction", "0.2"]
+    assert main(["build", f"folder:{folder}", str(tmp_path / "d"), *words, "--workers", "1", "--seed", "3"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[1:] == ["2 classes: train 6, c 6", "left out: images of other classes 6"]
+    assert "--value-range is 5 2" in failure(
+        capsys, "build", f"folder:{folder}", tmp_path / "e", "--value-range", "5", "2"
+    )
+    assert "--first-label is -1" in failure(capsys, "build", f"folder:{folder}", tmp_path / "e", "--first-label", "-1")
+    assert "--layout is flat" in failure(capsys, "build", f"folder:{folder}", tmp_path / "e", "--layout", "flat")
+    assert "--shard-size" in failure(
+        capsys, "build", f"folder:{folder}", tmp_path / "e", "--shard-size", "0." + "0" * 400 + "1"
+    )
+    assert (
+        main(
+            [
+                "build",
+                f"folder:{folder}",
+                str(tmp_path / "f"),
+                "--shard-size",
+                "9" * 400 + "GB",
+                "--test-fraction",
+                "0.2",
+            ]
+        )
+        == 0
+    )
+
+
+def test_what_ascii_cannot_say_is_replaced(dest):
+    import subprocess
+
+    classes = dataclasses.replace(Manifest.load(dest), classes=("猫", "a\nb"))
+    classes.save(dest)
+    env = environment() | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    done = subprocess.run(argv("info", dest), env=env, capture_output=True, check=False)
+    assert done.returncode == 0
+    assert b"\\u732b" in done.stdout
+    assert b"a\\nb" in done.stdout
+
+
+def test_an_unforeseen_error_is_one_line_and_debug_shows_where(dest, capsys, monkeypatch):
+    monkeypatch.setattr(Manifest, "load", lambda _path: {}["s3://user:key@x"])
+    assert main(["info", str(dest)]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: KeyError: ")
+    assert "run it again with --debug" in err
+    assert "user:key" not in err
+    assert err.count("\n") == 1
+    with pytest.raises(KeyError):
+        main(["info", str(dest), "--debug"])
 
 
 def test_reading_shards_needs_neither_torch_nor_webdataset():

@@ -1,0 +1,213 @@
+"""Directories, tars and zips read in place through one interface."""
+
+import os
+import posixpath
+import stat
+import zipfile
+from abc import ABC, abstractmethod
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sharding.errors import UserError
+from sharding.links import LOST, SPECIAL, Found, Member, check_walk
+from sharding.tars import LONGEST_NAME, Unfit, checked_name, shown, tree
+
+# An encoded image larger than this is taken for damage, or for an attempt to fill the memory.
+LARGEST_FILE = 256 * 2**20
+_ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
+_UNIX = (3, 19)
+_UTF8, _ENCRYPTED, _UNICODE_NAME = 0x800, 1, b"up"
+
+
+@dataclass(frozen=True, slots=True)
+class TarMember(Member):
+    """A file in one of several tars. `name` starts with the tar's, as messages show it."""
+
+    tar: int = 0
+
+
+class Files(ABC):
+    """A directory or an archive. An object can be sent to another process, which opens the files for itself."""
+
+    def __init__(self, path: Path, shown: Path | None = None) -> None:
+        """`shown` is the path that messages name, where it is not `path`."""
+        self.path, self.shown = path, shown or path
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "shown": self.shown}
+
+    @abstractmethod
+    def listing(self) -> tuple[list[Member], set[str]]:
+        """Return all files, sorted by name, and the names of directories, which need not be complete."""
+
+    @abstractmethod
+    def bytes_of(self, member: Member, most: int = -1) -> bytes:
+        """Return a file's content, or its first `most` bytes. Raises OSError or ValueError with the reason."""
+
+    def start_of(self, member: Member, most: int) -> bytes:
+        """Return a file's first `most` bytes, or all if it is shorter; none if it cannot be read."""
+        with suppress(OSError, ValueError):
+            return self.bytes_of(member, most)
+        return b""
+
+    def read(self, member: Member) -> bytes:
+        """Return a file's content of at most LARGEST_FILE bytes. Raises OSError or ValueError with the reason."""
+        if member.odd:
+            raise ValueError(f"one of the {member.odd}")
+        if member.size > LARGEST_FILE:
+            raise ValueError(f"larger than {LARGEST_FILE >> 20} MiB")
+        return self.bytes_of(member)
+
+
+class DirectoryFiles(Files):
+    """A directory. Symbolic links are followed."""
+
+    def listing(self) -> tuple[list[Member], set[str]]:
+        """Return all files and all directories below the directory."""
+        members: list[Member] = []
+        directories: set[str] = set()
+        entered: set[str] = set()
+        for walked, (folder, names, files) in enumerate(os.walk(self.path, followlinks=True, onerror=_fail)):
+            entered.add(os.path.realpath(folder))
+            check_walk(walked, len(entered))
+            relative = os.path.relpath(folder, self.path)
+            prefix = "" if relative == "." else relative.replace(os.sep, "/") + "/"
+            for name in [name for name in names if _leads_back(os.path.join(folder, name))]:
+                names.remove(name)  # it would be walked for ever
+                members.append(Member(prefix + name, 0, odd=LOST))
+            directories.update(prefix + name for name in names)
+            members += [_look(os.path.join(folder, name), prefix + name) for name in files]
+        return sorted(members, key=lambda member: member.name), directories
+
+    def bytes_of(self, member: Member, most: int = -1) -> bytes:
+        """Return the file's content, or its first bytes."""
+        with (self.path / member.name).open("rb") as stream:
+            return stream.read(most)
+
+
+class TarFiles(Files):
+    """An uncompressed tar. Its members are read at their offsets, by any number of processes at once."""
+
+    _descriptor: int | None = None
+
+    def listing(self) -> tuple[list[Member], set[str]]:
+        """Return all files and directories. Raises UserError when it is cut, damaged or holds what is no data."""
+        found = Found()
+        try:
+            for entry in tree(self.path):
+                name = posixpath.normpath(entry.name)
+                member = Member(name, entry.size, entry.offset, odd=entry.odd)
+                found.add(name, member if entry.is_file or entry.odd else None, entry.target)
+        except Unfit as error:
+            raise UserError(f"{self.shown} cannot be read as it is: {error}") from None
+        except (ValueError, OSError) as error:
+            raise UserError(f"{self.shown} is not a whole tar archive ({error}); get it again") from None
+        return found.followed()
+
+    def bytes_of(self, member: Member, most: int = -1) -> bytes:
+        """Return the member's content, or its first bytes."""
+        size = member.size if most < 0 else min(most, member.size)
+        if self._descriptor is None:
+            self._descriptor = os.open(self.path, os.O_RDONLY)
+        content = os.pread(self._descriptor, size, member.offset)
+        if len(content) != size:
+            raise ValueError("the archive ends before it")
+        return content
+
+
+class ZipFiles(Files):
+    """A zip archive."""
+
+    _archive: zipfile.ZipFile | None = None
+
+    def listing(self) -> tuple[list[Member], set[str]]:
+        """Return all files and directories. Raises UserError when it is damaged, or of a kind that is not read."""
+        found = Found()
+        infos = self._opened().infolist()
+        written = [_zip_name(info) for info in infos]
+        windows = not any("/" in name for name in written)
+        for place, (info, name) in enumerate(zip(infos, written, strict=True)):
+            if windows or info.create_system == 0:  # some programs there write these
+                name = name.replace("\\", "/")
+            self._check(info, name)
+            kind = stat.S_IFMT(info.external_attr >> 16) if info.create_system in _UNIX else 0
+            folder, name = name.endswith("/") or kind == stat.S_IFDIR, posixpath.normpath(name)
+            odd = "" if kind in (0, stat.S_IFREG, stat.S_IFLNK) else SPECIAL
+            member = Member(name, info.file_size, place, odd=odd)
+            target = ""
+            if kind == stat.S_IFLNK:
+                target = (
+                    posixpath.join(posixpath.dirname(name), os.fsdecode(self.start_of(member, LONGEST_NAME))) or "."
+                )
+            found.add(name, None if folder or target else member, target)
+        return found.followed()
+
+    def bytes_of(self, member: Member, most: int = -1) -> bytes:
+        """Return the member's content, decompressed and checked, or its first bytes."""
+        archive = self._opened()
+        try:
+            with archive.open(archive.infolist()[member.offset]) as stream:
+                return stream.read(most)
+        except Exception as error:  # zipfile answers damage with many types
+            raise ValueError(str(error) or type(error).__name__) from error
+
+    def _check(self, info: zipfile.ZipInfo, name: str) -> None:
+        try:
+            checked_name(name)
+            if info.flag_bits & _ENCRYPTED:
+                raise ValueError(f"{shown(name)} is encrypted")
+            if info.compress_type not in _ZIP_METHODS:
+                raise ValueError(f"{shown(name)} is compressed by method {info.compress_type}")
+        except ValueError as error:
+            cure = "unpack it and give the directory"
+            raise UserError(f"{self.shown} cannot be read as it is: {error}; {cure}") from None
+
+    def _opened(self) -> zipfile.ZipFile:
+        if self._archive is None:
+            try:
+                self._archive = zipfile.ZipFile(self.path)
+            except OSError:
+                raise
+            except Exception as error:  # zipfile answers damage with many types
+                raise UserError(f"{self.shown} is not a whole zip archive ({error}); get it again") from None
+        return self._archive
+
+
+def _zip_name(info: zipfile.ZipInfo) -> str:
+    """A member's name: UTF-8 where it says so, or is; of what else unix wrote, the bytes as a directory gives them."""
+    if info.flag_bits & _UTF8:
+        return info.orig_filename
+    extra = info.extra
+    while len(extra) > 4:  # Info-ZIP notes the real name where that of the header is a makeshift
+        size = int.from_bytes(extra[2:4], "little")
+        if extra[:2] == _UNICODE_NAME:
+            return extra[9 : 4 + size].decode("utf-8", "surrogateescape")
+        extra = extra[4 + size :]
+    name = info.orig_filename.encode("cp437")
+    with suppress(UnicodeDecodeError):
+        return name.decode("utf-8")
+    return info.orig_filename if info.create_system == 0 else os.fsdecode(name)
+
+
+def _look(path: str, name: str) -> Member:
+    """What stands in a directory under that path; links are followed."""
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        # Of one that may not be looked at, the reading says so.
+        return Member(name, 0, odd="" if isinstance(error, PermissionError) else LOST)
+    return Member(name, found.st_size, odd="" if stat.S_ISREG(found.st_mode) else SPECIAL)
+
+
+def _leads_back(path: str) -> bool:
+    """Whether a directory is a link to one above it."""
+    if not os.path.islink(path):
+        return False
+    real = os.path.realpath(path)
+    return any(real == os.path.realpath(above) for above in Path(path).parents)
+
+
+def _fail(error: OSError) -> None:
+    raise UserError(f"cannot read {error.filename} ({error.strerror}); check its permissions")

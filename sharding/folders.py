@@ -1,0 +1,147 @@
+"""Directories of images, one for each class, in one directory or in one for each split."""
+
+import posixpath
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable
+
+from sharding.archives import base_name, open_files
+from sharding.containers import Files
+from sharding.errors import UserError
+from sharding.layout import Tree, summary
+from sharding.listing import Listing, Sample, Source
+from sharding.manifest import SPLITS
+from sharding.tars import shown, writable
+
+_NAMES = {"train": "train(?:ing)?|trn", "val": "val(?:id(?:ation)?)?|dev", "test": "test(?:ing)?|tst"}
+_TAIL = r"(?:[\s._-]*(?:set|data|images|split))?"
+_SPLIT_NAMES = {split: re.compile(f"(?:{names}){_TAIL}") for split, names in _NAMES.items()}
+
+
+def split_of(name: str) -> str | None:
+    """The split that a directory of that name holds, if it is called like one, in any case of letters."""
+    return next((split for split, names in _SPLIT_NAMES.items() if names.fullmatch(name.casefold())), None)
+
+
+class Folder(Source):
+    """Directories of images: PATH/{train,val,test}/CLASS/… or PATH/CLASS/…; class ids follow the sorted names."""
+
+    usage = "folder:PATH"
+
+    def listing(self) -> Listing:
+        """List the images; a single top-level directory is entered."""
+        files = open_files(self.argument, self.scratch)
+        tree = Tree(files)
+        root = _root(tree)
+        where, notes = self._splits(files, tree, root)
+        folders = {split: _classes(tree, folder) for split, folder in where.items()}
+        # The name of a class is that of its directory in train; of one in several Unicode forms, the composed.
+        train = folders.get("train", {})
+        names = {key: writable(raws[0]) if len(raws) == 1 else key for key, raws in train.items()}
+        if len(names) < 2:
+            found = f"only the class {shown(*names.values())}" if names else "no directory of a class"
+            held = summary(tree.left_out((), root))
+            there = f" (there are: {held})" if held else ""
+            cure = f"lay it out as PATH/CLASS/IMAGE or PATH/train/CLASS/IMAGE{there}"
+            raise UserError(f"{files.shown} holds {found}; {cure}")
+        ordered = sorted(names, key=lambda key: names[key])
+        splits = {split: _samples(files, tree, where[split], ordered, found) for split, found in folders.items()}
+        used = {sample.member.name for samples in splits.values() for sample in samples}
+        notes += _about_names(folders, names)
+        if taken := len(used & tree.by_content):
+            notes.append(f"images whose names have no suffix of an image, told by their first bytes: {taken:,}")
+        classes = tuple(names[key] for key in ordered)
+        left_out = tree.left_out(used, root)
+        return Listing(base_name(self.argument), classes, splits, files, left_out=left_out, notes=tuple(notes))
+
+    def _splits(self, files: Files, tree: Tree, root: str) -> tuple[dict[str, str], list[str]]:
+        """Where the classes of each split lie, and what to say of it where the directories can be read in two ways."""
+        layout, names = self.options.layout, tree.folders(root)
+        # A class may be called train as well: its directory then holds images, where a split's holds directories.
+        like = {name: split for name in names if (split := split_of(name))}
+        shaped = {name: split for name, split in like.items() if tree.folders(posixpath.join(root, name))}
+        others = [n for n in names if n not in like and tree.images_below(posixpath.join(root, n))]
+        if layout == "classes":
+            return {"train": root}, []
+        if layout is None and not shaped:
+            return {"train": root} if len(like) < len(names) else {}, []
+        notes, found = [], _few(shaped)
+        if layout is None and not set(shaped) <= set(SPLITS):
+            notes = [f"{found} are read as splits; --layout classes reads them as classes"]
+        if layout is None and others:
+            rest = _few(others)
+            if not _agree(tree, root, shaped):
+                note = f"{found} and {rest} are read as classes; --layout splits reads {found} as splits"
+                return {"train": root}, [note]
+            notes = [f"{found} are read as splits, {rest} left out; --layout classes reads all of them as classes"]
+        where: dict[str, str] = {}
+        for name, split in shaped.items():
+            if split in where:
+                both = f"{shown(posixpath.basename(where[split]))} and {shown(name)} of {files.shown}"
+                raise UserError(f"{both} are both read as {split}; join them, or give --layout classes")
+            where[split] = posixpath.join(root, name)
+        if "train" not in where:
+            found = " and ".join(shown(posixpath.basename(where[s])) for s in SPLITS if s in where) or "no split"
+            raise UserError(f"{files.shown} has {found} but no train; add PATH/train/CLASS/IMAGE")
+        return {split: where[split] for split in SPLITS if split in where}, notes
+
+
+def _root(tree: Tree) -> str:
+    """Where the classes or the splits lie: a single directory is entered, as it would be one class alone."""
+    root = ""
+    while len(folders := tree.folders(root)) == 1 and not split_of(folders[0]):
+        inner = posixpath.join(root, folders[0])
+        if not tree.folders(inner):
+            break
+        root = inner
+    return root
+
+
+def _agree(tree: Tree, root: str, shaped: dict[str, str]) -> bool:
+    """Whether directories called like splits are: train and another, which holds no class that train lacks."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for name, split in shaped.items():
+        found[split] |= set(_classes(tree, posixpath.join(root, name)))
+    return len(found) > 1 and "train" in found and all(classes <= found["train"] for classes in found.values())
+
+
+def _classes(tree: Tree, folder: str) -> dict[str, list[str]]:
+    """Class → its directories. Names that differ in their Unicode form alone are of one class."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for name in tree.folders(folder):
+        found[unicodedata.normalize("NFC", writable(name))].append(name)
+    return found
+
+
+def _samples(files: Files, tree: Tree, folder: str, ordered: list[str], found: dict[str, list[str]]) -> list[Sample]:
+    unknown = sorted(set(found) - set(ordered))
+    if unknown:
+        raise UserError(f"class {shown(unknown[0])} is in {folder} of {files.shown} but not in train; remove or add it")
+    samples = []
+    for label, key in enumerate(ordered):
+        below = [posixpath.join(folder, name) for name in found.get(key, ())]
+        images = [member for inner in below for member in tree.images_below(inner)]
+        if below and not images:
+            held = summary(tree.left_out((), below=below[0]))
+            but = f" (but {held})" if held else ""
+            where = f"{shown(below[0])} in {files.shown}"
+            raise UserError(f"class {shown(key)} is empty: {where} holds no image{but}; fill or remove it")
+        samples += [Sample(member, label) for member in images]
+    return samples
+
+
+def _about_names(folders: dict[str, dict[str, list[str]]], names: dict[str, str]) -> list[str]:
+    """What to say of names that are written in another way than they are, or of two that are one class."""
+    notes, raws = [], {raw for found in folders.values() for same in found.values() for raw in same}
+    if odd := sorted({writable(raw) for raw in raws if writable(raw) != raw}):
+        notes.append(f"names of classes that are not UTF-8 are written with their bytes as \\xe9: {_few(odd)}")
+    joined = [key for key in names if len({raw for found in folders.values() for raw in found.get(key, ())}) > 1]
+    if joined:
+        notes.append(f"names that differ in their Unicode form alone are one class: {_few(joined)}")
+    return notes
+
+
+def _few(names: Iterable[str], most: int = 3) -> str:
+    names = list(names)
+    return ", ".join(map(shown, names[:most])) + (f", … ({len(names)})" if len(names) > most else "")

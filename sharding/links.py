@@ -1,0 +1,112 @@
+"""Archives list what a directory would: links inside them are followed, in the same way."""
+
+import posixpath
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from sharding.errors import UserError
+
+LOST, SPECIAL = "links that lead nowhere or back", "pipes, sockets and devices"
+"""Why a member cannot be read."""
+_HOPS = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A file: its name inside the source with forward slashes, size in bytes, and where it starts, if that is known.
+
+    `odd`: what it is instead, where it is no file.
+    """
+
+    name: str
+    size: int
+    offset: int = -1
+    odd: str = field(default="", kw_only=True)
+
+
+def check_walk(walked: int, real: int) -> None:
+    """Raise UserError where `real` directories were entered so often, by links to each other, that it may not end."""
+    if walked > 1000 + 10 * real:
+        raise UserError(f"links lead into {real:,} directories in more than {walked:,} ways; remove some of them")
+
+
+class Found:
+    """What stands in an archive; of two members of one name the last counts."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, Member] = {}
+        self.folders: set[str] = set()
+        self.links: dict[str, str] = {}
+
+    def add(self, name: str, file: Member | None, target: str = "") -> None:
+        """Add a file, or a link to `target`, relative to the archive, or else a directory."""
+        self.files.pop(name, None)
+        self.links.pop(name, None)
+        if file is not None:
+            self.files[name] = file
+        elif target:
+            self.links[name] = target
+        else:
+            self.folders.add(name)
+
+    def followed(self) -> tuple[list[Member], set[str]]:
+        """Return all files, sorted by name, and the names of directories, as they look with links followed.
+
+        Raises UserError as `check_walk` does.
+        """
+        if not self.links:
+            return sorted(self.files.values(), key=lambda member: member.name), self.folders
+        inside = _inside([*self.files, *self.folders, *self.links])
+        inside.update({folder: inside[folder] for folder in self.folders})  # an empty directory is one too
+        members: list[Member] = []
+        directories: set[str] = set()
+        entered, walked = {""}, 0
+        waiting: list[tuple[str, tuple[str, ...]]] = [("", ("",))]
+        while waiting:
+            shown, way = waiting.pop()
+            for base in inside[way[-1]]:
+                name, own = posixpath.join(shown, base), posixpath.join(way[-1], base)
+                target = _real(own, self.links)
+                if target is not None and target in self.files:
+                    members.append(replace(self.files[target], name=name))
+                elif target is None or target not in inside or (target != own and target in way):
+                    members.append(Member(name, 0, odd=LOST))
+                else:
+                    directories.add(name)
+                    entered.add(target)
+                    check_walk(walked := walked + 1, len(entered))
+                    waiting.append((name, (*way, target)))
+        return sorted(members, key=lambda member: member.name), directories
+
+
+def _inside(names: Iterable[str]) -> dict[str, set[str]]:
+    """Directory → the names in it."""
+    inside: dict[str, set[str]] = defaultdict(set)
+    for name in names:
+        while name not in ("", "."):
+            folder, base = posixpath.split(name)
+            if base in inside[folder]:
+                break
+            inside[folder].add(base)
+            name = folder
+    return inside
+
+
+def _real(name: str, links: Mapping[str, str]) -> str | None:
+    """The name with every link in it followed; None where that leads outside or round and round."""
+    done, parts, hops = "", name.split("/"), 0
+    while parts:
+        part = parts.pop(0)
+        if part == "..":
+            if not done:
+                return None
+            done = posixpath.dirname(done)
+        elif part not in ("", "."):
+            done = posixpath.join(done, part)
+        if done in links:
+            hops += 1
+            if hops > _HOPS or links[done].startswith("/"):
+                return None
+            parts, done = links[done].split("/") + parts, ""
+    return done

@@ -1,0 +1,205 @@
+"""Directories as people call them: splits in any spelling, classes called like splits, names in any bytes."""
+
+import json
+import os
+import unicodedata
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_sharding_left_out import stored
+from test_sharding_support import encoded, pixels, run, to_tar, to_zip, write_folder
+
+from sharding.errors import UserError
+from sharding.folders import split_of
+from sharding.manifest import Manifest
+from sharding.options import Options
+from sharding.writer import build
+
+CUT = Options(workers=1, test_fraction=0.2)
+
+
+def counts(source, dest, options=CUT, log=None):
+    manifest = build(f"folder:{source}", dest, options, log=log).manifest
+    return manifest.classes, {name: split.samples for name, split in manifest.splits.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [("train", "train"), ("Training", "train"), ("training_set", "train"), ("TRAIN-data", "train"), ("val", "val")]
+    + [
+        ("Valid", "val"),
+        ("validation", "val"),
+        ("dev", "val"),
+        ("test", "test"),
+        ("Testing", "test"),
+        ("test images", "test"),
+    ]
+    + [("trainer", None), ("steam train", None), ("invalid", None), ("tested", None), ("a", None)],
+)
+def test_splits_are_told_by_their_names_in_any_case(name, split):
+    assert split_of(name) == split
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("Training", "Valid", "Testing"),
+        ("train", "validation", "test"),
+        ("TRAIN", "Val", "TEST"),
+        ("train_set", "dev", "test_set"),
+    ],
+)
+def test_each_spelling_of_the_splits_gives_the_same(tmp_path, names):
+    folder = write_folder(tmp_path / "s", {f"{names[i]}/{c}": n for i, n in enumerate((8, 3, 4)) for c in "ab"})
+    lines: list[str] = []
+    expected = ("a", "b"), {"train": 16, "val": 6, "test": 8}
+    assert counts(folder, tmp_path / "d", Options(workers=1), lines.append) == expected
+    assert any("are read as splits; --layout classes reads them as classes" in line for line in lines)
+
+
+def test_two_spellings_of_one_split_are_not_joined_without_a_word(tmp_path):
+    folder = write_folder(tmp_path / "s", {f"{s}/{c}": 2 for s in ("train", "val", "valid", "test") for c in "ab"})
+    with pytest.raises(UserError, match="val and valid of .* are both read as val"):
+        counts(folder, tmp_path / "d", Options())
+
+
+def test_a_class_called_train_with_directories_of_its_own_hides_no_other(tmp_path):
+    folder = write_folder(tmp_path / "s", {"plane": 6, "ship": 6, "train/steam": 6, "train/diesel": 6})
+    lines: list[str] = []
+    assert counts(folder, tmp_path / "d", log=lines.append)[0] == ("plane", "ship", "train")
+    assert "train and plane, ship are read as classes; --layout splits reads train as splits" in lines
+    options = Options(workers=1, test_fraction=0.2, layout="splits")
+    manifest = build(f"folder:{folder}", tmp_path / "e", options).manifest
+    assert manifest.classes == ("diesel", "steam")
+    assert manifest.left_out == {"images in plane": 6, "images in ship": 6}
+
+
+def test_splits_beside_other_images_are_splits_and_it_is_said(tmp_path):
+    folder = write_folder(
+        tmp_path / "s", {"train/a": 6, "train/b": 6, "test/a": 3, "test/b": 3, "extra": 4, "train/c/": 2}
+    )
+    lines: list[str] = []
+    manifest = build(f"folder:{folder}", tmp_path / "d", Options(workers=1), log=lines.append).manifest
+    assert (manifest.classes, manifest.left_out) == (("a", "b", "c"), {"images in extra": 4})
+    assert "test, train are read as splits, extra left out; --layout classes reads all of them as classes" in lines
+    options = Options(workers=1, test_fraction=0.2, layout="classes")
+    assert counts(folder, tmp_path / "e", options)[0] == ("extra", "test", "train")
+
+
+def test_a_stray_image_in_train_does_not_hide_its_classes(tmp_path):
+    folder = write_folder(tmp_path / "s", {"train/a": 6, "train/b": 6, "train": 1, "test/a": 3, "test/b": 3})
+    manifest = build(f"folder:{folder}", tmp_path / "d", Options(workers=1)).manifest
+    assert (manifest.classes, manifest.left_out) == (("a", "b"), {"images in train": 1})
+
+
+def test_images_of_test_without_a_class_are_left_out_and_counted(tmp_path):
+    folder = write_folder(tmp_path / "s", {"train/a": 6, "train/b": 6, "test": 5})
+    manifest = build(f"folder:{folder}", tmp_path / "d", CUT).manifest
+    assert (manifest.classes, manifest.left_out) == (("a", "b"), {"images in test": 5})
+
+
+def test_classes_called_like_splits_alone_are_asked_about(tmp_path):
+    folder = write_folder(tmp_path / "s", {"train": 6, "test": 6})
+    with pytest.raises(UserError, match=r"no directory of a class; .*images in test 6, images in train 6"):
+        counts(folder, tmp_path / "d")
+    options = Options(workers=1, test_fraction=0.2, layout="classes")
+    assert counts(folder, tmp_path / "d", options)[0] == ("test", "train")
+    with pytest.raises(UserError, match="has no split but no train"):
+        counts(folder, tmp_path / "e", Options(layout="splits"))
+    for source in ("digits", f"tiny-imagenet:{folder}"):
+        with pytest.raises(UserError, match="--layout is for folder: alone"):
+            build(source, tmp_path / "e", options)
+
+
+def test_a_stray_image_beside_the_only_directory_changes_nothing(tmp_path):
+    folder = write_folder(tmp_path / "s", {"data/a": 6, "data/b": 6, ".": 1, "data": 1})
+    for number, path in enumerate((folder, to_tar(folder, tmp_path / "s.tar", top="x/y"))):
+        manifest = build(f"folder:{path}", tmp_path / str(number), CUT).manifest
+        assert (manifest.classes, manifest.left_out) == (("a", "b"), {"images outside all directories": 2})
+
+
+def test_one_name_in_two_unicode_forms_is_one_class(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    folder = write_folder(tmp_path / "s", {f"train/{composed}": 6, "train/b": 6, f"test/{decomposed}": 3, "test/b": 3})
+    write_folder(folder, {f"train/{decomposed}": 2}, seed=1)
+    for number, path in enumerate((folder, to_tar(folder, tmp_path / "s.tar"), to_zip(folder, tmp_path / "s.zip"))):
+        lines: list[str] = []
+        manifest = build(
+            f"folder:{path}", tmp_path / str(number), Options(workers=1, val_fraction=0.2), log=lines.append
+        ).manifest
+        assert manifest.classes == ("b", composed)
+        assert manifest.splits["train"].class_counts[1] + manifest.splits["val"].class_counts[1] == 8
+        assert manifest.splits["test"].class_counts == (3, 3)
+        assert any("one class: café" in line for line in lines)
+
+
+def test_a_name_in_one_unicode_form_stays_as_it_is(tmp_path):
+    decomposed = unicodedata.normalize("NFD", "café")
+    assert counts(write_folder(tmp_path / "s", {decomposed: 6, "b": 6}), tmp_path / "d")[0] == ("b", decomposed)
+
+
+def test_names_that_are_not_utf8_are_written_so_that_they_can_be_and_found_again(tmp_path):
+    folder = tmp_path / "s"
+    for name in (b"caf\xe9", b"tea"):
+        os.makedirs(os.fsencode(folder) + b"/" + name)
+        for i in range(6):
+            with open(os.fsencode(folder) + b"/" + name + b"/%d\xff.png" % i, "wb") as stream:
+                stream.write(encoded(pixels(i + len(name))))
+    done = run("build", f"folder:{folder}", tmp_path / "d", "--test-fraction", "0.2")
+    assert done.returncode == 0
+    assert "not UTF-8 are written with their bytes as \\xe9: caf\\xe9" in done.stderr
+    assert done.stdout.splitlines()[1] == "2 classes: caf\\xe9 6, tea 6"
+    assert Manifest.load(tmp_path / "d").classes == ("caf\\xe9", "tea")
+    assert json.loads((tmp_path / "d/manifest.json").read_bytes().decode())["classes"][0]["name"] == "caf\\xe9"
+    expected = [(pixels(i + n).tobytes(), n == 3) for n in (4, 3) for i in range(6)]
+    assert stored(tmp_path / "d") == sorted(expected)
+    for number, path in enumerate((to_tar(folder, tmp_path / "s.tar"),)):
+        assert (
+            build(f"folder:{path}", tmp_path / str(number), CUT).manifest.to_json()
+            == Manifest.load(tmp_path / "d").to_json()
+        )
+
+
+def test_a_source_whose_own_name_is_not_utf8_can_be_named(tmp_path):
+    folder = write_folder(tmp_path / "s", {"a": 6, "b": 6})
+    os.rename(folder, os.fsencode(tmp_path) + b"/\xe9")
+    assert build(f"folder:{tmp_path}/\udce9", tmp_path / "d", CUT).manifest.name == "\\xe9"
+
+
+def test_a_picture_in_two_classes_or_two_splits_is_said(tmp_path):
+    folder = write_folder(tmp_path / "s", {"train/a": 6, "train/b": 6, "test/a": 3, "test/b": 3})
+    for twin in ("train/b/same.png", "test/a/same.png"):
+        (folder / twin).write_bytes((folder / "train/a/0000.png").read_bytes())
+    lines: list[str] = []
+    build(f"folder:{folder}", tmp_path / "d", Options(workers=1, val_fraction=0.2), log=lines.append)
+    said = [line for line in lines if line.startswith("pictures that stand in two")]
+    assert len(said) == 2
+    assert all("1 (" in line and "same.png" in line for line in said)
+
+
+def test_a_tilde_behind_a_colon_is_the_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_folder(tmp_path / "pics", {"a": 6, "b": 6})
+    monkeypatch.chdir(tmp_path)
+    assert run("build", "folder:~/pics", "~/d e", "--test-fraction", "0.2").returncode == 0
+    assert Manifest.load(tmp_path / "d e").classes == ("a", "b")
+    assert not (tmp_path / "~").exists()
+
+
+def test_pixels_of_an_archive_with_names_from_windows(tmp_path):
+    import zipfile
+
+    folder = write_folder(tmp_path / "s", {"a": 6, "b": 6})
+    with zipfile.ZipFile(tmp_path / "s.zip", "w") as archive:
+        for path in sorted(folder.rglob("*.png")):
+            info = zipfile.ZipInfo("x")
+            info.filename = info.orig_filename = str(path.relative_to(folder)).replace("/", "\\")
+            info.create_system = 0
+            archive.writestr(info, path.read_bytes())
+    for number, path in enumerate((folder, tmp_path / "s.zip")):
+        build(f"folder:{path}", tmp_path / str(number), CUT)
+    assert stored(tmp_path / "0") == stored(tmp_path / "1")
+    assert np.asarray(Image.open(folder / "a/0000.png")).tobytes() in [
+        x for x, label in stored(tmp_path / "1") if label == 0
+    ]
