@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import sys
 import textwrap
 import uuid
@@ -17,6 +16,7 @@ from tqdm import tqdm
 from gdd_dist.health import checks, isolated_checks
 from gdd_dist.health.checks import FAIL, OK, WARN, Finding
 from gdd_dist.runtime.arguments import Parser
+from gdd_dist.runtime.rendezvous import place
 from gdd_dist.runtime.run_program import run_program
 from gdd_dist.runtime.versions import versions
 from gdd_dist.runtime.world import World
@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str], joined: Callable[[World], None]) -> None:
     """Print what was found; leaves with 1 if anything failed."""
     arguments = parser().parse_args(argv)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if place()[1] > 1:
         world = World("cpu", 60)
         joined(world)
         found = together(world, Path(arguments.out))

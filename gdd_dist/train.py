@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from gdd_dist.config import command_line as configuration
 from gdd_dist.dry_run import table
 from gdd_dist.pipeline.dataset import prepare_data
 from gdd_dist.pipeline.run import run, run_lock
+from gdd_dist.runtime.rendezvous import place
 from gdd_dist.runtime.run_program import note_preemption, run_program
 from gdd_dist.runtime.world import World
 
@@ -21,7 +21,7 @@ def main(argv: list[str], joined: Callable[[World], None]) -> None:
     command = configuration.parse(argv)
     config = command.config
     if command.print_config:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if place()[0] == 0:
             sys.stdout.write(configuration.to_yaml(config, command.preset))
         return
     world = World(config.device, config.timeout)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import socket
 import time
 import uuid
 from typing import Any
@@ -15,14 +16,38 @@ from sharding.errors import UserError
 
 _POLL = 0.002
 _A_YEAR = datetime.timedelta(days=365)
-_SOON = datetime.timedelta(seconds=10)
-
-_ECHO = 10.0
+_SOON = datetime.timedelta(seconds=30)
+_RESOLVE = 60.0
+"""Seconds within which the name of rank 0's host must come to resolve: in a new cluster it does so late."""
+_ECHO = 30.0
 """Seconds that the others give rank 0 to say who is missing."""
 
 
 class PeerError(Exception):
     """Another rank failed; its own message says why."""
+
+
+def place() -> tuple[int, int, int, int]:
+    """(rank, size, local rank, local size) as the launcher has set them; one process alone without. Raises UserError."""
+    rank, size, local = (
+        _number(name, default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    # deepspeed's launcher has a name of its own for it
+    local_size = _number("LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in os.environ else "LOCAL_SIZE", 1)
+    if not (0 <= rank < size and local >= 0 and local_size >= 1):
+        raise UserError(
+            f"RANK {rank} and WORLD_SIZE {size} (LOCAL_RANK {local} of {local_size}) do not fit; start with torchrun, or unset them"
+        )
+    return rank, size, local, local_size
+
+
+def _number(name: str, default: int) -> int:
+    try:
+        return int(os.environ.get(name) or default)
+    except ValueError:
+        raise UserError(
+            f"{name} is {os.environ[name]!r} in the environment and no number; start with torchrun, or unset it"
+        ) from None
 
 
 def meet(rank: int, size: int, timeout: float) -> Any:
@@ -63,6 +88,7 @@ def _meet(store: Any, rank: int, size: int, timeout: float) -> Any:
 def _store(rank: int, size: int, timeout: float) -> Any:
     """torchrun's store; without torchrun rank 0 hosts one, and does not return before all have reached it."""
     limit = datetime.timedelta(seconds=timeout + (0 if rank == 0 else _ECHO))
+    _check_address(timeout)
     try:
         store, _, _ = next(iter(dist.rendezvous("env://", timeout=limit)))
     except dist.DistError as e:
@@ -71,6 +97,28 @@ def _store(rank: int, size: int, timeout: float) -> Any:
         raise UserError(f"{size} ranks did not meet at {where} within {timeout:g} s; {why}") from e
     store.set_timeout(_A_YEAR)  # from here on it is heartbeats that tell who is gone
     return store
+
+
+def _check_address(timeout: float) -> None:
+    """Raise UserError where MASTER_ADDR and MASTER_PORT are not set or lead nowhere: torch would try for ``timeout`` seconds."""
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+        raise UserError(
+            f"RANK and WORLD_SIZE are set but {' and '.join(missing)} not; set them to rank 0's host and a free port, or start with torchrun"
+        )
+    host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    if not (port.isdigit() and 0 < int(port) < 65536):
+        raise UserError(f"MASTER_PORT is {port!r}; set it to the number of a free port of {host}")
+    deadline = time.monotonic() + min(timeout, _RESOLVE)
+    while True:
+        try:
+            socket.getaddrinfo(host, int(port))
+            return
+        except (OSError, UnicodeError) as e:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"MASTER_ADDR {host} does not resolve on this host ({e}); see that it is rank 0's host, or add it to /etc/hosts"
+                ) from None
+        time.sleep(1.0)
 
 
 def _call(store: Any, word: str, size: int) -> list[int]:
@@ -104,4 +152,4 @@ def claim_before_joining() -> bool:
         store, _, _ = next(iter(dist.rendezvous("env://", timeout=_SOON)))
         return bool(store.add(failed_early(), 1) == 1)
     except (RuntimeError, ValueError):  # no store within reach
-        return int(os.environ.get("RANK", 0)) == 0
+        return os.environ.get("RANK", "0") == "0"

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from gdd_dist.runtime.heartbeat import Pulse, describe
+from gdd_dist.runtime.heartbeat import PEER_GRACE, Pulse, describe
 from gdd_dist.runtime.monitor import say
-from gdd_dist.runtime.rendezvous import PeerError, meet
+from gdd_dist.runtime.rendezvous import PeerError, meet, place
 from gdd_dist.runtime.signals import Preempted, asked
 from gdd_dist.runtime.vote import Vote
 from sharding.errors import UserError
@@ -28,16 +28,15 @@ _POLL = 0.002
 _COLLECTIVE = 1800.0
 """Seconds that a collective may take at least: who is gone is missed by its heartbeat, this ends what no one can explain."""
 
+_LATER = 5.0
+"""Seconds by which the word to stop may reach a rank later than another."""
+
 
 class World:
     """All ranks of this run. ``size`` 1 without torchrun: then nothing here waits for anybody."""
 
     def __init__(self, device: str = "auto", timeout: float = 600.0) -> None:
-        env = os.environ
-        self.rank, self.size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
-        self.local_rank = int(env.get("LOCAL_RANK", 0))
-        # deepspeed's launcher has a name of its own for it
-        self.local_size = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", 1)))
+        self.rank, self.size, self.local_rank, self.local_size = place()
         self.timeout = timeout
         self._limit = datetime.timedelta(seconds=max(_COLLECTIVE, timeout))
         self.group: Any = None  # of collectives: torch's default, all ranks
@@ -53,7 +52,8 @@ class World:
             self._join()
 
     def _join(self) -> None:
-        """Meet the others, then form the process group."""
+        """Meet the others, then form the process group. Nobody leaves before all have formed it: a fault of a rank that has
+        is seen in the store by the others, who would otherwise meet it as a broken connection."""
         self._store = meet(self.rank, self.size, self.timeout)
         # A connection of its own: the main thread's may stand in a wait.
         self._pulse = Pulse(
@@ -63,7 +63,21 @@ class World:
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         store = dist.PrefixStore("gdd", self._store)
         with _on_loopback(self.local_size == self.size):
-            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=self._limit)
+            try:
+                dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=self._limit)
+            except RuntimeError as e:
+                raise self._whose_fault(e) from e
+        self.barrier()
+
+    def _whose_fault(self, fault: RuntimeError) -> Exception:
+        """What to raise where the group could not be formed: ``fault`` on the first rank that reports it, PeerError on others."""
+        deadline = time.monotonic() + PEER_GRACE
+        while not self.failed() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        self.quiet()
+        if not self.failed() and (gone := self.silent()):
+            return UserError(f"{gone} is gone; run the same command again") if self.claim_failure() else PeerError(gone)
+        return fault if self.claim_failure() else PeerError("another rank failed")
 
     def cut(self, size: int) -> Any:
         """Cut the ranks into groups of ``size`` (it divides them) consecutive ones; this rank's process group. All ranks call it."""
@@ -199,7 +213,7 @@ class World:
 
     def _all_at(self, key: str, wanted: int, add: int = 1) -> bool:
         """Add to a count and wait for it to reach ``wanted``, as long as ranks have to agree to stop."""
-        deadline = time.monotonic() + asked.grace
+        deadline = time.monotonic() + asked.grace + _LATER
         try:
             here = self._store.add(key, add)
             while here < wanted and not self.failed() and time.monotonic() < deadline:
