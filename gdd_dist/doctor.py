@@ -75,6 +75,7 @@ def examine(arguments: argparse.Namespace) -> Iterator[Finding]:
     yield checks.torch_pair()
     yield checks.devices()
     yield from checks.ports_and_disks([Path(arguments.out)])
+    yield checks.host_name()
     if arguments.data:
         yield checks.data_set(Path(arguments.data))
     yield checks.descriptors()

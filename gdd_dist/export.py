@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
+from gdd_dist.pipeline.memory_needed import memory
 from gdd_dist.product.card import Drawn, card, sample_picture
 from gdd_dist.product.sampler import Sampler, load_generator
 from gdd_dist.runtime.arguments import Parser
@@ -28,6 +30,8 @@ from sharding.manifest import Manifest, ShardInfo, SplitInfo
 
 SHARD_IMAGES = 10_000
 CHUNK = 1_000
+ROOM_IMAGES = 64
+"""Images that the size of the set is told from."""
 FORMATS = ("webdataset", "folder", "npz")
 PIXELS = "train.npz"
 
@@ -104,6 +108,8 @@ def main(argv: Sequence[str], _joined: Callable[[World], None] | None = None) ->
     dest = Path(arguments.dest)
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise UserError(f"{dest} is not empty; choose a new DEST")
+    if dest.is_symlink() and not dest.exists():
+        raise UserError(f"{dest} is a link to nothing; choose a new DEST")
     generator = load_generator(arguments.out, arguments.device)
     total = arguments.total or arguments.ipc * len(generator.classes)
     drawn = Drawn(
@@ -115,23 +121,51 @@ def main(argv: Sequence[str], _joined: Callable[[World], None] | None = None) ->
         arguments.truncation,
         arguments.licence,
     )
-    work = dest.with_name(f".{dest.name}.{os.getpid()}.partial")
+    # A directory that is there may be a link, a mount or where somebody stands: it is filled, not replaced.
+    there, part = dest.is_dir(), f".{dest.name}.{os.getpid()}.partial"
+    work = dest / part if there else dest.with_name(part)
     work.mkdir(parents=True)
     try:
+        check_room(generator, drawn, work)
         write(generator, drawn, work)
         picture = sample_picture(generator, drawn)
         write_atomic(work / "samples.png", picture)
-        write_atomic(work / "README.md", card(generator, drawn, Path(arguments.out)).encode())
+        write_atomic(
+            work / "README.md", card(generator, drawn, Path(arguments.out)).encode("utf-8", "backslashreplace")
+        )
         for directory in (*(d for d in work.rglob("*") if d.is_dir()), work):
             fsync_dir(directory)
-        os.replace(work, dest)
-        fsync_dir(dest.parent)
+        if there:
+            for path in sorted(work.iterdir(), key=lambda p: p.name == "README.md"):  # last of all
+                os.replace(path, dest / path.name)
+            work.rmdir()
+        else:
+            os.replace(work, dest)
+        fsync_dir(dest if there else dest.parent)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
     sys.stdout.write(
         f"{total:,} images of {len(generator.classes)} classes: {dest} (how to read it: {dest}/README.md)\n"
     )
+
+
+def check_room(generator: Sampler, drawn: Drawn, directory: Path) -> None:
+    """Raise UserError where the set, by the size of a few of its images, fits neither disk nor, as one array, memory."""
+    images, _ = generator.balanced(min(drawn.total, ROOM_IMAGES), drawn.seed, drawn.truncation)
+    pixels = images.cpu().permute(0, 2, 3, 1).numpy()
+    extra = 4 * len(generator.classes) if drawn.soft else 0
+    need = drawn.total * (sum(len(png(image)) for image in pixels) / len(pixels) + extra)
+    free, raw = shutil.disk_usage(directory).free, drawn.total * (pixels[0].size + extra)
+    if drawn.format == "npz" and raw > (have := memory(torch.device("cpu"))):
+        raise UserError(
+            f"{drawn.total:,} images take {raw / 1e9:,.1f} GB as one array, and there are {have / 1e9:,.1f} GB; use --format webdataset"
+        )
+    if need > free:
+        raise UserError(
+            f"{drawn.total:,} images take about {need / 1e9:,.1f} GB, and {directory.parent} has {free / 1e9:,.1f} GB free; "
+            "ask for fewer, or choose another DEST"
+        )
 
 
 def write(generator: Sampler, drawn: Drawn, work: Path) -> None:

@@ -19,7 +19,7 @@ from gdd_dist.config.bounds import options, validate, value_of
 from gdd_dist.config.presets import PRESETS
 from gdd_dist.config.settings import SECTIONS, Config
 from gdd_dist.config.yaml_files import read_yaml
-from gdd_dist.data.remote import is_remote, read_manifest
+from gdd_dist.data.remote import PATIENCE, is_remote, read_manifest
 from gdd_dist.models import pretrained
 from sharding.errors import UserError
 
@@ -187,10 +187,13 @@ def _located(path: str) -> str:
     return path if not path or is_remote(path) else str(Path(os.path.expanduser(path)).absolute())
 
 
-def _preset_of_data(data: str | None) -> str:
+def _preset_of_data(data: str | None, patience: str | None) -> str:
     if data is None:
         return "digits"
-    manifest = read_manifest(_located(data))
+    try:
+        manifest = read_manifest(_located(data), min(PATIENCE, float(patience or PATIENCE)))
+    except ValueError:  # refused as a setting, in a moment
+        return "digits"
     if manifest.name in PRESETS:
         return manifest.name
     size = max(manifest.height, manifest.width)
@@ -202,7 +205,10 @@ def parse(argv: Sequence[str]) -> Command:
     argv = _canonical(argv)
     from_file = _read_file(os.path.expanduser(path)) if (path := _last(argv, "config")) else {}
     typed = _as_typed(from_file, path or "")
-    preset = _last(argv, "preset") or str(from_file.get("preset") or _preset_of_data(_last([*typed, *argv], "data")))
+    given = [*typed, *argv]
+    preset = _last(argv, "preset") or str(
+        from_file.get("preset") or _preset_of_data(_last(given, "data"), _last(given, "loader.patience"))
+    )
     if preset not in PRESETS:
         near = difflib.get_close_matches(preset, PRESETS, n=1)
         raise UserError(

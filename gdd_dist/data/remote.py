@@ -14,7 +14,7 @@ import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO
@@ -31,6 +31,8 @@ SCHEMES = ("s3", "s3a", "gs", "gcs", "https", "http")
 DOWNLOADS = 2
 """Downloads ahead at a time, of one rank."""
 INDEX_DOWNLOADS = 16
+PATIENCE = 60.0
+"""Seconds for which a store may fail before a manifest counts as not there, unless settings say otherwise."""
 
 
 def is_remote(data: str) -> bool:
@@ -53,23 +55,35 @@ class Cache:
 
     @staticmethod
     def of(directory: str, limit: str, patience: float) -> Cache:
-        """From settings; without a directory, the user's own cache."""
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        return Cache(Path(directory) if directory else home / "gdd_dist" / "data", parse_size(limit), patience)
+        """From settings; without a directory, the user's own cache. Raises UserError where there is neither."""
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        if not directory and home.startswith("~"):  # a container's user without an entry in passwd
+            raise UserError(
+                "there is no home directory for shards of a remote --data; give --loader.cache_dir, or set HOME"
+            )
+        return Cache(Path(directory or f"{home}/gdd_dist/data"), parse_size(limit), patience)
 
 
-def read_manifest(data: str, patience: float = 60.0) -> Manifest:
+def read_manifest(data: str, patience: float = PATIENCE) -> Manifest:
     """The manifest of a directory or a URL; of a URL once in a process, so that it cannot change under a run.
 
     ``patience``: seconds for which a store may fail.
     """
-    return remote_manifest(data, patience) if is_remote(data) else Manifest.load(data)
+    return remote_manifest(_Asked(data, patience)) if is_remote(data) else Manifest.load(data)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """However patient who asks is, the manifest is the same."""
+
+    data: str
+    patience: float = field(compare=False)
 
 
 @cache
-def remote_manifest(data: str, patience: float) -> Manifest:
+def remote_manifest(asked: _Asked) -> Manifest:
     """The manifest of a URL, fetched once."""
-    return parse_manifest(Source(data, patience).content(FILE), f"{data}/{FILE}")
+    return parse_manifest(Source(asked.data, asked.patience).content(FILE), f"{asked.data}/{FILE}")
 
 
 @cache
@@ -77,7 +91,7 @@ def open_data(data: str, cache: Cache) -> Path:
     """The directory of a data set; of a remote one its mirror, with manifest and indexes, which is then known to `mirror_of`."""
     if not is_remote(data):
         return Path(data)
-    mirror = Mirror(data, read_manifest(data), cache)
+    mirror = Mirror(data, read_manifest(data, cache.patience), cache)
     _mirrors[mirror.directory] = mirror
     return mirror.directory
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gdd_dist.config.settings import Config
-from gdd_dist.data.remote import Cache, open_data, read_manifest
+from gdd_dist.data.remote import Cache, is_remote, open_data, read_manifest
 from gdd_dist.runtime.world import World
 from sharding.manifest import FILE, Manifest
 from sharding.writer import build
@@ -21,7 +21,7 @@ def data_of(out: Path, config: Config) -> Path:
 
 def manifest_of(out: Path, config: Config) -> Manifest:
     """The manifest of a run's data set, without fetching more of it. Raises UserError when it cannot be read."""
-    return read_manifest(config.data or str(out / "data"), PATIENCE)
+    return read_manifest(config.data or str(out / "data"), min(PATIENCE, config.loader.patience))
 
 
 def data_or_digits(config: Config, out: Path, scratch: Path) -> tuple[Path, bool]:
@@ -37,8 +37,9 @@ def data_or_digits(config: Config, out: Path, scratch: Path) -> tuple[Path, bool
 def data_directory(config: Config) -> Path | None:
     """Where --data lies on this host, a mirror if it is remote; None where it is not given."""
     loader = config.loader
-    cache = Cache.of(loader.cache_dir, loader.cache_limit, loader.patience)
-    return None if config.data is None else open_data(config.data, cache)
+    if config.data is None or not is_remote(config.data):
+        return None if config.data is None else Path(config.data)
+    return open_data(config.data, Cache.of(loader.cache_dir, loader.cache_limit, loader.patience))
 
 
 def prepare_data(world: World, config: Config, out: Path) -> tuple[Path, str]:

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from sharding.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one ``error:`` line, as all programs here do, instead of printing its usage."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As argparse; ``~`` is the home directory behind ``=`` too, where shells leave it alone."""
+        split = [
+            a.partition("=") if a.startswith("--") else ("", "", a) for a in (sys.argv[1:] if args is None else args)
+        ]
+        return super().parse_args([name + eq + os.path.expanduser(value) for name, eq, value in split], namespace)
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError."""

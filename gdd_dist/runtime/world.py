@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -136,13 +136,17 @@ class World:
     def _wait(self, key: str) -> bytes:
         """Poll, so that a peer's failure is seen at once and a busy peer may take as long as it needs."""
         wait = _POLL
-        while not self._store.check([key]):
+        while True:
+            # Who has given his value stays, since the others may have all they wait for, unless one has left before giving his.
+            hopeless = self.stopping and self._store.check(["leaving"])
+            if self._store.check([key]):
+                value: bytes = self._store.get(key)
+                return value
             self._check_peers()
-            self.check_stop()
+            if hopeless:
+                self.check_stop()
             time.sleep(wait)
             wait = min(wait * 1.5, 0.1)
-        value: bytes = self._store.get(key)
-        return value
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -183,7 +187,14 @@ class World:
         """Raise Preempted when the job was asked to stop: where ranks run apart, and have saved what they want to keep."""
         if self.stopping:
             asked.agreed = True
+            self._leave()
             raise Preempted
+
+    def _leave(self) -> None:
+        """Tell those who wait for this rank that it will not come."""
+        if self._store is not None:
+            with suppress(RuntimeError):  # the store's host is gone
+                self._store.set("leaving", str(self.rank))
 
     def vote(self, save: bool = False) -> Vote:
         """Begin to ask, at the start of a step that ranks take together: is any asked to stop, does rank 0 want to ``save``?"""
@@ -201,6 +212,7 @@ class World:
             self.on_preempted()
             return True
         self.quiet()
+        self._leave()
         if not self._all_at("saved", self.size):
             return False
         if self.is_main:
