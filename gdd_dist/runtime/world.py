@@ -65,17 +65,17 @@ class World:
         with _on_loopback(self.local_size == self.size):
             try:
                 dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=self._limit)
-            except RuntimeError as e:
+            except Exception as e:
                 raise self._whose_fault(e) from e
         self.barrier()
 
-    def _whose_fault(self, fault: RuntimeError) -> Exception:
+    def _whose_fault(self, fault: Exception) -> Exception:
         """What to raise where the group could not be formed: ``fault`` on the first rank that reports it, PeerError on others."""
-        deadline = time.monotonic() + PEER_GRACE
+        deadline = time.monotonic() + PEER_GRACE * isinstance(fault, RuntimeError)  # as a broken connection is
         while not self.failed() and time.monotonic() < deadline:
             time.sleep(0.05)
         self.quiet()
-        if not self.failed() and (gone := self.silent()):
+        if isinstance(fault, RuntimeError) and not self.failed() and (gone := self.silent()):
             return UserError(f"{gone} is gone; run the same command again") if self.claim_failure() else PeerError(gone)
         return fault if self.claim_failure() else PeerError("another rank failed")
 
@@ -273,12 +273,12 @@ class World:
             return f"the host of rank 0 ({os.environ.get('MASTER_ADDR', 'unknown')})"
         return ", ".join(describe(r, after[r]) for r in others if before[r] == after[r])
 
-    def claim_failure(self) -> bool:
-        """True for the first rank that fails: it reports; all others only say that they stopped."""
+    def claim_failure(self, store: Any = None) -> bool:
+        """True for the first rank that fails: it reports; all others only say that they stopped. ``store``: another connection."""
         if self._store is None:
             return True
         try:
-            return bool(self._store.add("failed", 1) == 1)
+            return bool((store or self._store).add("failed", 1) == 1)
         except RuntimeError:  # the store's host is gone: somebody else has failed before us
             return False
 
