@@ -151,21 +151,19 @@ def main(argv: Sequence[str], _joined: Callable[[World], None] | None = None) ->
 
 
 def check_room(generator: Sampler, drawn: Drawn, directory: Path) -> None:
-    """Raise UserError where the set, by the size of a few of its images, fits neither disk nor, as one array, memory."""
-    images, _ = generator.balanced(min(drawn.total, ROOM_IMAGES), drawn.seed, drawn.truncation)
-    pixels = images.cpu().permute(0, 2, 3, 1).numpy()
-    extra = 4 * len(generator.classes) if drawn.soft else 0
-    need = drawn.total * (sum(len(png(image)) for image in pixels) / len(pixels) + extra)
-    free, raw = shutil.disk_usage(directory).free, drawn.total * (pixels[0].size + extra)
-    if drawn.format == "npz" and raw > (have := memory(torch.device("cpu"))):
-        raise UserError(
-            f"{drawn.total:,} images take {raw / 1e9:,.1f} GB as one array, and there are {have / 1e9:,.1f} GB; use --format webdataset"
-        )
-    if need > free:
-        raise UserError(
-            f"{drawn.total:,} images take about {need / 1e9:,.1f} GB, and {directory.parent} has {free / 1e9:,.1f} GB free; "
-            "ask for fewer, or choose another DEST"
-        )
+    """Raise UserError where the set, by the size of a few of its images, does not fit the disk, or as one array the memory."""
+    images = (
+        generator.balanced(min(drawn.total, ROOM_IMAGES), drawn.seed, drawn.truncation)[0].cpu().permute(0, 2, 3, 1)
+    )
+    soft = 4 * len(generator.classes) if drawn.soft else 0
+    disk = drawn.total * (sum(len(png(image)) for image in images.numpy()) / len(images) + soft)
+    array = drawn.total * (images[0].numel() + soft) if drawn.format == "npz" else 0
+    free, host = shutil.disk_usage(directory).free, memory(torch.device("cpu"))
+    for need, have, where in ((disk, free, "free on the disk of DEST"), (array, host, "of memory for one array")):
+        if need > have:
+            raise UserError(
+                f"{drawn.total:,} images take about {need / 1e9:,.1f} GB, and there are {have / 1e9:,.1f} GB {where}; ask for fewer"
+            )
 
 
 def write(generator: Sampler, drawn: Drawn, work: Path) -> None:

@@ -52,8 +52,7 @@ class Node:
 @contextmanager
 def cluster(address: str | None, debug: bool = False) -> Iterator[list[Node]]:
     """A local Ray or a connection to a running cluster; left, or ended with all it runs, at the end. ``debug``: show its workers' output."""
-    check_temporary(address)
-    files = tempfile.mkdtemp(prefix="gdd-ray-", dir=_temporary()) if address is None else None
+    files = tempfile.mkdtemp(prefix="gdd-ray-", dir=temporary()) if address is None else None
     try:
         _start(address, files, debug)
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put a handler of its own there
@@ -85,22 +84,16 @@ def _remedy(address: str) -> str:
     return f"start one with `ray start --head`, or {token}" if address == "auto" else token
 
 
-def _temporary() -> str:
-    """Not TMPDIR: a socket's path must be short."""
-    return os.environ.get("RAY_TMPDIR") or "/tmp"
-
-
-def check_temporary(address: str | None) -> None:
-    """Raise UserError where a local Ray's files have no place, or one with so long a path that its sockets do not fit."""
-    place = _temporary()
-    if address is not None:
-        return
+def temporary() -> str:
+    """Where a local Ray keeps its files: not TMPDIR, since a socket's path must be short. Raises UserError where that cannot be."""
+    place = os.environ.get("RAY_TMPDIR") or "/tmp"
     if not os.access(place, os.W_OK | os.X_OK):
         raise UserError(f"{place} is no directory that Ray can write to; set RAY_TMPDIR to one")
     if len(os.fsencode(place)) > LONGEST_PLACE:
         raise UserError(
             f"{place} is too long a path for Ray's sockets; set RAY_TMPDIR to one of {LONGEST_PLACE} bytes or fewer, say /tmp"
         )
+    return place
 
 
 def check_address(address: str | None) -> None:

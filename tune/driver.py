@@ -45,8 +45,8 @@ def run(command: Command) -> None:
     record = Record(out.resolve())
     if left(search, record):  # what is refused here leaves no trace
         cluster.check_address(search.options.address)
-        cluster.check_temporary(search.options.address)
         if search.options.address is None:
+            cluster.temporary()
             cluster.check_resources(search.options, [cluster.this_host()])
     with holding(Lock(out / "run.lock"), _busy(out)):
         data = data_of(search)

@@ -29,25 +29,15 @@ class PeerError(Exception):
 
 def place() -> tuple[int, int, int, int]:
     """(rank, size, local rank, local size) as the launcher has set them; one process alone without. Raises UserError."""
-    rank, size, local = (
-        _number(name, default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
-    # deepspeed's launcher has a name of its own for it
-    local_size = _number("LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in os.environ else "LOCAL_SIZE", 1)
-    if not (0 <= rank < size and local >= 0 and local_size >= 1):
-        raise UserError(
-            f"RANK {rank} and WORLD_SIZE {size} (LOCAL_RANK {local} of {local_size}) do not fit; start with torchrun, or unset them"
-        )
-    return rank, size, local, local_size
-
-
-def _number(name: str, default: int) -> int:
-    try:
-        return int(os.environ.get(name) or default)
-    except ValueError:
-        raise UserError(
-            f"{name} is {os.environ[name]!r} in the environment and no number; start with torchrun, or unset it"
-        ) from None
+    # deepspeed's launcher has a name of its own for the last
+    local_size = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in os.environ else "LOCAL_SIZE"
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", local_size: "1"}
+    given = {name: os.environ.get(name) or default for name, default in defaults.items()}
+    rank, size, local, here = (int(v) if v.isdecimal() else -1 for v in given.values())
+    if not (0 <= rank < size and local >= 0 and here >= 1):
+        words = ", ".join(f"{name}={value}" for name, value in given.items())
+        raise UserError(f"{words} in the environment do not fit; start with torchrun, or unset them")
+    return rank, size, local, here
 
 
 def meet(rank: int, size: int, timeout: float) -> Any:

