@@ -111,6 +111,8 @@ def main(argv: Sequence[str], _joined: Callable[[World], None] | None = None) ->
     if dest.is_symlink() and not dest.exists():
         raise UserError(f"{dest} is a link to nothing; choose a new DEST")
     generator = load_generator(arguments.out, arguments.device)
+    if generator.device.type == "meta":  # as a library's user may ask for
+        raise UserError("device meta draws nothing; give auto, cpu or cuda")
     total = arguments.total or arguments.ipc * len(generator.classes)
     drawn = Drawn(
         total,

@@ -56,7 +56,7 @@ def usable_device(device: str | torch.device) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.zeros(1, device=device).cpu()
+        torch.zeros(1, device=device)
         return torch.device(device)
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         known = str(e).strip().splitlines()[0]

@@ -139,7 +139,8 @@ def failed_early() -> str:
 def claim_before_joining() -> bool:
     """True for the first of the ranks that fail before they join the others (wrong settings, no data on this host)."""
     try:
+        _check_address(0.0)
         store, _, _ = next(iter(dist.rendezvous("env://", timeout=_SOON)))
         return bool(store.add(failed_early(), 1) == 1)
-    except (RuntimeError, ValueError):  # no store within reach
+    except (RuntimeError, UserError):  # no store within reach
         return os.environ.get("RANK", "0") == "0"

@@ -237,7 +237,7 @@ def test_a_directory_that_is_there_is_filled_also_through_a_link_or_from_within(
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", "tpu:0", "cpu:-3"])
 def test_a_device_that_is_not_here_is_refused(made: Made, tmp_path: Path, device: str) -> None:
-    with pytest.raises(UserError, match=f"device {device} is none that torch can use here .*; give auto, cpu or cuda"):
+    with pytest.raises(UserError, match=f"device {device} .*; give auto, cpu or cuda"):
         export.main([str(made.out), str(tmp_path / "x"), "--ipc", "1", "--device", device])
     assert not any(tmp_path.iterdir())
 
