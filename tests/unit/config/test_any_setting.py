@@ -108,7 +108,7 @@ def test_what_no_memory_holds_is_refused_by_the_name_of_its_setting(digits, argv
 
 
 @pytest.mark.slow
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(argv=command_lines(most=2))
 def test_a_dry_run_ends_with_its_table_or_one_line(digits, tmp_path_factory, argv):
     folder = tmp_path_factory.mktemp("dry")
