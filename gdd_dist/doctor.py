@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import sys
 import textwrap
 import uuid
@@ -17,6 +16,7 @@ from tqdm import tqdm
 
 from gdd_dist.health.finding import FAIL, OK, WARN, Finding
 from gdd_dist.runtime.arguments import Parser
+from gdd_dist.runtime.process_identity import place
 from gdd_dist.runtime.run_program import run_program
 from gdd_dist.runtime.versions import versions
 
@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str], joined: Callable[[World], None]) -> None:
     """Print what was found; leaves with 1 if anything failed."""
     arguments = parser().parse_args(argv)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if place()[1] > 1:
         from gdd_dist.runtime.world import World
 
         world = World("cpu", 60)
@@ -81,6 +81,7 @@ def examine(arguments: argparse.Namespace) -> Iterator[Finding]:
     yield checks.torch_pair()
     yield checks.devices()
     yield from checks.ports_and_disks([Path(arguments.out)])
+    yield checks.host_name()
     if arguments.data:
         yield checks.data_set(Path(arguments.data))
     yield checks.descriptors()

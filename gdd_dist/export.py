@@ -30,6 +30,8 @@ if TYPE_CHECKING:  # a command line is read, and refused, without torch
 
 SHARD_IMAGES = 10_000
 CHUNK = 1_000
+ROOM_IMAGES = 64
+"""Images that the size of the set is told from."""
 FORMATS = ("webdataset", "folder", "npz")
 PIXELS = "train.npz"
 
@@ -106,10 +108,14 @@ def main(argv: Sequence[str], _joined: object = None) -> None:
     dest = Path(arguments.dest)
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise UserError(f"{dest} is not empty; choose a new DEST")
+    if dest.is_symlink() and not dest.exists():
+        raise UserError(f"{dest} is a link to nothing; choose a new DEST")
     from gdd_dist.product.card import Drawn, card, sample_picture
     from gdd_dist.product.sampler import load_generator
 
     generator = load_generator(arguments.out, arguments.device)
+    if generator.device.type == "meta":  # as a library's user may ask for
+        raise UserError("device meta draws nothing; give auto, cpu or cuda")
     total = arguments.total or arguments.ipc * len(generator.classes)
     drawn = Drawn(
         total,
@@ -120,23 +126,53 @@ def main(argv: Sequence[str], _joined: object = None) -> None:
         arguments.truncation,
         arguments.licence,
     )
-    work = dest.with_name(f".{dest.name}.{os.getpid()}.partial")
+    # A directory that is there may be a link, a mount or where somebody stands: it is filled, not replaced.
+    there, part = dest.is_dir(), f".{dest.name}.{os.getpid()}.partial"
+    work = dest / part if there else dest.with_name(part)
     work.mkdir(parents=True)
     try:
+        check_room(generator, drawn, work)
         write(generator, drawn, work)
         picture = sample_picture(generator, drawn)
         write_atomic(work / "samples.png", picture)
-        write_atomic(work / "README.md", card(generator, drawn, Path(arguments.out)).encode())
+        write_atomic(
+            work / "README.md", card(generator, drawn, Path(arguments.out)).encode("utf-8", "backslashreplace")
+        )
         for directory in (*(d for d in work.rglob("*") if d.is_dir()), work):
             fsync_dir(directory)
-        os.replace(work, dest)
-        fsync_dir(dest.parent)
+        if there:
+            for path in sorted(work.iterdir(), key=lambda p: p.name == "README.md"):  # last of all
+                os.replace(path, dest / path.name)
+            work.rmdir()
+        else:
+            os.replace(work, dest)
+        fsync_dir(dest if there else dest.parent)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
     sys.stdout.write(
         f"{total:,} images of {len(generator.classes)} classes: {dest} (how to read it: {dest}/README.md)\n"
     )
+
+
+def check_room(generator: Sampler, drawn: Drawn, directory: Path) -> None:
+    """Raise UserError where the set, by the size of a few of its images, does not fit the disk, or as one array the memory."""
+    import torch
+
+    from gdd_dist.pipeline.memory_needed import memory
+
+    images = (
+        generator.balanced(min(drawn.total, ROOM_IMAGES), drawn.seed, drawn.truncation)[0].cpu().permute(0, 2, 3, 1)
+    )
+    soft = 4 * len(generator.classes) if drawn.soft else 0
+    disk = drawn.total * (sum(len(png(image)) for image in images.numpy()) / len(images) + soft)
+    array = drawn.total * (images[0].numel() + soft) if drawn.format == "npz" else 0
+    free, host = shutil.disk_usage(directory).free, memory(torch.device("cpu"))
+    for need, have, where in ((disk, free, "free on the disk of DEST"), (array, host, "of memory for one array")):
+        if need > have:
+            raise UserError(
+                f"{drawn.total:,} images take about {need / 1e9:,.1f} GB, and there are {have / 1e9:,.1f} GB {where}; ask for fewer"
+            )
 
 
 def write(generator: Sampler, drawn: Drawn, work: Path) -> None:

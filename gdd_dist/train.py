@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gdd_dist.config import command_line as configuration
+from gdd_dist.runtime.process_identity import place
 from gdd_dist.runtime.run_program import note_preemption, run_program
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def main(argv: list[str], joined: Callable[[World], None]) -> None:
     command = configuration.parse(argv)
     config = command.config
     if command.print_config:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if place()[0] == 0:
             sys.stdout.write(configuration.to_yaml(config, command.preset))
         return
     from gdd_dist.runtime.world import World  # loads torch, for which no one waits who only asks

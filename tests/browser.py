@@ -118,7 +118,7 @@ def answers(url: str, seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while True:
         try:
-            with urllib.request.urlopen(url, timeout=10):
+            with urllib.request.urlopen(url, timeout=60):
                 return
         except OSError:
             assert time.monotonic() < end, f"{url} does not answer"

@@ -28,6 +28,8 @@ from tune.environment import python_path, token_is_known
 
 REACH_SECONDS = 5.0
 PROBE_SECONDS = 120.0
+LONGEST_PLACE = 107 - len("/gdd-ray-12345678/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")
+"""A socket's path may have 107 bytes."""
 OBJECT_STORE = 100_000_000
 """Bytes of Ray's object store on this host: settings and accuracies are all that goes through it."""
 
@@ -50,8 +52,7 @@ class Node:
 @contextmanager
 def cluster(address: str | None, debug: bool = False) -> Iterator[list[Node]]:
     """A local Ray or a connection to a running cluster; left, or ended with all it runs, at the end. ``debug``: show its workers' output."""
-    # Not below TMPDIR: a socket's path must be short.
-    files = tempfile.mkdtemp(prefix="gdd-ray-", dir=os.environ.get("RAY_TMPDIR", "/tmp")) if address is None else None
+    files = tempfile.mkdtemp(prefix="gdd-ray-", dir=temporary()) if address is None else None
     try:
         _start(address, files, debug)
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put a handler of its own there
@@ -81,6 +82,18 @@ def _remedy(address: str) -> str:
     """Ray does not say that it was the token that was refused."""
     token = "give its token in RAY_AUTH_TOKEN or ~/.ray/auth_token, or set RAY_AUTH_MODE=disabled if it asks for none"
     return f"start one with `ray start --head`, or {token}" if address == "auto" else token
+
+
+def temporary() -> str:
+    """Where a local Ray keeps its files: not TMPDIR, since a socket's path must be short. Raises UserError where that cannot be."""
+    place = os.environ.get("RAY_TMPDIR") or "/tmp"
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{place} is no directory that Ray can write to; set RAY_TMPDIR to one")
+    if len(os.fsencode(place)) > LONGEST_PLACE:
+        raise UserError(
+            f"{place} is too long a path for Ray's sockets; set RAY_TMPDIR to one of {LONGEST_PLACE} bytes or fewer, say /tmp"
+        )
+    return place
 
 
 def check_address(address: str | None) -> None:

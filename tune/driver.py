@@ -46,6 +46,7 @@ def run(command: Command) -> None:
     if left(search, record):  # what is refused here leaves no trace
         cluster.check_address(search.options.address)
         if search.options.address is None:
+            cluster.temporary()
             cluster.check_resources(search.options, [cluster.this_host()])
     with holding(Lock(out / "run.lock"), _busy(out)):
         data = data_of(search)
@@ -201,7 +202,7 @@ def damaged(path: Path) -> bool:
 def write_best(search: Search, best: Outcome, data: str) -> None:
     """OUT/best.yaml: the best trial's settings, on the store that holds what it was made from. Good from any working directory."""
     out = search.out.resolve()
-    ran = yaml.safe_load((out / "trials" / best.id / "config.yaml").read_text())
+    ran = yaml.safe_load((out / "trials" / best.id / "config.yaml").read_bytes())
     config = dataclasses.replace(
         space.apply(search.config, best.settings),
         precision=ran["precision"],

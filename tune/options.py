@@ -116,7 +116,7 @@ def load(out: Path) -> Search:
     if not path.exists():
         raise UserError(f"{out} holds no search to resume ({FILE} is missing); leave out --resume to begin one")
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.safe_load(path.read_bytes())
         if tree["format"] != _FORMAT:
             raise ValueError(tree["format"])
         options = Options(**tree["options"])

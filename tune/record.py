@@ -111,6 +111,10 @@ class Record:
 def best_of(record: Record, metric: str) -> Outcome:
     """The finished trial that is best in ``metric``, the earliest of equals. Raises UserError when none has finished."""
     finished = [o for o in record.outcomes().values() if o.status == FINISHED]
+    if not finished and not record.outcomes():
+        raise UserError(
+            "no trial came to its end in the time there was; --resume goes on, give it a longer --time-budget"
+        )
     if not finished:
         raise UserError(
             f"no trial has finished; {record.out}/trials.jsonl says why, and --resume goes on where the time was too short"

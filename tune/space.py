@@ -8,13 +8,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, get_type_hints
 
 import yaml
 
 from gdd_dist.config.bounds import validate
 from gdd_dist.config.settings import Config, Matching
+from gdd_dist.config.yaml_files import read_yaml
 from sharding.errors import UserError
 
 SECTION = "matching"
@@ -92,15 +92,7 @@ def load(path: str | None) -> tuple[Axis, ...]:
     """The space, changed by a YAML file: setting → {low, high, log, zero} or {choices}, or null to leave it out."""
     if path is None:
         return SPACE
-    try:
-        tree = yaml.safe_load(Path(path).read_text())
-    except OSError as e:
-        raise UserError(f"cannot read --space {path} ({e.strerror}); give a file that exists") from e
-    except yaml.YAMLError as e:
-        raise UserError(f"--space {path} is not YAML ({' '.join(str(e).split())})") from e
-    if not isinstance(tree, dict):
-        raise UserError(f"--space {path} holds no settings; --print-space prints an example")
-    return merged(tree, path)
+    return merged(read_yaml(path, "--space", "--print-space prints an example"), path)
 
 
 def merged(tree: Mapping[str, Any], source: str) -> tuple[Axis, ...]:
@@ -156,8 +148,10 @@ def _check_range(axis: Axis) -> None:
     if axis.choices:
         return
     name, low, high = axis.setting, axis.low, axis.high
-    if axis.type is str or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in (low, high)):
-        raise UserError(f"{name} needs choices, or low and high as numbers (in YAML 1.0e-4, not 1e-4)")
+    if axis.type is str or not all(
+        isinstance(v, (int, float)) and not isinstance(v, bool) for v in (low, high, axis.zero)
+    ):
+        raise UserError(f"{name} needs choices, or low, high and zero as numbers")
     if not low < high or (axis.log and low <= 0) or not 0 <= axis.zero < 1:
         raise UserError(f"{name}: low must be below high (and above 0 with log), zero from 0 to below 1")
 

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, get_type_hints
 
 from gdd_dist.config.settings import SECTIONS, Config
 from sharding.errors import UserError
 from sharding.sizes import parse_size
+
+LARGEST_COUNT = 2**31 - 1
+"""Products of two counts fit 64 bits."""
+LARGEST_SEED = 2**63 - 1
+LARGEST_FLOAT = 1e30
+"""Networks compute in float32, which ends at 3e38."""
 
 
 def options() -> Iterator[tuple[str, type, dataclasses.Field[Any]]]:
@@ -49,14 +56,19 @@ def _check(name: str, value: Any, meta: Mapping[str, Any]) -> None:
         return
     if meta["choices"] and value not in meta["choices"]:
         raise UserError(f"--{name} {value} is not known; choose {', '.join(meta['choices'])}")
-    if isinstance(value, float) and value != value:
-        raise UserError(f"--{name} is not a number; give one")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"--{name} {value} is no finite number; give one")
     if meta["low"] is not None and value < meta["low"]:
         raise UserError(f"--{name} {value} is too small; give at least {meta['low']}")
     if meta["above"] is not None and value <= meta["above"]:
         raise UserError(f"--{name} {value} is too small; give more than {meta['above']}")
     if meta["high"] is not None and value > meta["high"]:
         raise UserError(f"--{name} {value} is too large; give at most {meta['high']}")
+    if meta["below"] is not None and value >= meta["below"]:
+        raise UserError(f"--{name} {value} is too large; give less than {meta['below']}")
+    most = LARGEST_FLOAT if isinstance(value, float) else LARGEST_SEED if name.endswith("seed") else LARGEST_COUNT
+    if isinstance(value, (int, float)) and abs(value) > most:
+        raise UserError(f"--{name} {value} is too large; give at most {most}")
 
 
 def _check_augment(name: str, value: str) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,8 @@ from gdd_dist import __version__
 from gdd_dist.config.bounds import options, validate, value_of
 from gdd_dist.config.presets import PRESETS
 from gdd_dist.config.settings import SECTIONS, Config
-from gdd_dist.data.location import read_manifest
+from gdd_dist.config.yaml_files import read_yaml
+from gdd_dist.data.location import PATIENCE, is_remote, read_manifest
 from gdd_dist.models import pretrained
 from sharding.errors import UserError
 
@@ -26,6 +28,8 @@ _FLAGS = {
     "print_config": "print every setting as YAML and exit",
     "dry_run": "print a table of what would run and what it needs, and exit",
 }
+_PATHS = ("data", "store", "deepspeed_config", "loader.cache_dir", "teachers.pretrained")
+"""Kept as absolute paths, so that OUT/config.yaml means the same from every directory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,26 +148,18 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
+        if value is None and name in SECTIONS:  # an empty section
+            continue
         flat |= _flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
     return flat
 
 
 def _read_file(path: str) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(Path(path).read_text())
-    except OSError as e:
-        raise UserError(
-            f"cannot read --config {path} ({e.strerror}); give a YAML file as --print_config prints it"
-        ) from e
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise UserError(
-            f"--config {path} is not YAML ({' '.join(str(e).split())}); --print_config prints an example"
-        ) from e
-    if not isinstance(tree, dict):
-        raise UserError(f"--config {path} holds no settings; --print_config prints an example")
-    flat = _flatten(tree)
+    flat = _flatten(read_yaml(path, "--config", "--print_config prints an example"))
     known = {name for name, _, _ in options()} | {"preset"}
     for name in flat:
+        if name in SECTIONS:
+            raise UserError(f"{name} in {path} is a section; give its settings in lines of their own below it")
         if name not in known:
             raise UserError(_unknown(name, known, f" in {path}"))
     return flat
@@ -189,10 +185,18 @@ def _as_typed(flat: Mapping[str, Any], path: str) -> list[str]:
     return argv
 
 
-def _preset_of_data(data: str | None) -> str:
+def _located(path: str) -> str:
+    """A path as the shell's user means it (``~``, which shells leave alone behind ``=``), from the root; a URL as it is."""
+    return path if not path or is_remote(path) else str(Path(os.path.expanduser(path)).absolute())
+
+
+def _preset_of_data(data: str | None, patience: str | None) -> str:
     if data is None:
         return "digits"
-    manifest = read_manifest(data)
+    try:
+        manifest = read_manifest(_located(data), min(PATIENCE, float(patience or PATIENCE)))
+    except ValueError:  # refused as a setting, in a moment
+        return "digits"
     if manifest.name in PRESETS:
         return manifest.name
     size = max(manifest.height, manifest.width)
@@ -202,9 +206,12 @@ def _preset_of_data(data: str | None) -> str:
 def parse(argv: Sequence[str]) -> Command:
     """Parse and validate a command line. Raises UserError; SystemExit(0) after --help."""
     argv = _canonical(argv)
-    from_file = _read_file(path) if (path := _last(argv, "config")) else {}
+    from_file = _read_file(os.path.expanduser(path)) if (path := _last(argv, "config")) else {}
     typed = _as_typed(from_file, path or "")
-    preset = _last(argv, "preset") or str(from_file.get("preset") or _preset_of_data(_last([*typed, *argv], "data")))
+    given = [*typed, *argv]
+    preset = _last(argv, "preset") or str(
+        from_file.get("preset") or _preset_of_data(_last(given, "data"), _last(given, "loader.patience"))
+    )
     if preset not in PRESETS:
         near = difflib.get_close_matches(preset, PRESETS, n=1)
         raise UserError(
@@ -216,8 +223,7 @@ def parse(argv: Sequence[str]) -> Command:
         _parse_typed(parser, typed, f" in {path}")
     parsed = _parse_typed(parser, [*typed, *argv])
     config = _build(parsed)
-    if config.out is None:
-        config = dataclasses.replace(config, out=f"runs/{preset}")
+    config = dataclasses.replace(config, out=os.path.expanduser(config.out or f"runs/{preset}"))
     validate(config)
     return Command(config, preset, bool(parsed["print_config"]), bool(parsed["dry_run"]))
 
@@ -243,6 +249,8 @@ def _build(parsed: Mapping[str, Any]) -> Config:
         value = parsed[name]
         if _item_type(hint)[1]:
             value = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+        elif name in _PATHS and value is not None:
+            value = _located(value)
         values[section][leaf] = value
     sections: dict[str, Any] = {s: type(getattr(Config(), s))(**values[s]) for s in SECTIONS}
     if parsed.get("no_verify"):

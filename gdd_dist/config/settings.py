@@ -19,17 +19,21 @@ def setting(
     low: float | None = None,
     above: float | None = None,
     high: float | None = None,
+    below: float | None = None,
     choices: tuple[str, ...] | None = None,
     where: bool = False,
 ) -> Any:
     """A dataclass field with its bounds; ``where``: says only where or how fast, so it is in no fingerprint."""
-    meta = {"help": help, "low": low, "above": above, "high": high, "choices": choices, "where": where}
+    bounds = {"low": low, "above": above, "high": high, "below": below}
+    meta = {"help": help, **bounds, "choices": choices, "where": where}
     if isinstance(default, (list, tuple)):
         return dataclasses.field(default_factory=lambda: tuple(default), metadata=meta)
     return dataclasses.field(default=default, metadata=meta)
 
 
 _SEED = "seed of this step alone; by default --seed"
+_YEAR = 366 * 86_400.0
+"""Seconds: what waits longer has no end, and the system's clocks cannot count it."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,11 @@ class Loader:
     cache_dir: str = setting("", "where shards of a remote --data are kept; default ~/.cache/gdd_dist/data", where=True)
     cache_limit: str = setting("50GB", "bytes that they may take in all, as 50GB", where=True)
     patience: float = setting(
-        300.0, "seconds for which the store of a remote --data may fail before the run ends", low=0, where=True
+        300.0,
+        "seconds for which the store of a remote --data may fail before the run ends",
+        low=0,
+        high=_YEAR,
+        where=True,
     )
 
 
@@ -121,14 +129,14 @@ class Gan:
     batch: int = setting(64, "images of a global batch", low=1)
     latent: int = setting(64, "numbers in a latent", low=1)
     width: int = setting(64, "channels of the generator's widest stage", low=4)
-    blocks: int = setting(2, "residual blocks a stage", low=1)
+    blocks: int = setting(2, "residual blocks a stage", low=1, high=256)
     patch: int = setting(1, "side of the pixel patches that both networks compute on; 2 quarters the cost", low=1)
     d_width: int = setting(64, "channels of the discriminator's widest stage", low=4)
-    d_blocks: int = setting(2, "residual blocks a stage of the discriminator", low=1)
+    d_blocks: int = setting(2, "residual blocks a stage of the discriminator", low=1, high=256)
     lr: float = setting(2e-4, "learning rate of both networks at the start (Adam)", above=0)
     lr_final: float = setting(5e-5, "learning rate at the end (cosine)", low=0)
-    beta1: float = setting(0.0, "Adam's first beta", low=0, high=1)
-    beta2: float = setting(0.99, "Adam's second beta", low=0, high=1)
+    beta1: float = setting(0.0, "Adam's first beta", low=0, below=1)
+    beta2: float = setting(0.99, "Adam's second beta", low=0, below=1)
     gamma: float = setting(1.0, "weight of the zero-centred gradient penalties at the start", low=0)
     gamma_final: float = setting(0.1, "weight of the gradient penalties at the end (log-linear)", low=0)
     augment: str = setting(
@@ -248,12 +256,14 @@ class Config:
         600.0,
         "seconds without a sign of life after which a rank counts as gone, however busy it may be while it gives them",
         above=0,
+        high=_YEAR,
         where=True,
     )
     checkpoint_seconds: float = setting(
         10.0,
         "seconds between checkpoints at least; stretched so that saving takes at most 3 %; 0: every step",
         low=0,
+        high=_YEAR,
         where=True,
     )
     checkpoints_kept: int = setting(3, "newest checkpoints of a loop that are kept", low=1, where=True)

@@ -20,6 +20,8 @@ from sharding.files import sha256_file
 Result = TypeVar("Result")
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0
+_SILENCE = 60.0
+"""Seconds after which a connection that brings nothing is given up, and tried again."""
 MISMATCHES = 5
 """A file that so often arrives whole but with another sha256 is another file."""
 LOCAL_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -38,7 +40,9 @@ class Source:
         try:
             import fsspec
 
-            self._fs, root = fsspec.core.url_to_fs(self._url, use_listings_cache=False, skip_instance_cache=True)
+            self._fs, root = fsspec.core.url_to_fs(
+                self._url, use_listings_cache=False, skip_instance_cache=True, **_limits(url, patience)
+            )
         except ImportError as e:
             raise UserError(
                 f"--data {url} needs {e.name or 'a library'}; pip install fsspec s3fs gcsfs aiohttp"
@@ -86,6 +90,17 @@ class Source:
                 say(f"{self._url}/{file}: {_reason(e)}; again in {pause:.1f} s")
             time.sleep(pause * random.uniform(0.75, 1.25))
             pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def _limits(url: str, patience: float) -> dict[str, Any]:
+    """What makes a store that says nothing at all an error within ``patience`` seconds; libraries wait for minutes."""
+    scheme, seconds = url.partition("://")[0].lower(), max(1.0, min(patience, _SILENCE))
+    if scheme.startswith("http"):
+        import aiohttp
+
+        limit = aiohttp.ClientTimeout(total=None, sock_connect=seconds, sock_read=seconds)
+        return {"client_kwargs": {"timeout": limit}}
+    return {"config_kwargs": {"connect_timeout": seconds, "read_timeout": seconds}} if scheme.startswith("s3") else {}
 
 
 def _reason(e: Exception) -> str:

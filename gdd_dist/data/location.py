@@ -7,6 +7,8 @@ import re
 from sharding.errors import UserError
 from sharding.manifest import Manifest
 
+PATIENCE = 60.0
+"""Seconds for which a store may fail before a manifest counts as not there, unless settings say otherwise."""
 SCHEMES = ("s3", "s3a", "gs", "gcs", "https", "http")
 
 
@@ -20,13 +22,13 @@ def is_remote(data: str) -> bool:
     return scheme is not None
 
 
-def read_manifest(data: str, patience: float = 60.0) -> Manifest:
+def read_manifest(data: str, patience: float = PATIENCE) -> Manifest:
     """The manifest of a directory or a URL; of a URL once in a process, so that it cannot change under a run.
 
     ``patience``: seconds for which a store may fail.
     """
     if not is_remote(data):
         return Manifest.load(data)
-    from gdd_dist.data.remote import remote_manifest  # most data sets are on a disk
+    from gdd_dist.data.remote import Asked, remote_manifest  # most data sets are on a disk
 
-    return remote_manifest(data, patience)
+    return remote_manifest(Asked(data, patience))

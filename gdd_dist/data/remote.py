@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO
@@ -42,15 +42,27 @@ class Cache:
 
     @staticmethod
     def of(directory: str, limit: str, patience: float) -> Cache:
-        """From settings; without a directory, the user's own cache."""
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        return Cache(Path(directory) if directory else home / "gdd_dist" / "data", parse_size(limit), patience)
+        """From settings; without a directory, the user's own cache. Raises UserError where there is neither."""
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        if not directory and home.startswith("~"):  # a container's user without an entry in passwd
+            raise UserError(
+                "there is no home directory for shards of a remote --data; give --loader.cache_dir, or set HOME"
+            )
+        return Cache(Path(directory or f"{home}/gdd_dist/data"), parse_size(limit), patience)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """However patient who asks is, the manifest is the same."""
+
+    data: str
+    patience: float = field(compare=False)
 
 
 @cache
-def remote_manifest(data: str, patience: float) -> Manifest:
+def remote_manifest(asked: Asked) -> Manifest:
     """The manifest of a URL, fetched once."""
-    return parse_manifest(Source(data, patience).content(FILE), f"{data}/{FILE}")
+    return parse_manifest(Source(asked.data, asked.patience).content(FILE), f"{asked.data}/{FILE}")
 
 
 @cache
@@ -58,7 +70,7 @@ def open_data(data: str, cache: Cache) -> Path:
     """The directory of a data set; of a remote one its mirror, with manifest and indexes, which is then known to `mirror_of`."""
     if not is_remote(data):
         return Path(data)
-    mirror = Mirror(data, read_manifest(data), cache)
+    mirror = Mirror(data, read_manifest(data, cache.patience), cache)
     _mirrors[mirror.directory] = mirror
     return mirror.directory
 

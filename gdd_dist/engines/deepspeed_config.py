@@ -68,7 +68,7 @@ def read(path: str | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        given = json.loads(Path(path).read_text())
+        given = json.loads(Path(path).read_bytes())
     except OSError as e:
         raise UserError(f"cannot read --deepspeed-config {path} ({e.strerror}); give a JSON file") from e
     except ValueError as e:

@@ -183,6 +183,21 @@ def ports() -> list[Finding]:
     ]
 
 
+def host_name() -> Finding:
+    """Whether this host's own name, by which ranks and torchrun meet, resolves: they would hang otherwise."""
+    name = socket.gethostname()
+    try:
+        address = str(socket.getaddrinfo(name, None)[0][4][0])
+    except (OSError, UnicodeError) as e:
+        fix = (
+            f"echo '127.0.1.1 {name}' >> /etc/hosts (on several nodes: their addresses), or give torchrun --standalone"
+        )
+        return Finding(
+            "host name", WARN, f"{name} does not resolve ({e}); torchrun over several processes may hang", fix
+        )
+    return Finding("host name", OK, f"{name} is {address}")
+
+
 def _is_free(number: int) -> bool:
     with socket.socket() as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -16,6 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from gdd_dist.models.names import TORCHVISION, has_batch_norm
 from sharding.errors import UserError
 
+WIDEST = 65_536
+CONSTANT = 1e-6
+"""A channel whose standard deviation is not above this is the same everywhere, up to rounding."""
 _GROUP_CHANNELS = 8
 """Channels that share a group norm in the ResNets."""
 
@@ -195,8 +198,10 @@ def parse_classifier(name: str) -> tuple[str, int | None]:
     if base not in CLASSIFIERS:
         near = difflib.get_close_matches(base, CLASSIFIERS, n=1, cutoff=0.0)[0]
         raise UserError(f"unknown classifier '{name}'; did you mean '{near}'? known: {', '.join(CLASSIFIERS)}")
-    if colon and not (width.isascii() and width.isdigit() and int(width) > 0):
-        raise UserError(f"classifier '{name}' has no valid width; write {base} or {base}:WIDTH, say {base}:64")
+    if colon and not (width.isascii() and width.isdigit() and len(width) < 6 and 0 < int(width) <= WIDEST):
+        raise UserError(
+            f"classifier '{name}' has no valid width; write {base} or {base}:WIDTH, say {base}:64, at most {WIDEST}"
+        )
     return base, int(width) if colon else None
 
 
@@ -222,21 +227,29 @@ def parse_student(name: str) -> tuple[str, int | None]:
     return parse_classifier(name)
 
 
+def divisors(std: Sequence[float]) -> list[float]:
+    """What channels are divided by: their standard deviations, 1 for a channel that is the same everywhere."""
+    return [s if s > CONSTANT else 1.0 for s in std]
+
+
 def build_classifier(
     name: str, *, channels: int, size: int, classes: int, mean: Sequence[float], std: Sequence[float]
 ) -> Classifier:
     """A freshly initialised classifier (torch's global generator) for images [B, channels, size, size] in [-1, 1].
 
     `name` is one of CLASSIFIERS, with `:WIDTH` if the usual width does not suit; `mean` and `std` are per channel, of
-    pixels in [-1, 1]. Raises UserError for an unknown name, fewer than 8 pixels, or statistics that do not fit.
+    pixels in [-1, 1]; 0 (a constant channel) counts as std 1.
+    Raises UserError for an unknown name, fewer than 8 pixels, or statistics that do not fit.
     """
     if name.startswith(TORCHVISION):
-        return Classifier(_torchvision(name, channels, classes), mean, std)
+        return Classifier(_torchvision(name, channels, classes), mean, divisors(std))
     base, width = parse_classifier(name)
     if size < 8:
         raise UserError(f"images of {size} pixels are too small for classifier '{name}'; it needs 8 or more")
-    if not len(mean) == len(std) == channels or min(std) <= 0:
-        raise UserError(f"mean {list(mean)} and std {list(std)} do not fit {channels} channels; give one each, std > 0")
+    if not len(mean) == len(std) == channels or min(std) < 0:
+        raise UserError(
+            f"mean {list(mean)} and std {list(std)} do not fit {channels} channels; give one each, std >= 0"
+        )
     options = {} if width is None else {"width": width}
     body = CLASSIFIERS[base](channels=channels, size=size, classes=classes, **options)
-    return Classifier(body, mean, std)
+    return Classifier(body, mean, divisors(std))

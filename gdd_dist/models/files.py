@@ -33,23 +33,29 @@ def save_network(path: Path, net: nn.Module | dict[str, Tensor], meta: Mapping[s
     write_atomic(path, save(weights, metadata={k: json.dumps(v, sort_keys=True) for k, v in meta.items()}))
 
 
-def read_network(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(weights on the CPU, metadata). Raises UserError naming a file that is missing or no safetensors file."""
+AGAIN = "remove its directory to compute it again"
+
+
+def read_network(path: Path, remedy: str = AGAIN) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(weights on the CPU, metadata). Raises UserError, which ends with ``remedy``, naming a file that is missing or none of ours."""
     try:
         with safe_open(path, framework="pt") as f:
             meta = {k: json.loads(v) for k, v in (f.metadata() or {}).items()}
         return load_file(path), meta
     except (OSError, SafetensorError, ValueError) as e:
-        raise UserError(f"cannot read {path} ({e}); remove its directory to compute it again") from e
+        raise UserError(f"cannot read {path} as a network of ours ({e}); {remedy}") from e
 
 
-def load_generator_network(path: Path) -> tuple[Generator, dict[str, Any]]:
-    """The generator of a ``generator.safetensors`` and its metadata."""
-    weights, meta = read_network(path)
+def load_generator_network(path: Path, remedy: str = AGAIN) -> tuple[Generator, dict[str, Any]]:
+    """The generator of a ``generator.safetensors`` and its metadata. ``remedy``: as of `read_network`."""
+    weights, meta = read_network(path, remedy)
     if meta.get("format") != "gdd-generator/1":
         raise UserError(f"{path} is no generator of ours; give the generator.safetensors of a gan or matching step")
-    net = Generator(**meta["arch"])
-    net.load_state_dict(weights)
+    try:
+        net = Generator(**meta["arch"])
+        net.load_state_dict(weights)
+    except (KeyError, TypeError, RuntimeError) as e:
+        raise UserError(f"{path} does not hold the generator that it names ({type(e).__name__}: {e}); {remedy}") from e
     return net, meta
 
 

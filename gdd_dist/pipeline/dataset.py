@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gdd_dist.config.settings import Config
-from gdd_dist.data.location import read_manifest
+from gdd_dist.data.location import is_remote, read_manifest
 from sharding.manifest import FILE, Manifest
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def data_of(out: Path, config: Config) -> Path:
 
 def manifest_of(out: Path, config: Config) -> Manifest:
     """The manifest of a run's data set, without fetching more of it. Raises UserError when it cannot be read."""
-    return read_manifest(config.data or str(out / "data"), PATIENCE)
+    return read_manifest(config.data or str(out / "data"), min(PATIENCE, config.loader.patience))
 
 
 def data_or_digits(config: Config, out: Path, scratch: Path) -> tuple[Path, bool]:
@@ -40,9 +40,9 @@ def data_or_digits(config: Config, out: Path, scratch: Path) -> tuple[Path, bool
 
 def data_directory(config: Config) -> Path | None:
     """Where --data lies on this host, a mirror if it is remote; None where it is not given."""
-    if config.data is None:
-        return None
-    from gdd_dist.data.remote import Cache, open_data  # most questions are answered by the manifest alone
+    if config.data is None or not is_remote(config.data):
+        return None if config.data is None else Path(config.data)
+    from gdd_dist.data.remote import Cache, open_data  # most data sets are on a disk
 
     loader = config.loader
     return open_data(config.data, Cache.of(loader.cache_dir, loader.cache_limit, loader.patience))

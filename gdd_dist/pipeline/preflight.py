@@ -11,6 +11,7 @@ from gdd_dist.evaluation import rows
 from gdd_dist.models import pretrained, pretrained_networks
 from gdd_dist.models.classifiers import has_batch_norm, parse_classifier, parse_student
 from gdd_dist.models.residual import side_widths
+from gdd_dist.pipeline.memory_needed import check_memory
 from sharding.errors import UserError
 from sharding.manifest import Manifest
 
@@ -25,11 +26,16 @@ def check(config: Config, manifest: Manifest, world: int, device: torch.device) 
         raise UserError(
             f"images are {manifest.height}x{manifest.width}; build the data set with --image-size to make them square"
         )
+    if len(manifest.classes) < 2:
+        raise UserError(
+            f"{manifest.name} has one class alone, and there is nothing to tell apart; build it with two or more"
+        )
     side_widths(manifest.height, config.gan.width, config.gan.patch)
     trained = () if config.teachers.pretrained else config.teachers.architectures
     for name in trained:
         parse_classifier(name)
     parse_student(config.matching.quick_student)
+    check_memory(config, manifest, world, device)
     for file in pretrained.files(config.teachers.pretrained) if config.teachers.pretrained else ():
         pretrained_networks.load(file, manifest)
     check_ranks(config, world)

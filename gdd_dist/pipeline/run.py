@@ -13,6 +13,7 @@ from typing import Any
 from gdd_dist.config import command_line as configuration
 from gdd_dist.config.settings import Config
 from gdd_dist.config.steps import STEPS, TABLE, Inputs
+from gdd_dist.models.classifiers import CONSTANT
 from gdd_dist.pipeline.fingerprints import fingerprints
 from gdd_dist.pipeline.preflight import check
 from gdd_dist.pipeline.store_users import note_user, store_of
@@ -80,6 +81,10 @@ def run(
     store = Store(store_of(out, config))
     ctx = Context(config, world, data, manifest, store, out, precision, on_interval=on_interval)
     ctx.disks = find_disks(ctx)
+    if constant := [str(c) for c, s in enumerate(manifest.std) if 2 * s <= CONSTANT]:
+        world.say(
+            f"data: channel {', '.join(constant)} is the same everywhere in train; its standard deviation counts as 1"
+        )
     fps = fingerprints(config, manifest, precision)
     if world.is_main:
         write_config(out, configuration.to_yaml(config, preset))
@@ -104,7 +109,7 @@ def run(
 def write_config(out: Path, text: str) -> None:
     """OUT/config.yaml, and the same in TensorBoard; without keys that stand in URLs."""
     path, text = out / "config.yaml", redact(text)
-    if not path.exists() or path.read_text() != text:
+    if not path.exists() or path.read_text("utf-8", "replace") != text:
         from gdd_dist.runtime.tensorboard_layout import write_layout  # loads TensorBoard, which only rank 0 writes
 
         write_text(out / "tensorboard" / "config", "config", text)

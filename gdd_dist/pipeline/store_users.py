@@ -35,8 +35,8 @@ def note_user(store: Path, out: Path) -> None:
     if line in users(store):
         return
     store.mkdir(parents=True, exist_ok=True)
-    with (store / FILE).open("a") as f:
-        f.write(f"{line}\n")
+    with (store / FILE).open("ab") as f:
+        f.write(os.fsencode(f"{line}\n"))
         f.flush()
         os.fsync(f.fileno())
 
@@ -44,7 +44,7 @@ def note_user(store: Path, out: Path) -> None:
 def users(store: Path) -> list[str]:
     """The absolute paths of all OUTs that ever used the store, in the order they came."""
     path = store / FILE
-    return list(dict.fromkeys(path.read_text().splitlines())) if path.exists() else []
+    return list(dict.fromkeys(os.fsdecode(path.read_bytes()).splitlines())) if path.exists() else []
 
 
 def store_of(out: Path, config: Config) -> Path:

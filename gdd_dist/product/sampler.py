@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from gdd_dist.data.noise import normal
 from gdd_dist.data.pixels import to_float, to_uint8
-from gdd_dist.models.files import GENERATOR, load_generator_network, read_teachers
+from gdd_dist.models.files import AGAIN, GENERATOR, load_generator_network, read_teachers
 from gdd_dist.models.generator import Generator
 from gdd_dist.storage.json_files import read_json
+from gdd_dist.storage.printable import printable
 from sharding.errors import UserError
 
 if TYPE_CHECKING:  # only soft labels need the teachers
@@ -35,18 +36,30 @@ def load_generator(path: str | Path, device: str | torch.device = "auto") -> Sam
     From a run directory every file that is read is checked against its sha256, and soft labels are to be had.
     ``device``: "auto" is CUDA where there is one. Raises UserError (one line: what is wrong; what to do).
     """
-    path = Path(path)
-    target = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
+    path = Path(path).expanduser()
+    target = usable_device(device)
     if path.is_dir() and not (path / GENERATOR).exists():
         step = (path / "matching" / "latest").resolve()
         if not (step / GENERATOR).exists():
-            raise UserError(f"{path} holds no finished generator; give a run directory (OUT) or a {GENERATOR}")
+            raise UserError(f"{path} holds no finished generator; {_GIVE}")
         verify(step, GENERATOR)
         return Sampler(step / GENERATOR, target, step, path)
     file = path / GENERATOR if path.is_dir() else path
     if not file.exists():
-        raise UserError(f"{path} does not exist; give a run directory (OUT) or a {GENERATOR}")
+        raise UserError(f"{path} does not exist; {_GIVE}")
     return Sampler(file, target)
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device of that name, "auto": CUDA where there is one. Raises UserError for one that is not here."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        known = str(e).strip().splitlines()[0]
+        raise UserError(f"device {device} is none that torch can use here ({known}); give auto, cpu or cuda") from None
 
 
 def verify(directory: Path, *names: str) -> None:
@@ -71,7 +84,7 @@ class Sampler:
     """
 
     def __init__(self, file: Path, device: torch.device, step: Path | None = None, out: Path | None = None) -> None:
-        network, self.meta = load_generator_network(file)
+        network, self.meta = load_generator_network(file, _GIVE if step is None else AGAIN)
         self.network: Generator = network.to(device).eval().requires_grad_(False)
         self.file, self.device = file, device
         self._step, self._out = step, out
@@ -79,8 +92,8 @@ class Sampler:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names."""
-        return tuple(self.meta.get("classes") or map(str, range(self.network.arch["classes"])))
+        """Class names, as they can be printed."""
+        return tuple(map(printable, self.meta.get("classes") or map(str, range(self.network.arch["classes"]))))
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -91,7 +104,7 @@ class Sampler:
     @property
     def data_name(self) -> str:
         """Name of the data set that it was distilled from."""
-        return str(self.meta.get("provenance", {}).get("data", "unknown"))
+        return printable(str(self.meta.get("provenance", {}).get("data", "unknown")))
 
     @torch.no_grad()
     def sample(self, labels: Labels, seed: int = 0, truncation: float | None = None) -> Tensor:
@@ -141,7 +154,8 @@ class Sampler:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Endless fresh batches on the device: uint8 [B, C, H, W] with int64 [B], or float32 [B, K] with ``soft_labels``.
 
-        Classes come evenly: each once, in random order, before any comes again.
+        Classes come evenly: each once, in random order, before any comes again. In a worker of a torch DataLoader the stream
+        gives each n-th batch, so that the n workers give all of them, none twice.
         """
         if batch_size < 1:
             raise UserError(f"batch_size {batch_size} is too small; give at least 1")
@@ -154,13 +168,15 @@ class Sampler:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         from gdd_dist.data.order import dealt
 
-        first = 0
+        worker = get_worker_info()
+        first, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        first *= batch_size
         while True:
             places = np.arange(first, first + batch_size)
             labels = dealt(seed, "stream/labels", places, len(self.classes))
             images = self._draw(labels, seed, "stream/z", places, truncation)
             yield images, self.soft_labels(images) if soft_labels else torch.from_numpy(labels).to(self.device)
-            first += batch_size
+            first += workers * batch_size
 
     @torch.no_grad()
     def soft_labels(self, images: Tensor, temperature: float | None = None) -> Tensor:
@@ -184,7 +200,7 @@ class Sampler:
             raise UserError(_NO_RUN)
         import yaml  # who draws from a single file need not have it
 
-        report = yaml.safe_load((self._out / "config.yaml").read_text()).get("report") or {}
+        report = yaml.safe_load((self._out / "config.yaml").read_bytes()).get("report") or {}
         return float(report.get("label_temperature", 1.0))
 
     def _load_teachers(self) -> list[Classifier]:
@@ -213,6 +229,7 @@ class Sampler:
         return torch.cat(parts)
 
 
+_GIVE = f"give a run directory (OUT) or a {GENERATOR}"
 _NO_RUN = "soft labels need the run's teachers; give load_generator the run directory (OUT) instead of a single file"
 
 

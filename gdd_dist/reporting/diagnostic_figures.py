@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from gdd_dist.evaluation.confusion import by_class
 from gdd_dist.reporting.diagnostics import Answers, Evidence, Near, extremes
-from gdd_dist.reporting.training_figures import COLORS, DPI, LONGEST_NAME, mosaic
+from gdd_dist.reporting.training_figures import COLORS, DPI, mosaic, short
 
 KINDS = ("real", "gan", "matched")
 WORDS = {"real": "real", "gan": "GAN", "matched": "matched"}
@@ -33,11 +33,6 @@ def gallery(evidence: Evidence, names: Sequence[str]) -> dict[str, Figure]:
         "answers.png": answers_figure(evidence.answers),
         "neighbours.png": neighbours_figure(evidence.near, names),
     }
-
-
-def short(name: str) -> str:
-    """A class name that fits an axis."""
-    return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
 
 
 def classes_figure(matrices: Mapping[str, np.ndarray], names: Sequence[str]) -> Figure:

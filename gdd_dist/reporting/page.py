@@ -14,6 +14,7 @@ from gdd_dist.reporting.diagnostics import NEAR_SIDE, Evidence
 from gdd_dist.reporting.reproduce import provenance_table, reproduce
 from gdd_dist.reporting.tables import NONE, differs, headline, markdown, markdown_table
 from gdd_dist.runtime.versions import changed
+from gdd_dist.storage.printable import printable
 from gdd_dist.training.context import Context
 
 MOST_CLASSES = 40
@@ -32,9 +33,9 @@ def page(
     shape = f"{m.height}×{m.width}, {m.channels} {'channel' if m.channels == 1 else 'channels'}"
     sizes = ", ".join(f"{name} {split.samples:,}" for name, split in m.splits.items())
     parts = [
-        f"# Distilled: {word(m.name)}",
+        f"# Distilled: {word(printable(m.name))}",
         headline(metrics["results"]),
-        f"Data: {word(m.name)}, {ctx.classes} classes, {shape}; {sizes} images. {_verified(metrics)}",
+        f"Data: {word(printable(m.name))}, {ctx.classes} classes, {shape}; {sizes} images. {_verified(metrics)}",
         "![Real images, the GAN's, the matched generator's](samples.png)",
         "## Rows",
         markdown_table(metrics["results"]),
@@ -111,7 +112,7 @@ def _classes(ctx: Context, evidence: Evidence) -> str:
     if ctx.classes > MOST_CLASSES:
         return text
     scores = {k: by_class(matrices[k]) for k in kinds}
-    lines = [[name, *(_percent(scores[k][c]) for k in kinds)] for c, name in enumerate(ctx.manifest.classes)]
+    lines = [[name, *(_percent(scores[k][c]) for k in kinds)] for c, name in enumerate(ctx.class_names)]
     return text + "\n\n" + markdown(("class", *(f"{k} %" for k in kinds)), lines)
 
 

@@ -50,11 +50,16 @@ def mosaic(images: np.ndarray, gap: int = 1) -> np.ndarray:
     return out
 
 
+def short(name: str) -> str:
+    """A class name that fits an axis; a dollar sign in it begins no formula."""
+    return (name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…").replace("$", r"\$")
+
+
 def samples_figure(panels: Mapping[str, np.ndarray], names: Sequence[str]) -> Figure:
     """Panels side by side, title → uint8 images [classes, columns, H, W, C]; a row for each class."""
     first = next(iter(panels.values()))
     rows, columns, height = first.shape[:3]
-    names = [n if len(n) <= LONGEST_NAME else n[: LONGEST_NAME - 1] + "…" for n in names]
+    names = [short(n) for n in names]
     inch = 0.45
     words = 0.3 + 0.08 * max(len(n) for n in names)
     size = (words + len(panels) * (columns * inch + 0.15), rows * inch + 0.6)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from gdd_dist import __version__
@@ -15,6 +18,13 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.add_argument("--version", action="version", version=f"gdd_dist {__version__}")
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As argparse; ``~`` is the home directory behind ``=`` too, where shells leave it alone."""
+        split = [
+            a.partition("=") if a.startswith("--") else ("", "", a) for a in (sys.argv[1:] if args is None else args)
+        ]
+        return super().parse_args([name + eq + os.path.expanduser(value) for name, eq, value in split], namespace)
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError."""

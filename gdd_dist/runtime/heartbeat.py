@@ -45,10 +45,13 @@ class Watch:
 
 
 class Pulse:
-    """This rank's signs of life, and its eye on others. ``where``: what this rank is at; ``claim``: whether it may report."""
+    """This rank's signs of life, and its eye on others. ``where``: what this rank is at.
+
+    ``claim``: whether it may report; asked through this thread's own connection, since the main thread may stand in a wait on its.
+    """
 
     def __init__(
-        self, store: Any, rank: int, size: int, timeout: float, where: Callable[[], str], claim: Callable[[], bool]
+        self, store: Any, rank: int, size: int, timeout: float, where: Callable[[], str], claim: Callable[[Any], bool]
     ) -> None:
         self._store, self._rank, self._size, self._timeout = store, rank, size, timeout
         self._where, self._claim = where, claim
@@ -112,7 +115,7 @@ class Pulse:
 
     def _miss(self, rank: int, beat: bytes | None) -> None:
         what = f"error: {describe(rank, beat)} has given no sign of life for {self._timeout:g} s; {END}"
-        mine = self._claim()
+        mine = self._claim(self._store)
         _kill_if_here(beat)
         end_with(2, what if mine else f"stopped: rank {self._rank}, because another rank failed")
 

@@ -9,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from sharding.errors import UserError
+
 
 def me() -> dict[str, Any]:
     """This process, {host, space, pid, born}, so that others can look it up. ``space``: where its number means something."""
@@ -42,3 +44,16 @@ def born(pid: int) -> int | None:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return int(fields[19]) if fields[0] not in "ZX" else None
     return None
+
+
+def place() -> tuple[int, int, int, int]:
+    """(rank, size, local rank, local size) as the launcher has set them; one process alone without. Raises UserError."""
+    # deepspeed's launcher has a name of its own for the last
+    local_size = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in os.environ else "LOCAL_SIZE"
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", local_size: "1"}
+    given = {name: os.environ.get(name) or default for name, default in defaults.items()}
+    rank, size, local, here = (int(v) if v.isdecimal() else -1 for v in given.values())
+    if not (0 <= rank < size and local >= 0 and here >= 1):
+        words = ", ".join(f"{name}={value}" for name, value in given.items())
+        raise UserError(f"{words} in the environment do not fit; start with torchrun, or unset them")
+    return rank, size, local, here

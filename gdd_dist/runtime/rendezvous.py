@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import socket
 import time
 import uuid
 from typing import Any
@@ -16,9 +17,10 @@ from sharding.errors import UserError
 
 _POLL = 0.002
 _A_YEAR = datetime.timedelta(days=365)
-_SOON = datetime.timedelta(seconds=10)
-
-_ECHO = 10.0
+_SOON = datetime.timedelta(seconds=30)
+_RESOLVE = 60.0
+"""Seconds within which the name of rank 0's host must come to resolve: in a new cluster it does so late."""
+_ECHO = 30.0
 """Seconds that the others give rank 0 to say who is missing."""
 
 
@@ -60,6 +62,7 @@ def _meet(store: Any, rank: int, size: int, timeout: float) -> Any:
 def _store(rank: int, size: int, timeout: float) -> Any:
     """torchrun's store; without torchrun rank 0 hosts one, and does not return before all have reached it."""
     limit = datetime.timedelta(seconds=timeout + (0 if rank == 0 else _ECHO))
+    _check_address(timeout)
     try:
         store, _, _ = next(iter(dist.rendezvous("env://", timeout=limit)))
     except dist.DistError as e:
@@ -68,6 +71,28 @@ def _store(rank: int, size: int, timeout: float) -> Any:
         raise UserError(f"{size} ranks did not meet at {where} within {timeout:g} s; {why}") from e
     store.set_timeout(_A_YEAR)  # from here on it is heartbeats that tell who is gone
     return store
+
+
+def _check_address(timeout: float) -> None:
+    """Raise UserError where MASTER_ADDR and MASTER_PORT are not set or lead nowhere: torch would try for ``timeout`` seconds."""
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+        raise UserError(
+            f"RANK and WORLD_SIZE are set but {' and '.join(missing)} not; set them to rank 0's host and a free port, or start with torchrun"
+        )
+    host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    if not (port.isdigit() and 0 < int(port) < 65536):
+        raise UserError(f"MASTER_PORT is {port!r}; set it to the number of a free port of {host}")
+    deadline = time.monotonic() + min(timeout, _RESOLVE)
+    while True:
+        try:
+            socket.getaddrinfo(host, int(port))
+            return
+        except (OSError, UnicodeError) as e:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"MASTER_ADDR {host} does not resolve on this host ({e}); see that it is rank 0's host, or add it to /etc/hosts"
+                ) from None
+        time.sleep(1.0)
 
 
 def _call(store: Any, word: str, size: int) -> list[int]:
@@ -98,7 +123,8 @@ def failed_early() -> str:
 def claim_before_joining() -> bool:
     """True for the first of the ranks that fail before they join the others (wrong settings, no data on this host)."""
     try:
+        _check_address(0.0)
         store, _, _ = next(iter(dist.rendezvous("env://", timeout=_SOON)))
         return bool(store.add(failed_early(), 1) == 1)
-    except (RuntimeError, ValueError):  # no store within reach
-        return int(os.environ.get("RANK", 0)) == 0
+    except (RuntimeError, UserError):  # no store within reach
+        return os.environ.get("RANK", "0") == "0"

@@ -13,12 +13,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NoReturn
 
-GRACE = 10.0
+GRACE = 15.0
 """Seconds that ranks have to agree to stop; launchers must give the job more (torchrun, SLURM, Kubernetes: 30 s)."""
 LONGEST_GRACE = 25.0
-_SECOND_SIGNAL = "at once, on a second signal; the last checkpoint is whole"
+_LATE_SIGNAL = "at once, on another signal after the time to agree; the last checkpoint is whole"
 
 
 class Preempted(Exception):
@@ -74,7 +75,8 @@ def at_end(action: Callable[[], None]) -> None:
 def end_with(status: int, line: str = "") -> NoReturn:
     """Say ``line`` and leave at once, from any thread: no interpreter teardown in which gloo's threads could abort."""
     if line:
-        os.write(2, f"{line}\n".encode())
+        with suppress(OSError):
+            os.write(2, f"{line}\n".encode(errors="backslashreplace"))
     last = threading.Thread(target=_clean, daemon=True)
     last.start()
     last.join(2.0)  # a file system that hangs, or a pipe that nobody reads, must not keep us
@@ -82,13 +84,14 @@ def end_with(status: int, line: str = "") -> NoReturn:
 
 
 def _clean() -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody reads it any more; run_program has said so where it matters
+            stream.flush()
     for action in _at_end:
         action()
 
 
-def listen(rank: int) -> None:
+def listen(rank: str) -> None:
     """From now on the signals are heard, and this rank ends with its torchrun. Call it once, from the main thread."""
     told, tell = os.pipe()
     os.set_blocking(tell, False)
@@ -105,9 +108,12 @@ def _handler(_number: int, _frame: object) -> None:
     """The thread does what there is to do."""
 
 
-def _hear(told: int, rank: int) -> None:
-    """Note the first signal; leave on the second, or when the ranks do not agree to stop in time."""
-    deadline, interrupted = float("inf"), False
+def _hear(told: int, rank: str) -> None:
+    """Note the first signal; leave when the ranks do not agree to stop in time.
+
+    What comes within that time is the same preemption: launchers repeat a signal, pass it on, and send it to every rank.
+    """
+    deadline, interrupted, late = float("inf"), False, False
     while True:
         wait = None if deadline == float("inf") else max(0.0, deadline - time.monotonic())
         if not select.select([told], [], [], wait)[0]:
@@ -117,20 +123,21 @@ def _hear(told: int, rank: int) -> None:
                 what = "the ranks did not agree" if asked.ranks > 1 else "no step ended"
                 why = f"asked to by {asked.name}, without saving: {what} within {asked.grace:.0f} s"
                 end_with(asked.status, f"stopped: rank {rank}, {why}; the last checkpoint is whole")
-            deadline = float("inf")
+            deadline, late = float("inf"), True
             continue
         number = os.read(told, 1)[0]
-        if number == 0 and deadline == float("inf"):  # another rank was asked
+        if number == 0 and deadline == float("inf") and not late:  # another rank was asked
             deadline = time.monotonic() + asked.grace
         elif number == signal.SIGINT:  # the main thread hears it too, unless it is inside a collective
             interrupted, deadline = True, time.monotonic() + 2.0
         elif number in (signal.SIGTERM, signal.SIGUSR1) and signal.getsignal(number) is _handler:
             if not asked.patient:
                 end_with(128 + number, f"stopped: rank {rank}, by {signal.Signals(number).name}; nothing had begun")
-            if asked.number:
-                end_with(128 + number, f"stopped: rank {rank}, {_SECOND_SIGNAL}")
-            deadline = time.monotonic() + asked.grace
-            asked.note(number)
+            if late:
+                end_with(128 + number, f"stopped: rank {rank}, {_LATE_SIGNAL}")
+            if not asked.number:
+                deadline = time.monotonic() + asked.grace
+                asked.note(number)
 
 
 def _end_with_parent() -> None:

@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +18,27 @@ import torch
 import torch.distributed as dist
 
 from gdd_dist.runtime.devices import check_identities, identity, pick_device
-from gdd_dist.runtime.heartbeat import Pulse, describe
+from gdd_dist.runtime.heartbeat import PEER_GRACE, Pulse, describe
 from gdd_dist.runtime.monitor import say
+from gdd_dist.runtime.process_identity import place
 from gdd_dist.runtime.rendezvous import meet
 from gdd_dist.runtime.signals import PeerError, Preempted, asked
 from gdd_dist.runtime.vote import Vote
+from sharding.errors import UserError
 
 _POLL = 0.002
 _COLLECTIVE = 1800.0
 """Seconds that a collective may take at least: who is gone is missed by its heartbeat, this ends what no one can explain."""
+
+_LATER = 5.0
+"""Seconds by which the word to stop may reach a rank later than another."""
 
 
 class World:
     """All ranks of this run. ``size`` 1 without torchrun: then nothing here waits for anybody."""
 
     def __init__(self, device: str = "auto", timeout: float = 600.0) -> None:
-        env = os.environ
-        self.rank, self.size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
-        self.local_rank = int(env.get("LOCAL_RANK", 0))
-        # deepspeed's launcher has a name of its own for it
-        self.local_size = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", 1)))
+        self.rank, self.size, self.local_rank, self.local_size = place()
         self.timeout = timeout
         self._limit = datetime.timedelta(seconds=max(_COLLECTIVE, timeout))
         self.group: Any = None  # of collectives: torch's default, all ranks
@@ -53,7 +54,8 @@ class World:
             self._join()
 
     def _join(self) -> None:
-        """Meet the others, then form the process group."""
+        """Meet the others, then form the process group. Nobody leaves before all have formed it: a fault of a rank that has
+        is seen in the store by the others, who would otherwise meet it as a broken connection."""
         self._store = meet(self.rank, self.size, self.timeout)
         # A connection of its own: the main thread's may stand in a wait.
         self._pulse = Pulse(
@@ -63,7 +65,21 @@ class World:
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         store = dist.PrefixStore("gdd", self._store)
         with _on_loopback(self.local_size == self.size):
-            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=self._limit)
+            try:
+                dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=self._limit)
+            except Exception as e:
+                raise self._whose_fault(e) from e
+        self.barrier()
+
+    def _whose_fault(self, fault: Exception) -> Exception:
+        """What to raise where the group could not be formed: ``fault`` on the first rank that reports it, PeerError on others."""
+        deadline = time.monotonic() + PEER_GRACE * isinstance(fault, RuntimeError)  # as a broken connection is
+        while not self.failed() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        self.quiet()
+        if isinstance(fault, RuntimeError) and not self.failed() and (gone := self.silent()):
+            return UserError(f"{gone} is gone; run the same command again") if self.claim_failure() else PeerError(gone)
+        return fault if self.claim_failure() else PeerError("another rank failed")
 
     def cut(self, size: int) -> Any:
         """Cut the ranks into groups of ``size`` (it divides them) consecutive ones; this rank's process group. All ranks call it."""
@@ -109,13 +125,17 @@ class World:
     def _wait(self, key: str) -> bytes:
         """Poll, so that a peer's failure is seen at once and a busy peer may take as long as it needs."""
         wait = _POLL
-        while not self._store.check([key]):
+        while True:
+            # Who has given his value stays, since the others may have all they wait for, unless one has left before giving his.
+            hopeless = self.stopping and self._store.check(["leaving"])
+            if self._store.check([key]):
+                value: bytes = self._store.get(key)
+                return value
             self._check_peers()
-            self.check_stop()
+            if hopeless:
+                self.check_stop()
             time.sleep(wait)
             wait = min(wait * 1.5, 0.1)
-        value: bytes = self._store.get(key)
-        return value
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -156,7 +176,14 @@ class World:
         """Raise Preempted when the job was asked to stop: where ranks run apart, and have saved what they want to keep."""
         if self.stopping:
             asked.agreed = True
+            self._leave()
             raise Preempted
+
+    def _leave(self) -> None:
+        """Tell those who wait for this rank that it will not come."""
+        if self._store is not None:
+            with suppress(RuntimeError):  # the store's host is gone
+                self._store.set("leaving", str(self.rank))
 
     def vote(self, save: bool = False) -> Vote:
         """Begin to ask, at the start of a step that ranks take together: is any asked to stop, does rank 0 want to ``save``?"""
@@ -174,6 +201,7 @@ class World:
             self.on_preempted()
             return True
         self.quiet()
+        self._leave()
         if not self._all_at("saved", self.size):
             return False
         if self.is_main:
@@ -186,7 +214,7 @@ class World:
 
     def _all_at(self, key: str, wanted: int, add: int = 1) -> bool:
         """Add to a count and wait for it to reach ``wanted``, as long as ranks have to agree to stop."""
-        deadline = time.monotonic() + asked.grace
+        deadline = time.monotonic() + asked.grace + _LATER
         try:
             here = self._store.add(key, add)
             while here < wanted and not self.failed() and time.monotonic() < deadline:
@@ -234,12 +262,12 @@ class World:
             return f"the host of rank 0 ({os.environ.get('MASTER_ADDR', 'unknown')})"
         return ", ".join(describe(r, after[r]) for r in others if before[r] == after[r])
 
-    def claim_failure(self) -> bool:
-        """True for the first rank that fails: it reports; all others only say that they stopped."""
+    def claim_failure(self, store: Any = None) -> bool:
+        """True for the first rank that fails: it reports; all others only say that they stopped. ``store``: another connection."""
         if self._store is None:
             return True
         try:
-            return bool(self._store.add("failed", 1) == 1)
+            return bool((store or self._store).add("failed", 1) == 1)
         except RuntimeError:  # the store's host is gone: somebody else has failed before us
             return False
 

@@ -81,9 +81,9 @@ def documents(
 ) -> dict[str, bytes]:
     """File name → content of all that the report writes: metrics.json, the pictures, report.md, report.html."""
     metrics = document(ctx, fingerprints, history, results, {"nearest": summary(evidence.near)})
-    pictures = {**shown, **gallery(evidence, ctx.manifest.classes)}
+    pictures = {**shown, **gallery(evidence, ctx.class_names)}
     pngs = {name: training_figures.png(figure) for name, figure in pictures.items()}
-    text = page(ctx, fingerprints, metrics, history, costs, evidence)
+    text = page(ctx, fingerprints, metrics, history, costs, evidence).encode("utf-8", "backslashreplace").decode()
     return {
         "metrics.json": json_bytes(metrics),
         **pngs,
@@ -159,7 +159,7 @@ def samples_figure(ctx: Context, dirs: Mapping[str, Path]) -> training_figures.F
     }
     panels = {"real (train)": _real_samples(ctx, classes)}
     panels |= {title: _drawn_samples(ctx, net, classes) for title, net in generators.items()}
-    return training_figures.samples_figure(panels, [ctx.manifest.classes[c] for c in classes])
+    return training_figures.samples_figure(panels, [ctx.class_names[c] for c in classes])
 
 
 def _real_samples(ctx: Context, classes: np.ndarray) -> np.ndarray:

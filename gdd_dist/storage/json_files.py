@@ -32,7 +32,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read JSON; UserError names the file when it is missing or damaged."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_bytes())
     except OSError as e:
         raise UserError(f"cannot read {path} ({e.strerror}); remove its directory to compute it again") from e
     except ValueError as e:

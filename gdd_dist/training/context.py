@@ -17,13 +17,14 @@ from gdd_dist.data.images import Images
 from gdd_dist.data.noise import permutation
 from gdd_dist.data.order import Order
 from gdd_dist.engines.precision import resolve_precision
-from gdd_dist.models.classifiers import Classifier, build_classifier
+from gdd_dist.models.classifiers import Classifier, build_classifier, divisors
 from gdd_dist.models.files import Teacher
 from gdd_dist.runtime.file_exchange import Disks
 from gdd_dist.runtime.monitor import Monitor, say
 from gdd_dist.runtime.teams import Team
 from gdd_dist.runtime.world import World
 from gdd_dist.storage.checkpoints import Checkpoints
+from gdd_dist.storage.printable import printable
 from gdd_dist.storage.store import CHECKPOINTS, Store
 from sharding.errors import UserError
 from sharding.manifest import Manifest
@@ -79,8 +80,13 @@ class Context:
 
     @property
     def std(self) -> list[float]:
-        """Channel standard deviations of train, of pixels in [-1, 1]."""
-        return [2 * s for s in self.manifest.std]
+        """Channel standard deviations of train, of pixels in [-1, 1]; 1 for a channel that is the same everywhere."""
+        return divisors([2 * s for s in self.manifest.std])
+
+    @property
+    def class_names(self) -> list[str]:
+        """As they can be printed and drawn."""
+        return [printable(name) for name in self.manifest.classes]
 
     def images(self, split: str) -> Images:
         """The split's images, opened once."""

@@ -141,7 +141,7 @@ def test_a_signal_to_its_launcher_reaches_the_ranks_who_save_and_leave(undisturb
     try:
         wait_for(lambda: steps_done(out) >= 5 or job.poll() is not None)
         job.send_signal(number)
-        text, _ = job.communicate(timeout=60)
+        text, _ = job.communicate(timeout=240)
     finally:
         job.kill()
     assert job.returncode

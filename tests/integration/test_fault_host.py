@@ -112,7 +112,7 @@ def test_a_host_that_dies_ends_the_job_and_when_it_is_back_the_job_goes_on_to_th
     wait_for(lambda: steps_done(out) >= 10)
     hosts[1].die()
     begin = time.monotonic()
-    assert left.wait(60) == 1
+    assert left.wait(240) == 1
     print(f"the other host's part of the job ended after {time.monotonic() - begin:.0f} s")
     assert_names_ranks_2_and_3(logs[0])
 
@@ -133,10 +133,10 @@ def test_with_max_restarts_the_host_that_is_left_waits_for_the_one_that_died_and
     hosts[1].run(logs[1], argv, elastic)
     wait_for(lambda: steps_done(out) >= 10)
     hosts[1].die()
-    wait_for(lambda: "is gone; run the same command again" in logs[0].read_text(), timeout=60)
+    wait_for(lambda: "is gone; run the same command again" in logs[0].read_text(), timeout=240)
     back = hosts[1].run(tmp_path / "back.log", argv, elastic)
     text = [*logs, tmp_path / "back.log"]
-    assert [left.wait(300), back.wait(60)] == [0, 0], "\n".join(log.read_text() for log in text)
+    assert [left.wait(300), back.wait(240)] == [0, 0], "\n".join(log.read_text() for log in text)
     assert_names_ranks_2_and_3(logs[0])
     assert_resumed_to(whole, out)
 

@@ -14,6 +14,7 @@ import ranks
 
 from gdd_dist import evaluate
 from gdd_dist.runtime.run_program import run_program
+from gdd_dist.runtime.signals import GRACE
 
 SELDOM = ["--checkpoint_seconds", "100000"]  # so that what is saved was saved because of the signal
 FIRST = ["teachers", "logits", "gan"]
@@ -133,41 +134,58 @@ def test_when_a_peer_does_not_answer_nothing_is_saved_and_nobody_waits_longer_th
     begin = time.monotonic()
     job.send(signal.SIGTERM, 0)
     job.until(lambda: job.processes[0].exitcode is not None)
-    assert 9 < time.monotonic() - begin < 20
+    assert GRACE - 1 < time.monotonic() - begin < 4 * GRACE
     job.send(signal.SIGKILL)
     ended = job.wait()
     assert ended.codes[0] == 143
-    assert "without saving: the ranks did not agree within 10 s; the last checkpoint is whole" in ended.err[0]
+    assert "without saving: the ranks did not agree within 15 s; the last checkpoint is whole" in ended.err[0]
     assert not (out / "preempted").exists()
     assert not list(out.glob("gan/*.partial/checkpoints/step-*.pt"))
 
 
 def test_one_process_whose_step_does_not_end_says_so():
     program = (
-        "import time; from gdd_dist.runtime.signals import asked, listen; listen(0); asked.patient, asked.grace = True, 0.2; "
-        "print('ready', flush=True); time.sleep(60)"
+        "import time; from gdd_dist.runtime.signals import asked, listen; listen('0'); asked.patient, asked.grace = True, 0.2; "
+        "print('ready', flush=True); time.sleep(600)"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"ready\n"
         process.terminate()
-        assert process.wait(20) == 143
+        assert process.wait(240) == 143
         assert b"asked to by SIGTERM, without saving: no step ended within 0 s; " in process.stderr.read()
 
 
-def test_a_second_signal_forces_the_exit(undisturbed, tmp_path):
+def test_signals_that_are_repeated_or_passed_on_are_one_preemption(undisturbed, tmp_path):
+    """A launcher signals each rank, the ranks tell each other, and many launchers send their signal again."""
     out = undisturbed.copy(tmp_path / "out", "teachers", "logits")
-    hook = functools.partial(hooks.hold_in_gan, until=tmp_path / "never")
+    hook = functools.partial(hooks.hold_in_gan, until=tmp_path / "go on")
     job = ranks.start(out, [*undisturbed.argv, "--until", "gan"], 2, before=hook)
     job.until(lambda: bool(list(out.glob("gan/*.partial/checkpoints/step-*5.pt"))))
-    begin = time.monotonic()
+    job.send(signal.SIGTERM, 1)
+    time.sleep(1.5)  # the other rank is told by now
     job.send(signal.SIGTERM)
-    time.sleep(0.3)
+    time.sleep(0.1)
     job.send(signal.SIGTERM)
+    (tmp_path / "go on").touch()
     ended = job.wait()
-    assert time.monotonic() - begin < 8
-    assert set(ended.codes) <= {143}, ended.text
-    assert "at once, on a second signal" in ended.text
-    assert not (out / "preempted").exists()
+    assert ended.codes == [143, 143], ended.text
+    assert all("; all is saved, the same command" in err for err in ended.err), ended.text
+    assert (out / "preempted").exists()
+
+
+def test_a_signal_after_the_time_to_agree_forces_the_exit():
+    program = (
+        "import time; from gdd_dist.runtime.signals import asked, listen; listen('0'); "
+        "asked.patient, asked.grace, asked.agreed = True, 0.2, True; print('ready', flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"ready\n"
+        process.terminate()
+        time.sleep(2)
+        assert process.poll() is None  # it is saving
+        process.terminate()
+        assert process.wait(240) == 143
+        assert b"at once, on another signal after the time to agree; " in process.stderr.read()
 
 
 def hold_and_mind_sigint(rank, until):
@@ -183,7 +201,7 @@ def test_ctrl_c_ends_all_ranks_and_the_last_checkpoint_is_whole(undisturbed, tmp
     job = ranks.start(out, argv, 2, before=hook)
     job.until(lambda: bool(list(out.glob("gan/*.partial/checkpoints/step-*5.json"))))
     job.send(signal.SIGINT)
-    ended = job.wait(30)
+    ended = job.wait(120)
     assert ended.codes == [130, 130], ended.text
     assert all("interrupted; the same command goes on from the last checkpoint" in err for err in ended.err)
     assert ranks.train(out, argv, 2)["gan"]["status"] == "resumed"

@@ -68,7 +68,7 @@ def test_the_pages_show_every_program() -> None:
 @pytest.mark.parametrize(("page", "command"), ALL, ids=[f"{p}: {c[:60]}" for p, c in ALL])
 def test_every_command_parses(page: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command_line, "_preset_of_data", lambda _data: "digits")
+    monkeypatch.setattr(command_line, "_preset_of_data", lambda *_: "digits")
     given = pretrained.Pretrained(Path("a.safetensors"), "convnet", None, None)
     monkeypatch.setattr(pretrained, "files", lambda _directory: [given])
     words = shlex.split(command)

@@ -195,7 +195,7 @@ def test_slurm_queues_a_job_again_that_had_to_stop(batch, tmp_path, number):
     while not (tmp_path / "called").exists() and time.monotonic() < end:
         time.sleep(0.05)
     job.send_signal(number)
-    job.wait(timeout=30)
+    job.wait(timeout=240)
     assert (tmp_path / "calls").read_text().split("\n")[:2] == ["--signal=TERM 7.0", "requeue 7"]
     called = (tmp_path / "called").read_text()
     assert "--nnodes=2 --nproc_per_node=4" in called
@@ -205,7 +205,7 @@ def test_slurm_queues_a_job_again_that_had_to_stop(batch, tmp_path, number):
 
 @pytest.mark.parametrize("status", [0, 1])
 def test_slurm_does_not_queue_a_job_again_that_ended_by_itself(batch, tmp_path, status):
-    assert batch(srun=f"exit {status}").wait(timeout=30) == status
+    assert batch(srun=f"exit {status}").wait(timeout=240) == status
     assert not (tmp_path / "calls").exists()
 
 
@@ -215,7 +215,7 @@ def test_slurm_looks_for_what_ranks_leave_that_were_preempted_when_it_was_told_n
     if before:
         note.touch()
     job = batch(srun="exit 1" if before else f"touch {note}; exit 1", out=tmp_path)
-    job.wait(timeout=30)
+    job.wait(timeout=240)
     assert (tmp_path / "calls").exists() != before
     assert note.exists() != before
 

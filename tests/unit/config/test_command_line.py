@@ -138,6 +138,48 @@ def test_a_file_may_write_numbers_as_people_do(tmp_path):
     assert (config.gan.lr, config.gan.steps, config.loader.flip, config.matching.seed) == (1e-3, 12, False, None)
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("gan:\n  lr: 0.1\nmatching: {lr: 1}\ngan:\n  steps: 7\n", "gan in {} is given twice, in lines 1 and 4; "),
+        ("gan:\n  lr: 0.1\n  lr: 0.2\n", "gan.lr in {} is given twice, in lines 2 and 3; "),
+        ("gan: {lr: 0.1}\ngan.lr: 0.2\n", "gan.lr in {} is given twice, in lines 1 and 2; "),
+        ("seed: 1\nseed: 1\n", "seed in {} is given twice, in lines 1 and 2; "),
+        ("gan: 3\n", "gan in {} is a section; "),
+    ],
+)
+def test_what_a_file_says_twice_is_refused_with_both_lines(tmp_path, text, says):
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    assert says.format(file) in fault("--config", str(file))
+
+
+def test_an_empty_section_is_empty_and_a_byte_order_mark_is_none_of_the_text(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_bytes(b"\xef\xbb\xbfgan:\n#  lr: 0.1\nmatching: {lr: 3e-1}\n")
+    assert parse(["--config", str(file)]).config == parse(["--matching.lr", "0.3"]).config
+
+
+def test_a_home_directory_is_meant_behind_an_equals_sign_too(tmp_path, monkeypatch, digits):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "d").symlink_to(digits)
+    (tmp_path / "c.yaml").write_text("store: ~/s\n")
+    argv = ["--out=~/r", "--data=~/d", "--loader.cache_dir=~/k", "--deepspeed_config=~/z.json", "--config=~/c.yaml"]
+    c = parse(argv).config
+    found = (c.out, c.data, c.loader.cache_dir, c.deepspeed_config, c.store)
+    assert found == tuple(str(tmp_path / name) for name in ("r", "d", "k", "z.json", "s"))
+
+
+def test_relative_paths_are_kept_as_absolute_ones_so_that_they_mean_the_same_elsewhere(tmp_path, monkeypatch, digits):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d").symlink_to(digits)
+    file = tmp_path / "kept.yaml"
+    file.write_text(to_yaml(parse(["--data", "d", "--store", "s"]).config, "digits"))
+    monkeypatch.chdir("/")
+    config = parse(["--config", str(file)]).config
+    assert (config.data, config.store) == (str(tmp_path / "d"), str(tmp_path / "s"))
+
+
 def test_one_value_in_a_file_stands_for_a_list_of_one(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("report: {ipc: 5, students: convnet}\n")
@@ -149,7 +191,7 @@ def test_dashes_flags_and_what_launchers_add():
     command = parse(["--local_rank=3", "--debug", "--no-verify", "--deepspeed-config", "a.json", "--dry-run"])
     assert command.config.debug
     assert not command.config.verify
-    assert command.config.deepspeed_config == "a.json"
+    assert command.config.deepspeed_config == str(Path("a.json").absolute())
     assert command.dry_run
     assert parse(["--print-config"]).print_config
     assert parse(["--print_config"]).print_config
@@ -202,6 +244,13 @@ def test_an_unknown_setting_in_a_file_names_file_and_nearest(tmp_path):
         (["--matching.temperature", "nan"], "--matching.temperature"),
         (["--matching.temperature", "inf"], "--matching.temperature"),
         (["--matching.temperature", "warm"], "matching.temperature"),
+        (["--gan.lr", "1e400"], "--gan.lr inf is no finite number"),
+        (["--gan.lr", "1e38"], "--gan.lr 1e+38 is too large"),
+        (["--gan.beta1", "1"], "give less than 1"),
+        (["--gan.beta2", "1"], "give less than 1"),
+        (["--gan.steps", "9999999999"], "--gan.steps 9999999999 is too large"),
+        (["--seed", "99999999999999999999"], "--seed 99999999999999999999 is too large"),
+        (["--timeout", "1e20"], "--timeout 1e+20 is too large"),
         (["--gan.steps", "1.5"], "gan.steps"),
         (["--gan.steps", "0"], "--gan.steps 0"),
         (["--gan.beta1", "1.5"], "--gan.beta1 1.5"),

@@ -125,7 +125,7 @@ def test_one_who_asks_alone_gets_all_threads(threads):
     meeting, done = threading.Barrier(threads), []
 
     def work(tasks):
-        meeting.wait(20)  # fewer would wait in vain, and one more too
+        meeting.wait(240)  # fewer would wait in vain, and one more too
         done.extend(tasks)
 
     Workers(threads).share(work, list(range(200)))

@@ -5,6 +5,7 @@ import hashlib
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import ranks
 import stores
 import torch
 
+from gdd_dist.config.command_line import parse
 from gdd_dist.data import remote
 from gdd_dist.data.images import Images
 from gdd_dist.data.location import is_remote, read_manifest
@@ -115,6 +117,15 @@ def test_a_store_that_stays_dead_is_one_error(url, here, tmp_path):
             every(mirror)
     finally:
         here.start()
+
+
+def test_patience_bounds_the_manifest_and_a_store_that_says_nothing(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # it takes connections and never answers
+        for port in (silent.getsockname()[1], 9):
+            begin = time.monotonic()
+            with pytest.raises(UserError, match="check the store and the network"):
+                parse(["--data", f"http://127.0.0.1:{port}/x", "--loader.patience", "1"])
+            assert time.monotonic() - begin < 30
 
 
 def test_another_file_than_the_manifests_is_named_and_never_used(store, data, here, tmp_path):

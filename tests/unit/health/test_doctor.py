@@ -274,3 +274,12 @@ def test_nodes_with_other_versions_are_named() -> None:
 def test_deepspeeds_operation_builds_and_ray_starts() -> None:
     assert isolated_checks.deepspeed(build=True).state == OK
     assert isolated_checks.ray(start=True).state == OK
+
+
+def test_a_host_whose_own_name_does_not_resolve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: "localhost")
+    assert checks.host_name().state == checks.OK
+    monkeypatch.setattr("socket.gethostname", lambda: "no.such.host.invalid")
+    finding = checks.host_name()
+    assert finding.state == checks.WARN
+    assert "/etc/hosts" in finding.fix

@@ -231,3 +231,11 @@ def test_sizes_and_widths_that_do_not_fit_are_one_line(options: dict[str, int]) 
         with pytest.raises(UserError, match="another|--image-size|change one") as error:
             network(**{"classes": 5, "channels": 1, **options})
         assert "\n" not in str(error.value)
+
+
+def test_a_constant_channel_is_divided_by_1():
+    net = build_classifier("convnet:8", channels=3, size=16, classes=5, mean=(0, 0, -1), std=(0.5, 1e-9, 0))
+    assert net.std.flatten().tolist() == [0.5, 1.0, 1.0]
+    x = torch.rand(2, 3, 16, 16)
+    x[:, 2] = -1.0
+    assert net(x).isfinite().all()

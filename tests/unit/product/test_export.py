@@ -209,3 +209,50 @@ def test_torch_sees_no_difference_between_the_formats(sets: dict[str, Path]) -> 
     assert torch.equal(
         torch.from_numpy(data["images"]), Images(sets["webdataset"], manifest, "train").read(np.arange(30))
     )
+
+
+def test_a_directory_that_is_there_is_filled_also_through_a_link_or_from_within(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ["--ipc", "1", "--device", "cpu"]
+    (tmp_path / "here").mkdir()
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to("target")
+    monkeypatch.chdir(tmp_path / "here")
+    before = os.stat(".").st_ino
+    export.main([str(made.out), ".", *argv])
+    assert os.stat(tmp_path / "here").st_ino == before
+    export.main([str(made.out), str(tmp_path / "link"), *argv])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    export.main([str(made.out), "~/new", *argv])
+    names = {"README.md", "manifest.json", "samples.png", "train"}
+    for name in ("here", "target", "new"):
+        assert {p.name for p in (tmp_path / name).iterdir()} == names
+        verify(tmp_path / name, deep=True, log=print)
+    assert (tmp_path / "link").is_symlink()
+    (tmp_path / "dangling").symlink_to("nowhere")
+    with pytest.raises(UserError, match="is a link to nothing"):
+        export.main([str(made.out), str(tmp_path / "dangling"), *argv])
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", "tpu:0", "cpu:-3"])
+def test_a_device_that_is_not_here_is_refused(made: Made, tmp_path: Path, device: str) -> None:
+    with pytest.raises(UserError, match=f"device {device} .*; give auto, cpu or cuda"):
+        export.main([str(made.out), str(tmp_path / "x"), "--ipc", "1", "--device", device])
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("webdataset", "free on the disk of DEST; ask for fewer"),
+        ("npz", "GB .*; ask for fewer"),
+        ("folder", "free on the disk of DEST"),
+    ],
+)
+def test_more_than_fits_is_refused_before_the_first_image_is_written(
+    made: Made, tmp_path: Path, kind: str, says: str
+) -> None:
+    with pytest.raises(UserError, match=says):
+        export.main([str(made.out), str(tmp_path / "x"), "--total", str(10**12), "--format", kind, "--device", "cpu"])
+    assert not any(tmp_path.iterdir())

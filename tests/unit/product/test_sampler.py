@@ -6,14 +6,17 @@ import itertools
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from students import Made, make
 
 import gdd_dist
+from gdd_dist.models.files import read_network, save_network
 from gdd_dist.product.sampler import Sampler, truncated
 from sharding.errors import UserError
 
@@ -231,3 +234,45 @@ def test_a_single_file_needs_torch_numpy_and_safetensors_alone(generator: Sample
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == int(generator.sample(range(10), seed=0).sum())
+
+
+class Stream(torch.utils.data.IterableDataset[torch.Tensor]):
+    def __init__(self, generator: Sampler, batches: int) -> None:
+        self.generator, self.batches = generator, batches
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return (images for images, _ in itertools.islice(self.generator.stream(4), self.batches))
+
+
+@pytest.mark.parametrize("workers", [0, 2, 3])
+def test_the_workers_of_a_dataloader_give_the_stream_together_and_no_batch_twice(
+    generator: Sampler, workers: int
+) -> None:
+    each = 6 // max(workers, 1)
+    loader = torch.utils.data.DataLoader(Stream(generator, each), batch_size=None, num_workers=workers)
+    expected = [images for images, _ in itertools.islice(generator.stream(4), 6)]
+    assert torch.equal(torch.stack(list(loader)), torch.stack(expected))
+
+
+@pytest.mark.parametrize("content", ["text", "foreign", "format", "torn"])
+def test_a_wrong_file_is_named_and_nobody_is_told_to_remove_what_is_his(
+    bare: Path, tmp_path: Path, content: str
+) -> None:
+    file = tmp_path / "mine.safetensors"
+    if content == "text":
+        file.write_text("not a network")
+    elif content == "torn":
+        file.write_bytes(bare.read_bytes()[:-100])
+    else:  # Hugging Face writes {"format": "pt"}
+        save_file({"w": torch.zeros(3)}, file, {"format": "pt" if content == "foreign" else '"gdd-generator/1"'})
+    with pytest.raises(UserError) as e:
+        gdd_dist.load_generator(file, "cpu")
+    assert str(file) in str(e.value)
+    assert "remove" not in str(e.value)
+    assert "; give " in str(e.value)
+
+
+def test_class_names_that_are_no_text_can_be_printed(bare: Path, tmp_path: Path) -> None:
+    weights, meta = read_network(bare)
+    save_network(tmp_path / "g.safetensors", weights, {**meta, "classes": ["caf\udce9", *map(str, range(9))]})
+    assert gdd_dist.load_generator(tmp_path / "g.safetensors", "cpu").classes[0] == "caf\\udce9"

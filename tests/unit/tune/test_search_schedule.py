@@ -316,3 +316,23 @@ def test_the_next_line_fits_this_host_and_a_path_with_spaces(a_record, monkeypat
         words = shlex.split(page.next_line(search))
         assert words[1] == f"--nproc_per_node={expected}"
         assert words[-1] == f"{out}/best.yaml"
+
+
+def test_a_place_that_rays_sockets_do_not_fit_is_refused_by_the_name_of_its_variable(monkeypatch, tmp_path):
+    long = tmp_path / ("r" * 90)
+    long.mkdir()
+    for place, says in (
+        (long, "is too long a path for Ray's sockets; set RAY_TMPDIR"),
+        (tmp_path / "no", "set RAY_TMPDIR"),
+    ):
+        monkeypatch.setenv("RAY_TMPDIR", str(place))
+        with pytest.raises(UserError, match=says):
+            cluster.temporary()
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp")
+    assert cluster.temporary() == "/tmp"
+
+
+def test_when_no_trial_has_ended_no_file_is_named_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match="a longer --time-budget") as e:
+        best_of(Record(tmp_path), "val")
+    assert "trials.jsonl" not in str(e.value)

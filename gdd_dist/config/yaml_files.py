@@ -1,0 +1,46 @@
+"""YAML that people write: UTF-8, each key once, `1e-4` a number."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sharding.errors import UserError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1, in which a number with an exponent needs no point (as in 1.2)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+"), list("-+0123456789")
+)
+
+
+def read_yaml(path: str, what: str, help: str) -> dict[Any, Any]:
+    """The mapping in a file. Raises UserError, which calls the file ``what`` and ends with ``help``, where there is none."""
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+        _check_once(yaml.compose(text, Loader=_Loader), path, {})
+        tree = yaml.load(text, Loader=_Loader)
+    except OSError as e:
+        raise UserError(f"cannot read {what} {path} ({e.strerror}); give a YAML file; {help}") from e
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as e:
+        raise UserError(f"{what} {path} is not YAML ({' '.join(str(e).split())}); {help}") from e
+    if not isinstance(tree, Mapping):
+        raise UserError(f"{what} {path} holds no settings; {help}")
+    return dict(tree)
+
+
+def _check_once(node: yaml.Node | None, path: str, lines: dict[str, int], prefix: str = "") -> None:
+    """YAML keeps the last of two equal keys without a word. ``lines``: full name of a key → its line."""
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        name, line = f"{prefix}{key.value}", key.start_mark.line + 1
+        if name in lines:
+            raise UserError(f"{name} in {path} is given twice, in lines {lines[name]} and {line}; keep one of them")
+        lines[name] = line
+        _check_once(value, path, lines, f"{name}.")

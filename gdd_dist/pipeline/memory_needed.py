@@ -1,0 +1,85 @@
+"""What a run needs of memory at the very least, counted before anything is allocated: refused where there is not as much."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gdd_dist.config.settings import Config
+from gdd_dist.models.classifiers import build_classifier
+from gdd_dist.models.discriminator import Discriminator
+from gdd_dist.models.generator import Generator
+from sharding.errors import UserError
+from sharding.manifest import Manifest
+
+_SGD, _ADAM, _RUNNING_MEAN = 3, 4, 1
+"""Numbers kept for each weight: itself, its gradient, the optimizer's moments; the running mean's copy."""
+
+
+def check_memory(config: Config, manifest: Manifest, world: int, device: torch.device) -> None:
+    """Raise UserError for the first setting whose network or batch alone does not fit the memory of a rank's device."""
+    have = memory(device)
+    for names, need in (*networks(config, manifest, world), *batches(config, manifest, world)):
+        if need > have:
+            raise UserError(
+                f"{names} asks for {need / 1e9:,.1f} GB of memory at least, and there are {have / 1e9:,.1f} GB; lower it"
+            )
+
+
+def memory(device: torch.device) -> int:
+    """Bytes of a GPU, else of this host or of the container it is."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.exists() else "max"
+    return min(host, int(text)) if text.isdigit() else host
+
+
+def networks(config: Config, manifest: Manifest, world: int) -> Iterator[tuple[str, float]]:
+    """(the settings that shape it, bytes) of each network in training."""
+    g, classes, m, size = config.gan, len(manifest.classes), manifest, manifest.height
+    # ZeRO may cut all but the generator's running mean into as many parts as there are ranks.
+    share = world if config.engine == "deepspeed" else 1
+    shape = {"classes": classes, "channels": m.channels, "size": size, "patch": g.patch}
+    generator = _numbers(lambda: Generator(**shape, latent=g.latent, width=g.width, blocks=g.blocks))
+    discriminator = _numbers(lambda: Discriminator(**shape, width=g.d_width, blocks=g.d_blocks))
+    yield "the generator (--gan.width, --gan.blocks, --gan.latent)", 4 * generator * (_ADAM / share + _RUNNING_MEAN)
+    yield "the discriminator (--gan.d_width, --gan.d_blocks)", 4 * discriminator * _ADAM / share
+    used = {
+        "teachers.architectures": () if config.teachers.pretrained else config.teachers.architectures,
+        "matching.quick_student": (config.matching.quick_student,),
+        "report.students": config.report.students,
+    }
+    one = [1.0] * m.channels
+    for setting, names in used.items():
+        for name in dict.fromkeys(names):
+            build = partial(build_classifier, name, channels=m.channels, size=size, classes=classes, mean=one, std=one)
+            yield f"--{setting} {name}", 4 * _SGD * _numbers(build)
+
+
+def _numbers(build: Callable[[], nn.Module]) -> float:
+    """Parameters of a network, without a place for any."""
+    try:
+        with torch.device("meta"):
+            return sum(p.numel() for p in build().parameters())
+    except RuntimeError:  # more than 64 bits can count
+        return float("inf")
+
+
+def batches(config: Config, manifest: Manifest, world: int) -> Iterator[tuple[str, float]]:
+    """(setting, bytes) of a rank's share of the float images, or latents, of a step."""
+    t, g, m, r = config.teachers, config.gan, config.matching, config.report
+    pixels = 4 * manifest.channels * manifest.height * manifest.width
+    yield f"--teachers.batch {t.batch}", t.batch / t.ranks_per_teacher / t.accumulate * pixels
+    yield f"--logits.batch {config.logits.batch}", min(config.logits.batch, manifest.splits["train"].samples) * pixels
+    yield f"--gan.batch {g.batch}", g.batch / world / config.accumulate * (pixels + 4 * g.latent)
+    yield f"--matching.batch {m.batch}", m.batch / world / config.accumulate * (pixels + 4 * g.latent)
+    yield f"--matching.quick_batch {m.quick_batch}", m.quick_batch * pixels
+    ipc = max(r.ipc)
+    yield f"--report.ipc {ipc}", ipc * len(manifest.classes) * pixels / 4  # a fixed set is kept as bytes

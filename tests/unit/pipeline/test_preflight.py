@@ -1,0 +1,45 @@
+"""What is known at the start is said at the start."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from gdd_dist.config.command_line import parse
+from gdd_dist.config.settings import Config
+from gdd_dist.pipeline import memory_needed
+from gdd_dist.pipeline.dataset import data_directory
+from gdd_dist.pipeline.preflight import check
+from sharding.errors import UserError
+from sharding.manifest import Manifest
+
+CPU = torch.device("cpu")
+
+
+def test_one_class_alone_is_refused(digits):
+    manifest = dataclasses.replace(Manifest.load(digits), classes=("7",))
+    with pytest.raises(UserError, match="one class alone"):
+        check(parse([]).config, manifest, 1, CPU)
+
+
+def test_memory_is_counted_without_any_being_taken_and_names_its_setting(digits, monkeypatch):
+    config, manifest = parse([]).config, Manifest.load(digits)
+    needs = dict([*memory_needed.networks(config, manifest, 1), *memory_needed.batches(config, manifest, 1)])
+    assert needs["--gan.batch 64"] == 64 * (4 * 16 * 16 + 4 * 64)
+    conv = 3 * 4 * (128 * 9 + 2 * 128 * 128 * 9 + 3 * 2 * 128 + 128 * 4 * 10 + 10)
+    assert needs["--report.students convnet"] == conv
+    most = max(needs.values())
+    monkeypatch.setattr(memory_needed, "memory", lambda _device: most)
+    check(config, manifest, 1, CPU)
+    monkeypatch.setattr(memory_needed, "memory", lambda _device: most - 1)
+    with pytest.raises(UserError, match="GB of memory at least"):
+        check(config, manifest, 1, CPU)
+
+
+def test_local_data_needs_no_home_and_remote_data_says_what_it_needs(digits, monkeypatch):
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as where the user has no entry in passwd
+    assert data_directory(Config(data=str(digits))) == digits
+    with pytest.raises(UserError, match=r"give --loader\.cache_dir, or set HOME"):
+        data_directory(Config(data="https://127.0.0.1:9/x"))

@@ -1,0 +1,137 @@
+"""The net under every program: outputs that are closed, broken or not UTF-8, and faults that nobody foresaw."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gdd_dist.runtime.process_identity import place
+from sharding.errors import UserError
+
+PROGRAM = """
+import os, sys, threading
+from gdd_dist.runtime.run_program import run_program
+def main(argv, joined):
+    exec(os.environ["DO"])
+run_program(main, sys.argv[1:])
+"""
+
+
+def run(do, *argv, shell='exec "$@"', **environment):
+    """A program that does ``do``, started by a shell that may redirect its outputs."""
+    command = ["sh", "-c", shell, "sh", sys.executable, "-c", PROGRAM, *argv]
+    env = {**os.environ, "DO": do, **environment}
+    return subprocess.run(command, capture_output=True, env=env, check=False, timeout=300)
+
+
+def test_what_an_output_cannot_encode_is_escaped():
+    done = run(
+        "print('Übung – 林檎 \\udce9'); raise __import__('sharding').errors.UserError('Ü; ü')", PYTHONIOENCODING="ascii"
+    )
+    assert (done.returncode, done.stdout) == (2, b"\\xdcbung \\u2013 \\u6797\\u6a8e \\udce9\n")
+    assert done.stderr == b"error: \\xdc; \\xfc\n"
+
+
+@pytest.mark.parametrize("closed", [">&-", "<&-", ">&- <&-", ">&- 2>&-"])
+def test_closed_outputs_swallow_what_is_printed_and_no_file_takes_their_place(tmp_path, closed):
+    do = (
+        f"f = open({str(tmp_path / 'f')!r}, 'w'); assert f.fileno() > 2; print('lost'); os.system('echo lost'); "
+        f"f.write('kept'); f.close(); open({str(tmp_path / 'end')!r}, 'w').close()"
+    )
+    done = run(do, shell=f'exec "$@" {closed}')
+    assert done.returncode == 0
+    assert (tmp_path / "f").read_text() == "kept"
+    assert (tmp_path / "end").exists()
+    assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("to", "says"), [("/dev/full", b"No space left"), ("", b"whoever read")], ids=["full", "gone"])
+def test_an_output_that_takes_nothing_is_said_in_one_line(to, says):
+    shell = f'exec "$@" > {to}' if to else '{ "$@"; echo $? >&2; } | true'
+    done = run("__import__('time').sleep(1); print('x' * 100_000)", shell=shell)
+    lines = [line for line in done.stderr.splitlines() if line != b"2"]
+    assert done.returncode == 2 if to else done.stderr.endswith(b"2\n")
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith(b"error: ")
+    assert says in lines[0]
+
+
+def test_an_unforeseen_fault_is_one_line_that_names_a_file_and_debug_shows_it(tmp_path):
+    done = run("def f(): return {}['key']\nf()", TMPDIR=str(tmp_path))
+    (file,) = tmp_path.glob("gdd-fault-*.txt")
+    assert done.returncode == 1
+    assert done.stderr.decode() == (
+        f"error: KeyError: 'key' (unforeseen: please report it with {file}; --debug shows the same here)\n"
+    )
+    assert "in f" in file.read_text()
+    assert file.stat().st_mode & 0o077 == 0
+    debug = run("{}['key']", "--debug")
+    assert debug.returncode == 1
+    assert b"Traceback" in debug.stderr
+    assert debug.stderr.splitlines()[-1] == b"error: 'key'"
+
+
+def test_a_fault_of_a_thread_is_one_line_too(tmp_path):
+    do = "t = threading.Thread(target=lambda: 1 / 0, name='worker'); t.start(); t.join()"
+    done = run(do, TMPDIR=str(tmp_path))
+    assert done.returncode == 0
+    assert done.stderr.startswith(b"thread worker has ended: ZeroDivisionError: division by zero (unforeseen: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_too_little_memory_is_a_fault_that_the_user_can_mend():
+    for do in ("import torch; torch.zeros(2**50, dtype=torch.uint8)", "import numpy as np; np.zeros(2**60, np.uint8)"):
+        done = run(do)
+        assert done.returncode == 2, done.stderr
+        assert b"rank 0's host has not enough memory for step start; " in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"RANK": "one"}, "RANK=one, "),
+        ({"RANK": "1"}, "RANK=1, WORLD_SIZE=1, "),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "do not fit"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "do not fit"),
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "x"}, "LOCAL_RANK=x, "),
+    ],
+)
+def test_a_place_that_no_launcher_gives_is_refused(monkeypatch, environment, says):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert place() == (0, 1, 0, 1)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=says):
+        place()
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({}, b"RANK and WORLD_SIZE are set but MASTER_ADDR and MASTER_PORT not; "),
+        ({"MASTER_ADDR": "127.0.0.1"}, b"but MASTER_PORT not; "),
+        ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "http"}, b"MASTER_PORT is 'http'; "),
+        ({"MASTER_ADDR": "no.such.host.invalid", "MASTER_PORT": "29500"}, b"does not resolve on this host"),
+    ],
+)
+def test_ranks_that_cannot_meet_say_which_variable_is_wrong(environment, says):
+    do = "from gdd_dist.runtime.world import World; joined(World('cpu', 1.0))"
+    done = run(do, RANK="0", WORLD_SIZE="2", **environment)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_no_module_of_ours_hides_one_of_the_standard_library():
+    """A program that is started by its file, or within a package, finds what lies beside it first."""
+    import gdd_dist
+
+    root = Path(gdd_dist.__file__).parent
+    ours = {p.stem for p in root.rglob("*.py")} | {p.name for p in root.rglob("*") if p.is_dir()}
+    hidden = {p.relative_to(root).as_posix() for p in root.rglob("*.py") if p.stem in sys.stdlib_module_names}
+    assert len(ours) > 50
+    assert not hidden
