@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from gdd_dist.config.settings import Config
-from gdd_dist.models.classifiers import build_classifier
+from gdd_dist.models.classifiers import build_classifier, parse_classifier
 from gdd_dist.models.discriminator import Discriminator
 from gdd_dist.models.generator import Generator
+from gdd_dist.models.names import TORCHVISION
 from sharding.errors import UserError
 from sharding.manifest import Manifest
 
@@ -24,11 +25,24 @@ _SGD, _ADAM, _RUNNING_MEAN = 3, 4, 1
 def check_memory(config: Config, manifest: Manifest, world: int, device: torch.device) -> None:
     """Raise UserError for the first setting whose network or batch alone does not fit the memory of a rank's device."""
     have = memory(device)
-    for names, need in (*networks(config, manifest, world), *batches(config, manifest, world)):
+    # Networks on the meta device load torch._dynamo, which takes as long to load as torch: those of usual widths fit anyway.
+    counted = () if usual(config, manifest) else networks(config, manifest, world)
+    for names, need in (*counted, *batches(config, manifest, world)):
         if need > have:
             raise UserError(
                 f"{names} asks for {need / 1e9:,.1f} GB of memory at least, and there are {have / 1e9:,.1f} GB; lower it"
             )
+
+
+def usual(config: Config, manifest: Manifest) -> bool:
+    """Whether no network of these settings takes more than a gigabyte in training, by their widths and depths alone."""
+    g, m, r = config.gan, config.matching, config.report
+    names = (*config.teachers.architectures, m.quick_student, *r.students)
+    widths = [parse_classifier(name)[1] or 0 for name in names if not name.startswith(TORCHVISION)]
+    small = (
+        max(g.width, g.d_width) <= 512 and max(g.blocks, g.d_blocks) <= 4 and g.latent <= 1024 and max(widths) <= 128
+    )
+    return small and manifest.height <= 128 and len(manifest.classes) <= 1000
 
 
 def memory(device: torch.device) -> int:

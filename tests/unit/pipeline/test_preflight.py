@@ -23,7 +23,7 @@ def test_one_class_alone_is_refused(digits):
 
 
 def test_memory_is_counted_without_any_being_taken_and_names_its_setting(digits, monkeypatch):
-    config, manifest = parse([]).config, Manifest.load(digits)
+    config, manifest = parse(["--gan.width", "528"]).config, Manifest.load(digits)
     needs = dict([*memory_needed.networks(config, manifest, 1), *memory_needed.batches(config, manifest, 1)])
     assert needs["--gan.batch 64"] == 64 * (4 * 16 * 16 + 4 * 64)
     conv = 3 * 4 * (128 * 9 + 2 * 128 * 128 * 9 + 3 * 2 * 128 + 128 * 4 * 10 + 10)

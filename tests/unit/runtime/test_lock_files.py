@@ -172,7 +172,7 @@ def test_a_heartbeat_that_moves_shows_that_a_holder_elsewhere_lives(tmp_path):
 
 
 STAND_STILL = (
-    "import sys, time; from gdd_dist import locks; from pathlib import Path; locks.HEARTBEAT = 0.05; "
+    "import sys, time; from gdd_dist.runtime import locks; from pathlib import Path; locks.HEARTBEAT = 0.05; "
     "assert locks.Lock(Path(sys.argv[1])).try_acquire() is None; print('held', flush=True); time.sleep(60)"
 )
 
