@@ -26,7 +26,7 @@ def read_yaml(path: str, what: str, help: str) -> dict[Any, Any]:
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
         _check_once(yaml.compose(text, Loader=_Loader), path, {})
-        tree = yaml.load(text, Loader=_Loader)
+        tree = _Loader(text).get_single_data()
     except OSError as e:
         raise UserError(f"cannot read {what} {path} ({e.strerror}); give a YAML file; {help}") from e
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as e:

@@ -96,7 +96,7 @@ class Watcher:
         """Called before each training step."""
 
     def after_step(self, trainee: Trainee, step: int) -> None:
-        """Called after each training step, before a checkpoint."""
+        """Called after each training step, before anything is logged or saved."""
 
 
 watchers: list[Watcher] = []
@@ -148,12 +148,12 @@ def _step(trainee: Trainee, ranks: Ranks, step: int, batch: Any) -> None:
     for watcher in watchers:
         watcher.before_step(trainee, step)
     scalars = trainee.train(step, batch)
+    for watcher in watchers:
+        watcher.after_step(trainee, step)
     if due(step, trainee.steps):
         trainee.log(step, ranks.mean(scalars))
     trainee.after_step(step + 1)
     ranks.say(trainee.skips.line(trainee.name, step + 1))
-    for watcher in watchers:
-        watcher.after_step(trainee, step)
 
 
 def _before(trainee: Trainee, step: int, save: Callable[[int], None]) -> None:

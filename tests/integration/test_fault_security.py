@@ -73,10 +73,10 @@ def test_keys_in_urls_and_in_the_environment_are_written_nowhere(undisturbed, tm
 def with_secrets(rank, out, digits, argv):
     os.environ["AWS_SECRET_ACCESS_KEY"] = SECRETS[2]
     url = f"https://{SECRETS[0]}:{SECRETS[1]}@host/runs?token={SECRETS[1]}"
-    from gdd_dist import train
+    from gdd_dist.pipeline import run
     from gdd_dist.storage.store import Store
 
-    train.Store = lambda _root: Store(out)  # what a remote store would be
+    run.Store = lambda _root: Store(out)  # what a remote store would be
     few = ["--until", "report", "--report.seeds", "1", "--report.epochs", "1", "--report.baselines", "gan"]
     ranks._train(rank, ["--out", str(out), *argv, "--store", url, *few], None)
 

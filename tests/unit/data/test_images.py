@@ -104,7 +104,9 @@ def test_an_image_that_does_not_decode_is_named_with_its_file(digits, manifest, 
     bad = 7
     shard, row = images.shards.locate(bad)
     payload = bytes(images.shards.payload(bad))
-    monkeypatch.setattr(images, "decode", lambda data, out: decode(data[:20] if bytes(data) == payload else data, out))
+    monkeypatch.setattr(
+        "gdd_dist.data.images.decode", lambda data, out: decode(data[:20] if bytes(data) == payload else data, out)
+    )
     with pytest.raises(UserError) as e:
         images.read(np.arange(70))
     assert str(digits / manifest.splits["val"].shards[shard].file) in str(e.value)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 
@@ -99,7 +100,7 @@ def test_resume_may_change_how_much_and_where(tmp_path):
 def test_resume_may_not_change_what_is_compared(tmp_path, typed, digits):
     saved(tmp_path, "--trials", "3", "--data", str(digits))
     if typed[0] == "--data":
-        typed = ["--data", str(digits) + "/"]
+        typed = ["--data", str(shutil.copytree(digits, tmp_path / "elsewhere"))]
     with pytest.raises(UserError, match="cannot be changed by --resume"):
         options.parse(["--out", str(tmp_path), "--resume", *typed])
 
