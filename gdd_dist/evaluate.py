@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from gdd_dist.config import command_line as configuration
 from gdd_dist.config.settings import Config
+from gdd_dist.config.steps import STEPS
 from gdd_dist.pipeline.dataset import data_of
 from gdd_dist.reporting.tables import table
 from gdd_dist.runtime.arguments import Parser
@@ -52,7 +53,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--students", nargs="+", metavar="NAME", help=f"classifiers, NAME or NAME:WIDTH; {same}")
     p.add_argument("--seeds", metavar="N", help=f"students a row; {same}")
     p.add_argument(
-        "--baselines", nargs="+", metavar="NAME", help=f"rows beside the matched generator: real, gan, full; {same}"
+        "--baselines",
+        nargs="+",
+        metavar="NAME",
+        help=f"rows beside the matched generator: real, equal_bytes, gaussian, gan, full; {same}",
     )
     p.add_argument("--epochs", metavar="N", help=f"epochs of a student, of IPC images of each class; {same}")
     p.add_argument("--data", metavar="DIR", help="the data set, where it is no longer where OUT was trained with it")
@@ -89,7 +93,7 @@ def finished_steps(out: Path, manifest: Manifest) -> tuple[Store, dict[str, str]
         raise UserError(f"{out} holds no finished generator; run gdd_dist.train with --out {out} to its end first")
     store = Store(directory.parent.parent)
     made_from = read_json(directory / CONTENTS)["provenance"]["fingerprints"]
-    fps = {step: made_from[step] for step in ("teachers", "logits", "gan", "matching")}
+    fps = {step: made_from[step] for step in STEPS[1:] if step in made_from}
     if made_from["shards"] != manifest.fingerprint:
         raise UserError(
             f"the data set {manifest.name} {manifest.fingerprint} is not the one that {out} was trained on "
@@ -102,6 +106,10 @@ def needed(rows: Sequence[Row], store: Store, fps: dict[str, str]) -> dict[str, 
     """The directory of every step that a row reads. Raises UserError when one is gone."""
     steps = sorted({step for row in rows for step in row.reads})
     for step in steps:
+        if step not in fps:
+            raise UserError(
+                f"the run is from a version without step {step}; leave its row out of --baselines, or train again"
+            )
         if not store.finished(step, fps[step]):
             raise UserError(
                 f"{store.path(step, fps[step])} is gone; run the same gdd_dist.train again to compute it anew"

@@ -31,6 +31,7 @@ class Shards:
         samples: number of samples N.
         labels: int64 [N].
         shard_samples: number of samples of each shard.
+        payload_bytes: of all encoded images.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Shards:
         index = np.concatenate(indexes)
         self._offsets, self._sizes = index[:, 0].copy(), index[:, 1].copy()
         self.labels: NDArray[np.int64] = index[:, 2].copy()
+        self.payload_bytes = int(self._sizes.sum())
         counts = np.bincount(self.labels, minlength=len(manifest.classes))
         if tuple(counts.tolist()) != manifest.splits[split].class_counts:
             raise UserError(

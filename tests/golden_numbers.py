@@ -40,9 +40,10 @@ SHARDS = Options(shard_size=400_000, workers=1)
 BEFORE = {
     "teachers": (),
     "logits": ("teachers",),
+    "gaussian": (),
     "gan": (),
-    "matching": ("teachers", "logits", "gan"),
-    "students": ("teachers", "logits", "gan", "matching"),
+    "matching": ("teachers", "logits", "gaussian", "gan"),
+    "students": ("teachers", "logits", "gaussian", "gan", "matching"),
 }
 """Step → the steps whose numbers shape its own. `students` are those of the report."""
 ROWS = (

@@ -12,6 +12,7 @@ import torch
 
 from gdd_dist.config import command_line as configuration
 from gdd_dist.config.settings import Config, Loader, Report
+from gdd_dist.config.steps import Inputs
 from gdd_dist.data.logit_cache import MEANS, logit_file
 from gdd_dist.models.classifiers import build_classifier
 from gdd_dist.models.files import GENERATOR, TEACHERS, save_network
@@ -28,7 +29,9 @@ HISTORY = [
     {"step": 5, "val": 60.0, "stderr": 1.0, "gap": 8.0},
     {"step": 10, "val": 55.0, "stderr": 1.0, "gap": 30.0},
 ]
-FINGERPRINTS = {name: name[0] * 16 for name in ("data", "teachers", "logits", "gan", "matching")}
+FINGERPRINTS = {
+    name: f"{i}" * 16 for i, name in enumerate(("data", "teachers", "logits", "gaussian", "gan", "matching"))
+}
 
 
 def settings(**report: Any) -> Config:
@@ -47,6 +50,11 @@ class Made:
     dirs: dict[str, Path]
     fingerprints: dict[str, str]
 
+    @property
+    def inputs(self) -> Inputs:
+        """What the report is handed."""
+        return Inputs(self.dirs, {**self.fingerprints, "shards": self.fingerprints["data"]}, {})
+
     def context(self, config: Config, store: Path | None = None) -> Context:
         """One process that sees this run; rows are kept in ``store``, by default the run's own."""
         world = World("cpu")
@@ -59,7 +67,7 @@ def make(out: Path, data: Path) -> Made:
     manifest, store = Manifest.load(data), Store(out)
     fps = {**FINGERPRINTS, "data": manifest.fingerprint}
     made_from = {"shards": manifest.fingerprint, **{k: v for k, v in fps.items() if k != "data"}}
-    for step in ("teachers", "logits", "gan", "matching"):
+    for step in ("teachers", "logits", "gaussian", "gan", "matching"):
         work = store.partial(step, fps[step])
         work.mkdir(parents=True)
         if step == "teachers":
@@ -82,7 +90,7 @@ def make(out: Path, data: Path) -> Made:
     (out / "config.yaml").write_text(configuration.to_yaml(config, "digits"))
     record = {"fingerprint": fps["gan"], "status": "computed", "seconds": 1.5, "images_processed": 10}
     write_json(out / "steps.json", {"format": "gdd-steps/1", "steps": {"gan": record}})
-    dirs = {step: store.path(step, fps[step]) for step in ("teachers", "logits", "gan", "matching")}
+    dirs = {step: store.path(step, fps[step]) for step in ("teachers", "logits", "gaussian", "gan", "matching")}
     return Made(out, data, manifest, dirs, fps)
 
 

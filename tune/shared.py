@@ -10,6 +10,7 @@ from typing import Any
 import ray
 
 from gdd_dist.config.settings import Config
+from gdd_dist.config.steps import STEPS
 from gdd_dist.engines.precision import resolve_precision
 from gdd_dist.runtime.monitor import say
 from gdd_dist.storage.json_files import read_json, write_json
@@ -17,7 +18,7 @@ from tune import gang
 from tune.gang import Job
 
 FILE = "shared.json"
-STEPS = ("shards", "teachers", "logits", "gan")
+SHARED = STEPS[: STEPS.index("matching")]
 
 
 def compute(base: Job, out: Path, ranks: int, meanwhile: Callable[[], None] = lambda: None) -> None:
@@ -30,7 +31,7 @@ def compute(base: Job, out: Path, ranks: int, meanwhile: Callable[[], None] = la
     steps = gang.wait(job, _Lines(job.out, meanwhile))
     path = out / FILE
     cost: dict[str, Any] = read_json(path) if path.exists() else {"format": "gdd-shared/1", "steps": {}}
-    for name in STEPS:
+    for name in SHARED:
         if steps[name]["status"] != "reused":
             before = cost["steps"].get(name, {"seconds": 0.0})["seconds"]
             cost["steps"][name] = {"seconds": before + steps[name]["seconds"], "ranks": job.ranks}

@@ -121,13 +121,36 @@ class Logits:
 
 
 @dataclass(frozen=True)
+class Gaussian:
+    """The trivial generator: a Gaussian per class in principal components, what every other one must beat."""
+
+    seed: int | None = setting(None, _SEED, low=0)
+    components: tuple[int, ...] = setting(
+        (256,),
+        "numbers of principal components that are tried on val, at most 256, pixels, and images less classes",
+        low=1,
+    )
+    spread: tuple[float, ...] = setting(
+        (0.7, 1.0), "factors of the class's own standard deviation that are tried on val", above=0
+    )
+    dtype: str = setting(
+        "float16", "how basis and covariances are stored; float16 halves the file", choices=("float16", "float32")
+    )
+
+
+@dataclass(frozen=True)
 class Gan:
     """The conditional GAN that matching starts from."""
 
     seed: int | None = setting(None, _SEED, low=0)
+    start: str = setting(
+        "noise",
+        "what the generator draws before its first step: noise, or what the step gaussian draws, to which it adds a residual",
+        choices=("noise", "gaussian"),
+    )
     steps: int = setting(2000, "generator steps", low=1)
     batch: int = setting(64, "images of a global batch", low=1)
-    latent: int = setting(64, "numbers in a latent", low=1)
+    latent: int = setting(64, "numbers in a latent; with --gan.start gaussian those of the residual's own noise", low=1)
     width: int = setting(64, "channels of the generator's widest stage", low=4)
     blocks: int = setting(2, "residual blocks a stage", low=1, high=256)
     patch: int = setting(1, "side of the pixel patches that both networks compute on; 2 quarters the cost", low=1)
@@ -208,9 +231,11 @@ class Report:
         ("hard", "soft"), "hard: the class; soft: mean of the teachers' softmax", choices=("hard", "soft")
     )
     baselines: tuple[str, ...] = setting(
-        ("real", "gan", "full"),
-        "rows beside the matched generator: real images at the same budget, the GAN before matching, all real data",
-        choices=("real", "gan", "full"),
+        ("real", "equal_bytes", "gaussian", "gan", "full"),
+        "rows beside the matched generator: real images at the same budget (real), a fixed set of as many real images as fit the bytes of "
+        "the generator's file (equal_bytes), a Gaussian per class, the trivial generator (gaussian), the GAN "
+        "before matching, all real data",
+        choices=("real", "equal_bytes", "gaussian", "gan", "full"),
     )
     epochs: int = setting(1000, "epochs of a student; an epoch is IPC images of each class", low=1)
     batch: int = setting(256, "images a step at most; the step takes min(batch, IPC x classes)", low=1)
@@ -278,6 +303,7 @@ class Config:
     loader: Loader = dataclasses.field(default_factory=Loader)
     teachers: Teachers = dataclasses.field(default_factory=Teachers)
     logits: Logits = dataclasses.field(default_factory=Logits)
+    gaussian: Gaussian = dataclasses.field(default_factory=Gaussian)
     gan: Gan = dataclasses.field(default_factory=Gan)
     matching: Matching = dataclasses.field(default_factory=Matching)
     report: Report = dataclasses.field(default_factory=Report)

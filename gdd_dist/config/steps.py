@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,8 @@ class Inputs:
 class Step:
     """One step. ``version``: raised when its numbers change; ``settings``: what shapes them, as JSON holds it.
 
-    ``shapes``: steps whose fingerprints are part of its own; ``reads``: further ones that it reads, whose numbers follow from those.
+    ``shapes``: steps whose fingerprints are part of its own, where ``needs`` (input → whether these settings need it) does not
+    say otherwise; ``reads``: further ones that it reads, whose numbers follow from those.
     """
 
     name: str
@@ -46,11 +47,15 @@ class Step:
     shapes: tuple[str, ...]
     settings: Callable[[Config], dict[str, Any]]
     reads: tuple[str, ...] = ()
+    needs: Mapping[str, Callable[[Config], bool]] = field(default_factory=dict)
 
-    @property
-    def inputs(self) -> tuple[str, ...]:
+    def shaped_by(self, config: Config) -> tuple[str, ...]:
+        """The steps whose fingerprints are part of its own."""
+        return tuple(name for name in self.shapes if name not in self.needs or self.needs[name](config))
+
+    def inputs(self, config: Config) -> tuple[str, ...]:
         """The finished steps that it reads, but for the shards."""
-        return tuple(name for name in TABLE if name in self.shapes + self.reads)
+        return tuple(name for name in TABLE if name in self.shaped_by(config) + self.reads)
 
     def run(self, ctx: Any, work: Path, inputs: Inputs) -> dict[str, Any]:
         """Compute it into ``work``; returns what its record says. All ranks call it."""
@@ -71,17 +76,29 @@ def _logits(config: Config) -> dict[str, Any]:
     return {**config.shaping("logits"), "loader": config.shaping("loader")}
 
 
+def _gaussian(config: Config) -> dict[str, Any]:
+    names = ("quick_students", "quick_student", "quick_steps", "quick_batch")
+    quick = {**_some(config.shaping("matching"), *names), "seed": config.step_seed("matching")}
+    return {
+        **config.shaping("gaussian"),
+        "quick": quick,
+        "student": _student(config),
+        "loader": config.shaping("loader"),
+    }
+
+
 def _gan(config: Config) -> dict[str, Any]:
-    return {**config.shaping("gan"), "loader": _some(config.shaping("loader"), "streams", "window", "flip")}
+    gan = config.shaping("gan")
+    if gan["start"] == "noise":  # fingerprints of before there was a choice
+        del gan["start"]
+    return {**gan, "loader": _some(config.shaping("loader"), "streams", "window", "flip")}
 
 
 def _matching(config: Config) -> dict[str, Any]:
     return {
         **config.shaping("matching"),
         "loader": config.shaping("loader"),
-        "student": _some(
-            config.shaping("report"), "lr", "momentum", "weight_decay"
-        ),  # quick students train as the report's
+        "student": _student(config),
         "gan": _some(config.shaping("gan"), "augment", "augment_p", "beta1", "beta2"),
     }
 
@@ -89,6 +106,11 @@ def _matching(config: Config) -> dict[str, Any]:
 def _report(config: Config) -> dict[str, Any]:
     loader = _some(config.shaping("loader"), "augment", "flip", "window")
     return {**config.shaping("report"), "rows": ROWS_VERSION, "loader": loader}
+
+
+def _student(config: Config) -> dict[str, Any]:
+    """Quick students train as the report's do."""
+    return _some(config.shaping("report"), "lr", "momentum", "weight_decay")
 
 
 def _some(settings: Mapping[str, Any], *names: str) -> dict[str, Any]:
@@ -100,9 +122,10 @@ TABLE: dict[str, Step] = {
     for step in (
         Step("teachers", 1, ("shards",), _teachers),
         Step("logits", 1, ("shards", "teachers"), _logits),
-        Step("gan", 2, ("shards",), _gan),
-        Step("matching", 2, ("shards", "teachers", "logits", "gan"), _matching),
-        Step("report", 2, ("shards", "teachers", "gan", "matching"), _report, reads=("logits",)),
+        Step("gaussian", 1, ("shards",), _gaussian),
+        Step("gan", 2, ("shards", "gaussian"), _gan, needs={"gaussian": lambda c: c.gan.start == "gaussian"}),
+        Step("matching", 2, ("shards", "teachers", "logits", "gaussian", "gan"), _matching),
+        Step("report", 2, ("shards", "teachers", "gaussian", "gan", "matching"), _report, reads=("logits",)),
     )
 }
 """The steps after the shards, in their order."""

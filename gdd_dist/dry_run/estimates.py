@@ -17,17 +17,19 @@ import numpy as np
 from gdd_dist.data.logit_cache import MEANS, logit_file
 from gdd_dist.dry_run.trial import SILENT, Training, Trial, answering, drawing, labelling, smaller, studying
 from gdd_dist.evaluation import quick_students, rows, student_results, students
-from gdd_dist.models.files import GENERATOR, TEACHERS, save_network
+from gdd_dist.models.files import GENERATOR, TEACHERS, generator_meta, save_network
+from gdd_dist.models.gaussian import LinearGenerator
 from gdd_dist.pipeline.run import provenance
 from gdd_dist.reporting import diagnostics
 from gdd_dist.runtime.meter import NOTHING, Cost
-from gdd_dist.steps import gan, logits, matching, report, teacher_pool, teachers
+from gdd_dist.steps import gan, gaussian, logits, matching, report, teacher_pool, teachers
 from gdd_dist.storage.json_files import read_json, write_json
 from gdd_dist.storage.store import CHECKPOINTS
 from gdd_dist.training import drawing as drawn
 from gdd_dist.training import sample_grid, soft_labels
 from gdd_dist.training.classifier_fit import PREDICT_BATCH
 from gdd_dist.training.context import Context, train_order
+from gdd_dist.training.gaussian_fit import CHOICE
 
 HASH = "0" * 64
 
@@ -111,12 +113,50 @@ def estimate_logits(trial: Trial, work: Path) -> Estimate:
     return Estimate(len(todo) < len(files), 0, images, cost)
 
 
+def make_up_gaussian(trial: Trial, directory: Path) -> None:
+    """The largest candidate, all numbers zero."""
+    ctx, k = trial.ctx, max(gaussian.components(trial.ctx))
+    net = LinearGenerator(
+        classes=ctx.classes,
+        channels=ctx.manifest.channels,
+        size=ctx.manifest.height,
+        latent=k,
+        dtype=ctx.config.gaussian.dtype,
+    )
+    meta = {**generator_meta(net), "classes": list(ctx.manifest.classes), "provenance": provenance(ctx, trial.fps)}
+    save_network(directory / GENERATOR, net, meta)
+    found = [{"components": k, "spread": 1.0, "step": 0, "val": 61.25, "stderr": 1.25, "gap": 1.25}]
+    write_json(directory / CHOICE, {"format": "gdd-gaussian/1", "candidates": found * gaussian.candidates(ctx)})
+
+
+def estimate_gaussian(trial: Trial, work: Path) -> Estimate:
+    """Each candidate is measured with quick students; to read train twice costs next to nothing beside them."""
+    ctx, total = trial.ctx, gaussian.candidates(trial.ctx)
+    left = total - len(list((work / CHECKPOINTS).glob("candidate-*.json")))
+    parts, each = _measurement(trial, "gaussian", NOTHING)
+    turns = left * -(-ctx.config.matching.quick_students // ctx.world.size)
+    cost = Cost.peak(parts, turns * sum(part.seconds for part in parts))
+    return Estimate(left < total, 0, left * each + sample_grid.forwards(ctx), cost)
+
+
+def _measurement(trial: Trial, step: str, beside: Cost) -> tuple[list[Cost], int]:
+    """The parts of what one quick student of ``step``'s generator costs; images that all of a measurement's students forward."""
+    m, name = trial.ctx.config.matching, trial.ctx.config.matching.quick_student
+    trained, fresh, answered = quick_students.forwards(trial.ctx)
+    parts = [
+        trial.cost(trained, m.quick_batch, studying, name).beside(beside),
+        trial.cost(fresh, min(drawn.DRAW_BATCH, quick_students.CHUNK * m.quick_batch), drawing, step).beside(beside),
+        trial.cost(answered, PREDICT_BATCH, answering, name).beside(beside),
+    ]
+    return parts, m.quick_students * (trained + fresh + answered)
+
+
 def make_up_gan(trial: Trial, directory: Path) -> None:
     """Both networks after a step, so that there is a state of the optimizer."""
     ctx, ranks = trial.ctx, trial.ctx.world.size
-    trainee = gan.GanTraining(smaller(ctx, "gan", ctx.config.accumulate * ranks, ranks), directory)
+    trainee = gan.GanTraining(smaller(ctx, "gan", ctx.config.accumulate * ranks, ranks), directory, trial.inputs)
     trainee.train(0, trainee.read(0))
-    meta = {"format": "gdd-generator/1", "arch": trainee.nets.ema.arch, "classes": list(ctx.manifest.classes)}
+    meta = {**generator_meta(trainee.nets.ema), "classes": list(ctx.manifest.classes)}
     save_network(directory / GENERATOR, trainee.nets.ema, {**meta, "provenance": provenance(ctx, trial.fps)})
     trainee.nets.save_discriminator(directory, write=True)
     trainee.close()
@@ -126,9 +166,9 @@ def estimate_gan(trial: Trial, work: Path) -> Estimate:
     """Training steps, and grids of samples."""
     ctx, g, grid = trial.ctx, trial.ctx.config.gan, sample_grid.forwards(trial.ctx)
     start, unit = steps_done(ctx, work / CHECKPOINTS), ctx.config.accumulate
-    step = trial.training("gan", ctx.world.size, lambda small: gan.GanTraining(small, work), unit)
+    step = trial.training("gan", ctx.world.size, lambda small: gan.GanTraining(small, work, trial.inputs), unit)
     left, grids = g.steps - start, sum(gan.shows_grid(g, s) for s in range(start, g.steps))
-    painting = trial.cost(grid, grid, drawing).beside(step.cost)
+    painting = trial.cost(grid, grid, drawing, "gan").beside(step.cost)
     cost = Cost.peak((step.cost, painting), left * step.cost.seconds + grids * painting.seconds)
     return Estimate(start > 0, left, left * step.forwards + step.settling + grids * grid, cost)
 
@@ -140,17 +180,12 @@ def make_up_matching(trial: Trial, directory: Path) -> None:
 
 def estimate_matching(trial: Trial, work: Path) -> Estimate:
     """Training steps, and measurements with quick students, each with a grid of samples."""
-    ctx, m, name = trial.ctx, trial.ctx.config.matching, trial.ctx.config.matching.quick_student
+    ctx, m = trial.ctx, trial.ctx.config.matching
     start, step = steps_done(ctx, work / CHECKPOINTS), _matching_step(trial, work)
-    trained, fresh, answered = quick_students.forwards(ctx)
-    parts = [
-        trial.cost(trained, m.quick_batch, studying, name).beside(step.cost),
-        trial.cost(fresh, min(drawn.DRAW_BATCH, quick_students.CHUNK * m.quick_batch), drawing).beside(step.cost),
-        trial.cost(answered, PREDICT_BATCH, answering, name).beside(step.cost),
-    ]
+    parts, students_of_all = _measurement(trial, "gan", step.cost)
     left, measurements = m.steps - start, sum(s % m.interval == 0 for s in range(start, m.steps)) + 1
     turns = measurements * -(-m.quick_students // ctx.world.size)
-    each = m.quick_students * (trained + fresh + answered) + sample_grid.forwards(ctx)
+    each = students_of_all + sample_grid.forwards(ctx)
     cost = Cost.peak((step.cost, *parts), left * step.cost.seconds + turns * sum(part.seconds for part in parts))
     return Estimate(start > 0, left, left * step.forwards + step.settling + measurements * each, cost)
 
@@ -199,7 +234,7 @@ def _student(trial: Trial, job: rows.Job, test: int) -> list[Cost]:
     if row.labels == "soft":
         label = trial.cost(b.images_seen, soft_labels.BATCH, labelling)
     if row.train_on in rows.GENERATORS:
-        draw = trial.cost(b.distinct_images_seen, min(drawn.DRAW_BATCH, students.CHUNK_IMAGES), drawing)
+        draw = trial.cost(b.distinct_images_seen, min(drawn.DRAW_BATCH, students.CHUNK_IMAGES), drawing, "gan")
     own = [
         trial.cost(b.images_seen, b.batch, studying, row.student),
         trial.cost(test, PREDICT_BATCH, answering, row.student),
@@ -210,6 +245,7 @@ def _student(trial: Trial, job: rows.Job, test: int) -> list[Cost]:
 ESTIMATES: dict[str, tuple[Callable[[Trial, Path], None], Callable[[Trial, Path], Estimate]]] = {
     "teachers": (make_up_teachers, estimate_teachers),
     "logits": (make_up_logits, estimate_logits),
+    "gaussian": (make_up_gaussian, estimate_gaussian),
     "gan": (make_up_gan, estimate_gan),
     "matching": (make_up_matching, estimate_matching),
     "report": (make_up_report, estimate_report),

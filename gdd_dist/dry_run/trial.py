@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gdd_dist.config.steps import TABLE
+from gdd_dist.config.steps import TABLE, Inputs
 from gdd_dist.data.augment import AUGMENT_DRAWS
 from gdd_dist.data.images import to_float
 from gdd_dist.data.noise import uniform
@@ -55,6 +55,11 @@ class Trial:
         self.shards = ctx.images("train").shards.shard_samples
         self.pool = list(product([True] + [False] * (t.snapshots - 1), t.architectures * t.seeds))
         self._known: dict[Any, Cost] = {}
+
+    @property
+    def inputs(self) -> Inputs:
+        """The made-up files as a step's inputs."""
+        return Inputs(self.directories, self.fps, {})
 
     def training(
         self,
@@ -142,7 +147,7 @@ def labelling(trial: Trial) -> Work:
     return lambda images, _: frozen.soft_labels(images, trial.ctx.config.report.label_temperature)
 
 
-def drawing(trial: Trial) -> Work:
-    """Drawing from a generator; gan's and matching's are alike."""
-    ctx, net = trial.ctx, Frozen(trial.ctx, trial.directories).generator("gan")
+def drawing(trial: Trial, train_on: str) -> Work:
+    """Drawing from the generator of these rows; gan's and matching's are alike."""
+    ctx, net = trial.ctx, Frozen(trial.ctx, trial.directories).generator(train_on)
     return lambda _, labels: draw(ctx, net, labels.cpu().numpy(), 0, "dry-run", 0, batch=len(labels))

@@ -44,7 +44,11 @@ class DDPEngine:
         self._wrapped: nn.Module | None = module
         if world.size > 1:
             devices = [world.device.index] if world.device.type == "cuda" else None
-            self._wrapped = DistributedDataParallel(module, device_ids=devices, process_group=world.group)
+            # Only a batch norm's buffers change; others, as a generator's linear part, are alike on all ranks and stay so.
+            changing = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
+            self._wrapped = DistributedDataParallel(
+                module, device_ids=devices, process_group=world.group, broadcast_buffers=changing
+            )
             module.eval()  # or a batch norm would note what it sees
             for _ in range(2):  # the buckets are ordered as the second forward begins
                 (self._forward(*example).sum() * 0).backward()

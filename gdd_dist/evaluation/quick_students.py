@@ -14,7 +14,7 @@ from gdd_dist.data.augment import AUGMENT_DRAWS
 from gdd_dist.data.images import to_float
 from gdd_dist.data.noise import uniform
 from gdd_dist.data.order import dealt
-from gdd_dist.models.generator import Generator
+from gdd_dist.models.generator import ImageGenerator
 from gdd_dist.training.classifier_fit import accuracy, predict, sgd, train_step
 from gdd_dist.training.context import Context
 from gdd_dist.training.drawing import draw
@@ -55,7 +55,7 @@ def best(history: Sequence[Mapping[str, Any]], select: str) -> Mapping[str, Any]
     return history[-1] if select == "last" else max(history, key=lambda h: h["val"])
 
 
-def measure(ctx: Context, generator: Generator, step: int) -> Measurement:
+def measure(ctx: Context, generator: ImageGenerator, step: int) -> Measurement:
     """Train the quick students, dealt to ranks, on fresh draws; the same random streams at every interval. All ranks call it."""
     m = ctx.config.matching
     mine: list[list[float]] = []
@@ -77,7 +77,7 @@ def measure(ctx: Context, generator: Generator, step: int) -> Measurement:
     return Measurement(step, float(val.mean()), stderr, float((fresh - val).mean()))
 
 
-def student(ctx: Context, generator: Generator, j: int, tick: Callable[[int], None]) -> tuple[float, float]:
+def student(ctx: Context, generator: ImageGenerator, j: int, tick: Callable[[int], None]) -> tuple[float, float]:
     """(accuracy on val, accuracy on fresh generated images) of quick student ``j``, in percent; ``tick``: steps done."""
     m, r, seed = ctx.config.matching, ctx.config.report, ctx.config.step_seed("matching")
     net = ctx.classifier(m.quick_student, seed, f"quick/{j}")

@@ -21,8 +21,12 @@ from gdd_dist.storage.json_files import fingerprint
 from sharding.errors import UserError
 from sharding.manifest import Manifest
 
-GENERATORS = {"gan": "gan", "matched": "matching"}
+GENERATORS = {"gaussian": "gaussian", "gan": "gan", "matched": "matching"}
 """What a row trains on → the step whose generator draws it."""
+BASELINES = ("real", "equal_bytes", "gaussian", "gan", "full")
+"""What rows beside the matched generator's may train on, in the order of the table. ``equal_bytes``: a fixed set of as many
+real images, as they are stored, as fit the bytes of the matched generator's file; each epoch draws from it.
+"""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ class Row:
     def reads(self) -> tuple[str, ...]:
         """Steps whose output the row reads, beside the data."""
         soft = ("teachers",) if self.labels == "soft" else ()
-        return soft + ((GENERATORS[self.train_on],) if self.train_on in GENERATORS else ())
+        step = "matching" if self.train_on == "equal_bytes" else GENERATORS.get(self.train_on)
+        return soft + ((step,) if step else ())
 
 
 @dataclass(frozen=True)
@@ -73,14 +78,15 @@ class Job:
 def plan(config: Config) -> list[Row]:
     """All rows, in the order of the table."""
     r = config.report
-    kinds = [*(k for k in ("real", "gan") if k in r.baselines), "matched"]
+    kinds = [*(k for k in BASELINES if k in r.baselines and k != "full"), "matched"]
     rows = []
     for student in dict.fromkeys(r.students):
         if "full" in r.baselines:
             rows.append(Row("full", student, None, "hard", None))
         for ipc in dict.fromkeys(r.ipc):
             pairs = [(p, y) for p in dict.fromkeys(r.protocol) for y in dict.fromkeys(r.labels)]
-            rows += [Row(kind, student, p, y, ipc) for p, y in pairs for kind in kinds]
+            every = [Row(kind, student, p, y, ipc) for p, y in pairs for kind in kinds]
+            rows += [r for r in every if (r.train_on, r.protocol) != ("equal_bytes", "fixed")]  # fixed as it is
     return rows + unaugmented(config, rows)
 
 
@@ -112,7 +118,7 @@ def budget(config: Config, manifest: Manifest, row: Row) -> Budget:
     batch = min(r.batch, images)
     draws = r.epochs if row.protocol == "regenerate" else 1
     distinct = draws * images
-    if row.train_on == "real":
+    if row.train_on in ("real", "equal_bytes"):
         distinct = sum(min(n, draws * row.ipc) for n in train.class_counts)
     return Budget(r.epochs, r.epochs * -(-images // batch), batch, r.epochs * images, distinct)
 
@@ -235,12 +241,12 @@ def check(config: Config, manifest: Manifest) -> None:
     for name, allowed in (
         ("protocol", ("regenerate", "fixed")),
         ("labels", ("hard", "soft")),
-        ("baselines", ("real", "gan", "full")),
+        ("baselines", BASELINES),
     ):
         for value in getattr(r, name):
             if value not in allowed:
                 raise UserError(f"--report.{name} {value} is not known; choose {', '.join(allowed)}")
-    if "real" in r.baselines:
+    if {"real", "equal_bytes"} & set(r.baselines):
         _check_class_sizes(config, manifest)
 
 
@@ -250,7 +256,7 @@ def _check_class_sizes(config: Config, manifest: Manifest) -> None:
     c = int(np.argmin(counts))
     have, name = counts[c], manifest.classes[c]
     if have == 0:
-        raise UserError(f"class {name} has no training images; leave real out of --report.baselines")
+        raise UserError(f"class {name} has no training images; leave real and equal_bytes out of --report.baselines")
     ipc = max(config.report.ipc)
     if "fixed" in config.report.protocol and ipc > have:
         raise UserError(

@@ -15,10 +15,10 @@ import torch
 
 from gdd_dist.evaluation.confusion import StudentResult, pack, unpack
 from gdd_dist.evaluation.ddranking import with_scores
-from gdd_dist.evaluation.rows import Job, Row, images_labelled, jobs, result, with_ceiling_shares
+from gdd_dist.evaluation.rows import GENERATORS, Job, Row, images_labelled, jobs, result, with_ceiling_shares
 from gdd_dist.evaluation.students import Frozen, train
 from gdd_dist.models.classifiers import build_classifier
-from gdd_dist.models.files import read_teachers
+from gdd_dist.models.files import GENERATOR, read_teachers
 from gdd_dist.runtime.locks import Lock, holding
 from gdd_dist.runtime.monitor import Monitor, say
 from gdd_dist.storage.json_files import fingerprint, read_json, write_json
@@ -126,7 +126,21 @@ def evaluate(
         known |= {fp: StudentResult(*m) for fp, m in part.items()}
     ctx.disks.share(rows, records)
     monitor.advance(len(students))
-    return with_scores(with_ceiling_shares(summarise(students, known), ctx.classes))
+    rows_found = with_bytes(ctx, dirs, summarise(students, known))
+    return with_scores(with_ceiling_shares(rows_found, ctx.classes))
+
+
+def with_bytes(ctx: Context, dirs: Mapping[str, Path], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Fill in ``bytes``: what must be kept to train such a student. A generator's file, or real images as they are stored."""
+    shards = ctx.images("train").shards
+    mean = shards.payload_bytes / shards.samples
+
+    def size(r: Mapping[str, Any]) -> int:
+        if r["train_on"] in GENERATORS:
+            return (dirs[GENERATORS[r["train_on"]]] / GENERATOR).stat().st_size
+        return round(mean * min(r["distinct_images_seen"], shards.samples))
+
+    return [{**r, "bytes": size(r)} for r in results]
 
 
 def train_once(ctx: Context, frozen: Frozen, job: Job) -> StudentResult:

@@ -25,7 +25,7 @@ from gdd_dist.evaluation.confusion import StudentResult
 from gdd_dist.evaluation.rows import GENERATORS, Job, Row, full_order, step_bounds
 from gdd_dist.models.classifiers import Classifier
 from gdd_dist.models.files import GENERATOR, load_generator_network, read_teachers
-from gdd_dist.models.generator import Generator
+from gdd_dist.models.generator import ImageGenerator
 from gdd_dist.runtime.monitor import Monitor
 from gdd_dist.training.classifier_fit import predict, sgd, train_step
 from gdd_dist.training.context import Context
@@ -46,14 +46,21 @@ class Frozen:
 
     def __init__(self, ctx: Context, dirs: Mapping[str, Path]) -> None:
         self._ctx, self._dirs = ctx, dirs
-        self._generators: dict[str, Generator] = {}
+        self._generators: dict[str, ImageGenerator] = {}
 
-    def generator(self, train_on: str) -> Generator:
+    def generator(self, train_on: str) -> ImageGenerator:
         """The generator of ``gan`` or ``matched`` rows, in evaluation mode."""
         if train_on not in self._generators:
             net, _ = load_generator_network(self._dirs[GENERATORS[train_on]] / GENERATOR)
             self._generators[train_on] = self._ctx.watch(net).eval().requires_grad_(False)
         return self._generators[train_on]
+
+    @cached_property
+    def equal_bytes(self) -> int:
+        """Real images of each class that, as they are stored, fit the bytes of the matched generator's file; one at least."""
+        shards = self._ctx.images("train").shards
+        size = (self._dirs["matching"] / GENERATOR).stat().st_size
+        return max(1, int(size * shards.samples / shards.payload_bytes) // self._ctx.classes)
 
     @cached_property
     def teachers(self) -> list[Classifier]:
@@ -96,15 +103,22 @@ class Sets:
         self.images = row.ipc * ctx.classes
         """Images of a set."""
         self._order = Recent(2 * self.images)  # chunks of the training sequence end within an epoch
-        self._fetch = self._real() if row.train_on == "real" else self._generated(frozen.generator(row.train_on))
+        if row.train_on in GENERATORS:
+            self._fetch = self._generated(frozen.generator(row.train_on))
+        else:
+            self._fetch = self._real(frozen.equal_bytes if row.train_on == "equal_bytes" else None)
 
-    def _real(self) -> Fetch:
+    def _real(self, most: int | None) -> Fetch:
+        """Real images: of each class all there are, or a fixed draw of at most ``most``."""
         images = self._ctx.images("train")
         members = [np.flatnonzero(images.labels == c) for c in range(self._ctx.classes)]
+        if most is not None:
+            purpose = f"{self.purpose}/equal_bytes"
+            members = [m[permutation(self._seed, purpose, c, len(m))[:most]] for c, m in enumerate(members)]
         recent = Recent(2 * len(images))
         return lambda slots: images.read(real_samples(self._seed, self.purpose, slots, self._ipc, members, recent))
 
-    def _generated(self, generator: Generator) -> Fetch:
+    def _generated(self, generator: ImageGenerator) -> Fetch:
         def fetch(slots: np.ndarray) -> Tensor:
             labels = slots % self.images // self._ipc
             return draw(self._ctx, generator, labels, self._seed, self.purpose, 0, slots=slots)
@@ -154,6 +168,8 @@ def train(ctx: Context, frozen: Frozen, job: Job) -> tuple[StudentResult, np.nda
             distinct = _fit_full(ctx, net, job, monitor)
         else:
             distinct = job.budget.distinct_images_seen
+            if job.row.train_on == "equal_bytes":
+                distinct = min(distinct, frozen.equal_bytes * ctx.classes)
             _fit_sets(ctx, net, frozen, job, monitor)
     except Diverged as e:
         lr = "--report.full_lr" if job.row.ipc is None else "--report.lr"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +14,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from gdd_dist.models.generator import Generator
 from gdd_dist.storage.json_files import read_json
 from sharding.errors import UserError
 from sharding.files import write_atomic
@@ -21,10 +21,19 @@ from sharding.files import write_atomic
 if TYPE_CHECKING:  # who only draws needs neither
     from gdd_dist.models.classifiers import Classifier
     from gdd_dist.models.discriminator import Discriminator
+    from gdd_dist.models.generator import ImageGenerator
 
 TEACHERS = "teachers.json"
 GENERATOR = "generator.safetensors"
 DISCRIMINATOR = "discriminator.safetensors"
+
+
+FAMILIES = {
+    "r3gan": "generator.Generator",
+    "gaussian": "gaussian.LinearGenerator",
+    "residual": "residual_generator.ResidualGenerator",
+}
+"""Kinds of generator, by the name that their files give, and where in `models` each is; a file without a name is of the first."""
 
 
 def save_network(path: Path, net: nn.Module | dict[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -46,13 +55,23 @@ def read_network(path: Path, remedy: str = AGAIN) -> tuple[dict[str, Tensor], di
         raise UserError(f"cannot read {path} as a network of ours ({e}); {remedy}") from e
 
 
-def load_generator_network(path: Path, remedy: str = AGAIN) -> tuple[Generator, dict[str, Any]]:
+def generator_meta(net: ImageGenerator) -> dict[str, Any]:
+    """What the metadata of a generator's file says of the network."""
+    family = next(name for name, place in FAMILIES.items() if place.endswith(f".{type(net).__name__}"))
+    return {"format": "gdd-generator/1", "arch": net.arch, **({} if family == "r3gan" else {"family": family})}
+
+
+def load_generator_network(path: Path, remedy: str = AGAIN) -> tuple[ImageGenerator, dict[str, Any]]:
     """The generator of a ``generator.safetensors`` and its metadata. ``remedy``: as of `read_network`."""
     weights, meta = read_network(path, remedy)
     if meta.get("format") != "gdd-generator/1":
         raise UserError(f"{path} is no generator of ours; give the generator.safetensors of a gan or matching step")
+    family = meta.get("family", "r3gan")
+    if family not in FAMILIES:
+        raise UserError(f"{path} holds a generator of kind {family}, which this version does not know; update gdd_dist")
+    module, _, name = FAMILIES[family].partition(".")
     try:
-        net = Generator(**meta["arch"])
+        net: ImageGenerator = getattr(importlib.import_module(f"gdd_dist.models.{module}"), name)(**meta["arch"])
         net.load_state_dict(weights)
     except (KeyError, TypeError, RuntimeError) as e:
         raise UserError(f"{path} does not hold the generator that it names ({type(e).__name__}: {e}); {remedy}") from e

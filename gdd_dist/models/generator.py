@@ -3,6 +3,7 @@
 No normalisation layer anywhere: an image depends on its own latent and label alone. Shapes: B batch, C image channels.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +13,20 @@ from torch import Tensor, nn
 from gdd_dist.models.residual import ResidualStage, scaled_conv, side_widths
 
 
-class Generator(nn.Module):
+class ImageGenerator(nn.Module):
+    """What every generator is: latents [B, latent] float, labels [B] int64 -> [B, channels, size, size] float in [-1, 1].
+
+    ``arch``: the arguments that rebuild it, fit for JSON: ``type(net)(**net.arch)``; ``shape``: latent, classes, channels, size.
+    """
+
+    def __init__(self, arch: dict[str, Any], shape: Mapping[str, int]) -> None:
+        super().__init__()
+        self.arch = arch
+        self.latent, self.classes = shape["latent"], shape["classes"]
+        self.channels, self.size = shape["channels"], shape["size"]
+
+
+class Generator(ImageGenerator):
     """Draws images: latents [B, latent] float, labels [B] int64 -> [B, C, size, size] float in [-1, 1].
 
     A learned basis of 4x4 (up to 7x7) is modulated by a linear map of latent and class embedding; each doubling of the side
@@ -36,8 +50,7 @@ class Generator(nn.Module):
         expansion: int = 2,
         patch: int = 1,
     ) -> None:
-        super().__init__()
-        self.arch: dict[str, Any] = {
+        arch = {
             "classes": classes,
             "channels": channels,
             "size": size,
@@ -49,7 +62,7 @@ class Generator(nn.Module):
             "expansion": expansion,
             "patch": patch,
         }
-        """Arguments that rebuild this generator, fit for JSON: Generator(**arch)."""
+        super().__init__(arch, arch)
         by_side = side_widths(size, width, patch)
         base, widths = min(by_side), list(by_side.values())
         depth = blocks * len(widths)
@@ -61,11 +74,6 @@ class Generator(nn.Module):
         pairs = zip(widths[:-1], widths[1:], strict=True)
         self.changes = nn.ModuleList(scaled_conv(a, b, 1) if a != b else nn.Identity() for a, b in pairs)
         self.to_image = scaled_conv(widths[-1], channels * patch**2, 1, bias=True)
-
-    @property
-    def latent(self) -> int:
-        """Numbers in a latent."""
-        return int(self.arch["latent"])
 
     def forward(self, latents: Tensor, labels: Tensor) -> Tensor:
         """Images [B, C, size, size] in [-1, 1] of latents [B, latent] (standard normal) and labels [B] int64."""

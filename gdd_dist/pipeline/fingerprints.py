@@ -19,7 +19,7 @@ def fingerprints(config: Config, manifest: Manifest, precision: str) -> dict[str
                 "settings": step.settings(config),
                 "seed": config.step_seed(step.name),
                 "precision": precision,
-                "inputs": {name: found[name] for name in step.shapes},
+                "inputs": {name: found[name] for name in step.shaped_by(config)},
             }
         )
     return found

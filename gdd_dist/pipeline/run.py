@@ -133,7 +133,7 @@ def run_step(ctx: Context, step: str, fps: Mapping[str, str]) -> dict[str, Any]:
             status = "resumed" if any(ctx.world.gather(ctx.resumed)) else "computed"
         elif ctx.world.is_main:
             ctx.store.drop_checkpoints(step, fp)
-    if any(step in other.inputs for other in TABLE.values()):
+    if any(step in other.inputs(ctx.config) for other in TABLE.values()):
         ctx.disks.bring(ctx.store, step, fp)
     if ctx.world.is_main:
         link_latest(ctx.out, step, ctx.store.path(step, fp))
@@ -168,7 +168,7 @@ def compute(ctx: Context, step: str, fps: Mapping[str, str]) -> None:
         clean(work)
     ctx.world.barrier()
     begin, origin = time.monotonic(), provenance(ctx, fps)
-    directories = {name: ctx.store.path(name, fps[name]) for name in TABLE[step].inputs}
+    directories = {name: ctx.store.path(name, fps[name]) for name in TABLE[step].inputs(ctx.config)}
     info = TABLE[step].run(ctx, work, Inputs(directories, fps, origin))
     images = ctx.world.sum(ctx.forwards)
     cost = {"seconds": round(time.monotonic() - begin, 2), "images_processed": images, "ranks": ctx.world.size}

@@ -6,7 +6,7 @@ From a single ``generator.safetensors`` this needs nothing but torch, numpy and 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, get_worker_info
 from gdd_dist.data.noise import normal
 from gdd_dist.data.pixels import to_float, to_uint8
 from gdd_dist.models.files import AGAIN, GENERATOR, load_generator_network, read_teachers
-from gdd_dist.models.generator import Generator
+from gdd_dist.models.generator import ImageGenerator
 from gdd_dist.storage.json_files import read_json
 from gdd_dist.storage.printable import printable
 from sharding.errors import UserError
@@ -85,7 +85,7 @@ class Sampler:
 
     def __init__(self, file: Path, device: torch.device, step: Path | None = None, out: Path | None = None) -> None:
         network, self.meta = load_generator_network(file, _GIVE if step is None else AGAIN)
-        self.network: Generator = network.to(device).eval().requires_grad_(False)
+        self.network: ImageGenerator = network.to(device).eval().requires_grad_(False)
         self.file, self.device = file, device
         self._step, self._out = step, out
         self._teachers: list[Classifier] | None = None
@@ -93,13 +93,13 @@ class Sampler:
     @property
     def classes(self) -> tuple[str, ...]:
         """Class names, as they can be printed."""
-        return tuple(map(printable, self.meta.get("classes") or map(str, range(self.network.arch["classes"]))))
+        return tuple(map(printable, self.meta.get("classes") or map(str, range(self.network.classes))))
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W)."""
-        arch = self.network.arch
-        return arch["channels"], arch["size"], arch["size"]
+        net = self.network
+        return net.channels, net.size, net.size
 
     @property
     def data_name(self) -> str:
@@ -207,7 +207,7 @@ class Sampler:
         if self._teachers is None:
             if self._step is None:
                 raise UserError(_NO_RUN)
-            self._teachers = load_teachers(self._step, self.network.arch, self.device)
+            self._teachers = load_teachers(self._step, self.network, self.device)
         return self._teachers
 
     def _draw(
@@ -263,7 +263,7 @@ def truncated(z: Tensor, limit: float | None) -> Tensor:
     return torch.special.ndtri(share).clamp(-limit, limit).float()
 
 
-def load_teachers(step: Path, arch: Mapping[str, Any], device: torch.device) -> list[Classifier]:
+def load_teachers(step: Path, net: ImageGenerator, device: torch.device) -> list[Classifier]:
     """The last snapshots of the pool that a finished matching step was made with, frozen. Raises UserError where it is gone."""
     from gdd_dist.storage.store import CONTENTS, Store
 
@@ -273,7 +273,7 @@ def load_teachers(step: Path, arch: Mapping[str, Any], device: torch.device) -> 
         raise UserError(f"{store.path('teachers', fp)} is gone; run the same gdd_dist.train again to compute it anew")
     chosen = [t for t in read_teachers(store.path("teachers", fp)) if t.last]
     verify(store.path("teachers", fp), *(t.path.name for t in chosen))
-    return [t.load(arch["channels"], arch["size"], arch["classes"]).to(device) for t in chosen]
+    return [t.load(net.channels, net.size, net.classes).to(device) for t in chosen]
 
 
 def _numbers(labels: Labels, classes: int) -> np.ndarray:

@@ -21,7 +21,7 @@ from gdd_dist.engines.precision import autocast
 from gdd_dist.evaluation.rows import Row
 from gdd_dist.models.classifiers import Classifier
 from gdd_dist.models.files import GENERATOR, load_generator_network, read_teachers
-from gdd_dist.models.generator import Generator
+from gdd_dist.models.generator import ImageGenerator
 from gdd_dist.training.context import Context
 from gdd_dist.training.drawing import draw
 from gdd_dist.training.losses import standardize
@@ -95,7 +95,9 @@ def first_group(matrices: Mapping[Row, np.ndarray]) -> tuple[Row, dict[str, np.n
 
 
 @torch.no_grad()
-def teacher_answers(ctx: Context, dirs: Mapping[str, Path], generators: Mapping[str, Generator]) -> dict[str, Answers]:
+def teacher_answers(
+    ctx: Context, dirs: Mapping[str, Path], generators: Mapping[str, ImageGenerator]
+) -> dict[str, Answers]:
     """How the best last teacher answers real (from the cache), the GAN's and the matched images of the same classes."""
     best = max((t for t in read_teachers(dirs["teachers"]) if t.last), key=lambda t: t.val_accuracy)
     images, seed = ctx.images("train"), ctx.config.step_seed("report")
@@ -127,7 +129,7 @@ def split_answers(logits: np.ndarray, labels: np.ndarray) -> Answers:
     return Answers(values[own], values[~own])
 
 
-def nearest_real(ctx: Context, generator: Generator) -> Near:
+def nearest_real(ctx: Context, generator: ImageGenerator) -> Near:
     """Do random samples lie closer to training images than held-out real images (val) do?"""
     train, val, seed = ctx.images("train"), ctx.images("val"), ctx.config.step_seed("report")
     labels = np.arange(NEAR) % ctx.classes

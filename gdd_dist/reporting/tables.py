@@ -24,6 +24,7 @@ CELLS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "batch": lambda r: _number(r["batch"], ",d"),
     "images seen": lambda r: _number(r["images_seen"], ",d"),
     "distinct": lambda r: _number(r["distinct_images_seen"], ",d"),
+    "MB": lambda r: _number(None if r.get("bytes") is None else r["bytes"] / 1e6, ".2f"),
     "accuracy %": lambda r: accuracy(r["mean"], r["std"]),
     "ceiling share": lambda r: _number(r["ceiling_share"], ".0%").replace("%", " %"),
     "balanced %": lambda r: _number(r.get("balanced_mean"), ".1f"),
@@ -33,7 +34,7 @@ CELLS: dict[str, Callable[[Mapping[str, Any]], str]] = {
 """A column's name → what it shows of a row."""
 WORDS = ("train on", "student", "protocol", "labels")
 """Aligned to the left; the others hold numbers."""
-BUDGET = ("steps", "batch", "images seen", "distinct")
+BUDGET = ("steps", "batch", "images seen", "distinct", "MB")
 RESULT = ("accuracy %", "ceiling share")
 SCORES = ("balanced %", "LRS", "ARS")
 """Only in Markdown, where a row has them."""

@@ -14,7 +14,14 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-COLORS = {"real": "#4c9f70", "gan": "#8a8f98", "matched": "#c8553d", "full": "#3d6fa5"}
+COLORS = {
+    "real": "#4c9f70",
+    "equal_bytes": "#8fbf9f",
+    "gaussian": "#d6b656",
+    "gan": "#8a8f98",
+    "matched": "#c8553d",
+    "full": "#3d6fa5",
+}
 CYCLE = ("#3d6fa5", "#c8553d", "#4c9f70", "#8a6fb0", "#b08a3d", "#8a8f98")
 DPI = 120
 LONGEST_NAME = 24
@@ -200,7 +207,7 @@ def _accuracies(axis: Axes, results: Sequence[Mapping[str, Any]]) -> None:
     rows = [r for r in results if r["ipc"] is not None]
     rows = [r for r in rows if (r["student"], r["ipc"]) == (rows[0]["student"], rows[0]["ipc"])]
     groups = list(dict.fromkeys((r["protocol"], r["labels"]) for r in rows))
-    kinds = [k for k in ("real", "gan", "matched") if any(r["train_on"] == k for r in rows)]
+    kinds = [k for k in COLORS if k != "full" and any(r["train_on"] == k for r in rows)]
     height = 0.8 / len(kinds)
     for r in rows:
         y = groups.index((r["protocol"], r["labels"])) + (kinds.index(r["train_on"]) - (len(kinds) - 1) / 2) * height

@@ -18,8 +18,10 @@ from gdd_dist.data.images import to_float
 from gdd_dist.data.noise import normal
 from gdd_dist.data.order import balanced_rows
 from gdd_dist.models.discriminator import Discriminator
-from gdd_dist.models.files import GENERATOR, save_network
-from gdd_dist.models.generator import Generator
+from gdd_dist.models.files import GENERATOR, generator_meta, load_generator_network, save_network
+from gdd_dist.models.gaussian import LinearGenerator
+from gdd_dist.models.generator import Generator, ImageGenerator
+from gdd_dist.models.residual_generator import started_at
 from gdd_dist.training import loop
 from gdd_dist.training.adversaries import Adversaries, augmentation, ema_decay, mean_scalars, mirrored
 from gdd_dist.training.context import Context, seeded, train_order
@@ -32,7 +34,7 @@ def run(ctx: Context, work: Path, inputs: Inputs) -> dict[str, Any]:
     """Train into ``work``: generator.safetensors (EMA), discriminator.safetensors and their state to go on from."""
     checkpoints = ctx.shared_checkpoints(work)
     remedy = "lower --gan.lr, or raise --gan.gamma"
-    trained = loop.train(ctx, lambda: GanTraining(ctx, work), ctx.world, checkpoints, "gan", remedy)
+    trained = loop.train(ctx, lambda: GanTraining(ctx, work, inputs), ctx.world, checkpoints, "gan", remedy)
     trained.finish(work, inputs)
     return {"skipped_steps": trained.skips.total, **checkpoints.costs()}
 
@@ -42,12 +44,12 @@ class GanTraining(loop.Trainee):
 
     name = "gan"
 
-    def __init__(self, ctx: Context, work: Path) -> None:
+    def __init__(self, ctx: Context, work: Path, inputs: Inputs) -> None:
         g, world = ctx.config.gan, ctx.world
         self._ctx, self._work, self.steps = ctx, work, g.steps
         self._images = ctx.images("train")
         self._sampling = Sampling(ctx.config, self._images.labels, self._images.shards.shard_samples, ctx.classes)
-        self.nets = Adversaries(ctx, *networks(ctx), (g.beta1, g.beta2))
+        self.nets = Adversaries(ctx, *networks(ctx, inputs), (g.beta1, g.beta2))
         self.skips = self.nets.skips
         share = g.batch // world.size
         self.slots = np.arange(world.rank * share, (world.rank + 1) * share)
@@ -109,8 +111,7 @@ class GanTraining(loop.Trainee):
         self.nets.save_discriminator(work, ctx.world.is_main)
         if ctx.world.is_main:
             meta = {
-                "format": "gdd-generator/1",
-                "arch": ema.arch,
+                **generator_meta(ema),
                 "classes": list(ctx.manifest.classes),
                 "normalization": {
                     "range": [-1, 1],
@@ -136,7 +137,7 @@ def gan_step(
     real = mirrored(ctx, to_float(real_uint8, ctx.device), step, slots, seed, "gan/flip")
 
     def latents(purpose: str) -> Tensor:
-        return torch.from_numpy(normal(seed, purpose, step, slots, g.latent)).to(ctx.device)
+        return torch.from_numpy(normal(seed, purpose, step, slots, nets.generator.latent)).to(ctx.device)
 
     fake = nets.draw(latents("gan/z/d"), labels)
     seen_through = augmentation(ctx, seed, "gan/augment/d", step, slots)
@@ -166,12 +167,18 @@ def penalty(g: Gan, step: int) -> float:
     return float(g.gamma * (g.gamma_final / g.gamma) ** (step / g.steps))
 
 
-def networks(ctx: Context) -> tuple[Generator, Discriminator]:
-    """Freshly initialised, as functions of the step's seed."""
+def networks(ctx: Context, inputs: Inputs) -> tuple[ImageGenerator, Discriminator]:
+    """Freshly initialised, as functions of the step's seed; with ``gan.start gaussian`` the generator draws what that step drew."""
     g, seed = ctx.config.gan, ctx.config.step_seed("gan")
     shape: dict[str, Any] = {"classes": ctx.classes, "channels": ctx.manifest.channels, "size": ctx.manifest.height}
     with seeded(seed, "gan/generator"):
-        generator = Generator(**shape, latent=g.latent, width=g.width, blocks=g.blocks, patch=g.patch)
+        generator: ImageGenerator
+        if g.start == "gaussian":
+            linear, _ = load_generator_network(inputs.directories["gaussian"] / GENERATOR)
+            assert isinstance(linear, LinearGenerator)
+            generator = started_at(linear, noise=g.latent, width=g.width, blocks=g.blocks, patch=g.patch)
+        else:
+            generator = Generator(**shape, latent=g.latent, width=g.width, blocks=g.blocks, patch=g.patch)
     with seeded(seed, "gan/discriminator"):
         discriminator = Discriminator(**shape, width=g.d_width, blocks=g.d_blocks, patch=g.patch)
     return generator, discriminator

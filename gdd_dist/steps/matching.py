@@ -34,6 +34,7 @@ from gdd_dist.steps.matching_groups import Dealer, Groups
 from gdd_dist.training import loop, losses
 from gdd_dist.training.adversaries import Adversaries, augmentation, ema_decay, mean_scalars, mirrored
 from gdd_dist.training.context import Context
+from gdd_dist.training.gaussian_fit import chosen
 from gdd_dist.training.sample_grid import sample_grid
 from gdd_dist.training.schedules import cosine
 
@@ -251,10 +252,19 @@ class Matching(loop.Trainee):
         self.nets.close()
 
     def finish(self, work: Path, inputs: Inputs) -> None:
-        """Write the selected generator as one self-contained file."""
+        """Write the selected generator as one self-contained file: the trivial one, where none did better on val."""
         self.monitor.close()
         if self._ctx.world.is_main:
             self.nets.ema.load_state_dict(self.best)
-            meta = {**self.meta, "provenance": inputs.provenance, "history": self.history}
-            save_network(work / GENERATOR, self.nets.ema, meta)
+            net, meta = self.nets.ema, self.meta
+            trivial = chosen(inputs.directories["gaussian"])
+            kept = best(self.history, self._ctx.config.matching.select)
+            if kept and self._ctx.config.matching.select == "best" and trivial["val"] > kept["val"]:
+                net, meta = load_generator_network(inputs.directories["gaussian"] / GENERATOR)
+                self._ctx.world.say(
+                    f"matching: the Gaussian of each class did better on val ({trivial['val']:.1f} %) than any interval "
+                    f"({kept['val']:.1f} %): it is kept"
+                )
+            meta = {**meta, "provenance": inputs.provenance, "history": self.history, "trivial": trivial}
+            save_network(work / GENERATOR, net, meta)
         self.close()

@@ -16,7 +16,7 @@ from gdd_dist.evaluation.quick_students import best
 from gdd_dist.evaluation.rows import jobs, plan
 from gdd_dist.evaluation.student_results import cached, confusions, evaluate, log_accuracies
 from gdd_dist.models.files import GENERATOR, TEACHERS, load_generator_network, read_network
-from gdd_dist.models.generator import Generator
+from gdd_dist.models.generator import ImageGenerator
 from gdd_dist.reporting import training_figures
 from gdd_dist.reporting.diagnostic_figures import gallery
 from gdd_dist.reporting.diagnostics import NEIGHBOURS, Evidence, collect, summary
@@ -174,7 +174,7 @@ def _real_samples(ctx: Context, classes: np.ndarray) -> np.ndarray:
     return out
 
 
-def _drawn_samples(ctx: Context, generator: Generator, classes: np.ndarray) -> np.ndarray:
+def _drawn_samples(ctx: Context, generator: ImageGenerator, classes: np.ndarray) -> np.ndarray:
     labels = np.repeat(classes, SAMPLE_COLUMNS)
     net = ctx.watch(generator).eval()
     images = draw(ctx, net, labels, ctx.config.step_seed("report"), "report/samples", 0).cpu().permute(0, 2, 3, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
 import math
 import pickle
@@ -22,7 +23,7 @@ from gdd_dist.engines.nonfinite import poisoned
 from gdd_dist.engines.precision import autocast
 from gdd_dist.models.discriminator import Discriminator
 from gdd_dist.models.files import DISCRIMINATOR, save_network
-from gdd_dist.models.generator import Generator
+from gdd_dist.models.generator import ImageGenerator
 from gdd_dist.training import losses
 from gdd_dist.training.context import Context
 from gdd_dist.training.optimizers import Adam
@@ -40,7 +41,7 @@ class Adversaries:
     """Generator and discriminator on their engines, and the generator's running mean (EMA)."""
 
     def __init__(
-        self, ctx: Context, generator: Generator, discriminator: Discriminator, betas: tuple[float, float]
+        self, ctx: Context, generator: ImageGenerator, discriminator: Discriminator, betas: tuple[float, float]
     ) -> None:
         # Copied before it is watched: a copy keeps the hook, and would count twice.
         self.ema = ctx.watch(copy.deepcopy(generator)).eval().requires_grad_(False)
@@ -57,6 +58,9 @@ class Adversaries:
         )
         self._ctx = ctx
         self.skips = Skips()
+        buffers = {name for name, _ in generator.named_buffers()}
+        self._fixed = {name: value.cpu() for name, value in generator.state_dict().items() if name in buffers}
+        """What no step moves: the linear part of a generator that starts at one."""
 
     def micro_batches(self, slots: int) -> list[slice]:
         """This rank's ``slots`` of a step, cut into the micro-batches that the engines were made for."""
@@ -136,15 +140,30 @@ class Adversaries:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a checkpoint needs; whole on rank 0."""
-        nets = {"g": self.g.state_dict(), "d": self.d.state_dict(), "ema": self.ema.state_dict()}
-        return {**nets, "skips": self.skips.state_dict()}
+        g = self.g.state_dict()
+        g["module"], ema = self._trained(g["module"]), self._trained(self.ema.state_dict())
+        state = {"g": g, "d": self.d.state_dict(), "ema": ema, "skips": self.skips.state_dict()}
+        return {**state, "fixed": self._fixed_hash()} if self._fixed else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What ``state_dict`` gave."""
-        self.g.load_state_dict(state["g"])
+        """What ``state_dict`` gave. Raises UserError where it belongs to a generator with another fixed part."""
+        if state.get("fixed") != (self._fixed_hash() if self._fixed else None):
+            raise UserError("the checkpoint belongs to a generator with another linear part; remove its directory")
+        self.g.load_state_dict({**state["g"], "module": {**state["g"]["module"], **self._fixed}})
         self.d.load_state_dict(state["d"])
-        self.ema.load_state_dict(state["ema"])
+        self.ema.load_state_dict({**state["ema"], **self._fixed})
         self.skips.load_state_dict(state["skips"])
+
+    def _trained(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """``weights`` of the generator without its fixed part, which no checkpoint needs to hold again."""
+        return {name: value for name, value in weights.items() if name not in self._fixed}
+
+    def _fixed_hash(self) -> str:
+        """Names the fixed part: SHA-256 of its numbers."""
+        found = hashlib.sha256()
+        for name, value in sorted(self._fixed.items()):
+            found.update(name.encode() + value.numpy().tobytes())
+        return found.hexdigest()
 
     def save_discriminator(self, directory: Path, write: bool) -> None:
         """The discriminator, and its engine's state, so that matching goes on with it. All ranks call it, some write."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gdd_dist.data.images import to_uint8
 from gdd_dist.data.noise import normal
-from gdd_dist.models.generator import Generator
+from gdd_dist.models.generator import ImageGenerator
 from gdd_dist.training.context import Context
 
 DRAW_BATCH = 500
@@ -17,7 +17,7 @@ DRAW_BATCH = 500
 @torch.no_grad()
 def draw(
     ctx: Context,
-    generator: Generator,
+    generator: ImageGenerator,
     labels: np.ndarray,
     seed: int,
     purpose: str,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gdd_dist.data.images import to_uint8
 from gdd_dist.data.noise import normal
-from gdd_dist.models.generator import Generator
+from gdd_dist.models.generator import ImageGenerator
 from gdd_dist.training.context import Context
 
 GRID_CLASSES, GRID_COLUMNS = 10, 10
@@ -53,7 +53,7 @@ def as_png(picture: np.ndarray) -> bytes:
 
 
 @torch.no_grad()
-def sample_grid(ctx: Context, generator: Generator) -> np.ndarray:
+def sample_grid(ctx: Context, generator: ImageGenerator) -> np.ndarray:
     """A picture of the same latents each time: a row for each of the first classes."""
     classes = min(ctx.classes, GRID_CLASSES)
     labels = torch.arange(classes).repeat_interleave(GRID_COLUMNS)

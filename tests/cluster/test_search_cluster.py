@@ -38,7 +38,7 @@ def test_ranks_of_a_trial_on_two_nodes_compute_what_one_rank_does(hosts, tiny, t
     assert_shared(out)
 
     trial, alone = out / "trials" / "000", tmp_path / "alone"
-    for step in ("teachers", "logits", "gan"):
+    for step in ("teachers", "logits", "gaussian", "gan"):
         whole = (trial / step / "latest").resolve()
         shutil.copytree(whole, alone / step / whole.name)
     again = ranks.train(alone, ["--config", str(trial / "config.yaml"), "--store", str(alone)])

@@ -40,7 +40,7 @@ def content(*roots: Path) -> dict[Path, str]:
 def run(undisturbed, digits, tmp_path):
     """(out, data, argv): a finished run of its own on data of its own, with the fingerprints of `undisturbed`."""
     data = shutil.copytree(digits, tmp_path / "data")
-    out = undisturbed.copy(tmp_path / "out", "teachers", "logits", "gan", "matching")
+    out = undisturbed.copy(tmp_path / "out", "teachers", "logits", "gaussian", "gan", "matching")
     return out, data, [*undisturbed.argv, "--data", str(data)]
 
 

@@ -40,7 +40,7 @@ def test_two_disks_end_with_the_files_of_one(undisturbed, tmp_path):
     found = job.wait()
     assert found.codes == [0, 0], found.text
     assert "do not see" in found.err[0]
-    for step in ("teachers", "logits", "gan", "matching"):
+    for step in ("teachers", "logits", "gaussian", "gan", "matching"):
         fp = undisturbed.steps[step]["fingerprint"]
         here, there = (tmp_path / f"host-{r}" / "store" / step / fp for r in (0, 1))
         assert files(here, ".safetensors", ".npy", ".pt", ".json") == files(
@@ -56,7 +56,7 @@ def test_two_disks_end_with_the_files_of_one(undisturbed, tmp_path):
 @pytest.mark.slow
 def test_the_report_of_two_disks_has_the_numbers_of_one(reported, tmp_path):
     for r in (0, 1):
-        reported.copy(tmp_path / f"host-{r}" / "store", "teachers", "logits", "gan", "matching")
+        reported.copy(tmp_path / f"host-{r}" / "store", "teachers", "logits", "gaussian", "gan", "matching")
     argv = [*reported.argv, "--store", "store", "--out", "out"]
     for _ in range(2):  # the second time from what the first left
         found = ranks.start(tmp_path / "a", argv, 2, before=functools.partial(on_host, folder=tmp_path)).wait()

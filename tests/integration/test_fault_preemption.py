@@ -17,7 +17,7 @@ from gdd_dist.runtime.run_program import run_program
 from gdd_dist.runtime.signals import GRACE
 
 SELDOM = ["--checkpoint_seconds", "100000"]  # so that what is saved was saved because of the signal
-FIRST = ["teachers", "logits", "gan"]
+FIRST = ["teachers", "logits", "gaussian", "gan"]
 
 
 def same_weights(undisturbed, out, step):
@@ -73,7 +73,7 @@ def test_one_rank_is_signalled_and_all_save_leave_and_go_on_to_the_same_weights(
 
 
 def test_a_preempted_report_goes_on_by_student(reported, tmp_path):
-    out = reported.copy(tmp_path / "out", "teachers", "logits", "gan", "matching")
+    out = reported.copy(tmp_path / "out", "teachers", "logits", "gaussian", "gan", "matching")
     hook = functools.partial(
         hooks.signal_in, where="evaluation.student_results.save_record", call=6, number=signal.SIGTERM, victim=0
     )

@@ -13,7 +13,7 @@ from events import scalars
 from safetensors.torch import load_file
 
 SIZE = 4
-STEPS = ["teachers", "logits", "gan", "matching"]
+STEPS = ["teachers", "logits", "gaussian", "gan", "matching"]
 
 
 def at_sixty_percent(step: str, folder: Path):

@@ -141,7 +141,7 @@ def test_remote_data_on_the_store_of_a_finished_run(undisturbed, tiny, digits, t
     server = stores.Store()
     try:
         argv = ["--data", server.upload(digits, "digits"), *tiny[2:]]
-        store = undisturbed.copy(tmp_path / "store", "teachers", "logits", "gan")
+        store = undisturbed.copy(tmp_path / "store", "teachers", "logits", "gaussian", "gan")
         argv += ["--store", str(store), "--loader.cache_dir", str(tmp_path / "cache"), "--loader.resident", "none"]
         argv += ["--trials", "2", "--ranks-per-trial", "2", "--final-seeds", "1", "--scheduler", "fifo"]
         search(tmp_path / "out", argv, server.environment)
@@ -175,7 +175,7 @@ def test_out_of_time_it_keeps_what_it_has_and_resume_does_the_rest(tiny, tmp_pat
 def assert_same_as_undisturbed(out: Path, name: str, alone: Path) -> None:
     """A trial that was interrupted gives the weights that the trainer gives in one go."""
     trial = out / "trials" / name
-    for step in ("teachers", "logits", "gan"):
+    for step in ("teachers", "logits", "gaussian", "gan"):
         link = trial / step / "latest"
         shutil.copytree(link.resolve(), alone / step / link.resolve().name)
     argv = ["--config", str(trial / "config.yaml"), "--store", str(alone)]

@@ -24,7 +24,7 @@ def forwards(folder, size):
 
 @pytest.mark.parametrize("size", [1, 2, 8])
 def test_matching_losses_agree_and_each_rank_forwards_its_share(undisturbed, tmp_path, size):
-    store = undisturbed.copy(tmp_path / "store", "teachers", "logits", "gan")
+    store = undisturbed.copy(tmp_path / "store", "teachers", "logits", "gaussian", "gan")
     argv = [*undisturbed.argv, "--store", str(store)]
     count = functools.partial(hooks.count_forwards, step="matching", folder=tmp_path)
     found = ranks.train(tmp_path / "out", argv, size, before=count)

@@ -19,11 +19,21 @@ MEASURED = re.compile(r"\d*\.\d+|±|\d[\d,]* ?(?:s|min|minutes|hours|images/s|st
 ALLOWED = {  # versions, settings and bounds, in the words that stand around them
     "README.md": ["Python 3.11", "Apache-2.0"],
     "docs/running.md": ["`val` is 5 % of `train`", "at most 3 % of the time"],
+    "docs/data.md": ["5 % unless told", "7 times a power of two", "default 50GB", "bodies, 500s", "500s"],
     "docs/engines.md": ["(2 GB) per network", "clips gradients at 1.0"],
-    "docs/faults.md": ["torch 2.14", "at most 3 %", "have 10 s", "25 s at most", "more than 30 s", "every 5 s"],
+    "docs/faults.md": [
+        "torch 2.14",
+        "at most 3 %",
+        "have 15 s",
+        "within 15 s",
+        "those 15 s",
+        "25 s at most",
+        "more than 30 s",
+        "every 5 s",
+    ],
     "docs/search.md": ["at least 0.91 means at most 10 %", "127.0.0.1"],
 }
-ELSEWHERE = {"docs/settings.md", "docs/data.md", "docs/architecture.md"}  # the first is written from the code
+ELSEWHERE = {"docs/settings.md", "docs/architecture.md"}  # the first is written from the code
 
 
 def loose(name: str, text: str) -> list[str]:

@@ -18,7 +18,7 @@ from gdd_dist.storage.store import Store, link_latest
 from sharding.errors import UserError
 
 OLD = "0123456789abcdef"
-STEPS = ("teachers", "logits", "gan", "matching", "report")
+STEPS = ("teachers", "logits", "gaussian", "gan", "matching", "report")
 
 
 @pytest.fixture

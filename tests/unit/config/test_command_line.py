@@ -201,7 +201,7 @@ def test_dashes_flags_and_what_launchers_add():
 
 def test_seeds_of_steps_follow_the_seed_unless_given():
     config = parse(["--seed", "5", "--gan.seed", "9"]).config
-    assert [config.step_seed(s) for s in STEPS[1:]] == [5, 5, 9, 5, 5]
+    assert [config.step_seed(s) for s in STEPS[1:]] == [5, 5, 5, 9, 5, 5]
 
 
 def test_what_says_only_where_or_how_fast_shapes_nothing():

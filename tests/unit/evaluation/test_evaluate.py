@@ -182,9 +182,9 @@ def test_every_row_has_its_keys_budget_and_accuracies(results: tuple[list[dict[s
     rows, _, _ = results
     keys = (
         "train_on student protocol labels ipc optimizer_steps batch images_seen distinct_images_seen "
-        "mean std seeds accuracies ceiling_share balanced_mean lrs ars"
+        "mean std seeds accuracies ceiling_share balanced_mean lrs ars bytes"
     )
-    assert len(rows) == 13
+    assert len(rows) == 19
     for r in rows:
         assert list(r) == keys.split()
         assert r["seeds"] == [0, 1]
@@ -211,7 +211,7 @@ def test_another_generator_trains_matched_students_alone(made: Made, results: tu
     other = dataclasses.replace(made, fingerprints={**made.fingerprints, "matching": "f" * 16})
     rows = rows_of(ctx, other)
     assert rows == results[0]  # the same generator under another name
-    wanted = [j for j in jobs(settings(), made.manifest, "float32", other.fingerprints) if j.row.train_on == "matched"]
+    wanted = [j for j in jobs(settings(), made.manifest, "float32", other.fingerprints) if "matching" in j.row.reads]
     assert ctx.forwards == sum(images_forwarded(j, 2, made.manifest.splits["test"].samples) for j in wanted)
 
 

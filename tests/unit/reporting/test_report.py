@@ -18,6 +18,7 @@ from students import HISTORY, Made, make, settings
 
 from gdd_dist.config import command_line as configuration
 from gdd_dist.config.settings import Config, Matching
+from gdd_dist.config.steps import TABLE
 from gdd_dist.evaluation.quick_students import best
 from gdd_dist.reporting import diagnostics, training_figures
 from gdd_dist.reporting.html_page import html
@@ -66,18 +67,18 @@ def written(made: Made) -> Path:
     """The directory that the step leaves."""
     work = made.out / "report" / "fedcba9876543210.partial"
     work.mkdir(parents=True)
-    numbers = report.run(made.context(settings()), work, made.dirs, made.fingerprints)
-    assert {"full", "real", "gan", "matched"} <= set(numbers)
+    numbers = report.run(made.context(settings()), work, made.inputs)
+    assert {"full", "real", "equal_bytes", "gaussian", "gan", "matched"} <= set(numbers)
     return work
 
 
 def test_the_table_shows_budget_deviation_and_ceiling_share() -> None:
     lines = table(ROWS).splitlines()
     assert " ".join(lines[0].split()) == (
-        "train on student protocol labels IPC steps batch images seen distinct accuracy % ceiling share"
+        "train on student protocol labels IPC steps batch images seen distinct MB accuracy % ceiling share"
     )
     matched = next(line for line in lines if line.startswith("matched"))
-    assert " ".join(matched.split()) == "matched convnet regenerate hard 1 400 10 4,000 4,000 93.0 ± 0.5 95 %"
+    assert " ".join(matched.split()) == "matched convnet regenerate hard 1 400 10 4,000 4,000 – 93.0 ± 0.5 95 %"
     full = next(line for line in lines if line.startswith("full"))
     assert full.split()[-2:] == ["98.5", "–"]
     assert len({len(line) for line in lines if line and "–" not in line}) == 1
@@ -109,8 +110,9 @@ def test_best_keeps_the_first_best_interval_and_last_the_last() -> None:
 
 def test_settings_name_what_shapes_the_report_and_no_matching_setting() -> None:
     config = dataclasses.replace(settings(), matching=Matching(temperature=4.0))
-    assert report.settings(config) == report.settings(settings())
-    assert report.settings(Config()) != report.settings(settings())
+    shaping = TABLE["report"].settings
+    assert shaping(config) == shaping(settings())
+    assert shaping(Config()) != shaping(settings())
 
 
 def test_metrics_hold_what_the_format_names(written: Path, made: Made) -> None:
@@ -129,7 +131,7 @@ def test_metrics_hold_what_the_format_names(written: Path, made: Made) -> None:
     }
     assert metrics["verified"] is True
     assert metrics["classes"] == [str(i) for i in range(10)]
-    assert len(metrics["results"]) == 13
+    assert len(metrics["results"]) == 19
     for r in metrics["results"]:
         drawn = r["train_on"] in ("gan", "matched")
         assert (r["lrs"] is not None) == drawn
@@ -166,7 +168,7 @@ def test_the_page_holds_rows_history_settings_and_timings(written: Path, made: M
 def test_the_page_says_that_nothing_was_hashed(written: Path, made: Made, tmp_path: Path) -> None:
     config = dataclasses.replace(settings(), verify=False)
     ctx = made.context(config)
-    report.run(ctx, tmp_path, made.dirs, made.fingerprints)
+    report.run(ctx, tmp_path, made.inputs)
     assert "were not hashed (`--no-verify`)" in (tmp_path / "report.md").read_text()
     assert json.loads((tmp_path / "metrics.json").read_text())["verified"] is False
     # Every student was there already: only the pictures' images went through a network.
@@ -235,7 +237,7 @@ def test_the_html_page_is_one_file_that_asks_no_network_for_anything(written: Pa
 def test_names_that_hold_markup_stay_names(made: Made, tmp_path: Path) -> None:
     evil = "<script>alert(1)</script>|x"
     manifest = dataclasses.replace(made.manifest, name=evil, classes=(evil, *made.manifest.classes[1:]))
-    report.run(dataclasses.replace(made, manifest=manifest).context(settings()), tmp_path, made.dirs, made.fingerprints)
+    report.run(dataclasses.replace(made, manifest=manifest).context(settings()), tmp_path, made.inputs)
     text = (tmp_path / "report.html").read_text()
     assert "<script" not in text
     assert "&lt;script&gt;" in text or "&lt;script>" in text

@@ -30,7 +30,7 @@ def shown(text: str) -> set[str]:
 
 
 def test_every_long_loop_of_a_run_says_how_fast_it_is_and_what_is_left(reported: Finished) -> None:
-    steps = {"verify", "teachers", "logits", "gan", "matching", "matching: quick students", "report"}
+    steps = {"verify", "teachers", "logits", "gaussian", "gan", "matching", "matching: quick students", "report"}
     assert shown(reported.err) >= steps | {"report: convnet:8 on full"}
     # So little of these that their first look is their last.
     for what in ("report: convnet:8 on matched", "report: nearest neighbours", "train: decoding"):

@@ -77,7 +77,7 @@ MUTATIONS = [
     ("mean_logit", biased_mean, ["matching"]),
     ("update_ema", no_ema, ["gan", "matching"]),
     ("update_ema", ema_without_memory, ["matching"]),
-    ("augment", color_last, STEPS),
+    ("augment", color_last, [step for step in STEPS if step != "gaussian"]),
     ("augmentation", plain_for_discriminator, ["gan", "matching"]),
 ]
 

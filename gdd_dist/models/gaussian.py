@@ -1,0 +1,96 @@
+"""The trivial generator: one Gaussian per class in principal components that all classes share. Nothing in it is trained.
+
+Shapes: B batch, K latent, D = channels · size², pixels in [-1, 1].
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdd_dist.models.generator import ImageGenerator
+
+
+class LinearGenerator(ImageGenerator):
+    """Draws images: latents [B, latent], labels [B] int64 -> [B, channels, size, size] float32 in [-1, 1].
+
+    image = mean + (class_means[y] + spread · root[y] z) basis, clamped. All of it is buffers, zero until load_state_dict:
+    mean [D], basis [K, D] with orthonormal rows, class_means [classes, K], roots [classes, K(K+1)/2], the lower triangles
+    whose squares are the covariances. ``dtype``, float32 or float16, is how basis and roots are stored; float32 is what
+    computes, whatever autocast says, since it alone keeps the small components.
+    """
+
+    mean: Tensor
+    basis: Tensor
+    class_means: Tensor
+    roots: Tensor
+    places: Tensor
+
+    def __init__(
+        self, *, classes: int, channels: int, size: int, latent: int, spread: float = 1.0, dtype: str = "float32"
+    ) -> None:
+        arch: dict[str, Any] = {
+            "classes": classes,
+            "channels": channels,
+            "size": size,
+            "latent": latent,
+            "spread": spread,
+            "dtype": dtype,
+        }
+        super().__init__(arch, arch)
+        pixels, stored = channels * size**2, {"float32": torch.float32, "float16": torch.float16}[dtype]
+        self.register_buffer("mean", torch.zeros(pixels))
+        self.register_buffer("basis", torch.zeros(latent, pixels, dtype=stored))
+        self.register_buffer("class_means", torch.zeros(classes, latent))
+        self.register_buffer("roots", torch.zeros(classes, latent * (latent + 1) // 2, dtype=stored))
+        self.register_buffer("places", lower(latent), persistent=False)
+
+    def forward(self, latents: Tensor, labels: Tensor) -> Tensor:
+        """Images [B, channels, size, size] in [-1, 1] of latents [B, latent] (standard normal) and labels [B] int64."""
+        return self.linear(latents, labels).clamp(-1, 1)
+
+    def linear(self, latents: Tensor, labels: Tensor) -> Tensor:
+        """What ``forward`` clamps."""
+        channels, size = self.channels, self.size
+        with torch.autocast(latents.device.type, enabled=False):
+            scaled = self._by_class(latents.float(), labels, lambda root, z: z @ root.T)
+            codes = self.class_means[labels] + self.arch["spread"] * scaled
+            return torch.addmm(self.mean, codes, self.basis.float()).view(-1, channels, size, size)
+
+    def latents(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Latents [B, latent] from which ``linear`` draws the projection of images [B, channels, size, size] on the components."""
+        with torch.autocast(images.device.type, enabled=False):
+            codes = (images.float().flatten(1) - self.mean) @ self.basis.float().T - self.class_means[labels]
+
+            def solve(root: Tensor, code: Tensor) -> Tensor:
+                return torch.linalg.solve_triangular(root.T, code, upper=True, left=False)
+
+            return self._by_class(codes, labels, solve) / self.arch["spread"]
+
+    def _by_class(self, rows: Tensor, labels: Tensor, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """``function(root [K, K], rows of its class)``, in the order of ``rows`` [B, K]: a root is unpacked once, not for each image."""
+        order = labels.argsort()
+        counts = labels.bincount(minlength=self.classes).tolist()
+        parts = [
+            function(unpack(self.roots[y].float(), self.places, self.latent), rows[here])
+            for y, here in enumerate(order.split(counts))
+            if counts[y]
+        ]
+        return torch.cat(parts)[order.argsort()] if parts else rows
+
+
+def lower(side: int) -> Tensor:
+    """Where the lower triangle of a matrix [side, side] lies in its flat form, row after row: int64 [side(side+1)/2]."""
+    rows, columns = torch.tril_indices(side, side)
+    return rows * side + columns
+
+
+def pack(matrix: Tensor, places: Tensor) -> Tensor:
+    """The lower triangle [K(K+1)/2] of [K, K]; ``places`` of ``lower``."""
+    return matrix.flatten()[places]
+
+
+def unpack(packed: Tensor, places: Tensor, side: int) -> Tensor:
+    """The lower triangular matrix [side, side] of ``pack``."""
+    return packed.new_zeros(side * side).scatter_(0, places, packed).view(side, side)

@@ -1,0 +1,93 @@
+"""A generator that starts at the trivial one: linear image + residual, and the residual is zero at first.
+
+The residual network sees the linear image and noise of its own. It sees neither the linear latent nor the class: a class that
+is written into the image as a pattern would need one of them (docs/method.md, "The shortcut").
+Shapes: B batch, K latent of the linear part, E numbers of the residual's own noise, C image channels.
+"""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gdd_dist.models.gaussian import LinearGenerator
+from gdd_dist.models.generator import ImageGenerator, doubled
+from gdd_dist.models.residual import ResidualStage, scaled_conv, side_widths
+
+
+class ResidualGenerator(ImageGenerator):
+    """Latents [B, K + E] float, labels [B] int64 -> [B, C, size, size] float in [-1, 1].
+
+    ``linear``: the arguments of the linear part, whose numbers are buffers and are never trained. ``noise`` is E. The residual
+    is an hourglass of R3GAN's blocks on patches of ``patch`` pixels: down to 4 to 7 positions a side, where the noise comes in,
+    and up again, with the features of the way down added on the way up. Gradients pass the clamp to [-1, 1] as if there were none.
+    """
+
+    def __init__(
+        self,
+        *,
+        linear: dict[str, Any],
+        noise: int = 64,
+        width: int = 64,
+        blocks: int = 1,
+        group_size: int = 16,
+        expansion: int = 2,
+        patch: int = 1,
+    ) -> None:
+        arch = {
+            "linear": linear,
+            "noise": noise,
+            "width": width,
+            "blocks": blocks,
+            "group_size": group_size,
+            "expansion": expansion,
+            "patch": patch,
+        }
+        super().__init__(arch, {**linear, "latent": linear["latent"] + noise})
+        self.linear = LinearGenerator(**linear)
+        by_side = side_widths(linear["size"], width, patch)
+        pixels, base, widths = linear["channels"] * patch**2, min(by_side), list(by_side.values())
+        depth = 2 * blocks * len(widths)
+
+        def stages() -> nn.ModuleList:
+            return nn.ModuleList(ResidualStage(w, blocks, depth, group_size, expansion) for w in widths)
+
+        self.from_image = scaled_conv(pixels, widths[-1], 1)
+        self.down, self.up = stages(), stages()
+        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        self.narrow = nn.ModuleList(scaled_conv(b, a, 1) if a != b else nn.Identity() for a, b in pairs)
+        self.widen = nn.ModuleList(scaled_conv(a, b, 1) if a != b else nn.Identity() for a, b in pairs)
+        self.noise = nn.Linear(noise, widths[0] * base**2, bias=False)
+        nn.init.normal_(self.noise.weight, std=noise**-0.5)
+        self.to_image = scaled_conv(widths[-1], pixels, 1, gain=0.0, bias=True)
+
+    def forward(self, latents: Tensor, labels: Tensor) -> Tensor:
+        """Images [B, C, size, size] in [-1, 1] of latents [B, K + E] (standard normal) and labels [B] int64."""
+        z, noise = latents.split([self.linear.latent, self.arch["noise"]], 1)
+        image = self.linear.linear(z, labels)
+        image = image + self._residual(image.clamp(-1, 1), noise).float()
+        return image + (image.clamp(-1, 1) - image).detach()
+
+    def _residual(self, image: Tensor, noise: Tensor) -> Tensor:
+        """What is added to linear images [B, C, size, size]; noise [B, E]."""
+        x = self.from_image(F.pixel_unshuffle(image, self.arch["patch"]))
+        passed = []
+        for level in reversed(range(len(self.down))):
+            x = self.down[level](x)
+            passed.append(x)
+            if level:
+                x = F.avg_pool2d(self.narrow[level - 1](x), 2)
+        x = x + self.noise(noise).view_as(x)
+        for level, stage in enumerate(self.up):
+            if level:
+                x = doubled(self.widen[level - 1](x))
+                x = (x + passed[-1 - level]) * 0.5**0.5
+            x = stage(x)
+        return F.pixel_shuffle(self.to_image(x), self.arch["patch"])
+
+
+def started_at(linear: LinearGenerator, **arguments: Any) -> ResidualGenerator:
+    """A generator that draws what ``linear`` draws until it is trained; weights come from torch's global generator."""
+    net = ResidualGenerator(linear=linear.arch, **arguments)
+    net.linear.load_state_dict(linear.state_dict())
+    return net

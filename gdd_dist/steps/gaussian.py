@@ -1,0 +1,123 @@
+"""Step: the trivial generator. A Gaussian per class in shared principal components, fitted in two passes over the shards.
+
+Its number of components and its spread are chosen on val, by the same quick students that measure matching: a weak baseline
+is no baseline.
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gdd_dist.config.steps import Inputs
+from gdd_dist.evaluation.quick_students import Measurement, measure
+from gdd_dist.models.files import GENERATOR, generator_meta, save_network
+from gdd_dist.models.gaussian import LinearGenerator
+from gdd_dist.runtime.monitor import Monitor
+from gdd_dist.storage.json_files import write_json
+from gdd_dist.storage.store import CHECKPOINTS
+from gdd_dist.training.context import Context
+from gdd_dist.training.gaussian_fit import CHOICE, Gaussians, moments, most_components
+from gdd_dist.training.sample_grid import sample_grid
+
+
+def run(ctx: Context, work: Path, inputs: Inputs) -> dict[str, Any]:
+    """Fit into ``work``: generator.safetensors of the best candidate, and choice.json."""
+    fitted, found = fit(ctx), list[dict[str, Any]]()
+    monitor = ctx.monitor("gaussian", work, candidates(ctx), unit="candidate")
+    for i, (k, spread) in enumerate(product(components(ctx), ctx.config.gaussian.spread)):
+        result = measured(ctx, work, fitted, k, spread)
+        found.append({"components": k, "spread": spread, **result.as_dict()})
+        monitor.scalars(i, result.scalars())
+        monitor.advance(i + 1, f"{k} components, spread {spread}")
+    best = max(found, key=lambda c: c["val"])
+    if ctx.world.is_main:
+        save(ctx, work, linear(ctx, fitted, best["components"], best["spread"]), found, inputs, monitor)
+    monitor.close()
+    ctx.world.say(
+        f"gaussian: {best['components']} components, spread {best['spread']}: quick students {best['val']:.1f} % on val"
+    )
+    return {"chosen": best, "candidates": len(found)}
+
+
+def candidates(ctx: Context) -> int:
+    """How many there are."""
+    return len(components(ctx)) * len(ctx.config.gaussian.spread)
+
+
+def components(ctx: Context) -> list[int]:
+    """The numbers of components to try: those asked for, as far as the images give so many; without repetition."""
+    pixels = ctx.manifest.channels * ctx.manifest.height**2
+    most = most_components(len(ctx.images("train")), ctx.classes, pixels)
+    return sorted({min(k, most) for k in ctx.config.gaussian.components})
+
+
+def fit(ctx: Context) -> Gaussians:
+    """Means and covariances over train; the ranks share the shards and all get the same bits."""
+    images, world = ctx.images("train"), ctx.world
+    starts = np.concatenate([[0], np.cumsum(images.shards.shard_samples)])
+
+    def read(shard: int) -> tuple[Tensor, Tensor]:
+        world.check_stop()
+        rows = np.arange(starts[shard], starts[shard + 1])
+        return images.read(rows), torch.from_numpy(images.labels[rows])
+
+    def add(tensor: Tensor) -> Tensor:
+        assert tensor.is_contiguous()  # ranks add memory, whatever its order
+        if world.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    sums = moments(
+        read,
+        range(world.rank, len(starts) - 1, world.size),
+        pixels=int(np.prod(images.shape)),
+        classes=ctx.classes,
+        components=max(components(ctx)),
+        seed=ctx.config.step_seed("gaussian"),
+        add=add,
+        lead=world.is_main,
+    )
+    return Gaussians(sums)
+
+
+def linear(ctx: Context, fitted: Gaussians, k: int, spread: float) -> LinearGenerator:
+    """A candidate, on the CPU."""
+    m, dtype = ctx.manifest, ctx.config.gaussian.dtype
+    return fitted.generator(k, channels=m.channels, size=m.height, spread=spread, dtype=dtype)
+
+
+def measured(ctx: Context, work: Path, fitted: Gaussians, k: int, spread: float) -> Measurement:
+    """Quick students' accuracy on val; kept, so that an interrupted step does not train them again."""
+    path = work / CHECKPOINTS / f"candidate-{k}-{spread}.json"
+    kept = ctx.world.broadcast(json.loads(path.read_text()) if ctx.world.is_main and path.exists() else None)
+    if kept is not None:
+        ctx.resumed = True
+        return Measurement(**kept)
+    net = ctx.watch(linear(ctx, fitted, k, spread)).eval()
+    result = measure(ctx, net, 0)
+    if ctx.world.is_main:
+        write_json(path, result.as_dict())
+    return result
+
+
+def save(
+    ctx: Context, work: Path, net: LinearGenerator, found: list[dict[str, Any]], inputs: Inputs, monitor: Monitor
+) -> None:
+    """The chosen generator as one self-contained file, and the list of candidates."""
+    meta = {
+        **generator_meta(net),
+        "classes": list(ctx.manifest.classes),
+        "normalization": {"range": [-1, 1], "mean": ctx.mean, "std": ctx.std},
+        "provenance": inputs.provenance,
+    }
+    save_network(work / GENERATOR, net, meta)
+    write_json(work / CHOICE, {"format": "gdd-gaussian/1", "candidates": found})
+    monitor.picture("samples", sample_grid(ctx, ctx.watch(net).eval()), 0)

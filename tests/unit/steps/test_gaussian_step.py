@@ -1,0 +1,59 @@
+"""The step gaussian: chosen on val, one file for any number of ranks; matching never ends below it on val."""
+
+import json
+
+import pytest
+import ranks
+
+from gdd_dist.models.files import load_generator_network, read_network
+from gdd_dist.models.gaussian import LinearGenerator
+from gdd_dist.models.residual_generator import ResidualGenerator
+from gdd_dist.training.gaussian_fit import chosen
+
+CHOICES = ["--gaussian.components", "4", "8", "--gaussian.spread", "0.5", "1.0"]
+
+
+def generator(out, step):
+    return out / step / "latest" / "generator.safetensors"
+
+
+@pytest.fixture(scope="module")
+def alone(tiny, tmp_path_factory):
+    """One process, up to matching; the generator starts at the Gaussian."""
+    out = tmp_path_factory.mktemp("gaussian") / "out"
+    ended = ranks.start(out, [*tiny, *CHOICES, "--gan.start", "gaussian", "--until", "matching"]).wait()
+    assert ended.codes == [0], ended.text
+    return out
+
+
+def test_the_best_candidate_on_val_is_kept(alone):
+    directory = alone / "gaussian" / "latest"
+    found = json.loads((directory / "choice.json").read_text())["candidates"]
+    assert [(c["components"], c["spread"]) for c in found] == [(4, 0.5), (4, 1.0), (8, 0.5), (8, 1.0)]
+    net, meta = load_generator_network(directory / "generator.safetensors")
+    assert isinstance(net, LinearGenerator)
+    best = max(found, key=lambda c: c["val"])
+    assert chosen(directory) == best
+    assert (net.latent, net.arch["spread"]) == (best["components"], best["spread"])
+    assert meta["provenance"]["fingerprints"]["shards"]
+
+
+def test_any_number_of_ranks_fits_the_same_bits(alone, tiny, tmp_path):
+    best = chosen(alone / "gaussian" / "latest")
+    argv = ["--gaussian.components", str(best["components"]), "--gaussian.spread", str(best["spread"])]
+    ranks.train(tmp_path / "out", [*tiny, *argv, "--until", "gaussian"], 2)
+    assert ranks.weights(generator(tmp_path / "out", "gaussian")) == ranks.weights(generator(alone, "gaussian"))
+
+
+def test_the_gan_starts_there_and_its_linear_part_is_not_moved(alone):
+    net, _ = load_generator_network(generator(alone, "gan"))
+    assert isinstance(net, ResidualGenerator)
+    weights = read_network(generator(alone, "gaussian"))[0]
+    for name, value in net.linear.state_dict().items():
+        assert value.equal(weights[name]), name
+
+
+def test_matching_keeps_the_gaussian_where_no_interval_does_better_on_val(alone):
+    net, meta = load_generator_network(generator(alone, "matching"))
+    trivial, best = meta["trivial"]["val"], max(h["val"] for h in meta["history"])
+    assert isinstance(net, LinearGenerator if trivial > best else ResidualGenerator)
