@@ -245,10 +245,66 @@ def scaling() -> str:
     return table(head, rows) + "\n"
 
 
+def trivial() -> str:
+    """What students learn from the trivial generator, real images and what teachers choose, on test."""
+    rows = []
+    for one in (d for d in gaussians() if "test" in d):
+        settings, size, of = one["settings"], one["bytes"], one["test"]["of_students"]
+        what = {
+            "real": "real images, drawn anew",
+            "gaussian": f"a Gaussian a class, {settings.get('components')} components, spread {settings.get('spread')}",
+            "equal_bytes": f"real images, {settings.get('images_a_class', ['?'])[0]} a class",
+            "best": f"the Gaussian of spread {settings.get('spread')}, of {settings.get('of')} draws the one that teachers choose",
+            "refit": f"a Gaussian fitted to the best of {settings.get('of')} draws of it",
+        }[one["row"]]
+        kept = "–" if size is None else f"{size / 1e6:.2f}"
+        rows.append(
+            [
+                one["data"].partition("-")[0],
+                what,
+                kept,
+                f"{one['test']['mean']:.1f} ± {one['test']['std']:.1f}",
+                str(len(of)),
+            ]
+        )
+    return table(["data", "trained on", "MB", "accuracy %", "students"], rows) + "\n"
+
+
+def gaussians() -> list[dict[str, Any]]:
+    """The lines of the trivial generator, in the order in which they were measured."""
+    return [json.loads(text) for text in (RESULTS / "gaussian.jsonl").read_text().splitlines()]
+
+
+def startup() -> str:
+    """How long commands take to answer, beside torch's import and an earlier version."""
+    rows = [
+        [
+            one["settings"]["command"],
+            f"{1 / one['over']['import torch']:.2f}",
+            f"{1 / one['over']['e9ace49']:.2f}",
+        ]
+        for one in lines("startup.jsonl")
+    ]
+    head = ["command", "time, as a share of `import torch`", "as a share of the same at e9ace49"]
+    return table(head, rows) + "\n\nMedians of 3 rounds on two busy cores.\n"
+
+
+def student_steps() -> str:
+    """Steps of the report's students beside an earlier version, by CPU time."""
+    rows = [[one["benchmark"].partition("/")[2], f"{one['ratio']:.2f} ×"] for one in lines("students.jsonl")]
+    return (
+        table(["student", "steps a CPU second, over e9ace49 (last row: over one by one)"], rows)
+        + "\n\nMedians of 3 rounds on two busy cores.\n"
+    )
+
+
 FIGURES: dict[str, Callable[[], str]] = {
     "digits": lambda: students("digits.json"),
     "cifar10-trial": lambda: students("cifar10-trial.json"),
     "tiny-imagenet-trial": lambda: students("tiny-imagenet-trial.json"),
+    "trivial": trivial,
+    "startup": startup,
+    "student-steps": student_steps,
     "standardization": standardization,
     "search-outcome": search_outcome,
     "search-cost": search_cost,

@@ -68,7 +68,7 @@ def through_search(out: Path, args: argparse.Namespace) -> tuple[float, float]:
 
 def by_hand(out: Path, store: Path) -> float:
     """Seconds of the same trials as the trainer's own command, one after the other, on a store without their results."""
-    for step in ("teachers", "logits", "gan", "cache"):  # the cache: images decoded once
+    for step in ("teachers", "logits", "gaussian", "gan", "cache"):  # the cache: images decoded once
         if (out / step).exists():
             shutil.copytree(out / step, store / step)
     begin = time.monotonic()
