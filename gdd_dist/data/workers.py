@@ -27,7 +27,7 @@ FEW = 32
 
 
 class Workers:
-    """``threads`` threads that decode: those who ask for a batch, and helpers of theirs, of whom one who asks alone gets all."""
+    """Decodes on ``threads`` threads: the threads that ask for batches, and helpers. The helpers are shared out between those that ask."""
 
     def __init__(self, threads: int) -> None:
         self._threads, self._callers, self._working = threads, 0, 0

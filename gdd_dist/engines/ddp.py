@@ -23,8 +23,9 @@ from gdd_dist.runtime.world import World
 class DDPEngine:
     """torch's DDP over the world, or over a team; the bare network when there is one rank. ``example``: inputs of the right shapes.
 
-    DDP orders its buckets anew after its first backward, gloo then sums in another order, and from three ranks on a resumed
-    run would differ in its last bits from an undisturbed one: backwards of nothing, first of all, settle the order for both.
+    DDP changes the order of its buckets after its first backward. gloo then sums in another order, so from three ranks on a resumed
+    run would differ in its last bits from an undisturbed one. Two backwards with a loss of zero, before the first step, settle the
+    order for both.
     ``loss_scale``: whether fp16 scales the loss.
     """
 

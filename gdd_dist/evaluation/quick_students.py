@@ -59,7 +59,7 @@ def measure(ctx: Context, generator: ImageGenerator, step: int) -> Measurement:
     """Train the quick students, dealt to ranks, on fresh draws; the same random streams at every interval. All ranks call it."""
     m = ctx.config.matching
     mine: list[list[float]] = []
-    # Who is done first takes the next: rank 0's share is known at the end alone.
+    # A rank takes the next student as soon as it is free, so how many rank 0 trains is known only at the end.
     monitor = ctx.passing("matching: quick students", -(-m.quick_students // ctx.world.size) * m.quick_steps)
 
     def tick(steps: int) -> None:

@@ -71,8 +71,8 @@ class Curve:
     def at(self, batch: float) -> Cost:
         """As measured, or on the line through the two nearest batches.
 
-        Beyond the largest that line never falls, and an image takes between half and all of the seconds it took there: in so
-        short a time another process on this machine can turn the line any way.
+        Beyond the largest batch that line never falls, and an image takes between half and all of the seconds it took there. Such
+        short measurements are disturbed by other processes, so the line's slope alone cannot be trusted.
         """
         batches = [b for b, _ in self._points]
         if len(self._points) == 1 or batch <= batches[0]:

@@ -94,7 +94,7 @@ class World:
         share = max(1, len(os.sched_getaffinity(0)) // self.local_size)
         asked = os.environ.get("OMP_NUM_THREADS", "")
         if "TORCHELASTIC_RUN_ID" in os.environ or not asked.isdigit() or int(asked) == 0:
-            return share  # torchrun sets it to 1 where the user has not, which says nothing of what he wants
+            return share  # torchrun itself sets it to 1 where the user has set nothing
         return min(share, int(asked))
 
     def enter(self, step: str) -> None:
