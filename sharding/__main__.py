@@ -73,18 +73,28 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _drop_output() -> None:
+    """What is still to be written to standard output goes nowhere: else the interpreter tries it once more as it ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status, 2 after an error the user can mend, 1 after another."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         options = parser().parse_args(arguments)
         {"build": _build, "info": _info, "verify": _verify}[options.command](options)
+        sys.stdout.flush()  # now, where a fault of the output can still be told
     except UserError as error:
         return _failed(str(error), USER_ERROR)
-    except BrokenPipeError:  # who read the output has gone; what else is to be written goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # who read the output has gone
+        _drop_output()
         return UNFORESEEN
     except OSError as error:
+        _drop_output()
         where = f" {error.filename}" if error.filename else ""
         line = f"cannot read or write{where} ({error.strerror or error}); free space or check permissions"
         return _failed(line, USER_ERROR)
