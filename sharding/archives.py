@@ -11,11 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sharding.containers import LARGEST_FILE as LARGEST_FILE
 from sharding.containers import DirectoryFiles, Files, TarFiles, ZipFiles
 from sharding.errors import UserError
 from sharding.kinds import compression, unread
-from sharding.links import Member as Member
 from sharding.tars import BLOCK, is_tar, writable
 
 _OPENERS: dict[str, Callable[..., Any]] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}

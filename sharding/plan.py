@@ -12,9 +12,8 @@ from sharding.images import Seen, Target
 from sharding.links import Member
 from sharding.listing import Listing
 from sharding.manifest import SPLITS
-from sharding.options import DEFAULT_VAL_FRACTION as DEFAULT_VAL_FRACTION
+from sharding.options import DEFAULT_VAL_FRACTION
 from sharding.options import Options as Options
-from sharding.sizes import parse_size as parse_size
 from sharding.splits import cut, deal
 from sharding.tars import BLOCK, padded, shown
 

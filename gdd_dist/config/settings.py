@@ -1,4 +1,4 @@
-"""Every setting: typed, documented, bounded. Plain data; config.py reads it from command line and files."""
+"""Every setting: typed, documented, bounded. Plain data; command_line.py reads it from command line and files."""
 
 from __future__ import annotations
 

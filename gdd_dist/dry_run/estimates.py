@@ -17,7 +17,7 @@ import numpy as np
 from gdd_dist.data.logit_cache import MEANS, logit_file
 from gdd_dist.dry_run.trial import SILENT, Training, Trial, answering, drawing, labelling, smaller, studying
 from gdd_dist.evaluation import quick_students, rows, student_results, students
-from gdd_dist.models.files import GENERATOR, TEACHERS, generator_meta, save_network
+from gdd_dist.models.files import GENERATOR, TEACHERS, save_network
 from gdd_dist.models.gaussian import LinearGenerator
 from gdd_dist.pipeline.run import provenance
 from gdd_dist.reporting import diagnostics
@@ -123,8 +123,7 @@ def make_up_gaussian(trial: Trial, directory: Path) -> None:
         latent=k,
         dtype=ctx.config.gaussian.dtype,
     )
-    meta = {**generator_meta(net), "classes": list(ctx.manifest.classes), "provenance": provenance(ctx, trial.fps)}
-    save_network(directory / GENERATOR, net, meta)
+    save_network(directory / GENERATOR, net, ctx.generator_meta(net, provenance(ctx, trial.fps)))
     found = [{"components": k, "spread": 1.0, "step": 0, "val": 61.25, "stderr": 1.25, "gap": 1.25}]
     write_json(directory / CHOICE, {"format": "gdd-gaussian/1", "candidates": found * gaussian.candidates(ctx)})
 
@@ -156,8 +155,8 @@ def make_up_gan(trial: Trial, directory: Path) -> None:
     ctx, ranks = trial.ctx, trial.ctx.world.size
     trainee = gan.GanTraining(smaller(ctx, "gan", ctx.config.accumulate * ranks, ranks), directory, trial.inputs)
     trainee.train(0, trainee.read(0))
-    meta = {**generator_meta(trainee.nets.ema), "classes": list(ctx.manifest.classes)}
-    save_network(directory / GENERATOR, trainee.nets.ema, {**meta, "provenance": provenance(ctx, trial.fps)})
+    ema = trainee.nets.ema
+    save_network(directory / GENERATOR, ema, ctx.generator_meta(ema, provenance(ctx, trial.fps)))
     trainee.nets.save_discriminator(directory, write=True)
     trainee.close()
 

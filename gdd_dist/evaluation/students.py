@@ -49,7 +49,7 @@ class Frozen:
         self._generators: dict[str, ImageGenerator] = {}
 
     def generator(self, train_on: str) -> ImageGenerator:
-        """The generator of ``gan`` or ``matched`` rows, in evaluation mode."""
+        """The generator of the rows that train on what it draws, in evaluation mode."""
         if train_on not in self._generators:
             net, _ = load_generator_network(self._dirs[GENERATORS[train_on]] / GENERATOR)
             self._generators[train_on] = self._ctx.watch(net).eval().requires_grad_(False)

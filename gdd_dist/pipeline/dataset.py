@@ -40,8 +40,10 @@ def data_or_digits(config: Config, out: Path, scratch: Path) -> tuple[Path, bool
 
 def data_directory(config: Config) -> Path | None:
     """Where --data lies on this host, a mirror if it is remote; None where it is not given."""
-    if config.data is None or not is_remote(config.data):
-        return None if config.data is None else Path(config.data)
+    if config.data is None:
+        return None
+    if not is_remote(config.data):
+        return Path(config.data)
     from gdd_dist.data.remote import Cache, open_data  # most data sets are on a disk
 
     loader = config.loader

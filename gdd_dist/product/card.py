@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from PIL import Image
 
 from gdd_dist.product.sampler import Sampler
 from gdd_dist.reporting.tables import headline, markdown_table
 from gdd_dist.storage.json_files import read_json
-from gdd_dist.training.sample_grid import enlarged_grid
+from gdd_dist.training.sample_grid import as_png, enlarged_grid
 
 GRID_CLASSES, GRID_COLUMNS = 20, 10
 REPORT = Path("report") / "latest" / "metrics.json"
@@ -158,6 +156,4 @@ def sample_picture(generator: Sampler, drawn: Drawn) -> bytes:
     most = min(drawn.total, columns * len(generator.classes))
     images, numbers = generator.balanced(most, drawn.seed, drawn.truncation)
     rows = [images[torch.from_numpy(np.flatnonzero(numbers == c)[:columns])] for c in chosen]
-    stream = io.BytesIO()
-    Image.fromarray(enlarged_grid(torch.cat([r for r in rows if len(r)]), columns)).save(stream, "PNG")
-    return stream.getvalue()
+    return as_png(enlarged_grid(torch.cat([r for r in rows if len(r)]), columns))

@@ -18,7 +18,7 @@ from gdd_dist.data.images import to_float
 from gdd_dist.data.noise import normal
 from gdd_dist.data.order import balanced_rows
 from gdd_dist.models.discriminator import Discriminator
-from gdd_dist.models.files import GENERATOR, generator_meta, load_generator_network, save_network
+from gdd_dist.models.files import GENERATOR, load_generator_network, save_network
 from gdd_dist.models.gaussian import LinearGenerator
 from gdd_dist.models.generator import Generator, ImageGenerator
 from gdd_dist.models.residual_generator import started_at
@@ -110,17 +110,7 @@ class GanTraining(loop.Trainee):
         self.monitor.close()
         self.nets.save_discriminator(work, ctx.world.is_main)
         if ctx.world.is_main:
-            meta = {
-                **generator_meta(ema),
-                "classes": list(ctx.manifest.classes),
-                "normalization": {
-                    "range": [-1, 1],
-                    "mean": ctx.mean,
-                    "std": ctx.std,
-                },  # of train's pixels in that range
-                "provenance": inputs.provenance,
-            }
-            save_network(work / GENERATOR, ema, meta)
+            save_network(work / GENERATOR, ema, ctx.generator_meta(ema, inputs.provenance))
         self.close()
 
 

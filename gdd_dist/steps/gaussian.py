@@ -6,7 +6,6 @@ is no baseline.
 
 from __future__ import annotations
 
-import json
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,13 @@ from torch import Tensor
 
 from gdd_dist.config.steps import Inputs
 from gdd_dist.evaluation.quick_students import Measurement, measure
-from gdd_dist.models.files import GENERATOR, generator_meta, save_network
+from gdd_dist.models.files import GENERATOR, save_network
 from gdd_dist.models.gaussian import LinearGenerator
 from gdd_dist.runtime.monitor import Monitor
-from gdd_dist.storage.json_files import write_json
+from gdd_dist.storage.json_files import read_json, write_json
 from gdd_dist.storage.store import CHECKPOINTS
 from gdd_dist.training.context import Context
-from gdd_dist.training.gaussian_fit import CHOICE, Gaussians, moments, most_components
+from gdd_dist.training.gaussian_fit import CHOICE, Gaussians, best_of, moments, most_components
 from gdd_dist.training.sample_grid import sample_grid
 
 
@@ -37,7 +36,7 @@ def run(ctx: Context, work: Path, inputs: Inputs) -> dict[str, Any]:
         found.append({"components": k, "spread": spread, **result.as_dict()})
         monitor.scalars(i, result.scalars())
         monitor.advance(i + 1, f"{k} components, spread {spread}")
-    best = max(found, key=lambda c: c["val"])
+    best = best_of(found)
     if ctx.world.is_main:
         save(ctx, work, linear(ctx, fitted, best["components"], best["spread"]), found, inputs, monitor)
     monitor.close()
@@ -97,7 +96,7 @@ def linear(ctx: Context, fitted: Gaussians, k: int, spread: float) -> LinearGene
 def measured(ctx: Context, work: Path, fitted: Gaussians, k: int, spread: float) -> Measurement:
     """Quick students' accuracy on val; kept, so that an interrupted step does not train them again."""
     path = work / CHECKPOINTS / f"candidate-{k}-{spread}.json"
-    kept = ctx.world.broadcast(json.loads(path.read_text()) if ctx.world.is_main and path.exists() else None)
+    kept = ctx.world.broadcast(read_json(path) if ctx.world.is_main and path.exists() else None)
     if kept is not None:
         ctx.resumed = True
         return Measurement(**kept)
@@ -112,12 +111,6 @@ def save(
     ctx: Context, work: Path, net: LinearGenerator, found: list[dict[str, Any]], inputs: Inputs, monitor: Monitor
 ) -> None:
     """The chosen generator as one self-contained file, and the list of candidates."""
-    meta = {
-        **generator_meta(net),
-        "classes": list(ctx.manifest.classes),
-        "normalization": {"range": [-1, 1], "mean": ctx.mean, "std": ctx.std},
-        "provenance": inputs.provenance,
-    }
-    save_network(work / GENERATOR, net, meta)
+    save_network(work / GENERATOR, net, ctx.generator_meta(net, inputs.provenance))
     write_json(work / CHOICE, {"format": "gdd-gaussian/1", "candidates": found})
     monitor.picture("samples", sample_grid(ctx, ctx.watch(net).eval()), 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,7 +18,8 @@ from gdd_dist.data.noise import permutation
 from gdd_dist.data.order import Order
 from gdd_dist.engines.precision import resolve_precision
 from gdd_dist.models.classifiers import Classifier, build_classifier, divisors
-from gdd_dist.models.files import Teacher
+from gdd_dist.models.files import Teacher, generator_meta
+from gdd_dist.models.generator import ImageGenerator
 from gdd_dist.runtime.file_exchange import Disks
 from gdd_dist.runtime.monitor import Monitor, say
 from gdd_dist.runtime.teams import Team
@@ -87,6 +88,12 @@ class Context:
     def class_names(self) -> list[str]:
         """As they can be printed and drawn."""
         return [printable(name) for name in self.manifest.classes]
+
+    def generator_meta(self, net: ImageGenerator, provenance: Mapping[str, Any]) -> dict[str, Any]:
+        """The metadata of a generator's file. ``normalization`` is of train's pixels in [-1, 1]."""
+        normalization = {"range": [-1, 1], "mean": self.mean, "std": self.std}
+        about = {"classes": list(self.manifest.classes), "normalization": normalization, "provenance": provenance}
+        return {**generator_meta(net), **about}
 
     def images(self, split: str) -> Images:
         """The split's images, opened once."""

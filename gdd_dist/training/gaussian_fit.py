@@ -10,7 +10,7 @@ Shapes: N images, C classes, D pixels, L axes, K components. Pixels are uint8 - 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -292,5 +292,9 @@ def shrunk_means(means: Tensor, count: Tensor, variance: float) -> Tensor:
 
 def chosen(directory: Path) -> dict[str, Any]:
     """Of the finished step ``gaussian`` in ``directory``: the candidate that it kept, with its measurement on val."""
-    candidates: list[dict[str, Any]] = read_json(directory / CHOICE)["candidates"]
+    return best_of(read_json(directory / CHOICE)["candidates"])
+
+
+def best_of(candidates: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The candidate that is kept: the first that is best on val."""
     return max(candidates, key=lambda c: c["val"])

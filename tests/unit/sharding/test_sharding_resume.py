@@ -7,10 +7,10 @@ import time
 import pytest
 from test_sharding_support import command, contents, encoded, environment, pixels, run, write_folder
 
-from sharding.archives import Member
 from sharding.errors import UserError
 from sharding.files import exclusive_lock
 from sharding.images import Seen, Target
+from sharding.links import Member
 from sharding.manifest import Manifest
 from sharding.plan import Options, Plan, Planned, ShardPlan
 from sharding.writer import build

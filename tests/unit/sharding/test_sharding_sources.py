@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from test_sharding_support import contents, encoded, pixels, to_tar, to_zip, write_folder
 
-from sharding.archives import LARGEST_FILE, Member, base_name, open_files
+from sharding.archives import base_name, open_files
+from sharding.containers import LARGEST_FILE
 from sharding.errors import UserError
+from sharding.links import Member
 from sharding.plan import Options
 from sharding.shards import Shards, decode
 from sharding.sources import open_source
