@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gdd_dist.config.ranks import taking_part
 from gdd_dist.data.logit_cache import MEANS, logit_file
 from gdd_dist.dry_run.trial import SILENT, Training, Trial, answering, drawing, labelling, smaller, studying
 from gdd_dist.evaluation import quick_students, rows, student_results, students
@@ -183,7 +184,7 @@ def estimate_matching(trial: Trial, work: Path) -> Estimate:
     start, step = steps_done(ctx, work / CHECKPOINTS), _matching_step(trial, work)
     parts, students_of_all = _measurement(trial, "gan", step.cost)
     left, measurements = m.steps - start, sum(s % m.interval == 0 for s in range(start, m.steps)) + 1
-    turns = measurements * -(-m.quick_students // ctx.world.size)
+    turns = measurements * -(-m.quick_students // taking_part(ctx.config, "matching", ctx.world.size))
     each = students_of_all + sample_grid.forwards(ctx)
     cost = Cost.peak((step.cost, *parts), left * step.cost.seconds + turns * sum(part.seconds for part in parts))
     return Estimate(start > 0, left, left * step.forwards + step.settling + measurements * each, cost)
