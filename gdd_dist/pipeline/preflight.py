@@ -35,10 +35,10 @@ def check(config: Config, manifest: Manifest, world: int, device: torch.device) 
     for name in trained:
         parse_classifier(name)
     parse_student(config.matching.quick_student)
+    check_ranks(config, world)
     check_memory(config, manifest, world, device)
     for file in pretrained.files(config.teachers.pretrained) if config.teachers.pretrained else ():
         pretrained_networks.load(file, manifest)
-    check_ranks(config, world)
     if not config.teachers.pretrained:
         check_teams(config, world)
     rows.check(config, manifest)
