@@ -45,12 +45,12 @@ def find(task: Task) -> Iterator[Line]:
         with bench.trainee(step) as trainee:
             batches = [trainee.read(i) for i in range(FIRST_WARM + 2 * MEASURED)]
             for i in range(FIRST_WARM):
-                trainee.train(i + 1, batches[i])
+                trainee.train(i, batches[i])
             with Waits() as waits:
                 for i in range(FIRST_WARM, FIRST_WARM + MEASURED):
-                    trainee.train(i + 1, batches[i])
+                    trainee.train(i, batches[i])
             counts = {name: n / MEASURED for name, n in waits.found.items()}
-            reported, places = waiting(bench.ctx.device, lambda i, t=trainee, b=batches: t.train(i + 1, b[i]))
+            reported, places = waiting(bench.ctx.device, lambda i, t=trainee, b=batches: t.train(i, b[i]))
         yield {"step": step, "a_step": counts, "reported": reported, "places": places}
         assert counts["operations"] > 0
 
