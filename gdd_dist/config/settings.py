@@ -297,8 +297,9 @@ class Config:
     seed: int = setting(0, "seed of every step", low=0)
     precision: str = setting(
         "auto",
-        "autocast over float32 weights; auto: bf16 where the hardware computes in it, else float32",
-        choices=("auto", "float32", "bf16", "fp16"),
+        "what networks compute in, over float32 weights: float32; tf32, which rounds what is multiplied on a GPU, and nothing on a CPU; bf16 or "
+        "fp16, by autocast; auto: bf16 where the hardware computes in it, else float32",
+        choices=("auto", "float32", "tf32", "bf16", "fp16"),
     )
     loader: Loader = dataclasses.field(default_factory=Loader)
     teachers: Teachers = dataclasses.field(default_factory=Teachers)

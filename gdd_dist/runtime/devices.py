@@ -42,6 +42,13 @@ def check_identities(identities: Sequence[list[str]], local_size: int) -> None:
         raise UserError(too_few(local_size, min(sum(h == host for h, _ in gpus) for host in hosts)))
 
 
+def allow_tf32(allowed: bool) -> None:
+    """Whether float32 products and convolutions on a GPU may round what they multiply to TF32, 10 bits of mantissa."""
+    # torch's older switches: the newer ones (fp32_precision) make those raise, and libraries still read them.
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
 def too_few(ranks: int, gpus: int) -> str:
     """What is wrong when a host has fewer GPUs than ranks, and what to type; global batches divide by powers of two."""
     fits = 1 << (gpus.bit_length() - 1)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from gdd_dist.runtime.devices import check_identities, identity, pick_device
+from gdd_dist.runtime.devices import allow_tf32, check_identities, identity, pick_device
 from gdd_dist.runtime.heartbeat import PEER_GRACE, Pulse, describe
 from gdd_dist.runtime.monitor import say
 from gdd_dist.runtime.process_identity import place
@@ -49,7 +49,7 @@ class World:
         self._pulse: Pulse | None = None
         self._round, self._voted = 0, time.monotonic()
         torch.set_num_threads(self.threads)
-        torch.set_float32_matmul_precision("high")
+        allow_tf32(False)
         if self.size > 1:
             self._join()
 

@@ -20,6 +20,7 @@ from gdd_dist.engines.precision import resolve_precision
 from gdd_dist.models.classifiers import Classifier, build_classifier, divisors
 from gdd_dist.models.files import Teacher, generator_meta
 from gdd_dist.models.generator import ImageGenerator
+from gdd_dist.runtime.devices import allow_tf32
 from gdd_dist.runtime.file_exchange import Disks
 from gdd_dist.runtime.monitor import Monitor, say
 from gdd_dist.runtime.teams import Team
@@ -162,8 +163,13 @@ class Context:
 
 
 def agreed_precision(config: Config, world: World) -> str:
-    """The run's precision: ``auto`` as rank 0 resolves it, so that hosts of different hardware compute alike. All ranks call it."""
-    return str(world.broadcast(resolve_precision(config.precision, world.device)))
+    """The run's precision: ``auto`` as rank 0 resolves it, so that hosts of different hardware compute alike. All ranks call it.
+
+    From now on this process computes in it.
+    """
+    precision = str(world.broadcast(resolve_precision(config.precision, world.device)))
+    allow_tf32(precision == "tf32")
+    return precision
 
 
 def train_order(config: Config, step: str, shard_samples: Sequence[int], purpose: str) -> Order:
