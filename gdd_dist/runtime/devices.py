@@ -27,6 +27,11 @@ def pick_device(device: str, local_rank: int, local_size: int) -> torch.device:
     return torch.device("cuda", index)
 
 
+def backend(device: torch.device) -> str:
+    """Who carries collectives: NCCL what lies on a GPU, gloo what lies in memory, as votes and words do."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
 def identity(device: torch.device) -> list[str]:
     """What tells a GPU from all others of the job, [] for the CPU: two ranks must not have the same."""
     if device.type == "cpu":

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from gdd_dist.runtime.devices import allow_tf32, check_identities, identity, pick_device
+from gdd_dist.runtime.devices import allow_tf32, backend, check_identities, identity, pick_device
 from gdd_dist.runtime.heartbeat import PEER_GRACE, Pulse, describe
 from gdd_dist.runtime.monitor import say
 from gdd_dist.runtime.process_identity import place
@@ -62,11 +62,12 @@ class World:
             self._store.clone(), self.rank, self.size, self.timeout, lambda: self.step, self.claim_failure
         )
         check_identities(self.gather(identity(self.device)), self.local_size)
-        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         store = dist.PrefixStore("gdd", self._store)
         with _on_loopback(self.local_size == self.size):
             try:
-                dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=self._limit)
+                dist.init_process_group(
+                    backend(self.device), store=store, rank=self.rank, world_size=self.size, timeout=self._limit
+                )
             except Exception as e:
                 raise self._whose_fault(e) from e
         self.barrier()
