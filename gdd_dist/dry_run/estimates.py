@@ -219,7 +219,7 @@ def _matching_step(trial: Trial, work: Path) -> Training:
 
     def in_turn(batch: matching.Batch) -> matching.Batch:
         turns = np.resize(used, len(batch.groups.classes))
-        return replace(batch, groups=replace(batch.groups, teachers=turns))
+        return batch._replace(groups=replace(batch.groups, teachers=turns).by_teacher())
 
     def build(small: Context) -> matching.Matching:
         pool = matching.Pool(small, dirs["teachers"], dirs["logits"])
