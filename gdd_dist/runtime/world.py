@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from gdd_dist.runtime.devices import check_identities, identity, pick_device
+from gdd_dist.runtime.devices import allow_tf32, backend, check_identities, identity, pick_device
 from gdd_dist.runtime.groups import mean_over_ranks, on_loopback
 from gdd_dist.runtime.heartbeat import PEER_GRACE, Pulse, describe
 from gdd_dist.runtime.monitor import say
@@ -50,7 +50,7 @@ class World:
         self._pulse: Pulse | None = None
         self._round, self._scope, self._voted = 0, "", time.monotonic()
         torch.set_num_threads(self.threads)
-        torch.set_float32_matmul_precision("high")
+        allow_tf32(False)
         if self.size > 1:
             self._join()
 
@@ -63,11 +63,12 @@ class World:
             self._store.clone(), self.rank, self.size, self.timeout, lambda: self.step, self.claim_failure
         )
         check_identities(self.gather(identity(self.device)), self.local_size)
-        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         store = dist.PrefixStore("gdd", self._store)
         with on_loopback(self.local_size == self.size):
             try:
-                dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=self._limit)
+                dist.init_process_group(
+                    backend(self.device), store=store, rank=self.rank, world_size=self.size, timeout=self._limit
+                )
             except Exception as e:
                 raise self._whose_fault(e) from e
         self.barrier()
@@ -246,6 +247,12 @@ class World:
     def mean(self, values: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """The means over ranks of scalar tensors (one all-reduce, which all ranks must join)."""
         return mean_over_ranks(values, self.size, self.group)
+
+    def add(self, values: torch.Tensor) -> torch.Tensor:
+        """A contiguous tensor becomes its sum over ranks, on all of them."""
+        if self.size > 1:
+            dist.all_reduce(values, group=self.group)
+        return values
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
         """The sum over ranks of a tensor on the CPU, on rank 0; ranks that run apart meet in a barrier first."""

@@ -152,19 +152,23 @@ def answer(ctx: Context, net: Classifier, shard: int, tick: Callable[[int], None
     views, size = ctx.config.logits.views, ctx.config.logits.batch
     out = np.empty((views, len(rows), ctx.classes), dtype=np.float16)
 
-    def read(number: int) -> tuple[np.ndarray, torch.Tensor]:
+    def read(number: int) -> tuple[torch.Tensor, ...]:
         part = rows[number * size : (number + 1) * size]
-        return part, images.read(part)
+        draws = (torch.from_numpy(view_draws(seed, view, part)) for view in range(1, views))
+        return ctx.sent((images.read(part), *draws))
 
-    for number, (part, pixels) in enumerate(prefetch(read, 0, -(-len(rows) // size), ctx.config.loader.prefetch)):
+    done = 0
+    for pixels, *draws in prefetch(read, 0, -(-len(rows) // size), ctx.config.loader.prefetch):
         ctx.world.check_stop()
-        here, plain = slice(number * size, number * size + len(part)), to_float(pixels, ctx.device)
-        for view in range(views):
-            x = plain if view == 0 else ctx.augment(plain, torch.from_numpy(view_draws(seed, view, part)))
+        plain = to_float(pixels, ctx.device)
+        answers = []
+        for of_view in (None, *draws):
+            x = plain if of_view is None else ctx.augment(plain, of_view)
             with autocast(ctx.device, ctx.precision):
-                logits = net(x).float()
-            out[view, here] = logits.clamp(-65504, 65504).cpu().numpy()
-        tick(here.stop)
+                answers.append(net(x).float().clamp(-65504, 65504))
+        out[:, done : done + len(plain)] = torch.stack(answers).cpu().numpy()
+        done += len(plain)
+        tick(done)
     return out
 
 

@@ -18,7 +18,7 @@ BATCH = 256
 def soft_labels(teachers: Sequence[nn.Module], images: Tensor, temperature: float, precision: str) -> Tensor:
     """Mean over teachers of softmax(logits / temperature) of float images [N, C, H, W] in [-1, 1]: float32 [N, K].
 
-    ``precision``: of the teachers' forwards, float32, bf16 or fp16.
+    ``precision``: of the teachers' forwards, float32, tf32, bf16 or fp16.
     """
     parts = []
     for part in images.split(forward_size(images.device, BATCH)):
@@ -29,3 +29,8 @@ def soft_labels(teachers: Sequence[nn.Module], images: Tensor, temperature: floa
             total = total.to(part.device) + (logits.float() / temperature).softmax(1)
         parts.append(total / len(teachers))
     return torch.cat(parts)
+
+
+def class_shares(teachers: Sequence[nn.Module], images: Tensor, labels: Tensor, precision: str) -> Tensor:
+    """How much of their answer the teachers together give to each image's class: float32 [N], in [0, 1]. ``labels``: int64 [N]."""
+    return soft_labels(teachers, images, 1.0, precision).gather(1, labels[:, None])[:, 0]

@@ -14,10 +14,13 @@ import ranks
 import torch
 
 import gdd_dist.runtime.world as world_module
+from gdd_dist.config.settings import Config
+from gdd_dist.runtime.devices import allow_tf32
 from gdd_dist.runtime.heartbeat import Watch
 from gdd_dist.runtime.run_program import describe, explained, run_program
 from gdd_dist.runtime.signals import PeerError, asked
 from gdd_dist.runtime.world import World
+from gdd_dist.training.context import agreed_precision
 from sharding.errors import UserError
 
 SIZE = 4
@@ -321,11 +324,28 @@ def test_a_user_may_ask_for_fewer_threads_but_what_torchrun_sets_is_not_asking(m
     assert (alone, under_torchrun) == (1, len(os.sched_getaffinity(0)))
 
 
-def test_how_exactly_matrices_are_multiplied_is_the_same_for_all_who_form_a_world():
-    torch.set_float32_matmul_precision("highest")
+def tf32():
+    """Whether float32 products, and float32 convolutions, may be rounded to TF32."""
+    return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+
+def test_float32_means_float32_for_all_who_form_a_world():
+    allow_tf32(True)
+    assert tf32() == (True, True)
     World("cpu")
     torch.set_num_threads(1)
-    assert torch.get_float32_matmul_precision() == "high"
+    assert tf32() == (False, False)
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize("precision", ["tf32", "float32", "bf16", "fp16"])
+def test_tf32_is_used_where_it_is_asked_for(precision):
+    world = World("cpu")
+    torch.set_num_threads(1)
+    assert agreed_precision(Config(precision=precision), world) == precision
+    found = tf32()
+    allow_tf32(False)
+    assert found == (precision == "tf32",) * 2
 
 
 def comes_late(rank):
