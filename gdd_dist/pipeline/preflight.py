@@ -35,43 +35,32 @@ def check(config: Config, manifest: Manifest, world: int, device: torch.device) 
     for name in trained:
         parse_classifier(name)
     parse_student(config.matching.quick_student)
+    check_ranks(config, world)
     check_memory(config, manifest, world, device)
     for file in pretrained.files(config.teachers.pretrained) if config.teachers.pretrained else ():
         pretrained_networks.load(file, manifest)
-    check_ranks(config, world)
     if not config.teachers.pretrained:
         check_teams(config, world)
     rows.check(config, manifest)
 
 
 def check_ranks(config: Config, world: int) -> None:
-    """The world size must divide the streams of the gan step and the groups of matching."""
-    for name, batch in (("gan", config.gan.batch), ("matching", config.matching.batch)):
-        if batch < world:
-            raise UserError(
-                f"--{name}.batch {batch} is smaller than the {world} ranks; use at most {batch} ranks or a larger batch"
-            )
-    streams = config.streams("gan")
-    if config.gan.batch % streams:
-        raise UserError(
-            f"--loader.streams {streams} does not divide --gan.batch {config.gan.batch}; change one of them"
-        )
-    if streams % world:
-        raise UserError(
-            f"{world} ranks do not divide the {streams} streams of --gan.batch {config.gan.batch}; use {_divisors(streams)} ranks"
-        )
-    groups = config.matching.batch // config.matching.group
-    if groups % world:
-        raise UserError(
-            f"{world} ranks do not divide the {groups} groups of --matching.batch {config.matching.batch}; use {_divisors(groups)} ranks"
-        )
-    for share, of in (
-        (config.gan.batch // world, "images of a gan step"),
-        (groups // world, "groups of a matching step"),
+    """Micro-batches must cut the batches of gan and matching evenly; DeepSpeed needs all ranks there, under DDP some may wait."""
+    gan, streams, groups = config.gan.batch, config.streams("gan"), config.matching.batch // config.matching.group
+    if gan % streams:
+        raise UserError(f"--loader.streams {streams} does not divide --gan.batch {gan}; change one of them")
+    for whole, what in (
+        (gan, f"images of --gan.batch {gan}"),
+        (groups, f"groups of --matching.batch {config.matching.batch}"),
     ):
-        if share % config.accumulate:
+        if whole % config.accumulate:
             raise UserError(
-                f"--accumulate {config.accumulate} does not divide a rank's {share} {of}; use {_divisors(share)}"
+                f"--accumulate {config.accumulate} does not divide the {whole} {what}; use {_divisors(whole)}"
+            )
+        if config.engine == "deepspeed" and whole // config.accumulate % world:
+            fits = _divisors(whole // config.accumulate)
+            raise UserError(
+                f"{world} ranks do not divide the {whole} {what}; use {fits} ranks, or --engine ddp, where some wait"
             )
 
 
