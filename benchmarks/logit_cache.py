@@ -39,8 +39,8 @@ from gdd_dist.dry_run.trial import Trial
 from gdd_dist.models.files import read_teachers
 from gdd_dist.runtime.versions import commit
 from gdd_dist.steps import logits
-from gdd_dist.steps.matching import Pool
 from gdd_dist.steps.matching_groups import Groups
+from gdd_dist.steps.matching_pool import Pool
 from gdd_dist.training import losses
 from gdd_dist.training.adversaries import image_gradient
 from sharding import build_digits
@@ -62,7 +62,7 @@ class Anew(Pool):
             here = groups.views == view
             draws[here] = logits.view_draws(ctx.config.step_seed("logits"), int(view), groups.samples[here])
         images = to_float(ctx.images("train").read(groups.samples), ctx.device)
-        return self.answer(images, groups, torch.from_numpy(draws)).cpu()
+        return self.answer(images, groups, torch.from_numpy(draws), torch.from_numpy(groups.views == 0))
 
 
 def pools(trial: Trial) -> dict[str, Pool]:
@@ -78,12 +78,12 @@ def answers(trial: Trial, pool: Pool) -> Callable[[], None]:
 
     def step() -> None:
         number = next(numbers)
-        groups = pool.dealer.batch(number)
-        real = pool.real_logits(groups)
+        groups = pool.dealer.batch(number).by_teacher()
+        real, plain = pool.real_logits(groups), torch.from_numpy(groups.views == 0)
         draws = torch.from_numpy(uniform(0, "benchmark", number, groups.slots, AUGMENT_DRAWS))
 
         def loss(fake: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            return losses.PAIR[m.loss](real, pool.answer(fake, groups, draws), m.temperature), {}
+            return losses.PAIR[m.loss](real, pool.answer(fake, groups, draws, plain), m.temperature), {}
 
         image_gradient(loss, images)
 

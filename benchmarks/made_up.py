@@ -17,7 +17,8 @@ from gdd_dist.dry_run.trial import SILENT, Trial
 from gdd_dist.pipeline.fingerprints import fingerprints
 from gdd_dist.runtime.meter import Meter
 from gdd_dist.runtime.world import World
-from gdd_dist.steps.matching import Matching, Pool
+from gdd_dist.steps.matching import Matching
+from gdd_dist.steps.matching_pool import Pool
 from gdd_dist.storage.store import Store
 from gdd_dist.training.context import Context
 from sharding.manifest import Manifest

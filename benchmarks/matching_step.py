@@ -26,7 +26,7 @@ from made_up import before_matching, jpegs, matching_step
 from projection import Counter
 
 from gdd_dist.data.images import to_float
-from gdd_dist.steps.matching import Pool
+from gdd_dist.steps.matching_pool import Pool
 from gdd_dist.training.context import Context
 
 Step = Callable[[], object]

@@ -72,7 +72,7 @@ def test_what_is_answered_anew_is_what_the_logits_step_caches(trial):
             np.save(logit_file(dirs["logits"], teacher.index, shard), found)
     pools = logit_cache.pools(trial)
     for number in range(3):
-        groups = pools["cached"].dealer.batch(number)
+        groups = pools["cached"].dealer.batch(number).by_teacher()
         cached, anew = (pools[side].real_logits(groups) for side in logit_cache.SIDES)
         assert set(groups.views) == {0, 1}
         assert cached.std() > 0.01
