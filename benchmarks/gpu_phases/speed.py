@@ -92,7 +92,7 @@ def measured(bench: Bench, trainee: Any, seconds: float) -> Line:
 def launched(device: torch.device, trainee: Any, step: int, batch: Any) -> Line:
     """Kernels that the host starts in a step, on a CPU operations; and of a GPU the seconds that it was busy."""
     if device.type == "cpu":
-        with Waits() as waits:
+        with Waits(device) as waits:
             trainee.train(step, batch)
         return {"launches": waits.found["operations"]}
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
