@@ -31,7 +31,8 @@ def find(task: Task, variant: str) -> Iterator[Line]:
     if settings is None:
         yield {"variant": variant, "there": False}
         return
-    folder = task.out / ("preset-small" if task.small else "preset")
+    # A discriminator's state belongs to fp16, whose loss is scaled, or to the other precisions.
+    folder = task.out / ("preset" + "-small" * task.small + "-fp16" * (variant == "fp16"))
     bench = Bench(task.out / "data", folder, task.device, [*(SMALL if task.small else ()), *settings])
     architectures = bench.config.teachers.architectures
     for step in STEPS:
