@@ -113,7 +113,8 @@ class Bench:
             *settings,
         ]
         self.config = command_line.parse(argv).config
-        self.world = World(self.config.device, self.config.timeout)
+        switches = {name: getattr(self.config, name) for name in ("deterministic",) if exists(name)}
+        self.world = World(self.config.device, self.config.timeout, **switches)
         manifest = Manifest.load(data)
         precision = agreed_precision(self.config, self.world)
         store = Store(scratch / "store")
