@@ -31,7 +31,8 @@ def find(task: Task, variant: str) -> Iterator[Line]:
     if settings is None:
         yield {"variant": variant, "there": False}
         return
-    folder = task.out / ("preset-small" if task.small else "preset")
+    # A discriminator's state belongs to fp16, whose loss is scaled, or to the other precisions.
+    folder = task.out / ("preset" + "-small" * task.small + "-fp16" * (variant == "fp16"))
     bench = Bench(task.out / "data", folder, task.device, [*(SMALL if task.small else ()), *settings])
     architectures = bench.config.teachers.architectures
     for step in STEPS:
@@ -92,7 +93,7 @@ def measured(bench: Bench, trainee: Any, seconds: float) -> Line:
 def launched(device: torch.device, trainee: Any, step: int, batch: Any) -> Line:
     """Kernels that the host starts in a step, on a CPU operations; and of a GPU the seconds that it was busy."""
     if device.type == "cpu":
-        with Waits() as waits:
+        with Waits(device) as waits:
             trainee.train(step, batch)
         return {"launches": waits.found["operations"]}
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
