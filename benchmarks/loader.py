@@ -39,7 +39,7 @@ from torchvision.datasets import ImageFolder
 from gdd_dist.data.images import Images, prefetch
 from gdd_dist.data.order import Order, default_streams
 from sharding.manifest import Manifest
-from sharding.plan import Options
+from sharding.options import Options
 from sharding.pool import available_cores
 from sharding.shards import Shards, decode
 from sharding.writer import build
