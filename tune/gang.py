@@ -193,13 +193,11 @@ def submit(job: Job) -> tuple[ray.ObjectRef, Any]:
     return task.options(**options).remote(job), group
 
 
-def wait(job: Job, meanwhile: Callable[[], None]) -> dict[str, Any]:
-    """Run one job, calling ``meanwhile`` every second; its steps.json."""
-    return run_all([job], meanwhile)[0]
-
-
 def run_all(jobs: Sequence[Job], meanwhile: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
-    """Run jobs, as many at a time as fit; their steps.json. Raises the first fault, as its job raised it."""
+    """Run jobs, as many at a time as fit, calling ``meanwhile`` every second; their steps.json.
+
+    Raises the first fault, as its job raised it.
+    """
     groups = dict(submit(job) for job in jobs)
     answers = list(groups)
     try:
