@@ -71,9 +71,8 @@ def verify(directory: Path, *names: str) -> None:
         entry = files.get(name)
         if entry is None:
             raise UserError(f"{directory / name} is not a file of its step; remove {directory} to compute it again")
-        verify_file(
-            directory / name, entry["bytes"], entry["sha256"], f"remove {directory} and run gdd_dist.train again"
-        )
+        cure = f"remove {directory} and run gdd_dist.train again"
+        verify_file(directory / name, entry["bytes"], entry["sha256"], cure)
 
 
 class Sampler:
@@ -143,7 +142,7 @@ class Sampler:
     ) -> tuple[Tensor, np.ndarray]:
         """``total`` images, uint8 [N, C, H, W] on the device, and their labels 0, 1, …, K-1, 0, 1, …, int64 [N].
 
-        ``first``: where to begin in the endless row of them, so that a large set can be drawn part by part.
+        ``first``: number of the first image, so that a large set can be drawn part by part.
         """
         places = np.arange(first, first + total)
         labels = places % len(self.classes)
@@ -210,14 +209,7 @@ class Sampler:
             self._teachers = load_teachers(self._step, self.network, self.device)
         return self._teachers
 
-    def _draw(
-        self,
-        labels: np.ndarray,
-        seed: int,
-        purpose: str,
-        slots: np.ndarray,
-        truncation: float | None,
-    ) -> Tensor:
+    def _draw(self, labels: np.ndarray, seed: int, purpose: str, slots: np.ndarray, truncation: float | None) -> Tensor:
         if truncation is not None and not truncation > 0:
             raise UserError(f"truncation {truncation} is not positive; give more than 0, say 1.0, or None for no cut")
         parts = [torch.empty(0, *self.image_shape, dtype=torch.uint8, device=self.device)]

@@ -65,11 +65,9 @@ class Disks:
         """Afterwards every host has rank 0's files below ``directory``, and rank 0's version of each. All ranks call it."""
         if self.shared or self._world is None:
             return
-        mine = (
-            {str(p.relative_to(directory)): sha256_file(p) for p in _files(directory, patterns)}
-            if self._keeper
-            else None
-        )
+        mine = None
+        if self._keeper:
+            mine = {str(p.relative_to(directory)): sha256_file(p) for p in _files(directory, patterns)}
         held = self._world.gather(mine)
         for name, sha256 in sorted(held[0].items(), key=lambda item: (Path(item[0]).name == CONTENTS, item[0])):
             lacking = [r for r, files in enumerate(held) if files is not None and files.get(name) != sha256]
@@ -102,14 +100,9 @@ class Disks:
         with (path if here else temporary if writes else Path(os.devnull)).open("rb" if here else "wb") as f:
             for start in range(0, size, CHUNK):
                 n = min(CHUNK, size - start)
-                piece = (
-                    torch.frombuffer(bytearray(f.read(n)), dtype=torch.uint8)
-                    if here
-                    else torch.empty(n, dtype=torch.uint8)
-                )
-                dist.broadcast(piece, source)
+                data = bytearray(f.read(n) if here else n)
+                dist.broadcast(torch.frombuffer(data, dtype=torch.uint8), source)
                 if writes:
-                    data = piece.numpy().tobytes()
                     found.update(data)
                     f.write(data)
             if writes:
@@ -124,10 +117,8 @@ class Disks:
 
 
 def _files(directory: Path, patterns: Sequence[str]) -> Iterator[Path]:
-    found = {
-        p for pattern in patterns for p in directory.rglob(pattern) if p.is_file() and not p.name.startswith(".tmp-")
-    }
-    return iter(sorted(found))
+    found = {p for pattern in patterns for p in directory.rglob(pattern)}
+    return iter(sorted(p for p in found if p.is_file() and not p.name.startswith(".tmp-")))
 
 
 def _who_sees(world: World, root: Path) -> list[Any]:

@@ -108,7 +108,7 @@ def preempted(world: World | None) -> str:
 
 def report_failure(fault: Exception, world: World | None, debug: bool) -> int:
     """Say what went wrong, once over all ranks; returns the exit status."""
-    rank, alone = _rank(), os.environ.get("WORLD_SIZE", "1") == "1"
+    rank = _rank()
     fault = explained(fault, world)
     user = isinstance(fault, (UserError, OSError)) and not isinstance(fault, TimeoutError)
     if world is not None:
@@ -119,7 +119,12 @@ def report_failure(fault: Exception, world: World | None, debug: bool) -> int:
     if not user and isinstance(fault, RuntimeError) and world is not None and (gone := world.silent()):
         cure, user = "run the same command again: it goes on from the last checkpoint", True
         fault = UserError(f"{gone} is gone; {cure}")
-    mine = world.claim_failure() if world is not None else alone or _claim_before_joining()
+    if world is not None:
+        mine = world.claim_failure()
+    elif not (mine := os.environ.get("WORLD_SIZE", "1") == "1"):
+        from gdd_dist.runtime.rendezvous import claim_before_joining  # loads torch
+
+        mine = claim_before_joining()
     if not mine:
         sys.stderr.write(f"stopped: rank {rank}, because another rank failed\n")
         time.sleep(_PEER_FAULT)  # torchrun blames, and reports, whoever is gone first
@@ -128,12 +133,6 @@ def report_failure(fault: Exception, world: World | None, debug: bool) -> int:
         sys.stderr.write(_traceback(fault))
     sys.stderr.write(f"error: {describe(fault) if user or debug else unforeseen(fault)}\n")
     return 2 if user else 1
-
-
-def _claim_before_joining() -> bool:
-    from gdd_dist.runtime.rendezvous import claim_before_joining  # loads torch
-
-    return claim_before_joining()
 
 
 def _traceback(fault: BaseException) -> str:
