@@ -42,7 +42,7 @@ class Loader:
 
     streams: int = setting(
         0,
-        "canonical streams of a global batch; the world size must divide it; 0: the largest divisor of the batch up to 64",
+        "canonical streams of a global batch, which they divide; 0: the largest divisor of the batch up to 64",
         low=0,
     )
     window: int = setting(16384, "samples within which a stream is shuffled", low=1)
@@ -182,7 +182,7 @@ class Matching:
     batch: int = setting(64, "images of a global batch", low=1)
     group: int = setting(
         8,
-        "slots of a group, which share one class and one teacher; the world size must divide the number of groups",
+        "slots of a group, which share one class and one teacher; a rank takes whole groups",
         low=1,
     )
     loss: str = setting(
@@ -206,6 +206,13 @@ class Matching:
     )
     select: str = setting(
         "best", "keep the interval that is best on val, the GAN itself included, or the last", choices=("best", "last")
+    )
+    refit: int = setting(
+        0,
+        "of how many draws of the trivial generator the teachers choose one, to which it is fitted anew: a candidate beside the intervals, "
+        "under --matching.select best; 0: none",
+        low=0,
+        high=1024,
     )
     interval: int = setting(200, "steps between measurements with quick students", low=1)
     quick_students: int = setting(4, "quick students a measurement", low=1)
@@ -236,6 +243,13 @@ class Report:
         "the generator's file (equal_bytes), a Gaussian per class, the trivial generator (gaussian), the GAN "
         "before matching, all real data",
         choices=("real", "equal_bytes", "gaussian", "gan", "full"),
+    )
+    select: tuple[int, ...] = setting(
+        (1,),
+        "of how many draws for each image a student is shown the one that the teachers choose, one number or several: 1 shows what is "
+        "drawn, 1 3 has each row plain and chosen",
+        low=1,
+        high=64,
     )
     epochs: int = setting(1000, "epochs of a student; an epoch is IPC images of each class", low=1)
     batch: int = setting(256, "images a step at most; the step takes min(batch, IPC x classes)", low=1)
@@ -297,8 +311,9 @@ class Config:
     seed: int = setting(0, "seed of every step", low=0)
     precision: str = setting(
         "auto",
-        "autocast over float32 weights; auto: bf16 where the hardware computes in it, else float32",
-        choices=("auto", "float32", "bf16", "fp16"),
+        "what networks compute in, over float32 weights: float32; tf32, which rounds what is multiplied on a GPU, and nothing on a CPU; bf16 or "
+        "fp16, by autocast; auto: bf16 where the hardware computes in it, else float32",
+        choices=("auto", "float32", "tf32", "bf16", "fp16"),
     )
     loader: Loader = dataclasses.field(default_factory=Loader)
     teachers: Teachers = dataclasses.field(default_factory=Teachers)

@@ -6,9 +6,14 @@ the data and the versions of the decoders.
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import shutil
-from collections.abc import Callable, Sequence
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -68,9 +73,12 @@ class Decoded:
         shape = (samples, *self._row)
         if not self.there:
             self._directory.mkdir(parents=True, exist_ok=True)
-            with holding(Lock(self._directory.with_suffix(".lock")), lambda holder: None):  # the others wait
+            with self._alone_on_this_host():
                 if not self.there:
-                    self._build(fill, samples)
+                    lock = Lock(self._directory.with_suffix(".lock"))
+                    with holding(lock, lambda holder: None):  # another host decodes: wait for it
+                        if not self.there:
+                            self._build(fill, samples)
         size = int(np.prod(shape))
         found = self.path.stat().st_size if self.path.exists() else 0
         if found != size:
@@ -78,6 +86,24 @@ class Decoded:
             raise UserError(f"{what}; remove {self._directory} to decode it again")
         # Copy on write: torch wants memory that may be written, and nobody may change the file.
         return np.memmap(self.path, dtype=np.uint8, mode="c", shape=shape).view(np.ndarray)
+
+    @contextmanager
+    def _alone_on_this_host(self) -> Iterator[None]:
+        """One process of a host at a time, so that not all ranks ask for a lock on a disk that all hosts may share.
+
+        Whoever comes first, since ranks run apart; the kernel takes it back from a process that ends.
+        """
+        name = f"\0gdd_dist-{os.getuid()}-{hashlib.sha256(os.fsencode(self._directory.absolute())).hexdigest()[:32]}"
+        with socket.socket(socket.AF_UNIX) as claim:
+            while not self.there:
+                try:
+                    claim.bind(name)
+                    break
+                except OSError as e:
+                    if e.errno != errno.EADDRINUSE:  # no such names on this system
+                        break
+                    time.sleep(0.2)
+            yield
 
     def parts(self, samples: int) -> tuple[Callable[[int], np.ndarray], range]:
         """How it is built: part number → sample numbers, and the numbers of the parts."""

@@ -96,8 +96,8 @@ class Order:
 
     The epoch's shards, shuffled and laid on a ring that starts anywhere, are cut into ``streams`` streams of equal length;
     inside a stream samples are shuffled within windows of ``window`` samples; a global batch takes ``batch / streams`` samples from
-    each stream; rank r of w serves streams r·S/w … (r+1)·S/w - 1. Every sample comes once an epoch but for ``remainder`` of them,
-    others each epoch. ``shard_samples``: samples by shard.
+    each stream, one stream after another; rank r of w serves the r-th of w equal parts of it. Every sample comes once an epoch but for
+    ``remainder`` of them, others each epoch. ``shard_samples``: samples by shard.
     """
 
     shard_samples: tuple[int, ...]
@@ -140,21 +140,24 @@ class Order:
     def batch(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
         """This rank's part of global batch ``step`` (counted over all epochs): int64 [batch_size / world], stream by stream.
 
-        Raises ValueError where ``world`` does not divide the streams.
+        Raises ValueError where ``world`` does not divide the batch.
         """
-        if self.streams % world:
-            raise ValueError(f"{world} ranks do not divide {self.streams} streams")
+        if self.batch_size % world:
+            raise ValueError(f"{world} ranks do not divide a batch of {self.batch_size}")
         epoch, within = divmod(step, self.steps_per_epoch)
         run, at = divmod(within, RUN)
-        found: np.ndarray = self._keep(self._draw_run, (epoch, rank, world, run), 4)
-        return found[:, at * self.share : (at + 1) * self.share].flatten()  # a copy: what is kept is not the caller's
+        slots = self.batch_size // world
+        first, before = divmod(rank * slots, self.share)
+        streams = -(-(before + slots) // self.share)
+        found: np.ndarray = self._keep(self._draw_run, (epoch, first, streams, run), 4)
+        whole = found[:, at * self.share : (at + 1) * self.share].flatten()  # a copy: what is kept is not the caller's
+        return whole[before : before + slots]
 
-    def _draw_run(self, epoch: int, rank: int, world: int, run: int) -> np.ndarray:
-        """A rank's samples in RUN steps, fewer at the epoch's end: int64 [streams / world, steps · share]."""
-        mine = self.streams // world
+    def _draw_run(self, epoch: int, stream: int, count: int, run: int) -> np.ndarray:
+        """The samples of ``count`` streams from ``stream`` on in RUN steps, fewer at the epoch's end: int64 [count, steps · share]."""
         first, last = run * RUN, min((run + 1) * RUN, self.steps_per_epoch)
-        shuffled = self._shuffled(epoch, rank * mine, mine, first * self.share, last * self.share)
-        begins = np.arange(rank * mine, (rank + 1) * mine) * (self.samples // self.streams)
+        shuffled = self._shuffled(epoch, stream, count, first * self.share, last * self.share)
+        begins = np.arange(stream, stream + count) * (self.samples // self.streams)
         return self._to_samples(epoch, begins[:, None] + shuffled)
 
     def _shuffled(self, epoch: int, first: int, count: int, start: int, stop: int) -> np.ndarray:

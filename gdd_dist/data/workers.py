@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
+from functools import partial
 from threading import Lock
 from typing import Any, TypeVar
 
@@ -101,7 +102,7 @@ def prefetch(
 
     Up to ``ahead`` batches, and of these as many as ``limit`` bytes hold, but at least one.
     """
-    pool = ThreadPoolExecutor(READERS, thread_name_prefix="prefetch")
+    pool = ThreadPoolExecutor(READERS, thread_name_prefix="prefetch", initializer=_on_the_callers_device())
     try:
         waiting: deque[Future[Batch]] = deque()
         most, submitted = 1, start
@@ -117,6 +118,13 @@ def prefetch(
             yield batch
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _on_the_callers_device() -> Callable[[], None]:
+    """What a thread calls first. A new thread is on GPU 0, and would open a context there, whichever GPU this rank has."""
+    if not torch.cuda.is_initialized():
+        return lambda: None
+    return partial(torch.cuda.set_device, torch.cuda.current_device())
 
 
 def _bytes(batch: Any) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 def poisoned(loss: Tensor) -> Tensor:
     """``loss``, a scalar, with gradients of NaN where it is not finite itself: their mean then says so to all ranks."""
-    return loss * torch.where(loss.detach().isfinite(), 1.0, float("nan"))
+    return loss * (loss.detach() * 0 + 1)  # times 1, or NaN
 
 
 @torch.no_grad()

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """Autocast over float32 weights: bf16, fp16, or nothing for float32."""
-    if precision == "float32":
+    """Autocast over float32 weights: bf16, fp16, or nothing for float32 and tf32."""
+    if precision not in AUTOCAST:
         return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+    return torch.autocast(device.type, AUTOCAST[precision])
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:

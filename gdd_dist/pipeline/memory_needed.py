@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from gdd_dist.config.ranks import taking_part
 from gdd_dist.config.settings import Config
 from gdd_dist.models.classifiers import build_classifier, parse_classifier
 from gdd_dist.models.discriminator import Discriminator
@@ -75,11 +76,12 @@ def _numbers(build: Callable[[], nn.Module]) -> float:
 def batches(config: Config, manifest: Manifest, world: int) -> Iterator[tuple[str, float]]:
     """(setting, bytes) of a rank's share of the float images, or latents, of a step."""
     t, g, m, r = config.teachers, config.gan, config.matching, config.report
+    of_gan, of_matching = (taking_part(config, step, world) * config.accumulate for step in ("gan", "matching"))
     pixels = 4 * manifest.channels * manifest.height * manifest.width
     yield f"--teachers.batch {t.batch}", t.batch / t.ranks_per_teacher / t.accumulate * pixels
     yield f"--logits.batch {config.logits.batch}", min(config.logits.batch, manifest.splits["train"].samples) * pixels
-    yield f"--gan.batch {g.batch}", g.batch / world / config.accumulate * (pixels + 4 * g.latent)
-    yield f"--matching.batch {m.batch}", m.batch / world / config.accumulate * (pixels + 4 * g.latent)
+    yield f"--gan.batch {g.batch}", g.batch / of_gan * (pixels + 4 * g.latent)
+    yield f"--matching.batch {m.batch}", m.batch / of_matching * (pixels + 4 * g.latent)
     yield f"--matching.quick_batch {m.quick_batch}", m.quick_batch * pixels
     ipc = max(r.ipc)
     yield f"--report.ipc {ipc}", ipc * len(manifest.classes) * pixels / 4  # a fixed set is kept as bytes

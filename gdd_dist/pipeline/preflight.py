@@ -32,32 +32,28 @@ def check(config: Config, manifest: Manifest, world: int, device: torch.device) 
     for name in () if config.teachers.pretrained else config.teachers.architectures:
         parse_classifier(name)
     parse_student(config.matching.quick_student)
+    check_ranks(config, world)
     check_memory(config, manifest, world, device)
     for file in pretrained.files(config.teachers.pretrained) if config.teachers.pretrained else ():
         pretrained_networks.load(file, manifest)
-    check_ranks(config, world)
     if not config.teachers.pretrained:
         check_teams(config, world)
     rows.check(config, manifest)
 
 
 def check_ranks(config: Config, world: int) -> None:
-    """The world size must divide the streams of the gan step and the groups of matching."""
-    of_gan, of_matching = f"--gan.batch {config.gan.batch}", f"--matching.batch {config.matching.batch}"
-    for name, batch in ((of_gan, config.gan.batch), (of_matching, config.matching.batch)):
-        if batch < world:
-            cure = f"use at most {batch} ranks or a larger batch"
-            raise UserError(f"{name} is smaller than the {world} ranks; {cure}")
-    streams, groups = config.streams("gan"), config.matching.batch // config.matching.group
-    if config.gan.batch % streams:
-        raise UserError(f"--loader.streams {streams} does not divide {of_gan}; change one of them")
-    for count, what in ((streams, f"streams of {of_gan}"), (groups, f"groups of {of_matching}")):
-        if count % world:
-            raise UserError(f"{world} ranks do not divide the {count} {what}; use {_divisors(count)} ranks")
-    for share, of in ((config.gan.batch, "images of a gan step"), (groups, "groups of a matching step")):
-        if (share := share // world) % config.accumulate:
-            what = f"--accumulate {config.accumulate} does not divide a rank's {share} {of}"
-            raise UserError(f"{what}; use {_divisors(share)}")
+    """Micro-batches must cut the batches of gan and matching evenly; DeepSpeed needs all ranks there, under DDP some may wait."""
+    gan, streams, groups = config.gan.batch, config.streams("gan"), config.matching.batch // config.matching.group
+    if gan % streams:
+        raise UserError(f"--loader.streams {streams} does not divide --gan.batch {gan}; change one of them")
+    of_matching = f"groups of --matching.batch {config.matching.batch}"
+    for whole, of in ((gan, f"images of --gan.batch {gan}"), (groups, of_matching)):
+        if whole % config.accumulate:
+            what = f"--accumulate {config.accumulate} does not divide the {whole} {of}"
+            raise UserError(f"{what}; use {_divisors(whole)}")
+        if config.engine == "deepspeed" and whole // config.accumulate % world:
+            cure = f"use {_divisors(whole // config.accumulate)} ranks, or --engine ddp, where some wait"
+            raise UserError(f"{world} ranks do not divide the {whole} {of}; {cure}")
 
 
 def check_teams(config: Config, world: int) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gdd_dist.config import command_line as configuration
+from gdd_dist.config.ranks import idle, taking_part
 from gdd_dist.config.settings import Config
 from gdd_dist.config.steps import STEPS, TABLE, Inputs
 from gdd_dist.models.classifiers import CONSTANT
@@ -75,6 +76,7 @@ def run(
     manifest = Manifest.load(data)
     precision = agreed_precision(config, world)
     check(config, manifest, world.size, world.device)
+    world.say(idle(config, world.size))
     store = Store(store_of(out, config))
     ctx = Context(config, world, data, manifest, store, out, precision, on_interval=on_interval)
     ctx.disks = find_disks(ctx)
@@ -164,7 +166,10 @@ def compute(ctx: Context, step: str, fps: Mapping[str, str]) -> None:
     ctx.world.barrier()
     begin, origin = time.monotonic(), provenance(ctx, fps)
     directories = {name: ctx.store.path(name, fps[name]) for name in TABLE[step].inputs(ctx.config)}
-    info = TABLE[step].run(ctx, work, Inputs(directories, fps, origin))
+    info = {}
+    with ctx.among(taking_part(ctx.config, step, ctx.world.size)) as here:
+        if here:
+            info = TABLE[step].run(ctx, work, Inputs(directories, fps, origin))
     images = ctx.world.sum(ctx.forwards)
     cost = {"seconds": round(time.monotonic() - begin, 2), "images_processed": images, "ranks": ctx.world.size}
     if ctx.world.is_main:

@@ -2,40 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from gdd_dist.runtime.monitor import say
 from gdd_dist.runtime.signals import Preempted, asked
-
-
-class Group:
-    """Ranks that take steps together: all of the run, or a team. ``rank`` counts within it; ``group``: of its collectives."""
-
-    rank: int
-    size: int
-    group: Any
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this is rank 0, which writes what is written once."""
-        return self.rank == 0
-
-    def say(self, line: str) -> None:
-        """A line for the user, from rank 0; none when it is empty."""
-        if line and self.is_main:
-            say(line)
-
-    def mean(self, values: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        """The means over ranks of scalar tensors (one all-reduce, which all ranks must join)."""
-        stacked = torch.stack([v.detach().float() for v in values.values()])
-        if self.size > 1:
-            dist.all_reduce(stacked, group=self.group)
-            stacked /= self.size
-        return dict(zip(values, stacked.tolist(), strict=True))
 
 
 class Vote:

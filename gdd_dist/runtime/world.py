@@ -4,25 +4,27 @@ apart for minutes never stand in a collective, and nothing is unpickled.
 
 from __future__ import annotations
 
+import copy
 import datetime
 import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from gdd_dist.runtime.devices import check_identities, identity, pick_device
+from gdd_dist.runtime.devices import allow_tf32, backend, check_identities, identity, pick_device
+from gdd_dist.runtime.groups import mean_over_ranks, on_loopback
 from gdd_dist.runtime.heartbeat import Pulse, describe, lives
+from gdd_dist.runtime.monitor import say
 from gdd_dist.runtime.process_identity import place
 from gdd_dist.runtime.rendezvous import claim_before_joining, meet, second_connection
-from gdd_dist.runtime.signals import PeerError, Preempted, asked
-from gdd_dist.runtime.vote import Group, Vote
+from gdd_dist.runtime.signals import LONGEST_GRACE, PeerError, Preempted, asked
+from gdd_dist.runtime.vote import Vote
 
 _POLL = 0.002
 _COLLECTIVE = 1800.0
@@ -36,22 +38,22 @@ _SILENT = 10
 """Signs of life that a rank of another host misses before it counts as gone when a connection broke."""
 
 
-class World(Group):
+class World:
     """All ranks of this run. ``size`` 1 without torchrun: then nothing here waits for anybody. Several must `join` first."""
 
     def __init__(self, device: str = "auto", timeout: float = 600.0) -> None:
         self.rank, self.size, self.local_rank, self.local_size = place()
         self.timeout = timeout
         self._limit = datetime.timedelta(seconds=max(_COLLECTIVE, timeout))
-        self.group = None  # torch's default: all ranks
+        self.group: Any = None  # of collectives: torch's default, all ranks
         self.device = pick_device(device, self.local_rank, self.local_size)
         self.step = "start"
         self.on_preempted: Callable[[], None] = lambda: None
         self._store: Any = None
         self._pulse: Pulse | None = None
-        self._round, self._voted = 0, time.monotonic()
+        self._round, self._scope, self._voted = 0, "", time.monotonic()
         torch.set_num_threads(self.threads)
-        torch.set_float32_matmul_precision("high")
+        allow_tf32(False)
 
     def join(self) -> World:
         """Meet the other ranks, then form the process group with them; returns this world.
@@ -65,19 +67,34 @@ class World(Group):
         second = second_connection(self._store)
         self._pulse = Pulse(second, self.rank, self.size, self.timeout, lambda: self.step, self.claim_failure)
         check_identities(self.gather(identity(self.device)), self.local_size)
-        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         store = dist.PrefixStore("gdd", self._store)
-        with _on_loopback(self.local_size == self.size):
-            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=self._limit)
+        with on_loopback(self.local_size == self.size):
+            here: dict[str, Any] = {"store": store, "rank": self.rank, "world_size": self.size}
+            dist.init_process_group(backend(self.device), **here, timeout=self._limit)
         self.barrier()
         return self
 
     def cut(self, size: int) -> Any:
         """Cut the ranks into groups of ``size`` (it divides them) consecutive ones; this rank's process group. All ranks call it."""
-        firsts = range(0, self.size, size)
-        with _on_loopback(self.local_size == self.size):
-            groups = [dist.new_group(list(range(r, r + size)), timeout=self._limit) for r in firsts]
+        groups = [self._form(range(r, r + size)) for r in range(0, self.size, size)]
         return groups[self.rank // size]
+
+    def _form(self, ranks: Sequence[int]) -> Any:
+        with on_loopback(self.local_size == dist.get_world_size()):
+            return dist.new_group(list(ranks), timeout=self._limit)
+
+    def part(self, ranks: Sequence[int]) -> World:
+        """Some ranks as a world of their own, numbered from 0, for what they alone do; on the others its ``rank`` is -1.
+
+        All ranks call it. The others wait for them in `gather`, where they hear of a fault, and of a job that is to stop.
+        """
+        self._round += 1
+        part = copy.copy(self)
+        part.rank, part.size = (ranks.index(self.rank) if self.rank in ranks else -1), len(ranks)
+        part.group, part._scope, part._round = self._form(ranks), f"{self._scope}part/{self._round}/", 0
+        if part.rank < 0:
+            asked.allow(LONGEST_GRACE)  # as long as a step of the others may take, which this rank does not see
+        return part
 
     @property
     def threads(self) -> int:
@@ -94,12 +111,17 @@ class World(Group):
         if self._pulse is not None:
             self._pulse.beat(self._store)
 
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which writes what is written once."""
+        return self.rank == 0
+
     def gather(self, value: Any = None) -> list[Any]:
         """Every rank's ``value`` (anything JSON holds), in rank order, on every rank. Also a barrier."""
         if self.size == 1:
             return [value]
         self._round += 1
-        key = f"gather/{self._round}"
+        key = f"{self._scope}gather/{self._round}"
         self._store.set(f"{key}/{self.rank}", json.dumps(value))
         if self.is_main:
             everything = [json.loads(self._wait(f"{key}/{r}")) for r in range(self.size)]
@@ -109,8 +131,11 @@ class World(Group):
         return result
 
     def _wait(self, key: str) -> bytes:
-        """Poll, so that a peer's failure is seen at once and a busy peer may take as long as it needs."""
-        wait = _POLL
+        """Poll, so that a peer's failure is seen at once and a busy peer may take as long as it needs.
+
+        Who waits for long polls seldom: hundreds of ranks ask one host.
+        """
+        wait, begin = _POLL, time.monotonic()
         while True:
             # This rank has given its value, so the others may be able to complete the gather: it may stop only where one of
             # them has left without giving its own.
@@ -122,7 +147,7 @@ class World(Group):
             if hopeless:
                 self.check_stop()
             time.sleep(wait)
-            wait = min(wait * 1.5, 0.1)
+            wait = min(wait * 1.5, max(0.1, min(1.0, 0.02 * (time.monotonic() - begin))))
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -146,7 +171,7 @@ class World(Group):
     def counter(self) -> Callable[[], int]:
         """Counts from 0, over all ranks together: no two calls get the same number. All ranks must ask for it alike."""
         self._round += 1
-        key, alone = f"queue/{self._round}", itertools.count()
+        key, alone = f"{self._scope}queue/{self._round}", itertools.count()
 
         def take() -> int:
             self._check_peers()
@@ -177,7 +202,7 @@ class World(Group):
         now = time.monotonic()
         asked.allow(now - self._voted)
         self._voted = now
-        return Vote(asked.number, save and self.is_main, self.size)
+        return Vote(asked.number, save and self.is_main, self.size, self.group)
 
     def settle(self) -> bool:
         """After Preempted: wait until all ranks have saved, let rank 0 call ``on_preempted``, leave together.
@@ -210,6 +235,27 @@ class World(Group):
         except RuntimeError:  # the store's host is gone
             return False
         return bool(here >= wanted)
+
+    def mean(self, values: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        """The means over ranks of scalar tensors (one all-reduce, which all ranks must join)."""
+        return mean_over_ranks(values, self.size, self.group)
+
+    def add(self, values: torch.Tensor) -> torch.Tensor:
+        """A contiguous tensor becomes its sum over ranks, on all of them."""
+        if self.size > 1:
+            dist.all_reduce(values, group=self.group)
+        return values
+
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks of a tensor on the CPU, on rank 0; ranks that run apart meet in a barrier first."""
+        if self.size > 1:
+            dist.reduce(values, group=self.group, group_dst=0)
+        return values
+
+    def say(self, line: str) -> None:
+        """A line for the user, from rank 0; none when it is empty."""
+        if line and self.is_main:
+            say(line)
 
     def failed(self) -> bool:
         """Whether a rank has failed, or the store's host is gone."""
@@ -273,20 +319,3 @@ class World(Group):
         while self.is_main and here < self.size - 1 and time.monotonic() < deadline:
             time.sleep(_POLL)
             here = self._store.add("left", 0)
-
-
-@contextmanager
-def _on_loopback(wanted: bool) -> Iterator[None]:
-    """Ranks that are all on this host listen on loopback alone, unless the user has chosen an interface."""
-    name = "GLOO_SOCKET_IFNAME"
-    up = False
-    with suppress(OSError, ValueError):
-        up = bool(int(Path("/sys/class/net/lo/flags").read_text(), 16) & 1)
-    if not wanted or name in os.environ or not up:
-        yield
-        return
-    os.environ[name] = "lo"
-    try:
-        yield
-    finally:
-        del os.environ[name]

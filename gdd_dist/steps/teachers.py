@@ -145,13 +145,14 @@ class Pupil(loop.Trainee):
         indices, seed = self._samples(step), self._ctx.config.step_seed("teachers")
         slots = np.arange(len(indices)) + self._ctx.team.rank * len(indices)
         draws = uniform(self.skips.seed(seed), f"{self.training.purpose}/augment", step, slots, AUGMENT_DRAWS)
-        return self._images.read(indices), torch.from_numpy(self._images.labels[indices]), torch.from_numpy(draws)
+        labels = torch.from_numpy(self._images.labels[indices])
+        return self._ctx.sent((self._images.read(indices), labels, torch.from_numpy(draws)))
 
     def train(self, step: int, batch: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
         """One step of cross-entropy on augmented images."""
         images, labels, draws = batch
         x = self._ctx.augment(to_float(images, self._ctx.device), draws)
-        return {"loss": teacher_step(self.engine, x, labels.to(self._ctx.device), self._lr(step), self.skips)}
+        return {"loss": teacher_step(self.engine, x, labels, self._lr(step), self.skips)}
 
     def _lr(self, step: int) -> float:
         return warmup_cosine(step, self.steps, self._ctx.config.teachers.lr)

@@ -9,13 +9,14 @@ import math
 import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gdd_dist.data.augment import AUGMENT_DRAWS, augment
+from gdd_dist.data.images import to_float
 from gdd_dist.data.noise import uniform
 from gdd_dist.engines.build import build_engine
 from gdd_dist.engines.interface import Engine
@@ -203,25 +204,45 @@ def ema_decay(batch: int, half_life: float, images_seen: float = math.inf) -> fl
     return float(0.5 ** (batch / max(min(half_life, images_seen * 0.05), 1e-8)))
 
 
-def augmentation(ctx: Context, seed: int, purpose: str, step: int, slots: np.ndarray) -> Augmentation:
-    """What the discriminator sees images through: replayable draws by slot, applied to a share ``augment_p`` of the images."""
+class RealSide(NamedTuple):
+    """What the discriminator needs of a step's B slots.
+
+    ``images``: real ones, uint8 [B, channels, H, W]. ``mirror``: draws that mirror them, float32 [B, AUGMENT_DRAWS]. ``d`` and ``g``:
+    draws of what the discriminator sees both sides through in its own step and in the generator's, float32 [B, AUGMENT_DRAWS + 1].
+    """
+
+    images: Tensor
+    mirror: Tensor
+    d: Tensor
+    g: Tensor
+
+    @classmethod
+    def drawn(cls, images: Tensor, seed: int, step_name: str, step: int, slots: np.ndarray) -> RealSide:
+        """``images`` with the draws of these ``slots`` int64 [B] in the step ``step`` of "gan" or "matching"."""
+
+        def draws(purpose: str, n: int) -> Tensor:
+            return torch.from_numpy(uniform(seed, f"{step_name}/{purpose}", step, slots, n))
+
+        seen_through = (draws(f"augment/{side}", AUGMENT_DRAWS + 1) for side in "dg")
+        return cls(images, draws("flip", AUGMENT_DRAWS), *seen_through)
+
+
+def augmentation(ctx: Context, draws: Tensor) -> Augmentation:
+    """What the discriminator sees images through, for draws float32 [B, AUGMENT_DRAWS + 1]: applied to a share ``augment_p`` of them."""
     g = ctx.config.gan
-    draws = torch.from_numpy(uniform(seed, purpose, step, slots, AUGMENT_DRAWS + 1)).to(ctx.device)
     chosen = (draws[:, -1] < g.augment_p)[:, None, None, None]
 
     def apply(images: Tensor) -> Tensor:
-        changed = augment(images, draws[:, :AUGMENT_DRAWS], flip=False, ops=g.augment, fill=ctx.mean)
+        changed = augment(images, draws[:, :AUGMENT_DRAWS], flip=False, ops=g.augment, fill=ctx.fill)
         return torch.where(chosen, changed, images)
 
     return apply
 
 
-def mirrored(ctx: Context, images: Tensor, step: int, slots: np.ndarray, seed: int, purpose: str) -> Tensor:
-    """Real images, mirrored at random where the data allows it."""
-    if not ctx.config.loader.flip:
-        return images
-    draws = torch.from_numpy(uniform(seed, purpose, step, slots, AUGMENT_DRAWS))
-    return augment(images, draws.to(images.device), flip=True, ops="none", fill=0.0)
+def mirrored(ctx: Context, real: RealSide) -> Tensor:
+    """Real images as floats [B, C, H, W] in [-1, 1], mirrored at random where the data allows it."""
+    images = to_float(real.images, ctx.device)
+    return augment(images, real.mirror, flip=True, ops="none", fill=0.0) if ctx.config.loader.flip else images
 
 
 def image_gradient(loss: ImageLoss, images: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:

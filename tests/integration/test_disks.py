@@ -84,6 +84,7 @@ def send(rank, folder, damage):
         disks.share(home / "x", ["*.bin"])
     except UserError as e:
         error = str(e)
+        world.barrier()  # for which the other waits
     got = {p.name: p.read_bytes() == bytes([int(p.stem)]) * (2**24 + 5) for p in (home / "x").iterdir()}
     world.close()
     return {"shared": disks.shared, "files": got, "error": error}

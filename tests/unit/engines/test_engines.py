@@ -159,15 +159,17 @@ def test_sending_the_image_gradient_back_is_the_whole_chain():
 def test_precision_auto_becomes_what_the_hardware_computes_in():
     cpu = torch.device("cpu")
     assert resolve_precision("auto", cpu) in ("float32", "bf16")
-    assert [resolve_precision(p, cpu) for p in ("float32", "bf16", "fp16")] == ["float32", "bf16", "fp16"]
+    for precision in ("float32", "tf32", "bf16", "fp16"):
+        assert resolve_precision(precision, cpu) == precision
 
 
 def test_autocast_computes_in_bf16_over_float32_weights():
     net, x = nn.Linear(4, 4), torch.randn(2, 4)
     with autocast(torch.device("cpu"), "bf16"):
         assert net(x).dtype == torch.bfloat16
-    with autocast(torch.device("cpu"), "float32"):
-        assert net(x).dtype == torch.float32
+    for precision in ("float32", "tf32"):
+        with autocast(torch.device("cpu"), precision):
+            assert net(x).dtype == torch.float32
     assert net.weight.dtype == torch.float32
 
 

@@ -21,7 +21,7 @@ from gdd_dist import evaluate as program
 from gdd_dist.data.images import to_float
 from gdd_dist.data.order import Recent
 from gdd_dist.evaluation.rows import Row, images_forwarded, jobs
-from gdd_dist.evaluation.student_results import evaluate, record_path
+from gdd_dist.evaluation.student_results import evaluate, record_path, with_bytes
 from gdd_dist.evaluation.students import Frozen, Sets, real_samples, train
 from gdd_dist.training.context import Context
 from sharding.errors import UserError
@@ -84,6 +84,28 @@ def test_fixed_sees_one_set_again_and_again_and_regenerate_fresh_ones(made: Made
     assert epoch(sets(made, train_on, "fixed", seed=1), 0)[0] != first
 
 
+@pytest.mark.parametrize("train_on", ["real", "matched"])
+@pytest.mark.parametrize("protocol", ["regenerate", "fixed"])
+def test_a_chosen_row_shows_of_each_places_draws_the_one_that_the_teachers_like_best(
+    made: Made, train_on: str, protocol: str
+) -> None:
+    ctx = made.context(settings(ipc=(2,)))
+    frozen, row = Frozen(ctx, made.dirs), Row(train_on, "convnet:8", protocol, "hard", 2)
+    plain = Sets(ctx, frozen, row, 0)
+    chosen = Sets(ctx, frozen, dataclasses.replace(row, select=3), 0)
+    slots, places = np.arange(20), np.arange(20)
+    draws = torch.stack([plain._drawn(slots, n) for n in range(3)])
+    labels = slots // 2
+    answers = [frozen.soft_labels(to_float(d, ctx.device), 1.0).numpy()[np.arange(20), labels] for d in draws]
+    best = np.argmax(answers, axis=0)
+    assert len(set(best)) > 1
+    order = chosen._members(places)
+    images, given = chosen.take(places)
+    assert given.tolist() == labels[order].tolist()
+    assert torch.equal(images, draws[torch.from_numpy(best), torch.arange(20)][torch.from_numpy(order)])
+    assert torch.equal(plain.take(places)[0], draws[0][torch.from_numpy(order)])  # the first draw is the plain row's
+
+
 @pytest.mark.parametrize("protocol", ["regenerate", "fixed"])
 def test_what_a_student_sees_does_not_depend_on_how_it_is_cut(made: Made, protocol: str) -> None:
     whole, labels = sets(made, "matched", protocol).take(np.arange(50))
@@ -113,6 +135,24 @@ def test_the_fixed_set_without_augmentation_is_labelled_once_as_each_epoch_would
         labels = plain.soft_labels(places, seen)
         assert ctx.forwards - before == (0 if first else 2 * plain.images)
         torch.testing.assert_close(labels, moved.soft_labels(places, seen), atol=1e-6, rtol=0)
+
+
+def test_bytes_count_all_that_must_be_kept_to_train_such_a_student(made: Made) -> None:
+    ctx = made.context(settings())
+    shards = ctx.images("train").shards
+    mean = shards.payload_bytes / shards.samples
+    generator = (made.dirs["gan"] / "generator.safetensors").stat().st_size
+    teachers = sum((made.dirs["teachers"] / f"teacher-{i:03d}.safetensors").stat().st_size for i in (1, 3))
+    drawn = {"train_on": "gan", "labels": "hard", "distinct_images_seen": 40}
+    rows = [
+        drawn,
+        {**drawn, "labels": "soft"},
+        {**drawn, "select": 3},
+        {**drawn, "train_on": "real"},
+        {**drawn, "train_on": "real", "select": 3},  # all are kept that may be chosen
+    ]
+    expected = [generator, generator + teachers, generator + teachers, round(40 * mean), round(120 * mean) + teachers]
+    assert [r["bytes"] for r in with_bytes(ctx, made.dirs, rows)] == expected
 
 
 @settings_of_hypothesis(max_examples=30, deadline=None)

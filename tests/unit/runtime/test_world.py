@@ -16,10 +16,13 @@ import torch
 import gdd_dist.runtime.heartbeat as heartbeat
 import gdd_dist.runtime.rendezvous as rendezvous
 import gdd_dist.runtime.world as world_module
+from gdd_dist.config.settings import Config
+from gdd_dist.runtime.devices import allow_tf32
 from gdd_dist.runtime.heartbeat import Watch
 from gdd_dist.runtime.run_program import describe, explained, run_program
 from gdd_dist.runtime.signals import Asked, PeerError, asked
 from gdd_dist.runtime.world import World
+from gdd_dist.training.context import agreed_precision
 from sharding.errors import UserError
 
 SIZE = 4
@@ -409,11 +412,28 @@ def test_a_user_may_ask_for_fewer_threads_but_what_torchrun_sets_is_not_asking(m
     assert (alone, under_torchrun) == (1, len(os.sched_getaffinity(0)))
 
 
-def test_how_exactly_matrices_are_multiplied_is_the_same_for_all_who_form_a_world():
-    torch.set_float32_matmul_precision("highest")
+def tf32():
+    """Whether float32 products, and float32 convolutions, may be rounded to TF32."""
+    return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+
+def test_float32_means_float32_for_all_who_form_a_world():
+    allow_tf32(True)
+    assert tf32() == (True, True)
     World("cpu")
     torch.set_num_threads(1)
-    assert torch.get_float32_matmul_precision() == "high"
+    assert tf32() == (False, False)
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize("precision", ["tf32", "float32", "bf16", "fp16"])
+def test_tf32_is_used_where_it_is_asked_for(precision):
+    world = World("cpu")
+    torch.set_num_threads(1)
+    assert agreed_precision(Config(precision=precision), world) == precision
+    found = tf32()
+    allow_tf32(False)
+    assert found == (precision == "tf32",) * 2
 
 
 def comes_late(rank):
@@ -491,3 +511,37 @@ def test_a_signal_before_there_is_anything_to_save_ends_at_once(tmp_path, handle
     assert ended.codes == [status], ended.text
     assert time.monotonic() - begin < 300
     assert ("stopped: rank 0, by SIGTERM" in ended.err[0]) == (not handler)
+
+
+def some_do(rank):
+    """Ranks 1 and 3 of four do something alone, twice; the others wait."""
+    world = World("cpu").join()
+    part, found = world.part([1, 3]), {}
+    if part.rank >= 0:
+        time.sleep(0.3)
+        found = {
+            "place": (part.rank, part.size, part.is_main),
+            "gather": [part.gather(rank * 10 + i) for i in range(2)],
+            "mean": part.mean({"a": torch.tensor(float(rank))}),
+            "vote": list(part.vote(save=rank == 1).result()),
+            "queue": list(part.queue(6)),
+        }
+    found["waited"] = world.gather(rank)
+    again = world.part([0, 1, 2])
+    found["again"] = again.gather(rank) if again.rank >= 0 else []
+    total = world.total(torch.full((2,), 2.0**rank, dtype=torch.float64))
+    found["total"] = total.tolist() if rank == 0 else []
+    world.close()
+    return found
+
+
+def test_some_ranks_are_a_world_of_their_own_and_the_others_wait(tmp_path):
+    found = ranks.call(tmp_path, 4, some_do)
+    assert [f.get("place") for f in found] == [None, (0, 2, True), None, (1, 2, False)]
+    for f in (found[1], found[3]):
+        assert f["gather"] == [[10, 30], [11, 31]]
+        assert (f["mean"], f["vote"]) == ({"a": 2.0}, [False, True])
+    assert sorted(found[1]["queue"] + found[3]["queue"]) == list(range(6))
+    assert all(f["waited"] == [0, 1, 2, 3] for f in found)
+    assert [f["again"] for f in found] == [[0, 1, 2]] * 3 + [[]]
+    assert found[0]["total"] == [15.0, 15.0]
