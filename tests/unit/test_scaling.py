@@ -29,7 +29,7 @@ def networks():
 
 def exchange(_rank):
     """Bytes that this rank sends as both networks' gradients are reduced under DDP, and the vote."""
-    world, port = World("cpu"), int(os.environ["MASTER_PORT"])
+    world, port = World("cpu").join(), int(os.environ["MASTER_PORT"])
     generator, discriminator = networks()
     labels = torch.zeros(1, dtype=torch.int64)
     engines = {
