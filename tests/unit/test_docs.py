@@ -92,6 +92,25 @@ def test_every_command_parses(page: str, command: str, tmp_path: Path, monkeypat
             assert (ROOT / script).exists(), f"{script} is not there"
 
 
+HELPS = [(name, []) for name in PROGRAMS if name != "gdd_dist.train"]
+HELPS += [("sharding", [command]) for command in ("build", "info", "verify")]
+
+
+@pytest.mark.parametrize(("program", "words"), HELPS, ids=lambda value: " ".join(value) if value else "")
+def test_help_begins_with_an_example_that_parses(
+    program: str, words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command_line, "_preset_of_data", lambda *_: "digits")
+    with pytest.raises(SystemExit, match="0"):
+        PROGRAMS[program]([*words, "--help"])
+    example = re.match("example: (.*)\n", capsys.readouterr().out)
+    assert example
+    found = called(re.sub(r"^eval .*\$\(|\)\"$", "", example[1]))
+    assert found
+    assert found[0] == program
+    PROGRAMS[program](found[1])
+
+
 def test_readme_is_short_and_names_what_is_typed() -> None:
     text = (ROOT / "README.md").read_text()
     assert len(text.split()) <= 1200
