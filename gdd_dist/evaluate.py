@@ -144,11 +144,12 @@ def main(argv: Sequence[str], joined: Callable[[World], None]) -> None:
     world.enter("evaluate")
     results = measure(ctx, rows, dirs, fps)
     if world.is_main:
+        from gdd_dist.evaluation.quick_students import Candidates
         from gdd_dist.models.files import GENERATOR, read_network
         from gdd_dist.reporting.metrics import document
 
-        history = read_network(dirs["matching"] / GENERATOR)[1].get("history", [])
-        write_json(out / FILE, document(ctx, fps, history, results))
+        candidates = Candidates.of(read_network(dirs["matching"] / GENERATOR)[1])
+        write_json(out / FILE, document(ctx, fps, candidates, results))
         sys.stdout.write(f"\n{table(results)}\n\nwritten: {out / FILE}\n")
 
 

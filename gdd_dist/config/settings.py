@@ -207,6 +207,13 @@ class Matching:
     select: str = setting(
         "best", "keep the interval that is best on val, the GAN itself included, or the last", choices=("best", "last")
     )
+    refit: int = setting(
+        0,
+        "of how many draws of the trivial generator the teachers choose one, to which it is fitted anew: a candidate beside the intervals, "
+        "under --matching.select best; 0: none",
+        low=0,
+        high=1024,
+    )
     interval: int = setting(200, "steps between measurements with quick students", low=1)
     quick_students: int = setting(4, "quick students a measurement", low=1)
     quick_student: str = setting("convnet:64", "classifier of the quick students")
@@ -236,6 +243,13 @@ class Report:
         "the generator's file (equal_bytes), a Gaussian per class, the trivial generator (gaussian), the GAN "
         "before matching, all real data",
         choices=("real", "equal_bytes", "gaussian", "gan", "full"),
+    )
+    select: tuple[int, ...] = setting(
+        (1,),
+        "of how many draws for each image a student is shown the one that the teachers choose, one number or several: 1 shows what is "
+        "drawn, 1 3 has each row plain and chosen",
+        low=1,
+        high=64,
     )
     epochs: int = setting(1000, "epochs of a student; an epoch is IPC images of each class", low=1)
     batch: int = setting(256, "images a step at most; the step takes min(batch, IPC x classes)", low=1)

@@ -95,12 +95,20 @@ def _gan(config: Config) -> dict[str, Any]:
 
 
 def _matching(config: Config) -> dict[str, Any]:
+    matching = config.shaping("matching")
+    if not refits(config):  # fingerprints of before there was a refit
+        del matching["refit"]
     return {
-        **config.shaping("matching"),
+        **matching,
         "loader": config.shaping("loader"),
         "student": _student(config),
         "gan": _some(config.shaping("gan"), "augment", "augment_p", "beta1", "beta2"),
     }
+
+
+def refits(config: Config) -> bool:
+    """Whether matching fits the Gaussian anew: as a candidate, where it has a choice."""
+    return bool(config.matching.refit) and config.matching.select == "best"
 
 
 def _report(config: Config) -> dict[str, Any]:

@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gdd_dist.config.steps import refits
 from gdd_dist.data.logit_cache import MEANS, logit_file
 from gdd_dist.dry_run.trial import SILENT, Training, Trial, answering, drawing, labelling, smaller, studying
 from gdd_dist.evaluation import quick_students, rows, student_results, students
-from gdd_dist.models.files import GENERATOR, TEACHERS, save_network
+from gdd_dist.evaluation.kinds import GENERATORS
+from gdd_dist.models.files import GENERATOR, TEACHERS, load_generator_network, save_network
 from gdd_dist.models.gaussian import LinearGenerator
 from gdd_dist.pipeline.run import provenance
 from gdd_dist.reporting import diagnostics
@@ -26,7 +28,7 @@ from gdd_dist.steps import gan, gaussian, logits, matching, report, teacher_pool
 from gdd_dist.storage.json_files import read_json, write_json
 from gdd_dist.storage.store import CHECKPOINTS
 from gdd_dist.training import drawing as drawn
-from gdd_dist.training import sample_grid, soft_labels
+from gdd_dist.training import gaussian_refit, sample_grid, soft_labels
 from gdd_dist.training.classifier_fit import PREDICT_BATCH
 from gdd_dist.training.context import Context, train_order
 from gdd_dist.training.gaussian_fit import CHOICE
@@ -185,8 +187,29 @@ def estimate_matching(trial: Trial, work: Path) -> Estimate:
     left, measurements = m.steps - start, sum(s % m.interval == 0 for s in range(start, m.steps)) + 1
     turns = measurements * -(-m.quick_students // ctx.world.size)
     each = students_of_all + sample_grid.forwards(ctx)
-    cost = Cost.peak((step.cost, *parts), left * step.cost.seconds + turns * sum(part.seconds for part in parts))
-    return Estimate(start > 0, left, left * step.forwards + step.settling + measurements * each, cost)
+    beside = _refit(trial, work)
+    seconds = left * step.cost.seconds + turns * sum(part.seconds for part in parts) + beside.cost.seconds
+    images = left * step.forwards + step.settling + measurements * each + beside.images
+    return Estimate(start > 0 or beside.resumes, left, images, Cost.peak((step.cost, *parts, beside.cost), seconds))
+
+
+def _refit(trial: Trial, work: Path) -> Estimate:
+    """The Gaussian of what teachers choose: its draws, the last teachers' answers to them, and one measurement."""
+    ctx, done = trial.ctx, (work / CHECKPOINTS / "refit.json").exists()
+    if done or not refits(ctx.config):
+        return Estimate(done, 0, 0, NOTHING)
+    net = load_generator_network(trial.directories["gaussian"] / GENERATOR)[0]
+    assert isinstance(net, LinearGenerator)
+    drawn_images, ranks = gaussian_refit.draws(net, ctx.config.matching.refit), ctx.world.size
+    parts = [
+        trial.cost(drawn_images // ranks, drawn.DRAW_BATCH, drawing, "gaussian"),
+        trial.cost(drawn_images // ranks, soft_labels.BATCH, labelling),
+    ]
+    measuring, each = _measurement(trial, "gaussian", NOTHING)
+    turns = -(-ctx.config.matching.quick_students // ranks)
+    seconds = sum(part.seconds for part in parts) + turns * sum(part.seconds for part in measuring)
+    images = drawn_images * (1 + sum(last for last, _ in trial.pool)) + each
+    return Estimate(False, 0, images, Cost.peak([*parts, *measuring], seconds))
 
 
 def _matching_step(trial: Trial, work: Path) -> Training:
@@ -229,11 +252,13 @@ def estimate_report(trial: Trial, work: Path) -> Estimate:
 
 def _student(trial: Trial, job: rows.Job, test: int) -> list[Cost]:
     """The parts of what a student costs; the frozen networks that it learns from stay beside it."""
-    b, row, label, draw = job.budget, job.row, NOTHING, NOTHING
-    if row.labels == "soft":
-        label = trial.cost(b.images_seen, soft_labels.BATCH, labelling)
-    if row.train_on in rows.GENERATORS:
-        draw = trial.cost(b.distinct_images_seen, min(drawn.DRAW_BATCH, students.CHUNK_IMAGES), drawing, "gan")
+    b, row, draw = job.budget, job.row, NOTHING
+    answered = (b.images_seen if row.labels == "soft" else 0) + rows.images_chosen(job)
+    label = trial.cost(answered, soft_labels.BATCH, labelling)
+    if row.train_on in GENERATORS:
+        draw = trial.cost(
+            b.distinct_images_seen * row.select, min(drawn.DRAW_BATCH, students.CHUNK_IMAGES), drawing, "gan"
+        )
     own = [
         trial.cost(b.images_seen, b.batch, studying, row.student),
         trial.cost(test, PREDICT_BATCH, answering, row.student),

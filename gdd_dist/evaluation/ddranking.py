@@ -39,7 +39,11 @@ def with_scores(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     def key(r: Mapping[str, Any], **changed: Any) -> tuple[Any, ...]:
         names = ("train_on", "student", "protocol", "labels", "ipc")
-        return (*({**r, **changed}[name] for name in names), changed.get("augmented", r.get("augmented", True)))
+        return (
+            *({**r, **changed}[name] for name in names),
+            changed.get("augmented", r.get("augmented", True)),
+            r.get("select", 1),
+        )
 
     means = {key(r): r["mean"] for r in results}
 

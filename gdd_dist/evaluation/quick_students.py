@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from gdd_dist.data.images import to_float
 from gdd_dist.data.noise import uniform
 from gdd_dist.data.order import dealt
 from gdd_dist.models.generator import ImageGenerator
+from gdd_dist.storage.json_files import read_json, write_json
 from gdd_dist.training.classifier_fit import accuracy, predict, sgd, train_step
 from gdd_dist.training.context import Context
 from gdd_dist.training.drawing import draw
@@ -55,6 +57,37 @@ def best(history: Sequence[Mapping[str, Any]], select: str) -> Mapping[str, Any]
     return history[-1] if select == "last" else max(history, key=lambda h: h["val"])
 
 
+INTERVAL = "matching"
+"""The name of a candidate that is one of matching's own intervals."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What matching chooses its generator from, each with its measurement.
+
+    ``history``: its own intervals by step, first the GAN at step 0; ``others``: those that it does not train, by name.
+    """
+
+    history: Sequence[Mapping[str, Any]] = ()
+    others: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, meta: Mapping[str, Any]) -> Candidates:
+        """Of a generator's file, by its metadata."""
+        return cls(meta.get("history", []), meta.get("others", {}))
+
+    def kept(self, select: str) -> tuple[str, Mapping[str, Any]] | None:
+        """Name and measurement of what is kept: the best on val, an interval before others, or the last interval.
+
+        None without measurements.
+        """
+        interval = best(self.history, select)
+        if interval is None:
+            return None
+        found = [(INTERVAL, interval), *(self.others.items() if select == "best" else ())]
+        return max(found, key=lambda one: one[1]["val"])
+
+
 def measure(ctx: Context, generator: ImageGenerator, step: int) -> Measurement:
     """Train the quick students, dealt to ranks, on fresh draws; the same random streams at every interval. All ranks call it."""
     m = ctx.config.matching
@@ -75,6 +108,18 @@ def measure(ctx: Context, generator: ImageGenerator, step: int) -> Measurement:
     val, fresh = np.array([r[1] for r in results]), np.array([r[2] for r in results])
     stderr = float(val.std(ddof=1) / len(val) ** 0.5) if len(val) > 1 else 0.0
     return Measurement(step, float(val.mean()), stderr, float((fresh - val).mean()))
+
+
+def measure_once(ctx: Context, path: Path, build: Callable[[], ImageGenerator]) -> Measurement:
+    """``measure`` of what ``build`` gives, kept in ``path`` so that an interrupted step does neither again. All ranks call it."""
+    kept = ctx.world.broadcast(read_json(path) if ctx.world.is_main and path.exists() else None)
+    if kept is not None:
+        ctx.resumed = True
+        return Measurement(**kept)
+    result = measure(ctx, ctx.watch(build()).eval(), 0)
+    if ctx.world.is_main:
+        write_json(path, result.as_dict())
+    return result
 
 
 def student(ctx: Context, generator: ImageGenerator, j: int, tick: Callable[[int], None]) -> tuple[float, float]:

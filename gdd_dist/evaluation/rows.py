@@ -12,28 +12,23 @@ from typing import Any
 
 import numpy as np
 
-from gdd_dist.config.settings import Config
+from gdd_dist.config.settings import Config, Report
 from gdd_dist.config.steps import ROWS_VERSION
 from gdd_dist.data.order import Order, default_streams
 from gdd_dist.evaluation.confusion import StudentResult
+from gdd_dist.evaluation.kinds import BASELINES, GENERATORS
 from gdd_dist.models.classifiers import parse_student
 from gdd_dist.storage.json_files import fingerprint
 from sharding.errors import UserError
 from sharding.manifest import Manifest
-
-GENERATORS = {"gaussian": "gaussian", "gan": "gan", "matched": "matching"}
-"""What a row trains on → the step whose generator draws it."""
-BASELINES = ("real", "equal_bytes", "gaussian", "gan", "full")
-"""What rows beside the matched generator's may train on, in the order of the table. ``equal_bytes``: a fixed set of as many
-real images, as they are stored, as fit the bytes of the matched generator's file; each epoch draws from it.
-"""
 
 
 @dataclass(frozen=True)
 class Row:
     """A row of the table. ``protocol`` and ``ipc`` are None where all real training data is used (``train_on`` full).
 
-    A row that is not ``augmented`` stands in no table: DD-Ranking's ARS is made from it.
+    A row that is not ``augmented`` stands in no table: DD-Ranking's ARS is made from it. ``select``: of so many draws for each
+    place the student sees the one to whose class the teachers give the largest share; 1: what is drawn.
     """
 
     train_on: str
@@ -42,11 +37,12 @@ class Row:
     labels: str
     ipc: int | None
     augmented: bool = True
+    select: int = 1
 
     @property
     def reads(self) -> tuple[str, ...]:
         """Steps whose output the row reads, beside the data."""
-        soft = ("teachers",) if self.labels == "soft" else ()
+        soft = ("teachers",) if self.labels == "soft" or self.select > 1 else ()
         step = "matching" if self.train_on == "equal_bytes" else GENERATORS.get(self.train_on)
         return soft + ((step,) if step else ())
 
@@ -55,7 +51,8 @@ class Row:
 class Budget:
     """What training one student takes. ``batch``: images a step, but for the last of an epoch, which may be smaller.
 
-    ``distinct_images_seen`` of a full row is an upper bound: its order leaves out a few images an epoch, others each time.
+    ``distinct_images_seen`` of a full row is an upper bound: its order leaves out a few images an epoch, others each time. So is that
+    of chosen real images.
     """
 
     epochs: int
@@ -85,9 +82,16 @@ def plan(config: Config) -> list[Row]:
             rows.append(Row("full", student, None, "hard", None))
         for ipc in dict.fromkeys(r.ipc):
             pairs = [(p, y) for p in dict.fromkeys(r.protocol) for y in dict.fromkeys(r.labels)]
-            every = [Row(kind, student, p, y, ipc) for p, y in pairs for kind in kinds]
+            every = [
+                Row(kind, student, p, y, ipc, select=n) for p, y in pairs for kind in kinds for n in selected(r, kind)
+            ]
             rows += [r for r in every if (r.train_on, r.protocol) != ("equal_bytes", "fixed")]  # fixed as it is
     return rows + unaugmented(config, rows)
+
+
+def selected(report: Report, kind: str) -> list[int]:
+    """Of how many draws the rows of a kind show one, in the order of the table. A fixed set of real images is no draw."""
+    return [1] if kind == "equal_bytes" else list(dict.fromkeys(report.select))
 
 
 def unaugmented(config: Config, rows: Sequence[Row]) -> list[Row]:
@@ -95,7 +99,11 @@ def unaugmented(config: Config, rows: Sequence[Row]) -> list[Row]:
     loader = config.loader
     if not config.report.ars or "real" not in config.report.baselines or (loader.augment == "none" and not loader.flip):
         return []
-    return [replace(r, augmented=False) for r in rows if r.protocol == "fixed" and r.train_on in ("real", "matched")]
+    return [
+        replace(r, augmented=False)
+        for r in rows
+        if r.protocol == "fixed" and r.train_on in ("real", "matched") and r.select == 1
+    ]
 
 
 def full_order(config: Config, shard_samples: Sequence[int], seed: int) -> Order:
@@ -134,8 +142,9 @@ def shaping(config: Config, row: Row, spent: Budget) -> dict[str, Any]:
     r, loader = config.report, config.loader
     full = row.ipc is None
     augment, flip = (loader.augment, loader.flip) if row.augmented else ("none", False)
+    names = ("train_on", "student", "protocol", "labels", "ipc", *(("select",) if row.select > 1 else ()))
     return {
-        "row": {k: getattr(row, k) for k in ("train_on", "student", "protocol", "labels", "ipc")},
+        "row": {k: getattr(row, k) for k in names},
         "epochs": spent.epochs,
         "batch": spent.batch,
         "optimizer": {
@@ -183,10 +192,19 @@ def images_labelled(job: Job) -> int:
     return job.budget.distinct_images_seen if same else job.budget.images_seen
 
 
+def images_chosen(job: Job) -> int:
+    """Images that the teachers choose among, several for each that is seen first."""
+    if job.row.select == 1:
+        return 0
+    shown = job.budget.images_seen if job.row.protocol == "regenerate" else job.budget.images_seen // job.budget.epochs
+    return shown * job.row.select
+
+
 def images_forwarded(job: Job, last_teachers: int, test: int) -> int:
-    """Images that go through a network when a job runs: student, soft labels, generator, and the test set at the end."""
-    drawn = job.budget.distinct_images_seen if job.row.train_on in GENERATORS else 0
-    return job.budget.images_seen + images_labelled(job) * last_teachers + drawn + test
+    """Images that go through a network when a job runs: student, choice and soft labels, generator, and the test set at the end."""
+    drawn = job.budget.distinct_images_seen * job.row.select if job.row.train_on in GENERATORS else 0
+    answered = images_labelled(job) + images_chosen(job)
+    return job.budget.images_seen + answered * last_teachers + drawn + test
 
 
 def result(row: Row, spent: Budget, seeds: Sequence[int], measured: Sequence[StudentResult]) -> dict[str, Any]:
@@ -211,6 +229,7 @@ def result(row: Row, spent: Budget, seeds: Sequence[int], measured: Sequence[Stu
         "lrs": None,
         "ars": None,
         **({} if row.augmented else {"augmented": False}),
+        **({} if row.select == 1 else {"select": row.select}),
     }
 
 
@@ -223,7 +242,7 @@ def with_ceiling_shares(results: Sequence[Mapping[str, Any]], classes: int) -> l
     ceilings = {
         (r["student"], r["ipc"]): r["mean"]
         for r in results
-        if (r["train_on"], r["protocol"], r["labels"]) == ("real", "regenerate", "hard")
+        if (r["train_on"], r["protocol"], r["labels"]) == ("real", "regenerate", "hard") and "select" not in r
     }
 
     def share(r: Mapping[str, Any]) -> float | None:

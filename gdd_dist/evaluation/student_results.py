@@ -15,7 +15,8 @@ import torch
 
 from gdd_dist.evaluation.confusion import StudentResult, pack, unpack
 from gdd_dist.evaluation.ddranking import with_scores
-from gdd_dist.evaluation.rows import GENERATORS, Job, Row, images_labelled, jobs, result, with_ceiling_shares
+from gdd_dist.evaluation.kinds import GENERATORS, kind_of
+from gdd_dist.evaluation.rows import Job, Row, images_chosen, images_labelled, jobs, result, with_ceiling_shares
 from gdd_dist.evaluation.students import Frozen, train
 from gdd_dist.models.classifiers import build_classifier
 from gdd_dist.models.files import GENERATOR, read_teachers
@@ -44,6 +45,7 @@ def save_record(path: Path, job: Job, measured: StudentResult, matrix: np.ndarra
         "ipc": job.row.ipc,
         "seed": job.seed,
         "augmented": job.row.augmented,
+        "select": job.row.select,
         "accuracy": measured.accuracy,
         "balanced_accuracy": measured.balanced,
         "distinct_images_seen": measured.distinct,
@@ -100,7 +102,10 @@ def costs(ctx: Context, students: list[Job], teachers: Path | None) -> dict[str,
     pool = read_teachers(teachers) if teachers and any(j.row.labels == "soft" for j in students) else []
     forward_only = 1 / 3
     soft = forward_only * sum(weights(t.architecture) for t in pool if t.last)
-    return {j.fingerprint: j.budget.images_seen * sizes[j.row.student] + images_labelled(j) * soft for j in students}
+    answered = {j.fingerprint: images_labelled(j) + images_chosen(j) for j in students}
+    return {
+        j.fingerprint: j.budget.images_seen * sizes[j.row.student] + answered[j.fingerprint] * soft for j in students
+    }
 
 
 def evaluate(
@@ -173,5 +178,5 @@ def summarise(students: list[Job], measured: Mapping[str, StudentResult]) -> lis
 def log_accuracies(monitor: Monitor, results: list[dict[str, Any]]) -> None:
     """Each row's mean accuracy to TensorBoard, over IPC where there is one."""
     for r in results:
-        name = "/".join(("accuracy", r["student"], r["train_on"], r["protocol"] or "all", r["labels"]))
+        name = "/".join(("accuracy", r["student"], kind_of(r), r["protocol"] or "all", r["labels"]))
         monitor.scalars(r["ipc"] or 0, {name: r["mean"]})

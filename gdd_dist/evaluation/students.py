@@ -22,7 +22,8 @@ from gdd_dist.data.noise import permutation, uniform
 from gdd_dist.data.order import Recent, dealt
 from gdd_dist.evaluation import confusion
 from gdd_dist.evaluation.confusion import StudentResult
-from gdd_dist.evaluation.rows import GENERATORS, Job, Row, full_order, step_bounds
+from gdd_dist.evaluation.kinds import GENERATORS
+from gdd_dist.evaluation.rows import Job, Row, full_order, step_bounds
 from gdd_dist.models.classifiers import Classifier
 from gdd_dist.models.files import GENERATOR, load_generator_network, read_teachers
 from gdd_dist.models.generator import ImageGenerator
@@ -31,13 +32,14 @@ from gdd_dist.training.classifier_fit import predict, sgd, train_step
 from gdd_dist.training.context import Context
 from gdd_dist.training.drawing import draw
 from gdd_dist.training.skipped_steps import Diverged, Skips
-from gdd_dist.training.soft_labels import soft_labels
+from gdd_dist.training.soft_labels import chosen, soft_labels
 from sharding.errors import UserError
 
 CHUNK_IMAGES = 512
 """Images drawn, augmented and labelled at once, ahead of the steps that train on them: small steps would wait for the overhead."""
 
-Fetch = Callable[[np.ndarray], Tensor]
+Fetch = Callable[[np.ndarray, int], Tensor]
+"""``fetch(slots, n)``: the n-th draw for each slot, uint8 [len(slots), C, H, W]."""
 Draw = Callable[[int, str, int, int], np.ndarray]
 
 
@@ -70,6 +72,10 @@ class Frozen:
     def soft_labels(self, images: Tensor, temperature: float) -> Tensor:
         """The teachers' labels float32 [n, K] of float images [n, C, H, W]."""
         return soft_labels(self.teachers, images, temperature, self._ctx.precision)
+
+    def chosen(self, draws: Tensor, labels: np.ndarray) -> Tensor:
+        """Of draws uint8 [m, n, C, H, W] for n ``labels`` those n that the teachers choose."""
+        return chosen(self.teachers, draws, torch.from_numpy(labels).to(self._ctx.device), self._ctx.precision)
 
 
 def real_samples(
@@ -104,9 +110,10 @@ class Sets:
         """Images of a set."""
         self._order = Recent(2 * self.images)  # chunks of the training sequence end within an epoch
         if row.train_on in GENERATORS:
-            self._fetch = self._generated(frozen.generator(row.train_on))
+            self._drawn = self._generated(frozen.generator(row.train_on))
         else:
-            self._fetch = self._real(frozen.equal_bytes if row.train_on == "equal_bytes" else None)
+            self._drawn = self._real(frozen.equal_bytes if row.train_on == "equal_bytes" else None)
+        self._select = row.select
 
     def _real(self, most: int | None) -> Fetch:
         """Real images: of each class all there are, or a fixed draw of at most ``most``."""
@@ -116,14 +123,28 @@ class Sets:
             purpose = f"{self.purpose}/equal_bytes"
             members = [m[permutation(self._seed, purpose, c, len(m))[:most]] for c, m in enumerate(members)]
         recent = Recent(2 * len(images))
-        return lambda slots: images.read(real_samples(self._seed, self.purpose, slots, self._ipc, members, recent))
 
-    def _generated(self, generator: ImageGenerator) -> Fetch:
-        def fetch(slots: np.ndarray) -> Tensor:
-            labels = slots % self.images // self._ipc
-            return draw(self._ctx, generator, labels, self._seed, self.purpose, 0, slots=slots)
+        def fetch(slots: np.ndarray, n: int) -> Tensor:
+            purpose = f"{self.purpose}/{n}" if n else self.purpose
+            return images.read(real_samples(self._seed, purpose, slots, self._ipc, members, recent))
 
         return fetch
+
+    def _generated(self, generator: ImageGenerator) -> Fetch:
+        def fetch(slots: np.ndarray, n: int) -> Tensor:
+            return draw(self._ctx, generator, self._labels(slots), self._seed, self.purpose, n, slots=slots)
+
+        return fetch
+
+    def _labels(self, slots: np.ndarray) -> np.ndarray:
+        return slots % self.images // self._ipc
+
+    def _fetch(self, slots: np.ndarray) -> Tensor:
+        """What is seen at slots of the sequence of sets: what is drawn there, or what the teachers choose of several draws."""
+        if self._select == 1:
+            return self._drawn(slots, 0)
+        draws = torch.stack([self._drawn(slots, n) for n in range(self._select)])
+        return self._frozen.chosen(draws, self._labels(slots))
 
     @cached_property
     def only(self) -> tuple[Tensor, np.ndarray]:

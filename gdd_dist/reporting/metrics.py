@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gdd_dist.evaluation.quick_students import best
+from gdd_dist.evaluation.quick_students import INTERVAL, Candidates
 from gdd_dist.runtime.versions import commit, versions
 from gdd_dist.training.context import Context
 
@@ -36,22 +36,28 @@ def _cpu() -> str:
     return names[0] if names else platform.machine()
 
 
-def shortcut_gap(history: Sequence[Mapping[str, Any]], select: str) -> dict[str, Any] | None:
-    """Quick students' accuracy on fresh generated images minus on val, in points: of the GAN (step 0) and of the kept interval."""
-    kept = best(history, select)
-    if kept is None:
+def shortcut_gap(candidates: Candidates, select: str) -> dict[str, Any] | None:
+    """Quick students' accuracy on fresh generated images minus on val, in points: of the GAN (step 0) and of what is kept.
+
+    ``selected_step``: None where another generator than an interval's is kept, which ``selected`` names.
+    """
+    found = candidates.kept(select)
+    if found is None:
         return None
-    return {"gan": history[0]["gap"], "matched": kept["gap"], "selected_step": kept["step"]}
+    name, kept = found
+    step = kept["step"] if name == INTERVAL else None
+    gaps = {"gan": candidates.history[0]["gap"], "matched": kept["gap"]}
+    return {**gaps, "selected_step": step, "selected": name}
 
 
 def document(
     ctx: Context,
     fingerprints: Mapping[str, str],
-    history: Sequence[Mapping[str, Any]],
+    candidates: Candidates,
     results: Sequence[Mapping[str, Any]],
     more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """metrics.json. ``fingerprints``: of "data" and the steps; ``history``: matching's measurements on val; ``more``: what else was measured."""
+    """metrics.json. ``fingerprints``: of "data" and the steps; ``candidates``: matching's, measured on val; ``more``: what else was measured."""
     return {
         "format": FORMAT,
         "fingerprints": {
@@ -65,7 +71,7 @@ def document(
         "commit": commit(),
         "verified": ctx.config.verify,
         "classes": list(ctx.manifest.classes),
-        "shortcut_gap": shortcut_gap(history, ctx.config.matching.select),
+        "shortcut_gap": shortcut_gap(candidates, ctx.config.matching.select),
         **(more or {}),
         "results": [dict(r) for r in results],
     }

@@ -9,7 +9,7 @@ import numpy as np
 
 from gdd_dist.evaluation.confusion import by_class
 from gdd_dist.evaluation.ddranking import score
-from gdd_dist.evaluation.quick_students import best
+from gdd_dist.evaluation.quick_students import INTERVAL, Candidates
 from gdd_dist.reporting.diagnostics import NEAR_SIDE, Evidence
 from gdd_dist.reporting.reproduce import provenance_table, reproduce
 from gdd_dist.reporting.tables import NONE, differs, headline, markdown, markdown_table
@@ -24,7 +24,7 @@ def page(
     ctx: Context,
     fingerprints: Mapping[str, str],
     metrics: Mapping[str, Any],
-    history: Sequence[Mapping[str, Any]],
+    candidates: Candidates,
     costs: Mapping[str, Mapping[str, Any]],
     evidence: Evidence,
 ) -> str:
@@ -46,7 +46,7 @@ def page(
         "![Who is taken for whom](confusion.png)",
         "## Training",
         "![Curves](curves.png)",
-        _matching(ctx, history),
+        _matching(ctx, candidates),
         "## How a teacher answers",
         "The standardized logits of the best last teacher, for real training images, for the GAN's and for the matched generator's "
         "images of the same classes: matching lays the generated curves on the real one. Dotted: means.",
@@ -120,29 +120,30 @@ def _percent(value: float) -> str:
     return NONE if np.isnan(value) else f"{value:.1f}"
 
 
-def _matching(ctx: Context, history: Sequence[Mapping[str, Any]]) -> str:
-    m = ctx.config.matching
-    kept = best(history, m.select)
-    if kept is None:
+NAMES = {"gaussian": "the Gaussian of each class", "refit": "the Gaussian refitted to what teachers choose"}
+"""Candidates that matching does not train."""
+
+
+def _matching(ctx: Context, candidates: Candidates) -> str:
+    m, found = ctx.config.matching, candidates.kept(ctx.config.matching.select)
+    if found is None:
         return "The generator's file holds no measurements."
-    lines = [
-        [
-            f"{h['step']:,}",
-            f"{h['val']:.1f}",
-            f"{h['stderr']:.1f}",
-            f"{h['gap']:.1f}",
-            "kept" if h is kept else "",
-        ]
-        for h in history
-    ]
+    name, kept = found
+
+    def line(what: str, one: Mapping[str, Any]) -> list[str]:
+        return [what, f"{one['val']:.1f}", f"{one['stderr']:.1f}", f"{one['gap']:.1f}", "kept" if one is kept else ""]
+
+    lines = [line(NAMES.get(other, other), one) for other, one in candidates.others.items()]
+    lines += [line(f"step {h['step']:,}", h) for h in candidates.history]
+    what = f"step {kept['step']:,}" if name == INTERVAL else NAMES.get(name, name)
     text = (
         f"Quick students ({m.quick_students} × {m.quick_student}, {m.quick_steps:,} steps of {m.quick_batch}) on fresh draws, "
-        f"measured on `val`; step 0 is the GAN itself. `matching.select: {m.select}` kept step {kept['step']:,}. The shortcut gap "
+        f"measured on `val`; step 0 is the GAN itself. `matching.select: {m.select}` kept {what}. The shortcut gap "
         "is their accuracy on fresh generated images minus that on `val`, in points: it grows when the generator writes the class "
         "into the image as a pattern that only those who saw such images can read."
     )
-    header = ("step", "val accuracy %", "standard error", "shortcut gap", "")
-    return text + "\n\n" + markdown(header, lines, left=0)
+    header = ("generator", "val accuracy %", "standard error", "shortcut gap", "")
+    return text + "\n\n" + markdown(header, lines)
 
 
 def _near(near: Mapping[str, float]) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from gdd_dist.evaluation.kinds import kind_of
+
 NONE = "–"
 BALANCED_TOLERANCE = 1e-6
 
@@ -15,7 +17,7 @@ def accuracy(mean: float, std: float | None) -> str:
 
 
 CELLS: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "train on": lambda r: r["train_on"],
+    "train on": kind_of,
     "student": lambda r: r["student"],
     "protocol": lambda r: r["protocol"] or NONE,
     "labels": lambda r: r["labels"],
@@ -110,7 +112,7 @@ def headline(results: Sequence[Mapping[str, Any]]) -> str:
     if first is None:
         return "No student was trained on the matched generator."
     group = ("student", "protocol", "labels", "ipc")
-    near = {r["train_on"]: r for r in results if all(r[k] == first[k] for k in group)}
+    near = {kind_of(r): r for r in results if all(r[k] == first[k] for k in group)}
     share = first["ceiling_share"]
     text = (
         f"A {first['student']} trained for {first['optimizer_steps']:,} steps of at most {first['batch']} images, on nothing "

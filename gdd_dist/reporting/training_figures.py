@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from gdd_dist.evaluation.kinds import kind_of
+
 COLORS = {
     "real": "#4c9f70",
     "equal_bytes": "#8fbf9f",
@@ -181,7 +183,8 @@ def _history(axis: Axes, history: Sequence[Mapping[str, Any]], kept: int | None)
         steps, val, err = ([h[k] for h in history] for k in ("step", "val", "stderr"))
         axis.errorbar(steps, val, err, fmt="o-", ms=4, lw=1.5, capsize=3, color=COLORS["matched"])
         axis.axhline(val[0], color=COLORS["gan"], lw=1, ls="--", label="GAN before matching")
-        _mark(axis, kept)
+        if kept is not None:
+            _mark(axis, kept)
         axis.legend(frameon=False, fontsize=9)
     _titled(
         axis, "Quick students on val", "matching step", "accuracy (%), ± standard error", bool(history), "not measured"
@@ -192,14 +195,14 @@ def _gap(axis: Axes, history: Sequence[Mapping[str, Any]], kept: int | None) -> 
     if history:
         axis.plot([h["step"] for h in history], [h["gap"] for h in history], "o-", ms=4, lw=1.5, color=CYCLE[3])
         axis.axhline(0, color="#bbbbbb", lw=0.8)
-        _mark(axis, kept)
-        axis.legend(frameon=False, fontsize=9)
+        if kept is not None:
+            _mark(axis, kept)
+            axis.legend(frameon=False, fontsize=9)
     _titled(axis, "Shortcut gap: fresh images minus val", "matching step", "points", bool(history), "not measured")
 
 
-def _mark(axis: Axes, kept: int | None) -> None:
-    if kept is not None:
-        axis.axvline(kept, color="#333333", lw=0.9, ls=":", label=f"kept: step {kept}")
+def _mark(axis: Axes, kept: int) -> None:
+    axis.axvline(kept, color="#333333", lw=0.9, ls=":", label=f"kept: step {kept}")
 
 
 def _accuracies(axis: Axes, results: Sequence[Mapping[str, Any]]) -> None:
@@ -207,14 +210,14 @@ def _accuracies(axis: Axes, results: Sequence[Mapping[str, Any]]) -> None:
     rows = [r for r in results if r["ipc"] is not None]
     rows = [r for r in rows if (r["student"], r["ipc"]) == (rows[0]["student"], rows[0]["ipc"])]
     groups = list(dict.fromkeys((r["protocol"], r["labels"]) for r in rows))
-    kinds = [k for k in COLORS if k != "full" and any(r["train_on"] == k for r in rows)]
+    kinds = list(dict.fromkeys(kind_of(r) for r in rows))
     height = 0.8 / len(kinds)
     for r in rows:
-        y = groups.index((r["protocol"], r["labels"])) + (kinds.index(r["train_on"]) - (len(kinds) - 1) / 2) * height
+        y = groups.index((r["protocol"], r["labels"])) + (kinds.index(kind_of(r)) - (len(kinds) - 1) / 2) * height
         axis.barh(y, r["mean"], height * 0.92, xerr=r["std"] or 0.0, color=COLORS[r["train_on"]], error_kw={"lw": 1})
         long = r["mean"] > SHORT_BAR
         place, color = (1, "white") if long else (r["mean"] + (r["std"] or 0.0) + 1, "#333333")
-        axis.text(place, y, f"{r['train_on']} {r['mean']:.1f}", va="center", fontsize=8, color=color)
+        axis.text(place, y, f"{kind_of(r)} {r['mean']:.1f}", va="center", fontsize=8, color=color)
     for r in results:
         if r["train_on"] == "full" and r["student"] == rows[0]["student"]:
             axis.axvline(r["mean"], color=COLORS["full"], lw=1.2, ls="--", label=f"all real data {r['mean']:.1f}")

@@ -6,6 +6,7 @@ is no baseline.
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gdd_dist.config.steps import Inputs
-from gdd_dist.evaluation.quick_students import Measurement, measure
+from gdd_dist.evaluation.quick_students import measure_once
 from gdd_dist.models.files import GENERATOR, save_network
 from gdd_dist.models.gaussian import LinearGenerator
 from gdd_dist.runtime.monitor import Monitor
-from gdd_dist.storage.json_files import read_json, write_json
+from gdd_dist.storage.json_files import write_json
 from gdd_dist.storage.store import CHECKPOINTS
 from gdd_dist.training.context import Context
 from gdd_dist.training.gaussian_fit import CHOICE, Gaussians, best_of, moments, most_components
@@ -32,7 +33,9 @@ def run(ctx: Context, work: Path, inputs: Inputs) -> dict[str, Any]:
     fitted, found = fit(ctx), list[dict[str, Any]]()
     monitor = ctx.monitor("gaussian", work, candidates(ctx), unit="candidate")
     for i, (k, spread) in enumerate(product(components(ctx), ctx.config.gaussian.spread)):
-        result = measured(ctx, work, fitted, k, spread)
+        result = measure_once(
+            ctx, work / CHECKPOINTS / f"candidate-{k}-{spread}.json", partial(linear, ctx, fitted, k, spread)
+        )
         found.append({"components": k, "spread": spread, **result.as_dict()})
         monitor.scalars(i, result.scalars())
         monitor.advance(i + 1, f"{k} components, spread {spread}")
@@ -91,20 +94,6 @@ def linear(ctx: Context, fitted: Gaussians, k: int, spread: float) -> LinearGene
     """A candidate, on the CPU."""
     m, dtype = ctx.manifest, ctx.config.gaussian.dtype
     return fitted.generator(k, channels=m.channels, size=m.height, spread=spread, dtype=dtype)
-
-
-def measured(ctx: Context, work: Path, fitted: Gaussians, k: int, spread: float) -> Measurement:
-    """Quick students' accuracy on val; kept, so that an interrupted step does not train them again."""
-    path = work / CHECKPOINTS / f"candidate-{k}-{spread}.json"
-    kept = ctx.world.broadcast(read_json(path) if ctx.world.is_main and path.exists() else None)
-    if kept is not None:
-        ctx.resumed = True
-        return Measurement(**kept)
-    net = ctx.watch(linear(ctx, fitted, k, spread)).eval()
-    result = measure(ctx, net, 0)
-    if ctx.world.is_main:
-        write_json(path, result.as_dict())
-    return result
 
 
 def save(

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gdd_dist.config.steps import Inputs
+from gdd_dist.config.steps import Inputs, refits
 from gdd_dist.data.augment import AUGMENT_DRAWS
 from gdd_dist.data.images import to_float
 from gdd_dist.data.logit_cache import LogitCache
 from gdd_dist.data.noise import normal, uniform
 from gdd_dist.engines.precision import autocast
-from gdd_dist.evaluation.quick_students import Measurement, best, measure
+from gdd_dist.evaluation.quick_students import INTERVAL, Candidates, Measurement, best, measure, measure_once
 from gdd_dist.models.files import (
     DISCRIMINATOR,
     GENERATOR,
@@ -30,18 +30,25 @@ from gdd_dist.models.files import (
     read_teachers,
     save_network,
 )
+from gdd_dist.models.gaussian import LinearGenerator
 from gdd_dist.steps.matching_groups import Dealer, Groups
+from gdd_dist.storage.store import CHECKPOINTS
 from gdd_dist.training import loop, losses
 from gdd_dist.training.adversaries import Adversaries, augmentation, ema_decay, mean_scalars, mirrored
 from gdd_dist.training.context import Context
 from gdd_dist.training.gaussian_fit import chosen
+from gdd_dist.training.gaussian_refit import refit
 from gdd_dist.training.sample_grid import sample_grid
 from gdd_dist.training.schedules import cosine
+
+REFIT = CHECKPOINTS + "/refit.safetensors"
+"""The refitted Gaussian until the step ends."""
 
 
 def run(ctx: Context, work: Path, inputs: Inputs) -> dict[str, Any]:
     """Match into ``work``: generator.safetensors. At intervals ``ctx.on_interval`` is told on rank 0."""
     pool = Pool(ctx, inputs.directories["teachers"], inputs.directories["logits"])
+    others = beside(ctx, work, pool, inputs.directories["gaussian"])
     checkpoints = ctx.shared_checkpoints(work)
     matched = loop.train(
         ctx,
@@ -51,9 +58,30 @@ def run(ctx: Context, work: Path, inputs: Inputs) -> dict[str, Any]:
         "matching",
         "lower --matching.lr, or raise --matching.temperature",
     )
-    matched.finish(work, inputs)
-    kept = {"history": matched.history, "selected": ctx.config.matching.select}
+    candidates = Candidates(matched.history, others)
+    matched.finish(work, inputs, candidates)
+    kept = {"history": matched.history, "others": others, "selected": ctx.config.matching.select}
     return {**kept, "skipped_steps": matched.skips.total, **checkpoints.costs()}
+
+
+def beside(ctx: Context, work: Path, pool: Pool, gaussian_dir: Path) -> dict[str, dict[str, Any]]:
+    """The candidates that are not trained here, measured on val: the Gaussian of each class, and that of what teachers choose."""
+    found = {"gaussian": chosen(gaussian_dir)}
+    if refits(ctx.config):
+        result = measure_once(ctx, work / CHECKPOINTS / "refit.json", lambda: _refitted(ctx, work, pool, gaussian_dir))
+        found["refit"] = result.as_dict()
+        ctx.world.say(f"matching: refitted Gaussian, quick students {result.val:.1f} ± {result.stderr:.1f} % on val")
+    return found
+
+
+def _refitted(ctx: Context, work: Path, pool: Pool, gaussian_dir: Path) -> LinearGenerator:
+    ctx.world.say("matching: the Gaussian is fitted to what the teachers choose of its draws")
+    net, meta = load_generator_network(gaussian_dir / GENERATOR)
+    assert isinstance(net, LinearGenerator)
+    found = refit(ctx, ctx.watch(net), pool.last, ctx.config.matching.refit)
+    if ctx.world.is_main:
+        save_network(work / REFIT, found, {**meta, "arch": found.arch})
+    return found
 
 
 @dataclass(frozen=True)
@@ -127,6 +155,7 @@ class Pool:
         m, pool = ctx.config.matching, read_teachers(teachers_dir)
         chosen = [t for t in pool if m.teachers == "all" or t.last]
         self._ctx, self._nets = ctx, {t.index: ctx.teacher(t) for t in chosen}
+        self.last = [self._nets[t.index] for t in chosen if t.last]
         images = ctx.images("train")
         self.cache = LogitCache(logits_dir, images.shards.shard_samples)
         views = min(m.views or self.cache.views, self.cache.views)
@@ -251,20 +280,18 @@ class Matching(loop.Trainee):
         """Free the engines."""
         self.nets.close()
 
-    def finish(self, work: Path, inputs: Inputs) -> None:
-        """Write the selected generator as one self-contained file: the trivial one, where none did better on val."""
+    def finish(self, work: Path, inputs: Inputs, candidates: Candidates) -> None:
+        """Write the selected generator as one self-contained file: another than an interval's, where none did better on val."""
         self.monitor.close()
         if self._ctx.world.is_main:
             self.nets.ema.load_state_dict(self.best)
-            net, meta = self.nets.ema, self.meta
-            trivial = chosen(inputs.directories["gaussian"])
-            kept = best(self.history, self._ctx.config.matching.select)
-            if kept and self._ctx.config.matching.select == "best" and trivial["val"] > kept["val"]:
-                net, meta = load_generator_network(inputs.directories["gaussian"] / GENERATOR)
+            net, meta, found = self.nets.ema, self.meta, candidates.kept(self._ctx.config.matching.select)
+            if found and found[0] != INTERVAL:
+                others = {"gaussian": inputs.directories["gaussian"] / GENERATOR, "refit": work / REFIT}
+                net, meta = load_generator_network(others[found[0]])
                 self._ctx.world.say(
-                    f"matching: the Gaussian of each class did better on val ({trivial['val']:.1f} %) than any interval "
-                    f"({kept['val']:.1f} %): it is kept"
+                    f"matching: {found[0]} did better on val ({found[1]['val']:.1f} %) than any interval: it is kept"
                 )
-            meta = {**meta, "provenance": inputs.provenance, "history": self.history, "trivial": trivial}
-            save_network(work / GENERATOR, net, meta)
+            about = {"provenance": inputs.provenance, "history": candidates.history, "others": candidates.others}
+            save_network(work / GENERATOR, net, {**meta, **about})
         self.close()

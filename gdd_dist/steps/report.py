@@ -12,7 +12,8 @@ import numpy as np
 from gdd_dist.config.settings import SECTIONS, Config
 from gdd_dist.config.steps import Inputs
 from gdd_dist.data.noise import permutation
-from gdd_dist.evaluation.quick_students import best
+from gdd_dist.evaluation.kinds import kind_of
+from gdd_dist.evaluation.quick_students import INTERVAL, Candidates
 from gdd_dist.evaluation.rows import jobs, plan
 from gdd_dist.evaluation.student_results import cached, confusions, evaluate, log_accuracies
 from gdd_dist.models.files import GENERATOR, TEACHERS, load_generator_network, read_network
@@ -54,16 +55,16 @@ def run(ctx: Context, work: Path, inputs: Inputs) -> dict[str, Any]:
     results = evaluate(ctx, dirs, fingerprints, monitor)
     forwarded = ctx.world.sum(ctx.forwards)
     if ctx.world.is_main:
-        history = read_network(dirs["matching"] / GENERATOR)[1].get("history", [])
+        candidates = Candidates.of(read_network(dirs["matching"] / GENERATOR)[1])
         log_accuracies(monitor, results)
         samples = samples_figure(ctx, dirs)
         monitor.picture("samples", training_figures.pixels(samples), 0)
         evidence = collect(ctx, dirs, confusions(ctx, students))
-        curves = curves_figure(ctx, dirs, fingerprints, history, results)
+        curves = curves_figure(ctx, dirs, fingerprints, candidates, results)
         own = {"status": status(ctx), "seconds": time.monotonic() - begin, "images_processed": forwarded}
         costs = {**earlier_costs(ctx, dirs), "report": {**own, "ranks": ctx.world.size}}
         shown = {"samples.png": samples, "curves.png": curves}
-        for name, content in documents(ctx, fingerprints, history, results, evidence, shown, costs).items():
+        for name, content in documents(ctx, fingerprints, candidates, results, evidence, shown, costs).items():
             write_atomic(work / name, content)
         monitor.hparams(flat_settings(ctx.config), kept_numbers(results))
     monitor.close()
@@ -73,17 +74,17 @@ def run(ctx: Context, work: Path, inputs: Inputs) -> dict[str, Any]:
 def documents(
     ctx: Context,
     fingerprints: Mapping[str, str],
-    history: Sequence[Mapping[str, Any]],
+    candidates: Candidates,
     results: Sequence[Mapping[str, Any]],
     evidence: Evidence,
     shown: Mapping[str, training_figures.Figure],
     costs: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, bytes]:
     """File name → content of all that the report writes: metrics.json, the pictures, report.md, report.html."""
-    metrics = document(ctx, fingerprints, history, results, {"nearest": summary(evidence.near)})
+    metrics = document(ctx, fingerprints, candidates, results, {"nearest": summary(evidence.near)})
     pictures = {**shown, **gallery(evidence, ctx.class_names)}
     pngs = {name: training_figures.png(figure) for name, figure in pictures.items()}
-    text = page(ctx, fingerprints, metrics, history, costs, evidence).encode("utf-8", "backslashreplace").decode()
+    text = page(ctx, fingerprints, metrics, candidates, costs, evidence).encode("utf-8", "backslashreplace").decode()
     return {
         "metrics.json": json_bytes(metrics),
         **pngs,
@@ -114,7 +115,7 @@ def _note_start(ctx: Context, work: Path, known: int) -> None:
 
 def headline_numbers(results: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """Mean accuracy in percent of the first row of each kind, and the matched row's ceiling share."""
-    first = {r["train_on"]: r for r in reversed(results)}
+    first = {kind_of(r): r for r in reversed(results)}
     numbers: dict[str, float | None] = {kind: r["mean"] for kind, r in first.items()}
     return numbers | {"ceiling_share": first["matched"]["ceiling_share"]}
 
@@ -185,12 +186,13 @@ def curves_figure(
     ctx: Context,
     dirs: Mapping[str, Path],
     fingerprints: Mapping[str, str],
-    history: Sequence[Mapping[str, Any]],
+    candidates: Candidates,
     results: Sequence[Mapping[str, Any]],
 ) -> training_figures.Figure:
-    """The page of curves, from the pool's list, this run's event files and the generator's history."""
+    """The page of curves, from the pool's list, this run's event files and matching's candidates."""
     logs = ctx.out / "tensorboard"
     curves = {step: training_figures.read_curves(logs / step / fingerprints[step][:8]) for step in ("gan", "matching")}
-    kept = best(history, ctx.config.matching.select)
+    kept = candidates.kept(ctx.config.matching.select)
+    step = kept[1]["step"] if kept and kept[0] == INTERVAL else None
     teachers = read_json(dirs["teachers"] / TEACHERS)["teachers"]
-    return training_figures.curves_figure(teachers, curves, history, kept["step"] if kept else None, results)
+    return training_figures.curves_figure(teachers, curves, candidates.history, step, results)

@@ -156,7 +156,7 @@ def _class_moments(read: Read, parts: list[int], axes: Tensor, mean: Tensor, cla
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """How a factorisation is cut for threads moves its last bits."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -166,7 +166,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-@_one_thread()
+@one_thread()
 def _orthonormal(columns: Tensor) -> Tensor:
     return torch.linalg.qr(columns).Q
 
@@ -179,7 +179,7 @@ class Gaussians:
     ``alpha`` comes from all L axes, whatever K is: the last of them have next to no part in it.
     """
 
-    @_one_thread()
+    @one_thread()
     def __init__(self, sums: Moments) -> None:
         self._sums, self._places = sums, lower(sums.axes.shape[1])
         self.count = sums.count
@@ -232,7 +232,7 @@ class Gaussians:
         n, images = int(self.count[y]), int(self.count.sum())
         return ledoit_wolf(self._fourth(y), n, self.covariance(y), self.pooled, n / images)
 
-    @_one_thread()
+    @one_thread()
     def generator(
         self,
         components: int,

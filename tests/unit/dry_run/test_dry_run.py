@@ -88,6 +88,14 @@ def test_what_it_says_is_what_the_run_does(tiny: list[str], tmp_path: Path, monk
     assert_it_does_what_was_said([*argv, "--accumulate", "2"], out, monkeypatch)  # matching then draws twice
 
 
+def test_a_refit_is_counted(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = [*tiny, "--out", str(tmp_path / "out"), "--matching.refit", "2", "--gaussian.components", "8"]
+    argv += ["--gaussian.spread", "1.0", "--report.select", "1", "2", "--report.protocol", "regenerate"]
+    said = predicted(argv, monkeypatch)
+    steps, _, _ = happened(argv, tmp_path / "out", monkeypatch)
+    assert {step: line.images for step, line in said.items()} == {s: r["images_processed"] for s, r in steps.items()}
+
+
 def test_every_step_is_estimated() -> None:
     assert list(ESTIMATES) == list(TABLE)
 

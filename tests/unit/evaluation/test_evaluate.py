@@ -84,6 +84,28 @@ def test_fixed_sees_one_set_again_and_again_and_regenerate_fresh_ones(made: Made
     assert epoch(sets(made, train_on, "fixed", seed=1), 0)[0] != first
 
 
+@pytest.mark.parametrize("train_on", ["real", "matched"])
+@pytest.mark.parametrize("protocol", ["regenerate", "fixed"])
+def test_a_chosen_row_shows_of_each_places_draws_the_one_that_the_teachers_like_best(
+    made: Made, train_on: str, protocol: str
+) -> None:
+    ctx = made.context(settings(ipc=(2,)))
+    frozen, row = Frozen(ctx, made.dirs), Row(train_on, "convnet:8", protocol, "hard", 2)
+    plain = Sets(ctx, frozen, row, 0)
+    chosen = Sets(ctx, frozen, dataclasses.replace(row, select=3), 0)
+    slots, places = np.arange(20), np.arange(20)
+    draws = torch.stack([plain._drawn(slots, n) for n in range(3)])
+    labels = slots // 2
+    answers = [frozen.soft_labels(to_float(d, ctx.device), 1.0).numpy()[np.arange(20), labels] for d in draws]
+    best = np.argmax(answers, axis=0)
+    assert len(set(best)) > 1
+    order = chosen._members(places)
+    images, given = chosen.take(places)
+    assert given.tolist() == labels[order].tolist()
+    assert torch.equal(images, draws[torch.from_numpy(best), torch.arange(20)][torch.from_numpy(order)])
+    assert torch.equal(plain.take(places)[0], draws[0][torch.from_numpy(order)])  # the first draw is the plain row's
+
+
 @pytest.mark.parametrize("protocol", ["regenerate", "fixed"])
 def test_what_a_student_sees_does_not_depend_on_how_it_is_cut(made: Made, protocol: str) -> None:
     whole, labels = sets(made, "matched", protocol).take(np.arange(50))

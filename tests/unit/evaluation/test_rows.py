@@ -42,6 +42,25 @@ def test_plan_holds_every_combination_once_and_full_once_a_student() -> None:
     ]
 
 
+def test_each_row_that_draws_stands_beside_its_chosen_one() -> None:
+    rows = plan(settings(protocol=("regenerate",), labels=("hard",), select=(1, 3)))
+    assert [(r.train_on, r.select) for r in rows if r.ipc] == [
+        *((kind, n) for kind in ("real",) for n in (1, 3)),
+        ("equal_bytes", 1),
+        *((kind, n) for kind in ("gaussian", "gan", "matched") for n in (1, 3)),
+    ]
+    assert {"teachers" in r.reads for r in rows if r.select == 3} == {True}
+    plain, both = (row_prints(settings(select=n)) for n in ((1,), (1, 3)))
+    assert plain.items() <= both.items()  # a choice beside it leaves a row's students known
+    drawn = {row: p for row, p in both.items() if row.select == 3}
+    assert drawn.items() <= row_prints(settings(select=(3,))).items()
+
+
+def test_the_ceiling_and_the_scores_are_those_of_what_is_drawn() -> None:
+    rows = [measured("real", 50.0), {**measured("real", 60.0), "select": 3}, {**measured("matched", 30.0), "select": 3}]
+    assert [r["ceiling_share"] for r in with_ceiling_shares(rows, 10)] == [1.0, 1.25, 0.5]
+
+
 def test_without_baselines_only_the_asked_rows_remain() -> None:
     rows = plan(settings(baselines=("gan",), protocol=("fixed",), labels=("soft",)))
     assert [r.train_on for r in rows] == ["gan", "matched"]

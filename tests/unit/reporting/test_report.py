@@ -19,7 +19,7 @@ from students import HISTORY, Made, make, settings
 from gdd_dist.config import command_line as configuration
 from gdd_dist.config.settings import Config, Matching
 from gdd_dist.config.steps import TABLE
-from gdd_dist.evaluation.quick_students import best
+from gdd_dist.evaluation.quick_students import Candidates, best
 from gdd_dist.reporting import diagnostics, training_figures
 from gdd_dist.reporting.html_page import html
 from gdd_dist.reporting.metrics import shortcut_gap
@@ -104,8 +104,19 @@ def test_best_keeps_the_first_best_interval_and_last_the_last() -> None:
     assert best(tied, "best") == HISTORY[1]
     assert best(tied, "last") == tied[-1]
     assert best([], "best") is None
-    assert shortcut_gap(HISTORY, "best") == {"gan": 9.0, "matched": 8.0, "selected_step": 5}
-    assert shortcut_gap([], "best") is None
+    of_intervals = {"gan": 9.0, "matched": 8.0, "selected_step": 5, "selected": "matching"}
+    assert shortcut_gap(Candidates(HISTORY), "best") == of_intervals
+    assert shortcut_gap(Candidates(), "best") is None
+
+
+def test_another_generator_is_kept_where_no_interval_is_better_and_its_own_gap_is_told() -> None:
+    equal, better = ({"step": 0, "val": v, "stderr": 1.0, "gap": 2.0} for v in (60.0, 61.0))
+    assert Candidates(HISTORY, {"gaussian": equal}).kept("best") == ("matching", HISTORY[1])
+    found = Candidates(HISTORY, {"gaussian": equal, "refit": better})
+    assert found.kept("best") == ("refit", better)
+    assert found.kept("last") == ("matching", HISTORY[-1])
+    gaps = {"gan": 9.0, "matched": 2.0, "selected_step": None, "selected": "refit"}
+    assert shortcut_gap(found, "best") == gaps
 
 
 def test_settings_name_what_shapes_the_report_and_no_matching_setting() -> None:
@@ -150,7 +161,7 @@ def test_the_page_holds_rows_history_settings_and_timings(written: Path, made: M
     text = (written / "report.md").read_text()
     for row_name in ("| full |", "| real |", "| gan |", "| matched |"):
         assert row_name in text
-    assert "| 5 | 60.0 | 1.0 | 8.0 | kept |" in text
+    assert "| step 5 | 60.0 | 1.0 | 8.0 | kept |" in text
     assert "| gan | computed | – | – | – |" in text  # as it was computed before steps noted what they cost
     assert "| report | computed |" in text
     for heading in ("Rows", "Classes", "Training", "How a teacher answers", "Does it memorise?", "How to reproduce it"):

@@ -1,0 +1,81 @@
+"""Matching without a gradient: the Gaussian of each class is fitted anew to those of its draws that the teachers choose.
+
+Of n draws the teachers choose the one to whose class they give the largest share, together. The new Gaussian has the mean of the chosen
+draws, and the mean of their covariance and the one before: chosen draws alone differ too little to teach much.
+Shapes: n draws for each of M places, C classes, K latent, D pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gdd_dist.data.images import to_float, to_uint8
+from gdd_dist.data.noise import normal
+from gdd_dist.models.gaussian import LinearGenerator, pack, unpack
+from gdd_dist.training.context import Context
+from gdd_dist.training.drawing import DRAW_BATCH
+from gdd_dist.training.gaussian_fit import one_thread
+from gdd_dist.training.soft_labels import class_shares
+
+PLACES = 8
+"""Chosen draws for each latent number: as many more make a covariance of K numbers sound."""
+KEPT = 0.5
+"""Share of the covariance before."""
+
+
+def refit(ctx: Context, net: LinearGenerator, teachers: Sequence[nn.Module], of: int) -> LinearGenerator:
+    """A generator like ``net``, fitted to the best of ``of`` draws, on the device. The ranks share the classes. All ranks call it."""
+    world, net = ctx.world, net.to(ctx.device)
+    means, roots = torch.zeros_like(net.class_means), torch.zeros_like(net.roots, dtype=torch.float32)
+    for y in range(world.rank, ctx.classes, world.size):
+        means[y], roots[y] = refitted_class(ctx, net, teachers, of, y)
+    if world.size > 1:
+        dist.all_reduce(means)
+        dist.all_reduce(roots)
+    other = LinearGenerator(**{**net.arch, "spread": 1.0})
+    other.load_state_dict({**net.state_dict(), "class_means": means, "roots": roots})
+    return other
+
+
+@torch.no_grad()
+def refitted_class(
+    ctx: Context, net: LinearGenerator, teachers: Sequence[nn.Module], of: int, y: int
+) -> tuple[Tensor, Tensor]:
+    """A class's new mean [K], and the packed root [K(K+1)/2] of its new covariance, on the CPU."""
+    k, seed = net.latent, ctx.config.step_seed("matching")
+    total, step = places(net), max(1, DRAW_BATCH // of)
+    chosen = []
+    for first in range(0, total, step):
+        ctx.world.check_stop()
+        slots = np.arange(first * of, min(first + step, total) * of)
+        z = torch.from_numpy(normal(seed, f"matching/refit/{y}", 0, slots, k)).to(ctx.device)
+        labels = torch.full((len(z),), y, device=ctx.device)
+        images = to_float(to_uint8(net(z, labels)), ctx.device)  # as a student sees it
+        best = class_shares(teachers, images, labels, ctx.precision).view(-1, of).argmax(1)
+        chosen.append(z.view(-1, of, k)[torch.arange(len(best)), best].cpu())
+    return moved(net, y, torch.cat(chosen).double())
+
+
+@one_thread()
+def moved(net: LinearGenerator, y: int, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [K] and packed root [K(K+1)/2] of class ``y`` after its ``chosen`` latents, float64 [M, K]."""
+    root = net.arch["spread"] * unpack(net.roots[y].cpu().double(), net.places.cpu(), net.latent)
+    codes = chosen @ root.T
+    covariance = (1 - KEPT) * codes.T.cov() + KEPT * root @ root.T
+    mean = net.class_means[y].cpu() + codes.mean(0)
+    return mean, pack(torch.linalg.cholesky(covariance), net.places.cpu())
+
+
+def places(net: LinearGenerator) -> int:
+    """M: how many draws are chosen for each class."""
+    return PLACES * net.latent
+
+
+def draws(net: LinearGenerator, of: int) -> int:
+    """How many images are drawn for a refit, each of which every teacher answers."""
+    return of * places(net) * net.classes
