@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gdd_dist.config.settings import Config
-from gdd_dist.config.steps import STEPS
+from gdd_dist.config.steps import STEPS, TABLE
 from gdd_dist.pipeline.dataset import manifest_of
 from gdd_dist.pipeline.store_users import Directory, plans_of, read_run, remove, store_of, unused
 from gdd_dist.reporting.tables import aligned, headline
@@ -59,8 +59,8 @@ def overview(out: Path, config: Config) -> str:
     root = store_of(out, config)
     lines = [f"{out}: {running(out)}", f"data: {data_line(out, config)}", f"store: {root}", ""]
     plan = plan_of(out, root)
-    last = STEPS.index(config.until)
-    rows = [COLUMNS, *(step_line(out, root, step, plan.get(step)) for step in STEPS[1 : last + 1])]
+    steps, why = STEPS[1 : STEPS.index(config.until) + 1], stale(config, plan, recorded(out))
+    rows = [COLUMNS, *(step_line(out, root, step, plan.get(step), why.get(step, "")) for step in steps)]
     lines += aligned(rows, left=len(COLUMNS))
     report = out / "report" / "latest" / "metrics.json"
     if report.exists():
@@ -100,8 +100,23 @@ def plan_of(out: Path, root: Path) -> Mapping[str, str]:
     return max(plans, key=there)
 
 
-def step_line(out: Path, root: Path, step: str, fp: str | None) -> tuple[str, ...]:
-    """One step's cells. Without a plan (the data set is not there) what ``latest`` shows."""
+def recorded(out: Path) -> dict[str, str]:
+    """STEP → fingerprint that the last command on OUT gave it, as far as it came."""
+    path = out / "steps.json"
+    return {step: one["fingerprint"] for step, one in read_json(path)["steps"].items()} if path.exists() else {}
+
+
+def stale(config: Config, plan: Mapping[str, str], before: Mapping[str, str]) -> dict[str, str]:
+    """STEP → why the same settings now ask for another result than the last command's: the data, this version, or an input."""
+    found = {}
+    for step in (name for name in plan if name in TABLE and before.get(name, plan[name]) != plan[name]):
+        inputs = [name for name in TABLE[step].shaped_by(config) if before.get(name, plan[name]) != plan[name]]
+        found[step] = f"follows {', '.join(inputs)}" if inputs else "this version computes it anew"
+    return found
+
+
+def step_line(out: Path, root: Path, step: str, fp: str | None, why: str) -> tuple[str, ...]:
+    """One step's cells. Without a plan (the data set is not there) what ``latest`` shows; ``why``: of a stale step."""
     store = Store(root)
     if fp is None:
         latest = (out / step / "latest").resolve()
@@ -119,7 +134,7 @@ def step_line(out: Path, root: Path, step: str, fp: str | None) -> tuple[str, ..
         return (step, f"running, {progress(partial)}", fp, bytes_so_far, "")
     if partial.exists():
         return (step, f"interrupted, {progress(partial)}; the same command goes on", fp, bytes_so_far, "")
-    return (step, "to do", fp, "", "")
+    return (step, f"stale: {why}" if why else "to do", fp, "", "")
 
 
 def progress(partial: Path) -> str:

@@ -133,7 +133,7 @@ TABLE: dict[str, Step] = {
         Step("gaussian", 1, ("shards",), _gaussian),
         Step("gan", 2, ("shards", "gaussian"), _gan, needs={"gaussian": lambda c: c.gan.start == "gaussian"}),
         Step("matching", 2, ("shards", "teachers", "logits", "gaussian", "gan"), _matching),
-        Step("report", 2, ("shards", "teachers", "gaussian", "gan", "matching"), _report, reads=("logits",)),
+        Step("report", 3, ("shards", "teachers", "gaussian", "gan", "matching"), _report, reads=("logits",)),
     )
 }
 """The steps after the shards, in their order."""

@@ -21,6 +21,7 @@ from gdd_dist.models.files import AGAIN, GENERATOR, load_generator_network, read
 from gdd_dist.models.generator import ImageGenerator
 from gdd_dist.storage.json_files import read_json
 from gdd_dist.storage.printable import printable
+from gdd_dist.training.forward_size import CPU_DRAWS, forward_size
 from sharding.errors import UserError
 
 if TYPE_CHECKING:  # only soft labels need the teachers
@@ -234,8 +235,9 @@ class Sampler:
             raise UserError(_SELECT.format(select))
         parts = [torch.empty(0, *self.image_shape, dtype=torch.uint8, device=self.device)]
         with torch.inference_mode(False), torch.no_grad():
-            for i in range(0, len(labels), DRAW_BATCH):
-                y = torch.from_numpy(labels[i : i + DRAW_BATCH]).to(self.device)
+            batch = forward_size(self.device, DRAW_BATCH, CPU_DRAWS)
+            for i in range(0, len(labels), batch):
+                y = torch.from_numpy(labels[i : i + batch]).to(self.device)
                 draws = []
                 for n in range(select):
                     z = torch.from_numpy(normal(seed, purpose, n, slots[i : i + len(y)], self.network.latent))
