@@ -16,13 +16,14 @@ import numpy as np
 from gdd_dist.data.noise import permutation, permutations, uniform
 
 RUN = 16
-"""Steps whose samples are looked up at once: numpy's calls cost more than what they do for one batch."""
+"""Steps whose samples are looked up at once: for one batch numpy's calls take longer than the work in them."""
 
 
 class Recent:
-    """`permutation`, with the last ones kept, ``most`` numbers in all: who deals few numbers at a time would draw each again and again.
+    """`permutation`, which keeps its last results, up to ``most`` numbers in all.
 
-    Safe to use from several threads. What it returns is kept too, and read-only.
+    A caller that takes few numbers at a time would otherwise draw the same permutation many times. Safe to use from several
+    threads. Its results are read-only, because it returns them again.
     """
 
     def __init__(self, most: int) -> None:
@@ -183,7 +184,8 @@ class Order:
 
     @cached_property
     def _recent(self) -> dict[tuple[Any, ...], Any]:
-        """What the last batches were cut from. Each order has its own: to find it among others would hash a million shards."""
+        """The arrays that the last batches were cut from. Each order keeps its own, because a cache that all orders share would have to
+        hash an order, which may hold a million shards."""
         return {}
 
     def _keep(self, draw: Callable[..., Any], of: tuple[int, ...], most: int) -> Any:

@@ -23,16 +23,13 @@ def check(config: Config, manifest: Manifest, world: int, device: torch.device) 
         if split not in manifest.splits:
             raise UserError(f"the data set has no {split} split; build it with python -m sharding build")
     if manifest.height != manifest.width:
-        raise UserError(
-            f"images are {manifest.height}x{manifest.width}; build the data set with --image-size to make them square"
-        )
+        cure = "build the data set with --image-size to make them square"
+        raise UserError(f"images are {manifest.height}x{manifest.width}; {cure}")
     if len(manifest.classes) < 2:
-        raise UserError(
-            f"{manifest.name} has one class alone, and there is nothing to tell apart; build it with two or more"
-        )
+        what = f"{manifest.name} has one class alone, and there is nothing to tell apart"
+        raise UserError(f"{what}; build it with two or more")
     side_widths(manifest.height, config.gan.width, config.gan.patch)
-    trained = () if config.teachers.pretrained else config.teachers.architectures
-    for name in trained:
+    for name in () if config.teachers.pretrained else config.teachers.architectures:
         parse_classifier(name)
     parse_student(config.matching.quick_student)
     check_ranks(config, world)
@@ -49,19 +46,14 @@ def check_ranks(config: Config, world: int) -> None:
     gan, streams, groups = config.gan.batch, config.streams("gan"), config.matching.batch // config.matching.group
     if gan % streams:
         raise UserError(f"--loader.streams {streams} does not divide --gan.batch {gan}; change one of them")
-    for whole, what in (
-        (gan, f"images of --gan.batch {gan}"),
-        (groups, f"groups of --matching.batch {config.matching.batch}"),
-    ):
+    of_matching = f"groups of --matching.batch {config.matching.batch}"
+    for whole, of in ((gan, f"images of --gan.batch {gan}"), (groups, of_matching)):
         if whole % config.accumulate:
-            raise UserError(
-                f"--accumulate {config.accumulate} does not divide the {whole} {what}; use {_divisors(whole)}"
-            )
+            what = f"--accumulate {config.accumulate} does not divide the {whole} {of}"
+            raise UserError(f"{what}; use {_divisors(whole)}")
         if config.engine == "deepspeed" and whole // config.accumulate % world:
-            fits = _divisors(whole // config.accumulate)
-            raise UserError(
-                f"{world} ranks do not divide the {whole} {what}; use {fits} ranks, or --engine ddp, where some wait"
-            )
+            cure = f"use {_divisors(whole // config.accumulate)} ranks, or --engine ddp, where some wait"
+            raise UserError(f"{world} ranks do not divide the {whole} {of}; {cure}")
 
 
 def check_teams(config: Config, world: int) -> None:
@@ -71,14 +63,11 @@ def check_teams(config: Config, world: int) -> None:
     if world % t.ranks_per_teacher:
         raise UserError(f"{team} does not divide the {world} ranks; use {_divisors(world)}")
     if streams % t.ranks_per_teacher:
-        raise UserError(
-            f"{team} does not divide the {streams} streams of --teachers.batch {t.batch}; use {_divisors(streams)}"
-        )
+        what = f"{team} does not divide the {streams} streams of --teachers.batch {t.batch}"
+        raise UserError(f"{what}; use {_divisors(streams)}")
     if share % t.accumulate:
-        raise UserError(
-            f"--teachers.accumulate {t.accumulate} does not divide a rank's {share} images of a teacher's step; "
-            f"use {_divisors(share)}"
-        )
+        what = f"--teachers.accumulate {t.accumulate} does not divide a rank's {share} images of a teacher's step"
+        raise UserError(f"{what}; use {_divisors(share)}")
     if share == t.accumulate and any(has_batch_norm(name) for name in t.architectures):
         raise UserError("a micro-batch of one image has no batch statistics; lower --teachers.accumulate")
 

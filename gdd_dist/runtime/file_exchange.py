@@ -111,14 +111,9 @@ class Disks:
         with (path if here else temporary if writes else Path(os.devnull)).open("rb" if here else "wb") as f:
             for start in range(0, size, CHUNK):
                 n = min(CHUNK, size - start)
-                piece = (
-                    torch.frombuffer(bytearray(f.read(n)), dtype=torch.uint8)
-                    if here
-                    else torch.empty(n, dtype=torch.uint8)
-                )
-                dist.broadcast(piece, group=hosts.group, group_src=source)
+                data = bytearray(f.read(n) if here else n)
+                dist.broadcast(torch.frombuffer(data, dtype=torch.uint8), group=hosts.group, group_src=source)
                 if writes:
-                    data = piece.numpy().tobytes()
                     found.update(data)
                     f.write(data)
             if writes:
@@ -140,10 +135,8 @@ def _listed(directory: Path, patterns: Sequence[str], about: Callable[[Path], An
 
 
 def _files(directory: Path, patterns: Sequence[str]) -> Iterator[Path]:
-    found = {
-        p for pattern in patterns for p in directory.rglob(pattern) if p.is_file() and not p.name.startswith(".tmp-")
-    }
-    return iter(sorted(found))
+    found = {p for pattern in patterns for p in directory.rglob(pattern)}
+    return iter(sorted(p for p in found if p.is_file() and not p.name.startswith(".tmp-")))
 
 
 def _who_sees(world: World, root: Path) -> list[Any]:

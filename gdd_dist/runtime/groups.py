@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,10 @@ import torch.distributed as dist
 def on_loopback(wanted: bool) -> Iterator[None]:
     """Ranks that are all on this host listen on loopback alone, unless the user has chosen an interface."""
     name = "GLOO_SOCKET_IFNAME"
-    if not wanted or name in os.environ or not _loopback_is_up():
+    up = False
+    with suppress(OSError, ValueError):
+        up = bool(int(Path("/sys/class/net/lo/flags").read_text(), 16) & 1)
+    if not wanted or name in os.environ or not up:
         yield
         return
     os.environ[name] = "lo"
@@ -24,13 +27,6 @@ def on_loopback(wanted: bool) -> Iterator[None]:
         yield
     finally:
         del os.environ[name]
-
-
-def _loopback_is_up() -> bool:
-    try:
-        return bool(int(Path("/sys/class/net/lo/flags").read_text(), 16) & 1)
-    except (OSError, ValueError):
-        return False
 
 
 def mean_over_ranks(values: Mapping[str, torch.Tensor], size: int, group: Any = None) -> dict[str, float]:

@@ -19,24 +19,27 @@ import torch.distributed as dist
 
 from gdd_dist.runtime.devices import allow_tf32, backend, check_identities, identity, pick_device
 from gdd_dist.runtime.groups import mean_over_ranks, on_loopback
-from gdd_dist.runtime.heartbeat import PEER_GRACE, Pulse, describe
+from gdd_dist.runtime.heartbeat import Pulse, describe, lives
 from gdd_dist.runtime.monitor import say
 from gdd_dist.runtime.process_identity import place
-from gdd_dist.runtime.rendezvous import meet
+from gdd_dist.runtime.rendezvous import claim_before_joining, meet, second_connection
 from gdd_dist.runtime.signals import LONGEST_GRACE, PeerError, Preempted, asked
 from gdd_dist.runtime.vote import Vote
-from sharding.errors import UserError
 
 _POLL = 0.002
 _COLLECTIVE = 1800.0
-"""Seconds that a collective may take at least: who is gone is missed by its heartbeat, this ends what no one can explain."""
+"""Seconds that a collective may take, or more with a longer --timeout. A rank that is gone is noticed by its heartbeat; this limit
+ends a collective that hangs for another reason."""
 
 _LATER = 5.0
 """Seconds by which the word to stop may reach a rank later than another."""
 
+_SILENT = 10
+"""Signs of life that a rank of another host misses before it counts as gone when a connection broke."""
+
 
 class World:
-    """All ranks of this run. ``size`` 1 without torchrun: then nothing here waits for anybody."""
+    """All ranks of this run. ``size`` 1 without torchrun: then nothing here waits for anybody. Several must `join` first."""
 
     def __init__(self, device: str = "auto", timeout: float = 600.0) -> None:
         self.rank, self.size, self.local_rank, self.local_size = place()
@@ -51,37 +54,25 @@ class World:
         self._round, self._scope, self._voted = 0, "", time.monotonic()
         torch.set_num_threads(self.threads)
         allow_tf32(False)
-        if self.size > 1:
-            self._join()
 
-    def _join(self) -> None:
-        """Meet the others, then form the process group. Nobody leaves before all have formed it: a fault of a rank that has
-        is seen in the store by the others, who would otherwise meet it as a broken connection."""
+    def join(self) -> World:
+        """Meet the other ranks, then form the process group with them; returns this world.
+
+        Whoever reports faults must know this world before: a rank that fails from here on tells the others through it.
+        Nobody leaves before all have formed the group: a later fault is then seen in the store, not as a broken connection.
+        """
+        if self.size == 1:
+            return self
         self._store = meet(self.rank, self.size, self.timeout)
-        # A connection of its own: the main thread's may stand in a wait.
-        self._pulse = Pulse(
-            self._store.clone(), self.rank, self.size, self.timeout, lambda: self.step, self.claim_failure
-        )
+        second = second_connection(self._store)
+        self._pulse = Pulse(second, self.rank, self.size, self.timeout, lambda: self.step, self.claim_failure)
         check_identities(self.gather(identity(self.device)), self.local_size)
         store = dist.PrefixStore("gdd", self._store)
         with on_loopback(self.local_size == self.size):
-            try:
-                dist.init_process_group(
-                    backend(self.device), store=store, rank=self.rank, world_size=self.size, timeout=self._limit
-                )
-            except Exception as e:
-                raise self._whose_fault(e) from e
+            here: dict[str, Any] = {"store": store, "rank": self.rank, "world_size": self.size}
+            dist.init_process_group(backend(self.device), **here, timeout=self._limit)
         self.barrier()
-
-    def _whose_fault(self, fault: Exception) -> Exception:
-        """What to raise where the group could not be formed: ``fault`` on the first rank that reports it, PeerError on others."""
-        deadline = time.monotonic() + PEER_GRACE * isinstance(fault, RuntimeError)  # as a broken connection is
-        while not self.failed() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        self.quiet()
-        if isinstance(fault, RuntimeError) and not self.failed() and (gone := self.silent()):
-            return UserError(f"{gone} is gone; run the same command again") if self.claim_failure() else PeerError(gone)
-        return fault if self.claim_failure() else PeerError("another rank failed")
+        return self
 
     def cut(self, size: int) -> Any:
         """Cut the ranks into groups of ``size`` (it divides them) consecutive ones; this rank's process group. All ranks call it."""
@@ -115,7 +106,7 @@ class World:
         return min(share, int(asked))
 
     def enter(self, step: str) -> None:
-        """From now on this rank is at ``step``: what others say of it should it be gone."""
+        """From now on this rank is at ``step``: the others name that step if they miss this rank."""
         self.step = step
         if self._pulse is not None:
             self._pulse.beat(self._store)
@@ -146,7 +137,8 @@ class World:
         """
         wait, begin = _POLL, time.monotonic()
         while True:
-            # Who has given his value stays, since the others may have all they wait for, unless one has left before giving his.
+            # This rank has given its value, so the others may be able to complete the gather: it may stop only where one of
+            # them has left without giving its own.
             hopeless = self.stopping and self._store.check(["leaving"])
             if self._store.check([key]):
                 value: bytes = self._store.get(key)
@@ -282,22 +274,30 @@ class World:
             self._pulse.quiet()
 
     def silent(self) -> str:
-        """Who gave no sign of life since a moment ago, "" if all do: after a connection broke, whose it was."""
+        """Who is gone, "" if nobody is: after a connection broke, whose it was.
+
+        A process of this host can be looked up, however slow it is; one of another host gets time for several signs of life.
+        """
         if self._pulse is None:
             return ""
         try:
             others = [r for r in range(self.size) if r != self.rank]
-            before = self._pulse.read(others)
-            time.sleep(2.5 * self._pulse.interval)
-            after = self._pulse.read(others)
+            before = now = self._pulse.read(others)
+            for _ in range(_SILENT):
+                unknown = [r for r in others if lives(now[r]) is None and now[r] == before[r]]
+                if not unknown:
+                    break
+                time.sleep(self._pulse.interval)
+                now = self._pulse.read(others)
         except RuntimeError:
             return f"the host of rank 0 ({os.environ.get('MASTER_ADDR', 'unknown')})"
-        return ", ".join(describe(r, after[r]) for r in others if before[r] == after[r])
+        gone = [r for r in others if lives(now[r]) is False or (lives(now[r]) is None and now[r] == before[r])]
+        return ", ".join(describe(r, now[r]) for r in gone)
 
     def claim_failure(self, store: Any = None) -> bool:
         """True for the first rank that fails: it reports; all others only say that they stopped. ``store``: another connection."""
         if self._store is None:
-            return True
+            return self.size == 1 or claim_before_joining()
         try:
             return bool((store or self._store).add("failed", 1) == 1)
         except RuntimeError:  # the store's host is gone: somebody else has failed before us

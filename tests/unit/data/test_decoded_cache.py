@@ -151,7 +151,7 @@ def test_without_room_auto_streams_and_says_why(digits, manifest, tmp_path, monk
     [(400, 200, False, "ram"), (399, 200, False, "none"), (400, 199, False, "none"), (0, 0, True, "ram")],
 )
 def test_auto_keeps_what_takes_its_share_of_memory_and_disk(tmp_path, monkeypatch, memory, disk, there, expected):
-    monkeypatch.setattr(decoded_cache, "_memory", lambda: memory)
+    monkeypatch.setattr(decoded_cache, "free_memory", lambda: memory)
     monkeypatch.setattr(decoded_cache, "_disk", lambda _: disk)
     cpu = torch.device("cpu")
     assert decoded_cache.fits("auto", 100, tmp_path, cpu, there) == expected
