@@ -137,9 +137,9 @@ def natural_short() -> str:
     by = {r["train_on"]: f"{r['mean']:.1f} %" for r in run["rows"]}
     gain = next(d for d in run["differences"] if (d["row"], d["minus"]) == ("matched", "gaussian"))
     return (
-        f"On CIFAR-10, with {len(run['seconds'])} whole runs on two cores, students reach {by['real']} on real images, {by['matched']} "
-        f"on matched ones, {by['gan']} on the GAN's, and {by['gaussian']} on a Gaussian per class. Matched minus Gaussian is {gain['mean']:+.1f} ± "
-        f"{gain['stderr']:.1f} points (standard error over runs).\n"
+        f"On CIFAR-10, with {len(run['seconds'])} whole runs on two cores, students reach {by['real']} on real images and {by['matched']} "
+        f"on matched ones. They reach {by['gan']} on the GAN's and {by['gaussian']} on a Gaussian per class. "
+        f"Matched minus Gaussian is {gain['mean']:+.1f} ± {gain['stderr']:.1f} points (standard error over runs).\n"
         f"With the best of three draws, chosen by the teachers: real {by['real, best of 3']}, matched {by['matched, best of 3']}.\n"
     )
 
