@@ -131,6 +131,19 @@ def whole_runs(name: str) -> str:
     )
 
 
+def natural_short() -> str:
+    """CIFAR-10 in three sentences."""
+    run = record("cifar10-cpu.json")
+    by = {r["train_on"]: f"{r['mean']:.1f} %" for r in run["rows"]}
+    gain = next(d for d in run["differences"] if (d["row"], d["minus"]) == ("matched", "gaussian"))
+    return (
+        f"On CIFAR-10, with {len(run['seconds'])} whole runs on two cores, students reach {by['real']} on real images and {by['matched']} "
+        f"on matched ones. They reach {by['gan']} on the GAN's and {by['gaussian']} on a Gaussian per class. "
+        f"Matched minus Gaussian is {gain['mean']:+.1f} ± {gain['stderr']:.1f} points (standard error over runs).\n"
+        f"With the best of three draws, chosen by the teachers: real {by['real, best of 3']}, matched {by['matched, best of 3']}.\n"
+    )
+
+
 def titled(kind: str) -> str:
     """What a row trains on, as the tables call it: `matched, best of 3` among them."""
     name, comma, more = kind.partition(",")
@@ -213,14 +226,6 @@ def loader() -> str:
         f"mosaicml-streaming, in another run: {mosaic['mosaicml-streaming/0']:,.0f} images/s in one process, "
         f"{mosaic['mosaicml-streaming/2']:,.0f} with two workers.\n"
     )  # fmt: skip
-
-
-def loader_short() -> str:
-    one, best = (only("loader.json", f"loader/{name}")["ratio"] for name in ("process", "all"))
-    return (
-        f"On two cores the loader reads JPEGs {one:.1f} times as fast as ImageFolder with PIL, one process each (ours with two "
-        f"threads), and {best:.1f} times as fast as its best number of workers.\n"
-    )
 
 
 def waiting() -> str:
@@ -354,6 +359,7 @@ def student_steps() -> str:
 FIGURES: dict[str, Callable[[], str]] = {
     "digits": lambda: students("digits.json"),
     "cifar10-cpu": lambda: whole_runs("cifar10-cpu.json"),
+    "natural-short": natural_short,
     "cifar10-trial": lambda: students("cifar10-trial.json"),
     "tiny-imagenet-trial": lambda: students("tiny-imagenet-trial.json"),
     "trivial": trivial,
@@ -363,7 +369,6 @@ FIGURES: dict[str, Callable[[], str]] = {
     "search-outcome": search_outcome,
     "search-cost": search_cost,
     "loader": loader,
-    "loader-short": loader_short,
     "waiting": waiting,
     "order": order,
     "hostile": hostile,

@@ -35,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(
         allow_abbrev=False,
         prog="python -m gdd_dist.evaluate",
+        example="python -m gdd_dist.evaluate runs/digits --ipc 1 10 --students convnet resnet10 --seeds 3",
         description="Train students on what a finished run's generator draws, and on what it is compared with; print the table and write "
         f"OUT/{FILE}. Students that were trained before, by a report or by this, are not trained again. Alone or under torchrun.",
     )
@@ -132,7 +133,7 @@ def main(argv: Sequence[str], joined: Callable[[World], None]) -> None:
     store, fps = finished_steps(out, manifest)
     rows = plan(config)
     dirs = needed(rows, store, fps)
-    world = World(config.device, config.timeout)
+    world = World(config.device, config.timeout, config.deterministic)
     joined(world)
     note_preemption(world, out)
     precision = agreed_precision(config, world)

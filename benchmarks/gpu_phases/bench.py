@@ -74,23 +74,24 @@ class Student:
         self._images = ctx.images("train")
 
     def read(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Images uint8 [b, C, H, W], labels int64 [b], augmentation draws."""
+        """Images uint8 [b, C, H, W], labels int64 [b], augmentation draws; on the device."""
         rows = (np.arange(self.batch) + step * self.batch) % len(self._images)
         draws = uniform(0, "bench/augment", step, np.arange(self.batch), AUGMENT_DRAWS)
-        return self._images.read(rows), torch.from_numpy(self._images.labels[rows]), torch.from_numpy(draws)
+        labels = torch.from_numpy(self._images.labels[rows])
+        return self._ctx.sent((self._images.read(rows), labels, torch.from_numpy(draws)))
 
     def train(self, step: int, batch: Any) -> dict[str, torch.Tensor]:
         """One step; the report's students tell no loss."""
         images, labels, draws = batch
-        x, device = self._ctx.augment(to_float(images, self._ctx.device), draws), self._ctx.device
-        train_step(self._net, self._optimizer, x, labels.to(device), self._r.lr, self._ctx.precision, self.skips)
+        x = self._ctx.augment(to_float(images, self._ctx.device), draws)
+        train_step(self._net, self._optimizer, x, labels, self._r.lr, self._ctx.precision, self.skips)
         return {}
 
     @torch.no_grad()
     def loss(self, batch: Any) -> torch.Tensor:
         """Of a batch, as the network now is."""
         images, labels, _ = batch
-        return F.cross_entropy(self._net(to_float(images, self._ctx.device)).float(), labels.to(self._ctx.device))
+        return F.cross_entropy(self._net(to_float(images, self._ctx.device)).float(), labels)
 
     def close(self) -> None:
         """Nothing to free."""
@@ -112,7 +113,8 @@ class Bench:
             *settings,
         ]
         self.config = command_line.parse(argv).config
-        self.world = World(self.config.device, self.config.timeout)
+        switches = {name: getattr(self.config, name) for name in ("deterministic",) if exists(name)}
+        self.world = World(self.config.device, self.config.timeout, **switches)
         manifest = Manifest.load(data)
         precision = agreed_precision(self.config, self.world)
         store = Store(scratch / "store")

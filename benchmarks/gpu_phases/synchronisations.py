@@ -18,10 +18,11 @@ MEASURED = 3
 
 
 class Waits(TorchDispatchMode):
-    """Counts operations that need a number on the host (on any device), and copies between the host and a GPU."""
+    """Counts operations, those that give the host a number of a tensor on ``device``, and copies between the host and a GPU."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__()
+        self._device = device.type
         self.found: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -29,7 +30,7 @@ class Waits(TorchDispatchMode):
         out = func(*args, **kwargs)
         name = func._overloadpacket.__name__
         self.found["operations"] += 1
-        if name in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero"):
+        if name in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero") and args[0].device.type == self._device:
             self.found["numbers on the host"] += 1
         tensors = [t for t in (*args[:2], out) if isinstance(t, torch.Tensor)]
         if name in ("_to_copy", "copy_") and len({t.device.type for t in tensors}) > 1:
@@ -46,7 +47,7 @@ def find(task: Task) -> Iterator[Line]:
             batches = [trainee.read(i) for i in range(FIRST_WARM + 2 * MEASURED)]
             for i in range(FIRST_WARM):
                 trainee.train(i, batches[i])
-            with Waits() as waits:
+            with Waits(bench.ctx.device) as waits:
                 for i in range(FIRST_WARM, FIRST_WARM + MEASURED):
                     trainee.train(i, batches[i])
             counts = {name: n / MEASURED for name, n in waits.found.items()}

@@ -164,7 +164,7 @@ class Gan:
     gamma_final: float = setting(0.1, "weight of the gradient penalties at the end (log-linear)", low=0)
     augment: str = setting(
         "crop",
-        "augmentation that the discriminator sees both sides through: color, crop, cutout joined by _; none: off",
+        "augmentation of real and generated images before the discriminator: color, crop, cutout joined by _; none: off",
     )
     augment_p: float = setting(0.5, "share of images that are augmented before the discriminator", low=0, high=1)
     ema_images: float = setting(
@@ -291,6 +291,12 @@ class Config:
         1, "micro-batches that a rank's share of a gan or matching step is cut into, to save memory", low=1, where=True
     )
     device: str = setting("auto", "auto: CUDA where there is one", choices=("auto", "cpu", "cuda"), where=True)
+    deterministic: bool = setting(
+        False,
+        "on a GPU add in the same order in each run, so that an interrupted run ends with the same bits as an undisturbed one; slower, and "
+        "without --deterministic the fastest convolutions are sought. A CPU always does",
+        where=True,
+    )
     timeout: float = setting(
         600.0,
         "seconds without a sign of life after which a rank counts as gone, however busy it may be while it gives them",

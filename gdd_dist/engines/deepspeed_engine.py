@@ -155,7 +155,7 @@ class DeepSpeedEngine:
             self._engine.backward(self._scale.scale(poisoned(loss)))
         self._done += 1
 
-    def step(self, lr: float) -> bool:
+    def step(self, lr: float) -> Tensor:
         """Step, then clear gradients. From stage 1 on DeepSpeed itself skips a step whose gradients are not finite on any rank.
 
         A loss scale that is still being sought skips steps too; that is no fault.
@@ -171,7 +171,7 @@ class DeepSpeedEngine:
         moved = not self._scale.overflow
         self._scale.update()
         self._done = 0
-        return moved or sought
+        return torch.tensor(moved or sought)  # DeepSpeed has waited for the device already
 
     def gathered(self) -> AbstractContextManager[Sequence[Tensor]]:
         """All weights, whole, to be read inside the context. All ranks enter it."""

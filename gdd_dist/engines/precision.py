@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
+Network = TypeVar("Network", bound=nn.Module)
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -15,6 +17,17 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     if precision not in AUTOCAST:
         return contextlib.nullcontext()
     return torch.autocast(device.type, AUTOCAST[precision])
+
+
+def cast_once(net: Network, precision: str) -> Network:
+    """A network that is not trained, its convolutions and linear layers in the dtype of ``precision``: the same numbers under
+    `autocast`, which would cast these weights at each forward anew. Returns ``net``, changed.
+    """
+    if precision in AUTOCAST:
+        for module in net.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                module.to(AUTOCAST[precision])
+    return net
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:

@@ -147,6 +147,7 @@ def student(ctx: Context, generator: ImageGenerator, j: int, tick: Callable[[int
             if first + k + 1 in readings:
                 scores.append(accuracy(net, ctx.images("val"), ctx.device, ctx.precision))
         tick(first + steps)
+    skips.settle()
     labels = np.arange(FRESH_IMAGES) % ctx.classes
     fresh = draw(ctx, generator, labels, seed, f"quick/{j}/fresh", 0)
     logits = predict(net, lambda indices: fresh[torch.from_numpy(indices)], FRESH_IMAGES, ctx.device, ctx.precision)

@@ -223,6 +223,7 @@ def _fit_sets(ctx: Context, net: Classifier, frozen: Frozen, job: Job, monitor: 
         for a, b in pairwise((ends - ends[0]).tolist()):
             train_step(net, optimizer, x[a:b], y[a:b], r.lr, ctx.precision, skips)
         monitor.advance(first + len(ends) - 1)
+    skips.settle()
 
 
 def _fit_full(ctx: Context, net: Classifier, job: Job, monitor: Monitor) -> int:
@@ -245,4 +246,5 @@ def _fit_full(ctx: Context, net: Classifier, job: Job, monitor: Monitor) -> int:
         x = ctx.augment(to_float(batch, ctx.device), draws)
         train_step(net, optimizer, x, labels, r.full_lr, ctx.precision, skips)
         monitor.advance(step + 1)
+    skips.settle()
     return int(seen.sum())

@@ -35,13 +35,13 @@ class Vote:
             asked.note(number)
         return asked.agreed, word
 
-    def obey(self, save: Callable[[], None], sound: bool = True) -> None:
-        """Call ``save`` where that was wanted and what there is to save is ``sound``, or where the job is to stop.
+    def obey(self, save: Callable[[], None], sound: Callable[[], bool] = lambda: True) -> None:
+        """Call ``save`` where that was wanted and what there is to save is ``sound`` (asked then alone), or where the job is to stop.
 
         Then, in the latter case, raise Preempted.
         """
         stop, wanted = self.result()
-        if stop or (wanted and sound):
+        if stop or (wanted and sound()):
             save()
         if stop:
             raise Preempted

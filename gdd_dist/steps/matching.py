@@ -108,7 +108,7 @@ def matching_step(
     whole = nets.g(batch.z, labels) if len(cuts) == 1 else None
 
     # The discriminator trains on.
-    real, scalars, moved = None, dict[str, Tensor](), True
+    real, scalars, moved = None, dict[str, Tensor](), None
     if batch.real is not None:
         real = mirrored(ctx, batch.real)
         fake = nets.draw(batch.z, labels) if whole is None else whole

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from gdd_dist.config.steps import Inputs
 from gdd_dist.data.augment import AUGMENT_DRAWS
@@ -205,14 +206,15 @@ def teacher_step(engine: DDPEngine, images: Tensor, labels: Tensor, lr: float, s
     A step whose loss or gradient is not finite, on any rank, moves nothing, and counts in ``skips``. Raises Diverged after too
     many in a row.
     """
-    running = [b.clone() for b in engine.module.buffers()]
+    running = [b for m in engine.module.modules() if isinstance(m, _BatchNorm) for b in m.buffers()]
+    before = [b.clone() for b in running]
     losses = []
     for x, y in zip(images.chunk(engine.accumulate), labels.chunk(engine.accumulate), strict=True):
         loss = F.cross_entropy(engine(x), y)
         engine.backward(loss)
         losses.append(loss.detach())
     moved = engine.step(lr)
-    if not moved:  # nor may a batch norm remember it
-        torch._foreach_copy_(list(engine.module.buffers()), running)
+    for now, then in zip(running, before, strict=True):  # nor may a batch norm remember a step that was skipped
+        now.copy_(torch.where(moved, now, then))
     skips.note(moved)
     return torch.stack(losses).mean()

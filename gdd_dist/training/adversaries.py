@@ -8,6 +8,7 @@ import io
 import math
 import pickle
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,15 +48,17 @@ class Adversaries:
         # Copied before it is watched: a copy keeps the hook, and would count twice.
         self.ema = ctx.watch(copy.deepcopy(generator)).eval().requires_grad_(False)
         self.generator, self.discriminator = ctx.watch(generator), ctx.watch(discriminator)
+        # DeepSpeed cuts the weights, and decides itself which steps to skip.
+        adam = partial(_adam, betas=betas, fused=ctx.config.engine == "ddp")
         label = torch.zeros(1, dtype=torch.int64, device=ctx.device)
         latent = label.new_zeros(1, generator.latent).float()
         self.g: Engine = build_engine(
-            ctx.config, ctx.world, ctx.precision, self.generator, _adam(generator, betas), (latent, label)
+            ctx.config, ctx.world, ctx.precision, self.generator, adam(generator), (latent, label)
         )
         size, channels = ctx.manifest.height, ctx.manifest.channels
         image = label.new_zeros(1, channels, size, size).float()
         self.d: Engine = build_engine(
-            ctx.config, ctx.world, ctx.precision, self.discriminator, _adam(discriminator, betas), (image, label)
+            ctx.config, ctx.world, ctx.precision, self.discriminator, adam(discriminator), (image, label)
         )
         self._ctx = ctx
         self.skips = Skips()
@@ -83,11 +86,11 @@ class Adversaries:
 
     def train_discriminator(
         self, real: Tensor, fake: Tensor, labels: Tensor, gamma: float, augment: Augmentation, lr: float
-    ) -> tuple[dict[str, Tensor], bool]:
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """One step of the relativistic loss with penalties γ/2 (R1 + R2) (R3GAN, Huang et al. 2024, eq. 7); pairs share a label.
 
         Both sides pass through ``augment``, real first. float [B, C, H, W] in [-1, 1]. Returns the scalars to log, and whether
-        the discriminator moved.
+        the discriminator moved, a bool scalar.
         """
         real, fake = augment(real).detach(), augment(fake.detach()).detach()
         parts = self.micro_batches(len(labels))
@@ -125,14 +128,14 @@ class Adversaries:
         self.g.backward((images * gradient).sum())
         return {"loss": value, **terms}
 
-    def step_generator(self, lr: float, decay: float, others_moved: bool = True) -> None:
-        """The generator's step, and its running mean's; ends a training step, in which the other networks moved or not.
+    def step_generator(self, lr: float, decay: float, others_moved: Tensor | None) -> None:
+        """The generator's step, and its running mean's; ends a training step, in which the other network, if there was one, moved or not.
 
         Raises Diverged when too many steps in a row moved nothing.
         """
         moved = self.g.step(lr)
         self.update_ema(decay)
-        self.skips.note(moved and others_moved)
+        self.skips.note(moved if others_moved is None else moved & others_moved)
 
     def _scores(self, images: Tensor, labels: Tensor) -> Tensor:
         with autocast(self._ctx.device, self._ctx.precision):
@@ -190,8 +193,8 @@ class Adversaries:
         self.d.close()
 
 
-def _adam(net: torch.nn.Module, betas: tuple[float, float]) -> torch.optim.Adam:
-    return Adam(net.parameters(), lr=1e-4, betas=betas)
+def _adam(net: torch.nn.Module, betas: tuple[float, float], fused: bool) -> torch.optim.Adam:
+    return Adam(net.parameters(), lr=1e-4, betas=betas, fused=fused)
 
 
 def mean_scalars(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

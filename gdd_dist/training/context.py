@@ -18,7 +18,7 @@ from gdd_dist.data.images import Images
 from gdd_dist.data.noise import permutation
 from gdd_dist.data.order import Order
 from gdd_dist.data.transfer import Sender
-from gdd_dist.engines.precision import resolve_precision
+from gdd_dist.engines.precision import cast_once, resolve_precision
 from gdd_dist.models.classifiers import Classifier, build_classifier, divisors
 from gdd_dist.models.files import Teacher, generator_meta
 from gdd_dist.models.generator import ImageGenerator
@@ -158,8 +158,9 @@ class Context:
         return self.watch(net)
 
     def teacher(self, teacher: Teacher) -> Classifier:
-        """A trained teacher, frozen, in evaluation mode."""
-        return self.watch(teacher.load(self.manifest.channels, self.manifest.height, self.classes))
+        """A trained teacher, frozen, in evaluation mode, to be asked under autocast of the run's precision."""
+        net = teacher.load(self.manifest.channels, self.manifest.height, self.classes)
+        return self.watch(cast_once(net, self.precision))
 
     def augment(self, images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
         """This run's augmentation of float images [B, C, H, W], replayed by ``draws`` [B, AUGMENT_DRAWS]."""
