@@ -86,7 +86,7 @@ class Job:
                 pytest.fail(f"what the test waited for never came\n{self.wait().text}")
             time.sleep(0.01)
 
-    def wait(self, timeout: float = 240) -> Ended:
+    def wait(self, timeout: float = 600) -> Ended:
         """Wait for all ranks; a job that hangs fails the test."""
         end = time.monotonic() + timeout
         for process in self.processes:
@@ -103,7 +103,7 @@ class Job:
             pytest.fail(f"ranks {hung} hang\n{ended.text}")
         return ended
 
-    def wait_as_torchrun(self, timeout: float = 240) -> Ended:
+    def wait_as_torchrun(self, timeout: float = 600) -> Ended:
         """As `wait`, but when a rank fails the others get SIGTERM, as torchrun's do."""
         end = time.monotonic() + timeout
         while self.running and time.monotonic() < end:
