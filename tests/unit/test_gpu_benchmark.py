@@ -1,5 +1,6 @@
 """benchmarks/gpu.py: a phase that hangs, fails or finds nothing is said and the others go on; the last run fits the time that is left."""
 
+import importlib
 import json
 import sys
 import time
@@ -47,6 +48,11 @@ def test_a_phase_is_ok_only_if_it_ends_well_and_finds_something(tmp_path, code, 
     *found, last = lines(tmp_path)
     assert (len(found), last["status"]) == (kept, status)
     assert ("wrong" in last.get("error", "")) == ("wrong" in code)
+
+
+@pytest.mark.parametrize("name", PHASES)
+def test_every_phase_can_be_loaded(name):
+    assert callable(importlib.import_module(f"gpu_phases.{PHASES[name].module}").find)
 
 
 def test_two_calls_give_every_phase():
