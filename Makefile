@@ -14,7 +14,7 @@ CORES   = $(shell env -u OMP_NUM_THREADS nproc)
 FITS    = $(shell n=$(1); echo $$((n >= 8 ? 8 : n >= 4 ? 4 : n >= 2 ? 2 : 1)))
 RANKS  ?= $(call FITS,$(if $(filter-out 0,$(GPUS)),$(GPUS),$(CORES)))
 
-.PHONY: env train test test-all chaos lint tensorboard clean
+.PHONY: env train trial test test-all chaos lint tensorboard clean
 
 env: $(STAMP)
 
@@ -27,6 +27,11 @@ $(STAMP): pyproject.toml
 
 train: env
 	$(BIN)/torchrun --nproc_per_node=$(RANKS) -m gdd_dist.train
+
+SOURCE ?= $(error give the images: make trial SOURCE=cifar10:cifar-10-python.tar.gz, or SOURCE=folder:IMAGES)
+trial: env
+	$(BIN)/python -m sharding build $(SOURCE) data/cifar10
+	$(BIN)/torchrun --nproc_per_node=$(RANKS) -m gdd_dist.train --preset cifar10-cpu --data data/cifar10
 
 test: lint
 	$(BIN)/python -m pytest -q -m "not slow"

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import line
-from loader import made_up
+from made_up import jpegs
 
 from gdd_dist import train
 from gdd_dist.runtime.run_program import run_program
@@ -127,7 +127,7 @@ def main() -> None:
         mode, data, results = args.rank_of
         rank(mode, Path(data), Path(results), args.settings)
     with tempfile.TemporaryDirectory(prefix="gdd-benchmark-") as scratch:
-        data = args.data or made_up(Path(scratch), 2000)
+        data = args.data or jpegs(Path(scratch), 2000)
         for ranks in args.ranks:
             found = {mode: shares(mode, data, ranks, args.settings) for mode in MODES}
             for step in ("teachers", "gan"):

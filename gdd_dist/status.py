@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gdd_dist.config.settings import Config
-from gdd_dist.config.steps import STEPS
+from gdd_dist.config.steps import STEPS, TABLE
 from gdd_dist.pipeline.dataset import manifest_of
 from gdd_dist.pipeline.store_users import Directory, plans_of, read_run, remove, store_of, unused
 from gdd_dist.reporting.tables import aligned, headline
@@ -58,8 +58,8 @@ def overview(out: Path, config: Config) -> str:
     root = store_of(out, config)
     lines = [f"{out}: {running(out)}", f"data: {data_line(out, config)}", f"store: {root}", ""]
     plan = plan_of(out, root)
-    last = STEPS.index(config.until)
-    rows = [COLUMNS, *(step_line(out, root, step, plan.get(step)) for step in STEPS[1 : last + 1])]
+    steps, why = STEPS[1 : STEPS.index(config.until) + 1], stale(config, plan, recorded(out))
+    rows = [COLUMNS, *(step_line(out, root, step, plan.get(step), why.get(step, "")) for step in steps)]
     lines += aligned(rows, left=len(COLUMNS))
     report = out / "report" / "latest" / "metrics.json"
     if report.exists():
@@ -99,8 +99,23 @@ def plan_of(out: Path, root: Path) -> Mapping[str, str]:
     return max(plans, key=there)
 
 
-def step_line(out: Path, root: Path, step: str, fp: str | None) -> tuple[str, ...]:
-    """One step's cells. Without a plan (the data set is not there) what ``latest`` shows."""
+def recorded(out: Path) -> dict[str, str]:
+    """STEP → fingerprint that the last command on OUT gave it, as far as it came."""
+    path = out / "steps.json"
+    return {step: one["fingerprint"] for step, one in read_json(path)["steps"].items()} if path.exists() else {}
+
+
+def stale(config: Config, plan: Mapping[str, str], before: Mapping[str, str]) -> dict[str, str]:
+    """STEP → why the same settings now ask for another result than the last command's: the data, this version, or an input."""
+    found = {}
+    for step in (name for name in plan if name in TABLE and before.get(name, plan[name]) != plan[name]):
+        inputs = [name for name in TABLE[step].shaped_by(config) if before.get(name, plan[name]) != plan[name]]
+        found[step] = f"follows {', '.join(inputs)}" if inputs else "this version computes it anew"
+    return found
+
+
+def step_line(out: Path, root: Path, step: str, fp: str | None, why: str) -> tuple[str, ...]:
+    """One step's cells. Without a plan (the data set is not there) what ``latest`` shows; ``why``: of a stale step."""
     store = Store(root)
     if fp is None:
         latest = (out / step / "latest").resolve()
@@ -118,7 +133,7 @@ def step_line(out: Path, root: Path, step: str, fp: str | None) -> tuple[str, ..
         return (step, f"running, {progress(partial)}", fp, bytes_so_far, "")
     if partial.exists():
         return (step, f"interrupted, {progress(partial)}; the same command goes on", fp, bytes_so_far, "")
-    return (step, "to do", fp, "", "")
+    return (step, f"stale: {why}" if why else "to do", fp, "", "")
 
 
 def progress(partial: Path) -> str:
@@ -136,13 +151,9 @@ def prune(out: Path, config: Config, yes: bool) -> str:
     """List what no run needs; with ``yes`` remove it."""
     root = store_of(out, config)
     idle, found = unused(root, out)
-    lines = [
-        f"{name} is listed in {root / 'users'} but is no run any more: nothing is kept for it" for name in found.gone
-    ]
-    lines += [
-        f"{name}: its data set is not there; what its latest links show is kept, and every unfinished step"
-        for name in found.unplanned
-    ]
+    gone = f"is listed in {root / 'users'} but is no run any more: nothing is kept for it"
+    unplanned = "its data set is not there; what its latest links show is kept, and every unfinished step"
+    lines = [*(f"{name} {gone}" for name in found.gone), *(f"{name}: {unplanned}" for name in found.unplanned)]
     if not idle:
         return "\n".join([*lines, f"nothing to prune in {root}"])
     sizes = {d: d.bytes() for d in idle}
@@ -153,9 +164,8 @@ def prune(out: Path, config: Config, yes: bool) -> str:
         return "\n".join([*lines, f"{many}, {total}, needed by no run; --prune --yes removes them"])
     kept = [d for d in idle if not remove(root, out, d)]
     lines += [f"{d.path} came into use and is kept" for d in kept]
-    return "\n".join(
-        [*lines, f"removed {len(idle) - len(kept)} of {many}, {size(sum(sizes[d] for d in idle if d not in kept))}"]
-    )
+    removed = size(sum(sizes[d] for d in idle if d not in kept))
+    return "\n".join([*lines, f"removed {len(idle) - len(kept)} of {many}, {removed}"])
 
 
 if __name__ == "__main__":

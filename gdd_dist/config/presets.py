@@ -1,4 +1,4 @@
-"""Settings that a data set starts from: `digits` fits two CPU cores in minutes, the others are meant for GPUs."""
+"""Settings that a data set starts from: `digits` and `cifar10-cpu` fit two CPU cores in minutes, the others are meant for GPUs."""
 
 from __future__ import annotations
 
@@ -55,6 +55,39 @@ PRESETS: dict[str, dict[str, Any]] = {
         "report.label_temperature": 2.0,
     },
     "cifar10": _NATURAL,
+    "cifar10-cpu": {
+        "teachers.architectures": ["convnet:32"],
+        "teachers.seeds": 3,
+        "teachers.snapshots": 1,
+        "teachers.epochs": 3,
+        "logits.views": 2,
+        "gaussian.spread": [0.85, 1.0],
+        "gan.start": "gaussian",
+        "gan.steps": 300,
+        "gan.blocks": 1,
+        "gan.d_blocks": 1,
+        "gan.patch": 2,
+        "gan.lr": 5e-4,
+        "gan.gamma": 0.5,
+        "gan.augment": "none",
+        "gan.ema_images": 5_000.0,
+        "matching.steps": 200,
+        "matching.interval": 100,
+        "matching.lambda_adv": 1.0,
+        "matching.refit": 3,
+        "matching.quick_students": 6,
+        "matching.quick_student": "convnet:32",
+        "matching.quick_steps": 250,
+        "matching.quick_batch": 20,
+        "report.ipc": [10],
+        "report.select": [1, 3],
+        "report.students": ["convnet:32"],
+        "report.protocol": ["regenerate"],
+        "report.labels": ["hard"],
+        "report.epochs": 60,
+        "report.batch": 20,
+        "report.full_epochs": 1,
+    },
     "cifar100": {**_NATURAL, "teachers.epochs": 100, "report.ipc": [1, 10]},
     "tiny-imagenet": {
         **_NATURAL,

@@ -42,7 +42,7 @@ class Loader:
 
     streams: int = setting(
         0,
-        "canonical streams of a global batch; the world size must divide it; 0: the largest divisor of the batch up to 64",
+        "canonical streams of a global batch, which they divide; 0: the largest divisor of the batch up to 64",
         low=0,
     )
     window: int = setting(16384, "samples within which a stream is shuffled", low=1)
@@ -182,7 +182,7 @@ class Matching:
     batch: int = setting(64, "images of a global batch", low=1)
     group: int = setting(
         8,
-        "slots of a group, which share one class and one teacher; the world size must divide the number of groups",
+        "slots of a group, which share one class and one teacher; a rank takes whole groups",
         low=1,
     )
     loss: str = setting(

@@ -79,12 +79,8 @@ def _logits(config: Config) -> dict[str, Any]:
 def _gaussian(config: Config) -> dict[str, Any]:
     names = ("quick_students", "quick_student", "quick_steps", "quick_batch")
     quick = {**_some(config.shaping("matching"), *names), "seed": config.step_seed("matching")}
-    return {
-        **config.shaping("gaussian"),
-        "quick": quick,
-        "student": _student(config),
-        "loader": config.shaping("loader"),
-    }
+    shaping = {**config.shaping("gaussian"), "quick": quick, "student": _student(config)}
+    return {**shaping, "loader": config.shaping("loader")}
 
 
 def _gan(config: Config) -> dict[str, Any]:
@@ -133,7 +129,7 @@ TABLE: dict[str, Step] = {
         Step("gaussian", 1, ("shards",), _gaussian),
         Step("gan", 2, ("shards", "gaussian"), _gan, needs={"gaussian": lambda c: c.gan.start == "gaussian"}),
         Step("matching", 2, ("shards", "teachers", "logits", "gaussian", "gan"), _matching),
-        Step("report", 2, ("shards", "teachers", "gaussian", "gan", "matching"), _report, reads=("logits",)),
+        Step("report", 3, ("shards", "teachers", "gaussian", "gan", "matching"), _report, reads=("logits",)),
     )
 }
 """The steps after the shards, in their order."""

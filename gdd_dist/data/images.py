@@ -44,15 +44,12 @@ class Images:
         device: torch.device | None = None,
     ) -> None:
         self._mirror = mirror_of(data)
-        if self._mirror is None:
-            self.shards = Shards(data, manifest, split)
-        else:
-            self.shards = Shards(data, manifest, split, self._mirror.open, self._mirror.open_shards)
+        remote = (self._mirror.open, self._mirror.open_shards) if self._mirror is not None else ()
+        self.shards = Shards(data, manifest, split, *remote)
         self._infos = manifest.splits[split].shards
         self.labels = self.shards.labels
         self.shape = (manifest.height, manifest.width, manifest.channels)
-        self._files = [data / info.file for info in manifest.splits[split].shards]
-        self._threads, self._pool = threads, Workers(threads)
+        self._data, self._pool = data, Workers(threads)
         self._device = device or torch.device("cpu")
         on_gpu = self._device.type == "cuda"
         self._beside = Beside(self._device)
@@ -98,8 +95,10 @@ class Images:
         batch, out = self._buffers.take((len(indices), *self.shape))
         if self._kept is None:
             self._decode_rows(indices, out, self._pool)
+        elif len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(self._kept):
+            raise IndexError(f"a sample outside 0 … {len(self._kept) - 1}")
         else:
-            self._copy(self._kept, indices, out)
+            np.take(self._kept, indices, axis=0, out=out, mode="clip")  # "raise" would copy twice
         return self._beside(lambda: batch.permute(0, 3, 1, 2).to(self._device, non_blocking=True))
 
     def _keep(self, decoded: Decoded) -> None:
@@ -129,11 +128,6 @@ class Images:
         if self._ahead is not None:
             self._ahead.advance()
 
-    def _copy(self, kept: np.ndarray, indices: np.ndarray, out: np.ndarray) -> None:
-        if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(kept):
-            raise IndexError(f"a sample outside 0 … {len(kept) - 1}")
-        np.take(kept, indices, axis=0, out=out, mode="clip")  # "raise" would copy twice
-
     def _decode(self, samples: Iterator[tuple[int, memoryview, np.ndarray]]) -> None:
         jpeg, shape, space = simplejpeg.decode_jpeg, self.shape, "GRAY" if self.shape[2] == 1 else "RGB"
         sample = 0
@@ -150,9 +144,8 @@ class Images:
                     decode(payload, image)
         except ValueError as e:
             shard, row = self.shards.locate(sample)
-            raise UserError(
-                f"{self._files[shard]}, row {row}: {e}; rebuild the data set with python -m sharding build"
-            ) from e
+            what = f"{self._data / self._infos[shard].file}, row {row}: {e}"
+            raise UserError(f"{what}; rebuild the data set with python -m sharding build") from e
 
     def _picked(self, images: Tensor, rows: Tensor) -> Tensor:
         """The rows of ``images``, which lie on the device."""

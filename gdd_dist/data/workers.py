@@ -21,10 +21,10 @@ Task = TypeVar("Task")
 PREFETCH_BYTES = 256 * 2**20
 """Batches read ahead take no more memory than this, but for one, which is always read ahead."""
 READERS = 2
-"""Batches that are read at a time. Each has its part of the decoding threads: threads wait for one another, and for the interpreter,
-less often than where all of them share each batch."""
+"""Batches that are read at a time, each by its part of the decoding threads. That is faster than all threads on one batch after
+another, because they then wait less for each other and for the interpreter."""
 FEW = 32
-"""So many images are not worth waking other threads."""
+"""For so few images it takes longer to wake other threads than to decode them."""
 
 
 class Workers:

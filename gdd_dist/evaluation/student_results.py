@@ -136,14 +136,19 @@ def evaluate(
 
 
 def with_bytes(ctx: Context, dirs: Mapping[str, Path], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Fill in ``bytes``: what must be kept to train such a student. A generator's file, or real images as they are stored."""
+    """Fill in ``bytes``: what must be kept to train such a student. A generator's file, or real images as they are stored; and the
+    teachers, where they label or choose.
+    """
     shards = ctx.images("train").shards
     mean = shards.payload_bytes / shards.samples
 
     def size(r: Mapping[str, Any]) -> int:
+        teachers = 0
+        if r["labels"] == "soft" or "select" in r:
+            teachers = sum(t.path.stat().st_size for t in read_teachers(dirs["teachers"]) if t.last)
         if r["train_on"] in GENERATORS:
-            return (dirs[GENERATORS[r["train_on"]]] / GENERATOR).stat().st_size
-        return round(mean * min(r["distinct_images_seen"], shards.samples))
+            return teachers + (dirs[GENERATORS[r["train_on"]]] / GENERATOR).stat().st_size
+        return teachers + round(mean * min(r["distinct_images_seen"] * r.get("select", 1), shards.samples))
 
     return [{**r, "bytes": size(r)} for r in results]
 

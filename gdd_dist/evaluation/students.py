@@ -32,7 +32,7 @@ from gdd_dist.training.classifier_fit import predict, sgd, train_step
 from gdd_dist.training.context import Context
 from gdd_dist.training.drawing import draw
 from gdd_dist.training.skipped_steps import Diverged, Skips
-from gdd_dist.training.soft_labels import class_shares, soft_labels
+from gdd_dist.training.soft_labels import chosen, soft_labels
 from sharding.errors import UserError
 
 CHUNK_IMAGES = 512
@@ -74,12 +74,8 @@ class Frozen:
         return soft_labels(self.teachers, images, temperature, self._ctx.precision)
 
     def chosen(self, draws: Tensor, labels: np.ndarray) -> Tensor:
-        """Of draws uint8 [m, n, C, H, W] for n ``labels`` that one of m to whose class the teachers give the largest share."""
-        m, n = draws.shape[:2]
-        y = torch.from_numpy(labels).to(self._ctx.device)
-        images = to_float(draws.flatten(0, 1), self._ctx.device)
-        best = class_shares(self.teachers, images, y.repeat(m), self._ctx.precision).view(m, n).argmax(0)
-        return draws[best.to(draws.device), torch.arange(n, device=draws.device)]
+        """Of draws uint8 [m, n, C, H, W] for n ``labels`` those n that the teachers choose."""
+        return chosen(self.teachers, draws, torch.from_numpy(labels).to(self._ctx.device), self._ctx.precision)
 
 
 def real_samples(

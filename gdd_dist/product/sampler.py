@@ -21,6 +21,7 @@ from gdd_dist.models.files import AGAIN, GENERATOR, load_generator_network, read
 from gdd_dist.models.generator import ImageGenerator
 from gdd_dist.storage.json_files import read_json
 from gdd_dist.storage.printable import printable
+from gdd_dist.training.forward_size import CPU_DRAWS, forward_size
 from sharding.errors import UserError
 
 if TYPE_CHECKING:  # only soft labels need the teachers
@@ -71,9 +72,8 @@ def verify(directory: Path, *names: str) -> None:
         entry = files.get(name)
         if entry is None:
             raise UserError(f"{directory / name} is not a file of its step; remove {directory} to compute it again")
-        verify_file(
-            directory / name, entry["bytes"], entry["sha256"], f"remove {directory} and run gdd_dist.train again"
-        )
+        cure = f"remove {directory} and run gdd_dist.train again"
+        verify_file(directory / name, entry["bytes"], entry["sha256"], cure)
 
 
 class Sampler:
@@ -123,15 +123,17 @@ class Sampler:
         soft_labels: bool = False,
         truncation: float | None = None,
         transform: Callable[[Tensor], Any] | None = None,
+        select: int = 1,
     ) -> DistilledSet:
         """A torch Dataset of ``ipc`` images of each class, drawn at once and kept in memory on the CPU.
 
         Items: (uint8 [C, H, W], or what ``transform`` makes of it; class number, or float32 [K] with ``soft_labels``).
-        A larger ``ipc`` with the same seed holds the smaller set (within one level of 255). Soft labels need a run directory.
+        A larger ``ipc`` with the same seed holds the smaller set (within one level of 255). ``select``: as of `stream`. Soft labels
+        and a choice need a run directory.
         """
         if ipc < 1:
             raise UserError(f"ipc {ipc} is too small; give at least 1")
-        images, labels = self.balanced(ipc * len(self.classes), seed, truncation)
+        images, labels = self.balanced(ipc * len(self.classes), seed, truncation, select=select)
         soft = self.soft_labels(images).cpu() if soft_labels else None
         order = np.argsort(labels, kind="stable")
         take = torch.from_numpy(order)
@@ -139,32 +141,40 @@ class Sampler:
         return DistilledSet(images, torch.from_numpy(labels[order]), None if soft is None else soft[take], transform)
 
     def balanced(
-        self, total: int, seed: int = 0, truncation: float | None = None, first: int = 0
+        self, total: int, seed: int = 0, truncation: float | None = None, first: int = 0, select: int = 1
     ) -> tuple[Tensor, np.ndarray]:
         """``total`` images, uint8 [N, C, H, W] on the device, and their labels 0, 1, …, K-1, 0, 1, …, int64 [N].
 
-        ``first``: where to begin in the endless row of them, so that a large set can be drawn part by part.
+        ``first``: number of the first image, so that a large set can be drawn part by part.
         """
         places = np.arange(first, first + total)
         labels = places % len(self.classes)
-        return self._draw(labels, seed, "dataset/z", places, truncation), labels
+        return self._draw(labels, seed, "dataset/z", places, truncation, select), labels
 
     def stream(
-        self, batch_size: int, seed: int = 0, soft_labels: bool = False, truncation: float | None = None
+        self,
+        batch_size: int,
+        seed: int = 0,
+        soft_labels: bool = False,
+        truncation: float | None = None,
+        select: int = 1,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Endless fresh batches on the device: uint8 [B, C, H, W] with int64 [B], or float32 [B, K] with ``soft_labels``.
 
         Classes come evenly: each once, in random order, before any comes again. In a worker of a torch DataLoader the stream
-        gives each n-th batch, so that the n workers give all of them, none twice.
+        gives each n-th batch, so that the n workers give all of them, none twice. ``select``: of so many draws for each image the
+        run's teachers choose one, as the report's chosen rows show them: it teaches more, and takes as many times as long.
         """
         if batch_size < 1:
             raise UserError(f"batch_size {batch_size} is too small; give at least 1")
-        if soft_labels:
+        if select < 1:
+            raise UserError(_SELECT.format(select))
+        if soft_labels or select > 1:
             self._load_teachers()  # now, not at the first batch
-        return self._stream(batch_size, seed, soft_labels, truncation)
+        return self._stream(batch_size, seed, soft_labels, truncation, select)
 
     def _stream(
-        self, batch_size: int, seed: int, soft_labels: bool, truncation: float | None
+        self, batch_size: int, seed: int, soft_labels: bool, truncation: float | None, select: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         from gdd_dist.data.order import dealt
 
@@ -174,7 +184,7 @@ class Sampler:
         while True:
             places = np.arange(first, first + batch_size)
             labels = dealt(seed, "stream/labels", places, len(self.classes))
-            images = self._draw(labels, seed, "stream/z", places, truncation)
+            images = self._draw(labels, seed, "stream/z", places, truncation, select)
             yield images, self.soft_labels(images) if soft_labels else torch.from_numpy(labels).to(self.device)
             first += workers * batch_size
 
@@ -191,8 +201,7 @@ class Sampler:
         if temperature is None:
             temperature = self.label_temperature()
         x = to_float(images, self.device) if images.dtype == torch.uint8 else images.to(self.device)
-        # In the run's precision, as the report's students are labelled.
-        return soft_labels(teachers, x, temperature, self.meta.get("provenance", {}).get("precision", "float32"))
+        return soft_labels(teachers, x, temperature, self._precision)
 
     def label_temperature(self) -> float:
         """The run's ``report.label_temperature``. Raises UserError without a run directory."""
@@ -217,20 +226,38 @@ class Sampler:
         purpose: str,
         slots: np.ndarray,
         truncation: float | None,
+        select: int = 1,
     ) -> Tensor:
         if truncation is not None and not truncation > 0:
             raise UserError(f"truncation {truncation} is not positive; give more than 0, say 1.0, or None for no cut")
+        if select < 1:
+            raise UserError(_SELECT.format(select))
         parts = [torch.empty(0, *self.image_shape, dtype=torch.uint8, device=self.device)]
         with torch.inference_mode(False), torch.no_grad():
-            for i in range(0, len(labels), DRAW_BATCH):
-                y = torch.from_numpy(labels[i : i + DRAW_BATCH]).to(self.device)
-                z = torch.from_numpy(normal(seed, purpose, 0, slots[i : i + len(y)], self.network.latent))
-                parts.append(to_uint8(self.network(truncated(z, truncation).to(self.device), y)))
+            batch = forward_size(self.device, DRAW_BATCH, CPU_DRAWS)
+            for i in range(0, len(labels), batch):
+                y = torch.from_numpy(labels[i : i + batch]).to(self.device)
+                draws = []
+                for n in range(select):
+                    z = torch.from_numpy(normal(seed, purpose, n, slots[i : i + len(y)], self.network.latent))
+                    draws.append(to_uint8(self.network(truncated(z, truncation).to(self.device), y)))
+                parts.append(draws[0] if select == 1 else self._chosen(torch.stack(draws), y))
         return torch.cat(parts)
+
+    def _chosen(self, draws: Tensor, labels: Tensor) -> Tensor:
+        from gdd_dist.training.soft_labels import chosen
+
+        return chosen(self._load_teachers(), draws, labels, self._precision)
+
+    @property
+    def _precision(self) -> str:
+        """The run's, in which its report's students are labelled."""
+        return str(self.meta.get("provenance", {}).get("precision", "float32"))
 
 
 _GIVE = f"give a run directory (OUT) or a {GENERATOR}"
-_NO_RUN = "soft labels need the run's teachers; give load_generator the run directory (OUT) instead of a single file"
+_SELECT = "select {} is too small; give at least 1, or 3 for the best of three draws"
+_NO_RUN = "soft labels and a choice need the run's teachers; give load_generator the run directory (OUT) instead of a single file"
 
 
 class DistilledSet(Dataset[tuple[Any, Any]]):

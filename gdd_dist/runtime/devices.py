@@ -70,9 +70,8 @@ def choose_kernels(deterministic: bool) -> None:
 
 
 def too_few(ranks: int, gpus: int) -> str:
-    """What is wrong when a host has fewer GPUs than ranks, and what to type; global batches divide by powers of two."""
-    fits = 1 << (gpus.bit_length() - 1)
+    """What is wrong when a host has fewer GPUs than ranks, and what to type."""
     return (
         f"{ranks} ranks on this host but {gpus} CUDA device{'' if gpus == 1 else 's'}; "
-        f"start torchrun --nproc_per_node={fits} (make train RANKS={fits}), or give --device cpu"
+        f"start torchrun --nproc_per_node={gpus} (make train RANKS={gpus}), or give --device cpu"
     )

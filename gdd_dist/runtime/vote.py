@@ -12,7 +12,7 @@ from gdd_dist.runtime.signals import Preempted, asked
 
 
 class Vote:
-    """One all-reduce of two numbers, begun before a step and read after it, so that it hides behind the step.
+    """One all-reduce of two numbers. It begins before a step and is read after it, so that it runs while the step does.
 
     All ranks of ``group`` (None: all there are) get the same answer at the same step, whenever the signal reached each of them.
     """

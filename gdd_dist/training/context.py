@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -107,6 +108,18 @@ class Context:
         normalization = {"range": [-1, 1], "mean": self.mean, "std": self.std}
         about = {"classes": list(self.manifest.classes), "normalization": normalization, "provenance": provenance}
         return {**generator_meta(net), **about}
+
+    @contextmanager
+    def among(self, ranks: int) -> Iterator[bool]:
+        """Inside, the world is its first ``ranks`` ranks, for what they alone do; whether this rank is one. All ranks enter it."""
+        world, disks = self.world, self.disks
+        if ranks < world.size:
+            self.world = world.part(range(ranks))
+            self.disks = disks.among(self.world)
+        try:
+            yield self.world.rank >= 0
+        finally:
+            self.world, self.disks = world, disks
 
     def images(self, split: str) -> Images:
         """The split's images, opened once."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from gdd_dist.data.pixels import to_float
 from gdd_dist.engines.precision import autocast
 from gdd_dist.training.forward_size import forward_size
 
@@ -29,6 +30,17 @@ def soft_labels(teachers: Sequence[nn.Module], images: Tensor, temperature: floa
             total = total.to(part.device) + (logits.float() / temperature).softmax(1)
         parts.append(total / len(teachers))
     return torch.cat(parts)
+
+
+def chosen(teachers: Sequence[nn.Module], draws: Tensor, labels: Tensor, precision: str) -> Tensor:
+    """Of M draws for each of N labels the one that the teachers choose: uint8 [M, N, C, H, W], int64 [N] → uint8 [N, C, H, W].
+
+    They choose the image to whose class they together give the largest share.
+    """
+    m, n = draws.shape[:2]
+    shares = class_shares(teachers, to_float(draws.flatten(0, 1), labels.device), labels.repeat(m), precision)
+    best = shares.view(m, n).argmax(0).to(draws.device)
+    return draws[best, torch.arange(n, device=draws.device)]
 
 
 def class_shares(teachers: Sequence[nn.Module], images: Tensor, labels: Tensor, precision: str) -> Tensor:

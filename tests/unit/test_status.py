@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import stores
 from conftest import Finished
 
 from gdd_dist import status
+from gdd_dist.config.steps import TABLE
 from gdd_dist.pipeline.store_users import FILE, note_user, users
 from gdd_dist.runtime.locks import Lock
 from gdd_dist.storage.checkpoints import Checkpoints
@@ -216,3 +218,14 @@ def test_wrong_use_is_one_line(out: Path, tmp_path: Path, shared: tuple[Path, Pa
     ):
         with pytest.raises(UserError, match=words):
             status.main(argv)
+
+
+def test_a_run_of_an_earlier_version_says_which_steps_are_stale_and_why(
+    out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TABLE, "gan", replace(TABLE["gan"], version=TABLE["gan"].version + 1))
+    lines = {line.split()[0]: line for line in said(capsys, str(out)).splitlines() if line}
+    assert "done" in lines["teachers"]
+    assert "stale: this version computes it anew" in lines["gan"]
+    assert "stale: follows gan " in lines["matching"]
+    assert "stale: follows gan, matching" in lines["report"]

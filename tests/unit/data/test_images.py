@@ -14,7 +14,7 @@ from gdd_dist.data.images import Images, prefetch, to_float, to_uint8
 from gdd_dist.data.workers import FEW, Workers
 from sharding.errors import UserError
 from sharding.manifest import Manifest
-from sharding.plan import Options
+from sharding.options import Options
 from sharding.shards import Shards, decode
 from sharding.writer import build
 

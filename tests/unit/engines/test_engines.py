@@ -69,7 +69,7 @@ def penalized(d, real, fake, labels):
 
 
 def undisturbed(rank):
-    world = World("cpu")
+    world = World("cpu").join()
     torch.set_num_threads(1)
     d = engine(world)
     gradients, _ = train(world, d, 0, STEPS)
@@ -81,7 +81,7 @@ def undisturbed(rank):
 
 def resumed(rank, forget):
     """Half of the steps, a checkpoint, the rest in a fresh engine."""
-    world = World("cpu")
+    world = World("cpu").join()
     d = engine(world)
     train(world, d, 0, STEPS // 2)
     buffer = io.BytesIO()

@@ -21,7 +21,7 @@ from gdd_dist import evaluate as program
 from gdd_dist.data.images import to_float
 from gdd_dist.data.order import Recent
 from gdd_dist.evaluation.rows import Row, images_forwarded, jobs
-from gdd_dist.evaluation.student_results import evaluate, record_path
+from gdd_dist.evaluation.student_results import evaluate, record_path, with_bytes
 from gdd_dist.evaluation.students import Frozen, Sets, real_samples, train
 from gdd_dist.training.context import Context
 from sharding.errors import UserError
@@ -135,6 +135,24 @@ def test_the_fixed_set_without_augmentation_is_labelled_once_as_each_epoch_would
         labels = plain.soft_labels(places, seen)
         assert ctx.forwards - before == (0 if first else 2 * plain.images)
         torch.testing.assert_close(labels, moved.soft_labels(places, seen), atol=1e-6, rtol=0)
+
+
+def test_bytes_count_all_that_must_be_kept_to_train_such_a_student(made: Made) -> None:
+    ctx = made.context(settings())
+    shards = ctx.images("train").shards
+    mean = shards.payload_bytes / shards.samples
+    generator = (made.dirs["gan"] / "generator.safetensors").stat().st_size
+    teachers = sum((made.dirs["teachers"] / f"teacher-{i:03d}.safetensors").stat().st_size for i in (1, 3))
+    drawn = {"train_on": "gan", "labels": "hard", "distinct_images_seen": 40}
+    rows = [
+        drawn,
+        {**drawn, "labels": "soft"},
+        {**drawn, "select": 3},
+        {**drawn, "train_on": "real"},
+        {**drawn, "train_on": "real", "select": 3},  # all are kept that may be chosen
+    ]
+    expected = [generator, generator + teachers, generator + teachers, round(40 * mean), round(120 * mean) + teachers]
+    assert [r["bytes"] for r in with_bytes(ctx, made.dirs, rows)] == expected
 
 
 @settings_of_hypothesis(max_examples=30, deadline=None)

@@ -128,6 +128,24 @@ def test_a_stream_never_ends_deals_classes_evenly_and_starts_alike(generator: Sa
     assert torch.allclose(soft, generator.soft_labels(x))
 
 
+def test_a_choice_shows_each_places_best_draw_whose_first_is_the_plain_one(generator: Sampler, bare: Path) -> None:
+    plain, labels = next(generator.stream(40, seed=1))
+    chosen, same = next(generator.stream(40, seed=1, select=3))
+    assert torch.equal(labels, same)
+
+    def shares(images: torch.Tensor) -> torch.Tensor:
+        return generator.soft_labels(images, 1.0)[torch.arange(len(images)), labels]
+
+    assert (shares(chosen) >= shares(plain) - 1e-6).all()
+    kept = (chosen == plain).flatten(1).all(1)
+    assert 0 < int(kept.sum()) < 40
+    sets = [generator.dataset(2, select=n) for n in (1, 3)]
+    assert torch.equal(sets[0].labels, sets[1].labels)
+    assert not torch.equal(sets[0].images, sets[1].images)
+    with pytest.raises(UserError, match="a choice need the run's teachers"):
+        gdd_dist.load_generator(bare, "cpu").stream(4, select=3)
+
+
 def test_a_stream_is_drawn_on_the_generators_device(made: Made) -> None:
     """The meta device computes nothing, and refuses whatever lies elsewhere."""
     generator = gdd_dist.load_generator(made.out, "meta")
@@ -158,6 +176,8 @@ def test_soft_labels_of_a_single_file_are_one_line_that_says_what_to_give(bare: 
         (lambda g: g.sample([0], truncation=0.0), "truncation 0.0 is not positive"),
         (lambda g: g.dataset(0), "ipc 0 is too small"),
         (lambda g: g.stream(0), "batch_size 0 is too small"),
+        (lambda g: g.dataset(1, select=0), "select 0 is too small"),
+        (lambda g: g.stream(4, select=0), "select 0 is too small"),
     ],
 )
 def test_wrong_calls_say_what_to_give(generator: Sampler, call, said: str) -> None:

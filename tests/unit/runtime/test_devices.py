@@ -42,7 +42,7 @@ def test_without_gpus_there_is_the_cpu(gpus):
     assert identity(torch.device("cpu")) == []
 
 
-@pytest.mark.parametrize(("count", "fits"), [(2, 2), (3, 2), (4, 4), (7, 4)])
+@pytest.mark.parametrize(("count", "fits"), [(2, 2), (3, 3), (4, 4), (7, 7)])
 def test_fewer_gpus_than_ranks_says_what_to_type(gpus, count, fits):
     gpus(count)
     said = f"8 ranks on this host but {count} CUDA devices; start torchrun --nproc_per_node={fits} (make train RANKS={fits})"

@@ -27,7 +27,8 @@ from sharding.manifest import Manifest
 
 pytestmark = pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")
 OPERATIONS = {"teachers": 108, "student": 50, "gan": 555, "matching": {1: 708, 4: 795}}
-"""Of each step of the golden records' run, at most; of matching by the number of teachers in the batch. Each costs a host microseconds."""
+"""Of each step of the golden records' run, at most; of matching by the number of teachers in the batch.
+Each costs a GPU's host some microseconds."""
 
 
 def context(data: Path, out: Path, *settings: str) -> Context:
