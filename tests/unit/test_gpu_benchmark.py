@@ -94,7 +94,7 @@ def test_rates_are_read_from_a_record(tmp_path):
 def test_a_variant_is_taken_where_the_trainer_has_its_switch(variant):
     settings = bench.switch(variant)
     if settings is None:
-        assert variant in ("tf32", "deterministic", "compile")
+        assert variant in ("tf32", "deterministic", "channels_first", "compile")
         assert not bench.exists(variant)
         assert not bench.exists("precision", variant)
     else:
