@@ -44,7 +44,7 @@ class Phase:
         return find(task, *self.arguments)
 
 
-VARIANTS = ("bf16", "tf32", "float32", "fp16", "streamed", "deterministic", "compile")
+VARIANTS = ("bf16", "tf32", "float32", "fp16", "streamed", "deterministic", "channels_first", "compile")
 """Of the speed of the steps: a precision, or bf16 with one switch."""
 PHASES = {
     "environment": Phase("what there is; one product and one convolution", 90, "environment"),
@@ -63,7 +63,7 @@ PHASES = {
     ),
     **{
         f"speed/{v}": Phase(
-            f"images/s, launches, memory of each step: {v}", 240 if v == "compile" else 120, "speed", (v,)
+            f"images/s, launches, memory of each step: {v}", 300 if v == "compile" else 120, "speed", (v,)
         )
         for v in VARIANTS
     },
@@ -71,5 +71,8 @@ PHASES = {
 }
 _CHECKS = ["environment", "shards", "agreement", "skip", "synchronisations", "resume", "one-rank", "double-backward"]
 _SPEEDS = [f"speed/{v}" for v in ("bf16", "tf32", "float32", "fp16", "streamed")]
-CALLS = {"1": [*_CHECKS, *_SPEEDS], "2": ["environment", "shards", "speed/deterministic", "speed/compile", "run"]}
+CALLS = {
+    "1": [*_CHECKS, *_SPEEDS],
+    "2": ["environment", "shards", "speed/deterministic", "speed/channels_first", "speed/compile", "run"],
+}
 """First whether all is right, and as many rates as time allows; then the switches, and a whole run."""

@@ -58,6 +58,8 @@ def switch(variant: str) -> list[str] | None:
         return ["--precision", variant] if exists("precision", variant) else None
     if variant == "streamed":
         return ["--precision", "bf16", "--loader.resident", "none"]
+    if variant == "channels_first":
+        return ["--precision", "bf16", "--channels_last", "false"] if exists("channels_last") else None
     return ["--precision", "bf16", f"--{variant}", "true"] if exists(variant) else None
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from projection import _Counter
+from projection import Counter
 from torch.profiler import ProfilerActivity, profile
 
 from gdd_dist.data.images import prefetch
@@ -115,7 +115,7 @@ def operations(bench: Bench, step: str, architecture: str | None, variant: str, 
         return recorded(out, step, architecture)
     with bench.trainee(step, architecture) as trainee:
         batch = trainee.read(1)
-        with _Counter() as counter:
+        with Counter() as counter:
             trainee.train(1, batch)
     return counter.flops / bench.batch[step]
 

@@ -291,6 +291,14 @@ class Config:
         1, "micro-batches that a rank's share of a gan or matching step is cut into, to save memory", low=1, where=True
     )
     device: str = setting("auto", "auto: CUDA where there is one", choices=("auto", "cpu", "cuda"), where=True)
+    compile: bool = setting(
+        False,
+        "compile classifiers and generator with torch.compile: the first steps take minutes, later ones less time on a GPU",
+        where=True,
+    )
+    channels_last: bool = setting(
+        True, "on a GPU keep what generator and discriminator compute channels last (--engine ddp)", where=True
+    )
     deterministic: bool = setting(
         False,
         "on a GPU add in the same order in each run, so that an interrupted run ends with the same bits as an undisturbed one; slower, and "

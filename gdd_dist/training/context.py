@@ -18,6 +18,7 @@ from gdd_dist.data.images import Images
 from gdd_dist.data.noise import permutation
 from gdd_dist.data.order import Order
 from gdd_dist.data.transfer import Sender
+from gdd_dist.engines.compiled import compiled
 from gdd_dist.engines.precision import cast_once, resolve_precision
 from gdd_dist.models.classifiers import Classifier, build_classifier, divisors
 from gdd_dist.models.files import Teacher, generator_meta
@@ -155,12 +156,16 @@ class Context:
                 mean=self.mean,
                 std=self.std,
             )
-        return self.watch(net)
+        return self.watch(self.compiled(net))
 
     def teacher(self, teacher: Teacher) -> Classifier:
         """A trained teacher, frozen, in evaluation mode, to be asked under autocast of the run's precision."""
         net = teacher.load(self.manifest.channels, self.manifest.height, self.classes)
-        return self.watch(cast_once(net, self.precision))
+        return self.watch(self.compiled(cast_once(net, self.precision)))
+
+    def compiled(self, net: Network) -> Network:
+        """``net``, its forward compiled where the run compiles."""
+        return compiled(net) if self.config.compile else net
 
     def augment(self, images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
         """This run's augmentation of float images [B, C, H, W], replayed by ``draws`` [B, AUGMENT_DRAWS]."""

@@ -1,5 +1,6 @@
 """benchmarks/gpu.py: a phase that hangs, fails or finds nothing is said and the others go on; the last run fits the time that is left."""
 
+import importlib
 import json
 import sys
 import time
@@ -49,6 +50,11 @@ def test_a_phase_is_ok_only_if_it_ends_well_and_finds_something(tmp_path, code, 
     assert ("wrong" in last.get("error", "")) == ("wrong" in code)
 
 
+@pytest.mark.parametrize("name", PHASES)
+def test_every_phase_can_be_loaded(name):
+    assert callable(importlib.import_module(f"gpu_phases.{PHASES[name].module}").find)
+
+
 def test_two_calls_give_every_phase():
     assert set(CALLS["1"]) | set(CALLS["2"]) == set(PHASES)
     assert "shards" in CALLS["1"]
@@ -88,7 +94,7 @@ def test_rates_are_read_from_a_record(tmp_path):
 def test_a_variant_is_taken_where_the_trainer_has_its_switch(variant):
     settings = bench.switch(variant)
     if settings is None:
-        assert variant in ("tf32", "deterministic", "compile")
+        assert variant in ("tf32", "deterministic", "channels_first", "compile")
         assert not bench.exists(variant)
         assert not bench.exists("precision", variant)
     else:
