@@ -45,7 +45,9 @@ def script(shell: str) -> str:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = Parser(
-        prog="python -m gdd_dist.completion", description="Print a shell's completion of gdd-train and the others."
+        prog="python -m gdd_dist.completion",
+        example='eval "$(python -m gdd_dist.completion bash)"',
+        description="Print a shell's completion of gdd-train and the others.",
     )
     p.add_argument("shell", choices=shtab.SUPPORTED_SHELLS, help="which shell")
     return p

@@ -31,7 +31,8 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(
         allow_abbrev=False,
         prog="python -m gdd_dist.doctor",
-        description="Check versions, devices, backends, compiler, DeepSpeed, Ray, disks, ports and JPEG speed, with a fix for each fault. "
+        example="python -m gdd_dist.doctor --out runs --data data/mine",
+        description="Check versions, devices, backends, compiler, DeepSpeed, Ray, disks, ports and speed, with a fix for each fault. "
         "Under torchrun on several nodes: that all of them see the same --out and have the same versions.",
     )
     p.add_argument("--out", default="runs", metavar="DIR", help="where runs will be written (default: runs)")
@@ -72,7 +73,7 @@ def _watched(arguments: argparse.Namespace) -> Iterator[Finding]:
 
 def examine(arguments: argparse.Namespace) -> Iterator[Finding]:
     """This machine, check by check, the cheap ones first."""
-    from gdd_dist.health import checks, isolated_checks  # load torch
+    from gdd_dist.health import checks, isolated_checks, speed  # load torch
 
     yield checks.python()
     yield from checks.packages()
@@ -83,7 +84,8 @@ def examine(arguments: argparse.Namespace) -> Iterator[Finding]:
     if arguments.data:
         yield checks.data_set(Path(arguments.data))
     yield checks.descriptors()
-    yield checks.jpeg_speed()
+    yield speed.jpeg_speed()
+    yield speed.torch_speed()
     yield isolated_checks.backends()
     yield isolated_checks.compiler()
     yield isolated_checks.deepspeed(arguments.deep)

@@ -35,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(
         allow_abbrev=False,
         prog="python -m gdd_dist.evaluate",
+        example="python -m gdd_dist.evaluate runs/digits --ipc 1 10 --students convnet resnet10 --seeds 3",
         description="Train students on what a finished run's generator draws, and on what it is compared with; print the table and write "
         f"OUT/{FILE}. Students that were trained before, by a report or by this, are not trained again. Alone or under torchrun.",
     )

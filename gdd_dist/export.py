@@ -57,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(
         allow_abbrev=False,
         prog="python -m gdd_dist.export",
+        example="python -m gdd_dist.export runs/digits sets/digits-10 --ipc 10 --labels soft",
         description="Draw a distilled set from a finished run's generator and write it, with a card (README.md), into the directory DEST.",
     )
     text = "run directory of gdd_dist.train, or a generator.safetensors (hard labels only)"

@@ -32,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(
         allow_abbrev=False,
         prog="python -m gdd_dist.status",
+        example="python -m gdd_dist.status runs/digits",
         description="Say what of a run is there, running or done. Reads only, unless told to remove.",
     )
     p.add_argument("out", metavar="OUT", help="run directory of gdd_dist.train")

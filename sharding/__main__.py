@@ -7,11 +7,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from tqdm import tqdm
 
 from sharding import __version__
+from sharding.arguments import Parser
 from sharding.errors import UserError
 from sharding.layout import summary
 from sharding.manifest import Manifest
@@ -28,20 +29,15 @@ UNFORESEEN, USER_ERROR, INTERRUPTED = 1, 2, 130
 CLASSES_SHOWN = 20
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as all programs here do."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
 def parser() -> argparse.ArgumentParser:
     """Return the command line's parser; it raises UserError instead of exiting."""
-    top = _Parser(prog="python -m sharding", description="Labelled images to tar shards, and checks of them.")
+    program = "python -m sharding"
+    example = f"{program} build folder:/path/to/images data/mine --image-size 32 --test-fraction 0.1"
+    top = Parser(prog=program, example=example, description="Labelled images to tar shards, and checks of them.")
     top.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="build | info | verify")
     text = "Build a data set. The same command goes on with an unfinished build."
-    make = commands.add_parser("build", help="build a data set", description=text)
+    make = commands.add_parser("build", help="build a data set", example=example, description=text)
     make.add_argument("source", metavar="SOURCE", help=" | ".join(source.usage for source in SOURCES.values()))
     make.add_argument("dest", metavar="DEST", type=_path, help="directory to write, new or empty")
     make.add_argument("--shard-size", default="64MB", metavar="SIZE", help="source bytes for each shard (64MB)")
@@ -59,10 +55,12 @@ def parser() -> argparse.ArgumentParser:
     make.add_argument("--classes", nargs="+", metavar="N|NAME", help="the first N classes alone, or those named")
     text = "what becomes black and white, of images beyond 8 bits (0 65535 of 16 bits)"
     make.add_argument("--value-range", type=float, nargs=2, metavar=("LOW", "HIGH"), help=text)
-    info = commands.add_parser("info", help="say what a data set holds")
+    info = commands.add_parser("info", help="say what a data set holds", example=f"{program} info data/mine")
     info.add_argument("dest", metavar="DEST", type=_path)
     info.add_argument("--json", action="store_true", help="print the manifest")
-    check = commands.add_parser("verify", help="check sizes and sha256 of all files")
+    check = commands.add_parser(
+        "verify", help="check sizes and sha256 of all files", example=f"{program} verify data/mine --deep"
+    )
     check.add_argument("dest", metavar="DEST", type=_path)
     check.add_argument("--deep", action="store_true", help="decode every image too")
     for command in (make, info, check):

@@ -76,6 +76,7 @@ def parser() -> argparse.ArgumentParser:
     """The options in groups; what is not given is None."""
     p = Parser(
         prog="python tune/search.py",
+        example="python tune/search.py --data data/mine --out runs/mine-search --trials 40",
         usage="%(prog)s [--data DIR] [--out DIR] [--trials N] [OPTION VALUE ...] [--SECTION.NAME VALUE ...]",
         allow_abbrev=False,
         description="Search temperature, loss weights and learning rate of matching. Shards, teachers, logits and GAN are computed once; "

@@ -164,7 +164,7 @@ class Gan:
     gamma_final: float = setting(0.1, "weight of the gradient penalties at the end (log-linear)", low=0)
     augment: str = setting(
         "crop",
-        "augmentation that the discriminator sees both sides through: color, crop, cutout joined by _; none: off",
+        "augmentation of real and generated images before the discriminator: color, crop, cutout joined by _; none: off",
     )
     augment_p: float = setting(0.5, "share of images that are augmented before the discriminator", low=0, high=1)
     ema_images: float = setting(

@@ -1,4 +1,4 @@
-"""What the doctor looks at: versions, devices, disks, ports, decoding. Each check finds one thing out and says how to mend it."""
+"""What the doctor looks at: versions, devices, disks, ports. Each check finds one thing out and says how to mend it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,9 @@ import shutil
 import socket
 import sys
 import tempfile
-import time
-from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from gdd_dist.engines.precision import resolve_precision
@@ -22,12 +19,9 @@ from gdd_dist.health.finding import FAIL, OK, WARN, Finding
 from gdd_dist.runtime.memory import free_memory
 from sharding.errors import UserError
 from sharding.files import fsync_dir, write_atomic
-from sharding.shards import decode
 
 OLDEST_PYTHON = (3, 11)
 LOW_SPACE, NO_SPACE = 5e9, 5e8
-SLOW_JPEG = 1_500.0
-JPEG_SIDE, JPEG_SECONDS = 64, 0.3
 RENDEZVOUS_PORT, TENSORBOARD_PORT = 29500, 6006
 
 
@@ -184,31 +178,6 @@ def _is_free(number: int) -> bool:
         except OSError:
             return False
     return True
-
-
-def jpeg_speed() -> Finding:
-    """Images decoded per second, as the loader does it: on one thread, and on all cores."""
-    import simplejpeg
-
-    noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    payload = simplejpeg.encode_jpeg(np.ascontiguousarray(noise.repeat(JPEG_SIDE // 8, 0).repeat(JPEG_SIDE // 8, 1)))
-    threads = len(os.sched_getaffinity(0))
-
-    def work(_: int) -> int:
-        out, done, end = np.empty((JPEG_SIDE, JPEG_SIDE, 3), np.uint8), 0, time.monotonic() + JPEG_SECONDS
-        while time.monotonic() < end:
-            decode(payload, out)
-            done += 1
-        return done
-
-    one = work(0) / JPEG_SECONDS
-    with ThreadPoolExecutor(threads) as pool:
-        every = sum(pool.map(work, range(threads))) / JPEG_SECONDS
-    detail = f"{one:,.0f} images/s on one thread, {every:,.0f} on {threads} ({JPEG_SIDE}×{JPEG_SIDE})"
-    if one < SLOW_JPEG:
-        fix = "is the machine busy? else python -m pip install --force-reinstall simplejpeg"
-        return Finding("jpeg", WARN, detail, fix)
-    return Finding("jpeg", OK, detail)
 
 
 def descriptors() -> Finding:

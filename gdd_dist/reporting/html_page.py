@@ -24,29 +24,37 @@ a { color: var(--link); }
 img { display: block; max-width: 100%; height: auto; margin: 1rem 0; background: #ffffff; border-radius: 4px; }
 .scroll { overflow-x: auto; max-width: 100%; margin: 1rem 0; }
 .scroll img { margin: 0; }
+figure { max-width: 32rem; margin: 1rem 0; } figure svg { display: block; width: 100%; height: auto; }
 table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .55rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
 .names td, .names th { white-space: normal; }
-th { background: var(--soft); font-weight: 600; }
+th { background: var(--soft); font-weight: 600; } th:first-child { text-align: left; }
 tr.matched td { background: color-mix(in srgb, #c8553d 9%, transparent); }
 pre { background: var(--soft); padding: .8rem 1rem; overflow: auto; max-height: 28rem; border-radius: 4px; font-size: .85rem; line-height: 1.4; }
 code { font-size: .92em; overflow-wrap: anywhere; }
 @media (max-width: 40rem) {
   .scroll img { max-width: none; width: 40rem; }
   table { font-size: .74rem; } th, td { padding: .3rem .26rem; }
-  th:first-child, td:first-child { position: sticky; left: 0; } td:first-child { background: var(--back); }
+  th:first-child, td:first-child { position: sticky; left: 0; white-space: normal; } td:first-child { background: var(--back); }
   body { font-size: 15px; } h1 { font-size: 1.45rem; } h1 + p { font-size: 1.05rem; } }
-@media print { body { max-width: none; } h2 { break-after: avoid; } img { break-inside: avoid; } }
+@page { margin: 15mm; }
+@media print {
+  :root { color-scheme: light; --line: #c8ccd2; --soft: #f4f6f8; --text: #000000; --back: #ffffff; --link: #000000; }
+  body { max-width: none; padding: 0; font-size: 10pt; } nav { display: none; } h2 { break-after: avoid; }
+  img, figure, tr { break-inside: avoid; } .scroll { overflow: visible; } table { font-size: 7.5pt; }
+  pre { max-height: none; white-space: pre-wrap; } }
 """
+NAME_SPACE = ' xmlns="http://www.w3.org/2000/svg"'
 
 
 def html(text: str, pictures: Mapping[str, bytes]) -> str:
-    """The page of a Markdown text. ``pictures``: file name → PNG, put in place of ``![…](name)``.
+    """The page of a Markdown text. ``pictures``: file name → PNG or SVG, put in place of ``![…](name)``.
 
     Raises KeyError for a picture that is not there.
     """
     body = markdown.markdown(text, extensions=["tables", "fenced_code", "toc"], output_format="html")
     body = re.sub(r'src="([\w.-]+\.png)"', lambda m: f'src="{data_uri(pictures[m[1]])}"', body)
+    body = re.sub(r'<p><img [^>]*src="([\w.-]+\.svg)"[^>]*></p>', lambda m: inline(pictures[m[1]]), body)
     body = re.sub(r"<p>(<img [^>]*>)</p>", r'<div class="scroll">\1</div>', body)
     body = re.sub(r"<table>(.*?)</table>", _table, body, flags=re.DOTALL)
     body = body.replace("<tr>\n<td>matched</td>", '<tr class="matched">\n<td>matched</td>')
@@ -56,6 +64,12 @@ def html(text: str, pictures: Mapping[str, bytes]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{found[1] if found else 'Report'}</title>\n<style>{CSS}</style>\n</head>\n<body>\n{_with_contents(body)}\n</body>\n</html>\n"
     )
+
+
+def inline(svg: bytes) -> str:
+    """A drawing as a part of the page, so that it follows the page's colours; in HTML it needs no name space."""
+    drawing = svg.decode().replace(NAME_SPACE, "")
+    return f"<figure>{drawing}</figure>"
 
 
 def data_uri(png: bytes) -> str:

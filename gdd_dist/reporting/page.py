@@ -10,9 +10,11 @@ import numpy as np
 from gdd_dist.evaluation.confusion import by_class
 from gdd_dist.evaluation.ddranking import score
 from gdd_dist.evaluation.quick_students import INTERVAL, Candidates
+from gdd_dist.reporting.accuracy_picture import PICTURE
 from gdd_dist.reporting.diagnostics import NEAR_SIDE, Evidence
 from gdd_dist.reporting.reproduce import provenance_table, reproduce
 from gdd_dist.reporting.tables import NONE, differs, headline, markdown, markdown_table
+from gdd_dist.reporting.verdict import answer, comparison, differences, first_screen
 from gdd_dist.runtime.versions import changed
 from gdd_dist.storage.printable import printable
 from gdd_dist.training.context import Context
@@ -29,12 +31,15 @@ def page(
     evidence: Evidence,
 ) -> str:
     """The page as Markdown. ``metrics``: metrics.json's content; ``costs``: by step, of the invocation that computed it."""
-    m = ctx.manifest
+    m, found = ctx.manifest, differences(first_screen(metrics["results"]))
     shape = f"{m.height}×{m.width}, {m.channels} {'channel' if m.channels == 1 else 'channels'}"
     sizes = ", ".join(f"{name} {split.samples:,}" for name, split in m.splits.items())
     parts = [
         f"# Distilled: {word(printable(m.name))}",
+        answer(found),
+        f"![Accuracy between floor and ceiling]({PICTURE})",
         headline(metrics["results"]),
+        comparison(found),
         f"Data: {word(printable(m.name))}, {ctx.classes} classes, {shape}; {sizes} images. {_verified(metrics)}",
         "![Real images, the GAN's, the matched generator's](samples.png)",
         "## Rows",

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from gdd_dist import __version__
-from sharding.errors import UserError
+from sharding import arguments
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one ``error:`` line, as all programs here do, instead of printing its usage."""
+class Parser(arguments.Parser):
+    """With ``--version``, and ``~`` wherever a path may stand."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -24,7 +23,3 @@ class Parser(argparse.ArgumentParser):
         given = sys.argv[1:] if args is None else args
         split = [a.partition("=") if a.startswith("--") else ("", "", a) for a in given]
         return super().parse_args([name + eq + os.path.expanduser(value) for name, eq, value in split], namespace)
-
-    def error(self, message: str) -> NoReturn:
-        """Raise UserError."""
-        raise UserError(f"{message}; see --help")

@@ -19,12 +19,14 @@ from gdd_dist.evaluation.student_results import cached, confusions, evaluate, lo
 from gdd_dist.models.files import GENERATOR, TEACHERS, load_generator_network, read_network
 from gdd_dist.models.generator import ImageGenerator
 from gdd_dist.reporting import training_figures
+from gdd_dist.reporting.accuracy_picture import PICTURE, picture
 from gdd_dist.reporting.diagnostic_figures import gallery
 from gdd_dist.reporting.diagnostics import NEIGHBOURS, Evidence, collect, summary
 from gdd_dist.reporting.html_page import html
 from gdd_dist.reporting.metrics import document
 from gdd_dist.reporting.page import page
 from gdd_dist.reporting.tables import table
+from gdd_dist.reporting.verdict import first_screen
 from gdd_dist.storage.json_files import json_bytes, read_json, write_json
 from gdd_dist.storage.store import CHECKPOINTS, CONTENTS
 from gdd_dist.training.context import Context
@@ -85,11 +87,12 @@ def documents(
     pictures = {**shown, **gallery(evidence, ctx.class_names)}
     pngs = {name: training_figures.png(figure) for name, figure in pictures.items()}
     text = page(ctx, fingerprints, metrics, candidates, costs, evidence).encode("utf-8", "backslashreplace").decode()
+    drawn = {**pngs, PICTURE: picture(first_screen(results), 100 / ctx.classes).encode()}
     return {
         "metrics.json": json_bytes(metrics),
-        **pngs,
+        **drawn,
         "report.md": text.encode(),
-        "report.html": html(text, pngs).encode(),
+        "report.html": html(text, drawn).encode(),
     }
 
 

@@ -92,6 +92,25 @@ def test_every_command_parses(page: str, command: str, tmp_path: Path, monkeypat
             assert (ROOT / script).exists(), f"{script} is not there"
 
 
+HELPS = [(name, []) for name in PROGRAMS if name != "gdd_dist.train"]
+HELPS += [("sharding", [command]) for command in ("build", "info", "verify")]
+
+
+@pytest.mark.parametrize(("program", "words"), HELPS, ids=lambda value: " ".join(value) if value else "")
+def test_help_begins_with_an_example_that_parses(
+    program: str, words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command_line, "_preset_of_data", lambda *_: "digits")
+    with pytest.raises(SystemExit, match="0"):
+        PROGRAMS[program]([*words, "--help"])
+    example = re.match("example: (.*)\n", capsys.readouterr().out)
+    assert example
+    found = called(re.sub(r"^eval .*\$\(|\)\"$", "", example[1]))
+    assert found
+    assert found[0] == program
+    PROGRAMS[program](found[1])
+
+
 def test_readme_is_short_and_names_what_is_typed() -> None:
     text = (ROOT / "README.md").read_text()
     assert len(text.split()) <= 1200
@@ -116,9 +135,34 @@ def test_every_link_leads_somewhere(page: Path) -> None:
             assert not anchor or anchor in anchors(target), link
 
 
+NO_PROSE = re.compile(r"^```.*?^```|<!--.*?-->|^(?:#| {4}).*?$|^\|[-: |]+\|$", re.MULTILINE | re.DOTALL)
+END = re.compile(r"\n\s*\n|^\s*(?:[-*]|\d+\.) |\s*(?<!\\)\|\s*|(?<=[.!?])[*)\"]*\s", re.MULTILINE)
+
+
+def lengths(text: str) -> list[int]:
+    """Words of each sentence, in paragraphs, lists and cells of tables; code counts as a word, what is shorter than four words not at all."""
+    prose = re.sub(r"\]\([^)]*\)", "]", re.sub(r"`[^`]*`", "code", NO_PROSE.sub("\n\n", text)))
+    counts = (sum(bool(re.search(r"\w", word)) for word in part.split()) for part in END.split(prose))
+    return sorted(n for n in counts if n > 3)
+
+
+def test_sentences_are_told_apart() -> None:
+    text = "# Head\nOne two three four.\nFive `a b c` six [seven](x.md) eight. Too short.\n\n- a b c d e\n\n| a b c d e f | 1 |\n|---|---|\n"
+    assert lengths(text) == [4, 5, 5, 6]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(p.relative_to(ROOT)) for p in PAGES])
+def test_sentences_are_short(page: Path) -> None:
+    """Most readers are not native speakers: 20 words on average, 30 in nine of ten."""
+    found = lengths(page.read_text())
+    assert sum(found) / len(found) <= 20
+    assert found[len(found) * 9 // 10] <= 30
+
+
 def test_every_page_is_in_the_index() -> None:
     index = (ROOT / "docs/index.md").read_text()
-    assert [p.name for p in (ROOT / "docs").glob("*.md") if p.name != "index.md" and f"({p.name})" not in index] == []
+    pages = [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs").glob("*.ipynb")]
+    assert [p.name for p in pages if p.name != "index.md" and f"({p.name})" not in index] == []
 
 
 def test_the_reference_of_settings_is_what_the_code_has() -> None:

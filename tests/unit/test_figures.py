@@ -19,7 +19,7 @@ MEASURED = re.compile(r"\d*\.\d+|±|\d[\d,]* ?(?:s|min|minutes|hours|images/s|st
 ALLOWED = {  # versions, settings and bounds, in the words that stand around them
     "README.md": ["Python 3.11", "Apache-2.0"],
     "docs/running.md": ["`val` is 5 % of `train`", "at most 3 % of the time"],
-    "docs/data.md": ["5 % unless told", "7 times a power of two", "default 50GB", "bodies, 500s", "500s"],
+    "docs/data.md": ["5 % unless told", "7 times a power of two", "default 50GB"],
     "docs/engines.md": ["(2 GB) per network", "clips gradients at 1.0"],
     "docs/faults.md": [
         "torch 2.14",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -27,10 +28,22 @@ def test_a_good_machine_is_ready_and_every_line_is_there(
 ) -> None:
     doctor.main(["--out", str(tmp_path / "runs"), "--data", str(digits), "--json"], lambda _world: None)
     found = {f["name"]: f for f in json.loads(capsys.readouterr().out)}
-    assert {"python", "packages", "torch", "devices", "disk", "temporary", "data", "open files", "jpeg"} <= set(found)
+    assert {
+        "python",
+        "packages",
+        "torch",
+        "devices",
+        "disk",
+        "temporary",
+        "data",
+        "open files",
+        "jpeg",
+        "speed",
+    } <= set(found)
     assert {"backends", "compiler", "deepspeed", "ray", "port 29500", "port 6006"} <= set(found)
     assert not [f for f in found.values() if f["state"] == FAIL]
     assert "images/s on one thread" in found["jpeg"]["detail"]
+    assert re.search(r"the same: \d+\.\d\d s on one CPU thread", found["speed"]["detail"])
     assert not (tmp_path / "runs").exists(), "the doctor leaves something behind"
 
 

@@ -243,6 +243,8 @@ def test_the_html_page_is_one_file_that_asks_no_network_for_anything(written: Pa
     for link in re.findall(r'href="#([^"]+)"', text):
         assert f'id="{link}"' in text
     assert "<title>Distilled: digits</title>" in text
+    assert text.index("Did it work?") < text.index('<svg class="acc"') < text.index("<h2")
+    assert "xmlns" in (written / "accuracy.svg").read_text()
 
 
 def test_names_that_hold_markup_stay_names(made: Made, tmp_path: Path) -> None:

@@ -1,0 +1,78 @@
+"""How fast this machine is: decoding images, training steps of torch."""
+
+from __future__ import annotations
+
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from gdd_dist.health.finding import OK, WARN, Finding
+from sharding.shards import decode
+
+SLOW_JPEG = 1_500.0
+JPEG_SIDE, JPEG_SECONDS = 64, 0.3
+LOOP_STEPS, LOOP_ROUNDS = 20, 3
+
+
+def jpeg_speed() -> Finding:
+    """Images decoded per second, as the loader does it: on one thread, and on all cores."""
+    import simplejpeg
+
+    noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    payload = simplejpeg.encode_jpeg(np.ascontiguousarray(noise.repeat(JPEG_SIDE // 8, 0).repeat(JPEG_SIDE // 8, 1)))
+    threads = len(os.sched_getaffinity(0))
+
+    def work(_: int) -> int:
+        out, done, end = np.empty((JPEG_SIDE, JPEG_SIDE, 3), np.uint8), 0, time.monotonic() + JPEG_SECONDS
+        while time.monotonic() < end:
+            decode(payload, out)
+            done += 1
+        return done
+
+    one = work(0) / JPEG_SECONDS
+    with ThreadPoolExecutor(threads) as pool:
+        every = sum(pool.map(work, range(threads))) / JPEG_SECONDS
+    detail = f"{one:,.0f} images/s on one thread, {every:,.0f} on {threads} ({JPEG_SIDE}×{JPEG_SIDE})"
+    if one < SLOW_JPEG:
+        return Finding(
+            "jpeg", WARN, detail, "is the machine busy? else python -m pip install --force-reinstall simplejpeg"
+        )
+    return Finding("jpeg", OK, detail)
+
+
+def torch_speed() -> Finding:
+    """Seconds of a fixed loop of training steps. A wall time says little without it: machines differ by a factor of two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # what the others of this machine do then matters least
+    try:
+        detail = (
+            f"{LOOP_STEPS} training steps, always the same: {_loop_time(torch.device('cpu')):.2f} s on one CPU thread"
+        )
+    finally:
+        torch.set_num_threads(before)
+    if torch.cuda.is_available():
+        detail += f", {_loop_time(torch.device('cuda')):.3f} s on the GPU"
+    return Finding("speed", OK, f"{detail}; quote it beside a wall time")
+
+
+def _loop_time(device: torch.device) -> float:
+    """Seconds of LOOP_STEPS steps of two convolutions of width 32 on 16 images of 32×32 in float32: the best of some rounds."""
+    images = torch.zeros(16, 3, 32, 32, device=device)
+    kernels = [torch.full((32, c, 3, 3), 0.01, device=device, requires_grad=True) for c in (3, 32)]
+
+    def steps(count: int) -> float:
+        begin = time.monotonic()
+        for _ in range(count):
+            x = images
+            for kernel in kernels:
+                x = torch.nn.functional.conv2d(x, kernel, padding=1).relu()
+            x.sum().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.monotonic() - begin
+
+    steps(2)  # memory is allocated, kernels are chosen
+    return min(steps(LOOP_STEPS) for _ in range(LOOP_ROUNDS))
