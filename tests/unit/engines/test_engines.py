@@ -145,6 +145,21 @@ def test_a_fused_optimizer_stays_fused_whatever_wrote_the_state_it_loads(bad):
     assert {float(s["step"]) for s in d.state_dict()["optimizer"]["state"].values()} == {1.0 if bad else 2.0}
 
 
+def test_loaded_moments_lie_in_memory_as_their_weights_do():
+    net = network().to(memory_format=torch.channels_last)
+    d = DDPEngine(net, torch.optim.Adam(net.parameters(), fused=True), World("cpu"), "float32", EXAMPLE)
+    torch.set_num_threads(1)
+    other = engine(World("cpu"))
+    train(World("cpu"), other, 0, 1)
+    d.load_state_dict(copy.deepcopy(other.state_dict()))
+    found, expected = d._optimizer.state, other._optimizer.state
+    assert any(not w.is_contiguous() for w in found)
+    for (w, moments), kept in zip(found.items(), expected.values(), strict=True):
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert moments[name].stride() == w.stride()
+            assert torch.equal(moments[name], kept[name])
+
+
 def test_without_the_optimizers_state_it_would_not(four, tmp_path):
     found = ranks.call(tmp_path, 4, resumed, True)
     assert not all(found[0]["weights"][k].equal(v) for k, v in four[0]["weights"].items())
