@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import time
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -34,6 +36,23 @@ def line(
         ),
         "commit": commit(),
     }
+
+
+def rates(step: Callable[[], object], images: int, seconds: float) -> tuple[float, float]:
+    """Images a minute of steps of ``images``: of this process's CPU time, which other jobs hardly touch, and by the clock.
+
+    Steps are repeated until they took ``seconds`` of CPU time in all.
+    """
+    wall, cpu, done = time.perf_counter(), time.process_time(), 0
+    while not done or time.process_time() - cpu < seconds:
+        step()
+        done += images
+    return 60 * done / (time.process_time() - cpu), 60 * done / (time.perf_counter() - wall)
+
+
+def rounded(values: Mapping[str, float]) -> dict[str, float]:
+    """To thousandths."""
+    return {name: round(float(value), 3) for name, value in values.items()}
 
 
 def machine() -> str:

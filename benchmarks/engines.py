@@ -94,7 +94,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--precision", default="float32")
     options = parser.parse_args()
-    world = World()
+    world = World().join()
     rates: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for _ in range(options.rounds):
         for kind in KINDS:  # in turn, so that other jobs on this machine burden all alike

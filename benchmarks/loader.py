@@ -33,35 +33,20 @@ import numpy as np
 import simplejpeg
 import torch
 from common import line
+from made_up import jpegs
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from gdd_dist.data.images import Images, prefetch
 from gdd_dist.data.order import Order, default_streams
 from sharding.manifest import Manifest
-from sharding.plan import Options
 from sharding.pool import available_cores
 from sharding.shards import Shards, decode
-from sharding.writer import build
 
 Rates = tuple[float, float]
 """Images per second of wall time, and of this process's CPU time, which other jobs on the machine hardly touch."""
 Side = Callable[[], Rates]
 """Reads some images."""
-
-
-def made_up(folder: Path, images: int) -> Path:
-    """A data set of 64x64 JPEGs with the texture, and so the size, of photographs that small (about 2 KB)."""
-    rng = np.random.default_rng(0)
-    for i in range(images + images // 2):
-        coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).resize((64, 64), Image.Resampling.BICUBIC)
-        pixels = np.asarray(coarse) + rng.normal(0, 8, (64, 64, 3))
-        path = folder / "images" / f"class-{i % 10}" / f"{i:06d}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=85)
-    options = Options(test_fraction=0.1, shard_size=images * 1000, workers=1)
-    build(f"folder:{folder / 'images'}", folder / "data", options)
-    return folder / "data"
 
 
 def timed(batches: Iterable[Any], count: Callable[[Any], int], images: int) -> Rates:
@@ -236,7 +221,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="gdd-benchmark-") as scratch:
         folder = Path(scratch)
-        data = args.data or made_up(folder, args.images)
+        data = args.data or jpegs(folder, args.images)
         read, cache = (data, args.images, args.batch), folder / "cache"
         sides: dict[str, Side] = {}
         for threads in sorted({1, args.threads}):

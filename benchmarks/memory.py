@@ -61,7 +61,7 @@ def anonymous(world: World) -> int:
 
 def of_rank(kind: str, width: int, bucket: int) -> dict[str, int]:
     """What one rank measures: bytes kept and at the peak, sent in a step; parameters."""
-    world = World("cpu")
+    world = World("cpu").join()
     tiny = build(generator(16), world, kind, "float32", bucket)
     step(tiny)
     tiny.close()

@@ -61,7 +61,7 @@ class Work:
     operations: int
 
 
-class _Counter(TorchDispatchMode):
+class Counter(TorchDispatchMode):
     """Counts torch operations, and floating-point operations of convolutions and matrix products."""
 
     def __init__(self) -> None:
@@ -82,9 +82,10 @@ class _Counter(TorchDispatchMode):
 def _of_backward(gradient: Tensor, images: Tensor, weight: Tensor, *rest: Any) -> int:
     """Of a convolution's gradients by images and by weights. torch's own formula forgets that groups cut the latter."""
     wanted: Sequence[bool] = rest[-1]
-    one = (
-        2 * gradient.numel() * weight[0].numel()
-    )  # of each number that comes out: fan-in multiplications and additions
+    several = (
+        images if rest[4] else gradient
+    )  # a transposed convolution gives each of its numbers to several, others gather them
+    one = 2 * several.numel() * weight[0].numel()
     return one * sum(wanted[:2])
 
 
@@ -95,7 +96,7 @@ def step_work(generator: Generator, discriminator: Discriminator, teacher: nn.Mo
     matching_step.
     """
     n, arch = 2, generator.arch
-    with torch.device("meta"), _Counter() as counter:
+    with torch.device("meta"), Counter() as counter:
         labels, real = torch.zeros(n, dtype=torch.int64), torch.zeros(n, arch["channels"], arch["size"], arch["size"])
         images = generator(torch.zeros(n, generator.latent), labels)
         _discriminator_step(discriminator, real, images.detach(), labels)

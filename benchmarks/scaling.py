@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 from common import line
-from loader import made_up
+from made_up import jpegs
 from projection import parameters, payload, sent_by_a_rank, tables
 from torch.nn.parallel import DistributedDataParallel
 from wire import bytes_sent
@@ -131,7 +131,7 @@ def launch(ranks: int, argv: list[str], results: Path | None = None) -> None:
 
 def measure(args: argparse.Namespace, scratch: Path) -> dict[tuple[str, int], list[dict[str, float]]]:
     """(step, ranks) → what each round found."""
-    data = args.data or made_up(scratch, 1000)
+    data = args.data or jpegs(scratch, 1000)
     argv = ["--data", str(data), *SMALL.split(), *args.settings]
     launch(1, [*argv, "--out", str(scratch / "base"), "--until", "logits"])
     found: dict[tuple[str, int], list[dict[str, float]]] = {(s, n): [] for s in STEP_NAMES for n in args.ranks}

@@ -70,10 +70,9 @@ def made_up(folder: Path, settings: Sequence[str]) -> None:
     from gdd_dist.models.files import GENERATOR, TEACHERS, save_network
     from gdd_dist.steps.gan import networks
     from gdd_dist.storage.json_files import write_json
-    from sharding.plan import Options
     from sharding.writer import build
 
-    build("digits", folder / "data", Options(workers=1))
+    build("digits", folder / "data", piece("Options", "sharding.options", "sharding.plan")(workers=1))
     ctx, records = context(folder, settings), []
     for name in INPUTS:
         (folder / name).mkdir()

@@ -16,18 +16,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from common import line
-from loader import made_up
+from made_up import jpegs
 
 from gdd_dist import train
-from gdd_dist.data.augment import AUGMENT_DRAWS
-from gdd_dist.data.noise import uniform
 from gdd_dist.runtime.run_program import run_program
+from gdd_dist.steps import gan
 from gdd_dist.training import loop
 
 MODES = {"stock webdataset": "none", "streaming": "none", "resident": "ram"}
@@ -61,10 +61,7 @@ class Waits(loop.Watcher):
         """The loop's own, or stock webdataset's in their place."""
         step = trainee.name.partition(":")[0]
         if self._mode == "stock webdataset":
-            first = trainee.read(start)
-            source, size = stock(self._data, len(first[1])), len(first[1])
-            draws = [torch.from_numpy(uniform(0, "waiting", 0, np.arange(size), AUGMENT_DRAWS))] * (len(first) - 2)
-            batches = ((*next(source), *draws) for _ in range(start, trainee.steps))
+            batches = self._stock(trainee.read(start), trainee.steps - start)
         waited, begin = 0.0, time.perf_counter()
         for number in range(start, trainee.steps):
             if number == start + SKIPPED:
@@ -75,6 +72,15 @@ class Waits(loop.Watcher):
             yield batch
         with (self._results / f"{step}.txt").open("a") as stream:
             stream.write(f"{waited} {time.perf_counter() - begin}\n")
+
+    def _stock(self, first: Any, steps: int) -> Iterator[Any]:
+        """``first``, a batch of the teachers' or the GAN's, with stock webdataset's images and labels in place of its own."""
+        of_gan = isinstance(first, gan.Batch)
+        for images, labels in islice(stock(self._data, len(first.labels if of_gan else first[1])), steps):
+            if of_gan:
+                yield first._replace(labels=labels, real=first.real._replace(images=images))
+            else:
+                yield (images, labels, *first[2:])
 
 
 def rank(mode: str, data: Path, results: Path, argv: list[str]) -> None:
@@ -121,7 +127,7 @@ def main() -> None:
         mode, data, results = args.rank_of
         rank(mode, Path(data), Path(results), args.settings)
     with tempfile.TemporaryDirectory(prefix="gdd-benchmark-") as scratch:
-        data = args.data or made_up(Path(scratch), 2000)
+        data = args.data or jpegs(Path(scratch), 2000)
         for ranks in args.ranks:
             found = {mode: shares(mode, data, ranks, args.settings) for mode in MODES}
             for step in ("teachers", "gan"):

@@ -37,9 +37,8 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--out", default="runs", metavar="DIR", help="where runs will be written (default: runs)")
     p.add_argument("--data", metavar="DIR", help="a data set to look at too")
-    p.add_argument(
-        "--deep", action="store_true", help="also build DeepSpeed's operations (minutes, once) and start Ray"
-    )
+    text = "also build DeepSpeed's operations (minutes, once) and start Ray"
+    p.add_argument("--deep", action="store_true", help=text)
     p.add_argument("--json", action="store_true", help="print the findings as JSON")
     p.add_argument("--debug", action="store_true", help="show tracebacks")
     return p
@@ -65,9 +64,8 @@ def main(argv: Sequence[str], joined: Callable[[World], None]) -> None:
 
 def _watched(arguments: argparse.Namespace) -> Iterator[Finding]:
     """All findings, with a word on a terminal about what is being tried."""
-    bar = tqdm(
-        examine(arguments), desc="doctor", bar_format="{desc} {postfix} {elapsed}", disable=not sys.stderr.isatty()
-    )
+    hidden, form = not sys.stderr.isatty(), "{desc} {postfix} {elapsed}"
+    bar = tqdm(examine(arguments), desc="doctor", bar_format=form, disable=hidden)
     for finding in bar:
         bar.set_postfix_str(finding.name)
         yield finding
@@ -96,14 +94,12 @@ def examine(arguments: argparse.Namespace) -> Iterator[Finding]:
 
 def page(found: Sequence[Finding]) -> str:
     """The findings for a terminal, then what they come to."""
-    wide = max(len(f.name) for f in found)
-    lines = []
+    wide, lines = max(len(f.name) for f in found), list[str]()
+    indent = " " * (wide + 8)
     for f in found:
-        lines += textwrap.wrap(f"{f.state:4}  {f.name:{wide}}  {f.detail}", WIDTH, subsequent_indent=" " * (wide + 8))
+        lines += textwrap.wrap(f"{f.state:4}  {f.name:{wide}}  {f.detail}", WIDTH, subsequent_indent=indent)
         if f.fix:
-            lines += textwrap.wrap(
-                f"→ {f.fix}", WIDTH, initial_indent=" " * (wide + 8), subsequent_indent=" " * (wide + 10)
-            )
+            lines += textwrap.wrap(f"→ {f.fix}", WIDTH, initial_indent=indent, subsequent_indent=f"{indent}  ")
     failed, warned = (sum(f.state == state for f in found) for state in (FAIL, WARN))
     if failed:
         end = f"{failed} of {len(found)} checks failed: mend those first"
@@ -137,26 +133,16 @@ def together(world: World, out: Path) -> list[Finding]:
 
 
 def _shared(out: Path, faults: Sequence[str], unseen: Sequence[Sequence[int]]) -> Finding:
-    size = len(faults)
-    broken = {r: f for r, f in enumerate(faults) if f}
-    if broken:
-        rank, reason = next(iter(broken.items()))
-        return Finding(
-            "shared disk",
-            FAIL,
-            f"rank {rank} cannot write {out}: {reason.lower()}",
-            f"make {out} writable on every node",
-        )
-    blind = next(((r, list(m)) for r, m in enumerate(unseen) if m), None)
-    if blind:
-        detail = f"rank {blind[0]} does not see what rank {blind[1][0]} wrote in {out}"
-        return Finding(
-            "shared disk",
-            FAIL,
-            detail,
-            "mount one disk at the same path on all nodes (NFS, Lustre …) and give it as --out",
-        )
-    return Finding("shared disk", OK, f"all {size} ranks see each other's files in {out}")
+    for rank, reason in enumerate(faults):
+        if reason:
+            detail = f"rank {rank} cannot write {out}: {reason.lower()}"
+            return Finding("shared disk", FAIL, detail, f"make {out} writable on every node")
+    for rank, others in enumerate(unseen):
+        if others:
+            detail = f"rank {rank} does not see what rank {others[0]} wrote in {out}"
+            fix = "mount one disk at the same path on all nodes (NFS, Lustre …) and give it as --out"
+            return Finding("shared disk", FAIL, detail, fix)
+    return Finding("shared disk", OK, f"all {len(faults)} ranks see each other's files in {out}")
 
 
 def _same_versions(everybody: Sequence[dict[str, str]]) -> Finding:

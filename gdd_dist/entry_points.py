@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from functools import partial
 
 from gdd_dist.runtime.run_program import run_program
 
@@ -12,29 +13,11 @@ def _run(module: str) -> None:
     run_program(importlib.import_module(f"gdd_dist.{module}").main, sys.argv[1:])
 
 
-def train() -> None:
-    """gdd-train; under torchrun: torchrun --no-python … gdd-train."""
-    _run("train")
-
-
-def evaluate() -> None:
-    """gdd-evaluate."""
-    _run("evaluate")
-
-
-def export() -> None:
-    """gdd-export."""
-    _run("export")
-
-
-def status() -> None:
-    """gdd-status."""
-    _run("status")
-
-
-def doctor() -> None:
-    """gdd-doctor."""
-    _run("doctor")
+train = partial(_run, "train")  # under torchrun: torchrun --no-python … gdd-train
+evaluate = partial(_run, "evaluate")
+export = partial(_run, "export")
+status = partial(_run, "status")
+doctor = partial(_run, "doctor")
 
 
 def shards() -> None:

@@ -60,43 +60,25 @@ def parser() -> argparse.ArgumentParser:
         example="python -m gdd_dist.export runs/digits sets/digits-10 --ipc 10 --labels soft",
         description="Draw a distilled set from a finished run's generator and write it, with a card (README.md), into the directory DEST.",
     )
-    p.add_argument(
-        "out", metavar="OUT", help="run directory of gdd_dist.train, or a generator.safetensors (hard labels only)"
-    )
+    text = "run directory of gdd_dist.train, or a generator.safetensors (hard labels only)"
+    p.add_argument("out", metavar="OUT", help=text)
     p.add_argument("dest", metavar="DEST", help="directory to write, new or empty")
     what = p.add_argument_group("what is drawn")
     size = what.add_mutually_exclusive_group(required=True)
     size.add_argument("--ipc", type=int, metavar="N", help="images of each class")
     size.add_argument("--total", type=int, metavar="N", help="images in all, classes as even as can be")
-    what.add_argument(
-        "--labels",
-        choices=("hard", "soft"),
-        default="hard",
-        help="soft: the teachers' mean softmax beside the class (default: hard)",
-    )
+    text = "soft: the teachers' mean softmax beside the class (default: hard)"
+    what.add_argument("--labels", choices=("hard", "soft"), default="hard", help=text)
     what.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, another set (default: 0)")
-    what.add_argument(
-        "--truncation",
-        type=float,
-        metavar="T",
-        help="cut latents at ± T: more typical, less varied images (default: no cut)",
-    )
+    text = "cut latents at ± T: more typical, less varied images (default: no cut)"
+    what.add_argument("--truncation", type=float, metavar="T", help=text)
     how = p.add_argument_group("how it is written")
-    how.add_argument(
-        "--format",
-        choices=FORMATS,
-        default="webdataset",
-        help="webdataset: tar shards with a manifest; folder: PNGs by class; npz: one numpy file (default: webdataset)",
-    )
-    how.add_argument(
-        "--licence",
-        default="unknown",
-        metavar="NAME",
-        help="of the set, for its card, say cc-by-4.0; it derives from the data it was distilled from (default: unknown)",
-    )
-    how.add_argument(
-        "--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto, CUDA where there is one)"
-    )
+    text = "webdataset: tar shards with a manifest; folder: PNGs by class; npz: one numpy file (default: webdataset)"
+    how.add_argument("--format", choices=FORMATS, default="webdataset", help=text)
+    text = "of the set, for its card, say cc-by-4.0; it derives from the data it was distilled from (default: unknown)"
+    how.add_argument("--licence", default="unknown", metavar="NAME", help=text)
+    text = "auto, cpu or cuda (default: auto, CUDA where there is one)"
+    how.add_argument("--device", default="auto", metavar="NAME", help=text)
     how.add_argument("--debug", action="store_true", help="show tracebacks")
     return p
 
@@ -118,15 +100,8 @@ def main(argv: Sequence[str], _joined: object = None) -> None:
     if generator.device.type == "meta":  # as a library's user may ask for
         raise UserError("device meta draws nothing; give auto, cpu or cuda")
     total = arguments.total or arguments.ipc * len(generator.classes)
-    drawn = Drawn(
-        total,
-        arguments.ipc,
-        arguments.format,
-        arguments.labels == "soft",
-        arguments.seed,
-        arguments.truncation,
-        arguments.licence,
-    )
+    a, soft = arguments, arguments.labels == "soft"
+    drawn = Drawn(total, a.ipc, a.format, soft, a.seed, a.truncation, a.licence)
     # A directory that is there may be a link, a mount or where somebody stands: it is filled, not replaced.
     there, part = dest.is_dir(), f".{dest.name}.{os.getpid()}.partial"
     work = dest / part if there else dest.with_name(part)
@@ -134,11 +109,9 @@ def main(argv: Sequence[str], _joined: object = None) -> None:
     try:
         check_room(generator, drawn, work)
         write(generator, drawn, work)
-        picture = sample_picture(generator, drawn)
-        write_atomic(work / "samples.png", picture)
-        write_atomic(
-            work / "README.md", card(generator, drawn, Path(arguments.out)).encode("utf-8", "backslashreplace")
-        )
+        write_atomic(work / "samples.png", sample_picture(generator, drawn))
+        text = card(generator, drawn, Path(arguments.out))
+        write_atomic(work / "README.md", text.encode("utf-8", "backslashreplace"))
         for directory in (*(d for d in work.rglob("*") if d.is_dir()), work):
             fsync_dir(directory)
         if there:
@@ -151,29 +124,26 @@ def main(argv: Sequence[str], _joined: object = None) -> None:
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
-    sys.stdout.write(
-        f"{total:,} images of {len(generator.classes)} classes: {dest} (how to read it: {dest}/README.md)\n"
-    )
+    what = f"{total:,} images of {len(generator.classes)} classes"
+    sys.stdout.write(f"{what}: {dest} (how to read it: {dest}/README.md)\n")
 
 
 def check_room(generator: Sampler, drawn: Drawn, directory: Path) -> None:
     """Raise UserError where the set, by the size of a few of its images, does not fit the disk, or as one array the memory."""
     import torch
 
-    from gdd_dist.pipeline.memory_needed import memory
+    from gdd_dist.runtime.memory import all_memory
 
-    images = (
-        generator.balanced(min(drawn.total, ROOM_IMAGES), drawn.seed, drawn.truncation)[0].cpu().permute(0, 2, 3, 1)
-    )
+    few, _ = generator.balanced(min(drawn.total, ROOM_IMAGES), drawn.seed, drawn.truncation)
+    images = few.cpu().permute(0, 2, 3, 1)
     soft = 4 * len(generator.classes) if drawn.soft else 0
     disk = drawn.total * (sum(len(png(image)) for image in images.numpy()) / len(images) + soft)
     array = drawn.total * (images[0].numel() + soft) if drawn.format == "npz" else 0
-    free, host = shutil.disk_usage(directory).free, memory(torch.device("cpu"))
+    free, host = shutil.disk_usage(directory).free, all_memory(torch.device("cpu"))
     for need, have, where in ((disk, free, "free on the disk of DEST"), (array, host, "of memory for one array")):
         if need > have:
-            raise UserError(
-                f"{drawn.total:,} images take about {need / 1e9:,.1f} GB, and there are {have / 1e9:,.1f} GB {where}; ask for fewer"
-            )
+            what = f"{drawn.total:,} images take about {need / 1e9:,.1f} GB"
+            raise UserError(f"{what}, and there are {have / 1e9:,.1f} GB {where}; ask for fewer")
 
 
 def write(generator: Sampler, drawn: Drawn, work: Path) -> None:
@@ -221,18 +191,9 @@ def write_webdataset(generator: Sampler, drawn: Drawn, parts: Iterator[Part], wo
     counts = np.bincount(np.arange(drawn.total) % classes, minlength=classes)
     sums, squares = moments.sums()
     mean, std = mean_and_std([sums], [squares], drawn.total * height * width)
-    split = SplitInfo(drawn.total, tuple(counts.tolist()), tuple(shards))
-    Manifest(
-        f"{generator.data_name}-distilled",
-        generator.classes,
-        height,
-        width,
-        channels,
-        mean,
-        std,
-        versions(),
-        {"train": split},
-    ).save(work)
+    splits = {"train": SplitInfo(drawn.total, tuple(counts.tolist()), tuple(shards))}
+    name, size = f"{generator.data_name}-distilled", (height, width, channels)
+    Manifest(name, generator.classes, *size, mean, std, versions(), splits).save(work)
 
 
 def write_folder(generator: Sampler, parts: Iterator[Part], work: Path) -> None:

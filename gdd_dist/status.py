@@ -152,13 +152,9 @@ def prune(out: Path, config: Config, yes: bool) -> str:
     """List what no run needs; with ``yes`` remove it."""
     root = store_of(out, config)
     idle, found = unused(root, out)
-    lines = [
-        f"{name} is listed in {root / 'users'} but is no run any more: nothing is kept for it" for name in found.gone
-    ]
-    lines += [
-        f"{name}: its data set is not there; what its latest links show is kept, and every unfinished step"
-        for name in found.unplanned
-    ]
+    gone = f"is listed in {root / 'users'} but is no run any more: nothing is kept for it"
+    unplanned = "its data set is not there; what its latest links show is kept, and every unfinished step"
+    lines = [*(f"{name} {gone}" for name in found.gone), *(f"{name}: {unplanned}" for name in found.unplanned)]
     if not idle:
         return "\n".join([*lines, f"nothing to prune in {root}"])
     sizes = {d: d.bytes() for d in idle}
@@ -169,9 +165,8 @@ def prune(out: Path, config: Config, yes: bool) -> str:
         return "\n".join([*lines, f"{many}, {total}, needed by no run; --prune --yes removes them"])
     kept = [d for d in idle if not remove(root, out, d)]
     lines += [f"{d.path} came into use and is kept" for d in kept]
-    return "\n".join(
-        [*lines, f"removed {len(idle) - len(kept)} of {many}, {size(sum(sizes[d] for d in idle if d not in kept))}"]
-    )
+    removed = size(sum(sizes[d] for d in idle if d not in kept))
+    return "\n".join([*lines, f"removed {len(idle) - len(kept)} of {many}, {removed}"])
 
 
 if __name__ == "__main__":

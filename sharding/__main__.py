@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -35,12 +36,8 @@ def parser() -> argparse.ArgumentParser:
     top = Parser(prog=program, example=example, description="Labelled images to tar shards, and checks of them.")
     top.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="build | info | verify")
-    make = commands.add_parser(
-        "build",
-        help="build a data set",
-        example=example,
-        description="Build a data set. The same command goes on with an unfinished build.",
-    )
+    text = "Build a data set. The same command goes on with an unfinished build."
+    make = commands.add_parser("build", help="build a data set", example=example, description=text)
     make.add_argument("source", metavar="SOURCE", help=" | ".join(source.usage for source in SOURCES.values()))
     make.add_argument("dest", metavar="DEST", type=_path, help="directory to write, new or empty")
     make.add_argument("--shard-size", default="64MB", metavar="SIZE", help="source bytes for each shard (64MB)")
@@ -116,8 +113,8 @@ def _build(arguments: argparse.Namespace) -> None:
     import_webdataset_without_torch()
     given = {field.name: getattr(arguments, field.name) for field in fields(Options)}
     given["shard_size"] = parse_size(arguments.shard_size)
-    lists = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
-    options = Options(**{name: value for name, value in (given | lists).items() if value is not None})
+    chosen: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None}
+    options = Options(**chosen)
     built = build(arguments.source, arguments.dest, options, log=_log, bar=sys.stderr.isatty())
     splits = ", ".join(f"{name} {split.samples:,}" for name, split in built.manifest.splits.items())
     skipped = f"; {built.skipped} unreadable images skipped" if built.skipped else ""

@@ -1,12 +1,8 @@
 """Opening a directory or an archive (.tar, .zip), told apart by content."""
 
-import bz2
-import gzip
 import importlib
-import lzma
 import shutil
 import zipfile
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,10 +10,12 @@ from typing import Any
 from sharding.containers import DirectoryFiles, Files, TarFiles, ZipFiles
 from sharding.errors import UserError
 from sharding.kinds import compression, unread
+from sharding.listing import UNPACKED
 from sharding.tars import BLOCK, is_tar, writable
 
-_OPENERS: dict[str, Callable[..., Any]] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
-_ZSTD = ("compression.zstd", "backports.zstd", "zstandard")
+_OPENERS = {"gzip": ["gzip"], "bzip2": ["bz2"], "xz": ["lzma"]}
+_OPENERS |= {"zstd": ["compression.zstd", "backports.zstd", "zstandard"]}
+"""Program → modules that open what it compressed; the first that there is is taken."""
 _SUFFIXES = (".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tgz", ".tbz2", ".txz", ".tar", ".zip")
 _READ = "give a directory, a .tar (.gz, .bz2, .xz), or a .zip"
 
@@ -44,9 +42,9 @@ def open_files(argument: str, scratch: Path) -> Files:
     if is_tar(head):
         return TarFiles(path.absolute(), path)
     program = compression(head) or ""
-    opener = _zstd() if program == "zstd" else _OPENERS.get(program)
-    if opener:
-        return TarFiles(_decompress(path, opener, scratch), path)
+    for module in _OPENERS.get(program, ()):
+        with suppress(ImportError):
+            return TarFiles(_decompress(path, importlib.import_module(module).open, scratch), path)
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")) or zipfile.is_zipfile(path):
         return ZipFiles(path.absolute(), path)
     if kind := unread(head, str(path)):
@@ -62,7 +60,7 @@ def base_name(argument: str) -> str:
 
 
 def _decompress(path: Path, opener: Any, scratch: Path) -> Path:
-    target = (scratch / "source.tar").absolute()
+    target = (scratch / UNPACKED).absolute()
     try:
         with opener(path, "rb") as source, target.open("wb") as out:
             shutil.copyfileobj(source, out, 2**20)
@@ -75,11 +73,3 @@ def _decompress(path: Path, opener: Any, scratch: Path) -> Path:
         if not is_tar(stream.read(BLOCK)):
             raise UserError(f"{path} is compressed, but what is in it is no whole tar archive; {_READ}")
     return target
-
-
-def _zstd() -> Callable[..., Any] | None:
-    """What opens a file that zstd compressed; None where no library here does."""
-    for module in _ZSTD:
-        with suppress(ImportError):
-            return importlib.import_module(module).open
-    return None

@@ -50,15 +50,10 @@ class Digits(Source):
         pixels = np.stack([self._enlarge(image.reshape(8, 8)) for image in images])
         path = self.scratch / PIXELS
         pixels.tofile(path)
-        samples = [
-            Sample(Member(f"digit {i}", 16 * 16, offset=i), label)
-            for i, label in enumerate(labels.astype(int).tolist())
-        ]
         test = stratified(labels, self.TEST, seed=0, purpose="test")
-        splits = {
-            "train": [sample for sample, in_test in zip(samples, test, strict=True) if not in_test],
-            "test": [sample for sample, in_test in zip(samples, test, strict=True) if in_test],
-        }
+        splits: dict[str, list[Sample]] = {"train": [], "test": []}
+        for i, (label, in_test) in enumerate(zip(labels.astype(int).tolist(), test, strict=True)):
+            splits["test" if in_test else "train"].append(Sample(Member(f"digit {i}", 16 * 16, offset=i), label))
         versions = {"scikit-learn": sklearn.__version__}
         return Listing("digits", tuple("0123456789"), splits, ArrayReader(path, pixels.shape), self.VAL, versions)
 
@@ -84,11 +79,11 @@ class Cifar(Source):
         with path.open("wb") as stream:
             for split, files in (("train", self.variant.train), ("test", self.variant.test)):
                 for file in files:
-                    batch = archive.batch(file, len(classes))
-                    stream.write(np.ascontiguousarray(batch.pixels).data)
-                    for i, label in enumerate(batch.labels.tolist()):
+                    pixels, labels = archive.batch(file, len(classes))
+                    stream.write(np.ascontiguousarray(pixels).data)
+                    for i, label in enumerate(labels):
                         splits[split].append(Sample(Member(f"{file}[{i}]", cifar.PIXELS, offset=rows + i), label))
-                    rows += len(batch.labels)
+                    rows += len(labels)
         reader = ArrayReader(path, (rows, 32, 32, 3))
         return Listing(self.variant.name, classes, splits, reader, left_out=archive.left_out())
 

@@ -30,24 +30,9 @@ class Variant:
     names: str
 
 
-CIFAR10 = Variant(
-    name="cifar10",
-    train=tuple(f"data_batch_{i}" for i in range(1, 6)),
-    test=("test_batch",),
-    meta="batches.meta",
-    labels="labels",
-    names="label_names",
-)
+_BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
+CIFAR10 = Variant("cifar10", _BATCHES, ("test_batch",), "batches.meta", "labels", "label_names")
 CIFAR100 = Variant("cifar100", ("train",), ("test",), "meta", "fine_labels", "fine_label_names")
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One file: uint8 pixels [N, 32, 32, 3] and int64 labels [N]."""
-
-    file: str
-    pixels: NDArray[np.uint8]
-    labels: NDArray[np.int64]
 
 
 class Archive:
@@ -57,9 +42,8 @@ class Archive:
         self._files, self._variant, self._tree = files, variant, Tree(files)
         folder = self._tree.folder_with(variant.train[0])
         if folder is None:
-            raise UserError(
-                f"{files.shown} holds no file {variant.train[0]}; give the published python archive of {variant.name}"
-            )
+            cure = f"give the published python archive of {variant.name}"
+            raise UserError(f"{files.shown} holds no file {variant.train[0]}; {cure}")
         self._folder = folder
 
     def classes(self) -> tuple[str, ...]:
@@ -69,8 +53,8 @@ class Archive:
             raise self._malformed(self._variant.meta, f"it holds no list {self._variant.names}")
         return tuple(names)
 
-    def batch(self, file: str, classes: int) -> Batch:
-        """Return one file of images."""
+    def batch(self, file: str, classes: int) -> tuple[NDArray[np.uint8], list[int]]:
+        """Return one file: pixels [N, 32, 32, 3] and N labels."""
         content = self._load(file)
         pixels, labels = content.get("data"), content.get(self._variant.labels)
         pixels = pixels.values if isinstance(pixels, PickledArray) else None
@@ -80,8 +64,7 @@ class Archive:
             raise self._malformed(file, f"it does not hold N rows of {PIXELS} bytes and N {self._variant.labels}")
         if not all(isinstance(label, int) and 0 <= label < classes for label in labels):
             raise self._malformed(file, f"a label is outside 0 … {classes - 1}")
-        upright = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        return Batch(file, upright, np.array(labels, np.int64))
+        return pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels
 
     def left_out(self) -> dict[str, int]:
         """Return how many files of each kind are none of the archive's."""
@@ -126,10 +109,9 @@ class RestrictedUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """Return the stand-in of one of the four allowed names."""
-        try:
-            return _ALLOWED[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not allowed") from None
+        if (module, name) not in _ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not allowed")
+        return _ALLOWED[module, name]
 
 
 class PickledArray:
@@ -157,10 +139,6 @@ class PickledDtype:
         """Ignore the state."""
 
 
-def _reconstruct(*_: Any) -> PickledArray:
-    return PickledArray()
-
-
 def _encode(text: str, encoding: str) -> bytes:
     """Stand in for _codecs.encode, which reaches every codec: pickles of protocol 2 use it for bytes, with latin1."""
     if encoding not in ("latin1", "latin-1"):
@@ -176,8 +154,8 @@ BINBYTES SHORT_BINBYTES GLOBAL STACK_GLOBAL REDUCE BUILD BINPUT LONG_BINPUT BING
 """
 _OPCODES = frozenset(_OPCODE_NAMES.split())
 _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
-    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
-    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy.core.multiarray", "_reconstruct"): lambda *_: PickledArray(),
+    ("numpy._core.multiarray", "_reconstruct"): lambda *_: PickledArray(),
     ("numpy", "ndarray"): PickledArray,
     ("numpy", "dtype"): PickledDtype,
     ("_codecs", "encode"): _encode,

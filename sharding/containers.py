@@ -12,7 +12,7 @@ from typing import Any
 
 from sharding.errors import UserError
 from sharding.links import LOST, SPECIAL, Found, Member, check_walk
-from sharding.tars import LONGEST_NAME, Unfit, checked_name, shown, tree
+from sharding.tars import LONGEST_NAME, Unfit, checked_name, read_at, shown, tree
 
 # An encoded image larger than this is taken for damage, or for an attempt to fill the memory.
 LARGEST_FILE = 256 * 2**20
@@ -108,13 +108,9 @@ class TarFiles(Files):
 
     def bytes_of(self, member: Member, most: int = -1) -> bytes:
         """Return the member's content, or its first bytes."""
-        size = member.size if most < 0 else min(most, member.size)
         if self._descriptor is None:
             self._descriptor = os.open(self.path, os.O_RDONLY)
-        content = os.pread(self._descriptor, size, member.offset)
-        if len(content) != size:
-            raise ValueError("the archive ends before it")
-        return content
+        return read_at(self._descriptor, member.size if most < 0 else min(most, member.size), member.offset)
 
 
 class ZipFiles(Files):
@@ -135,12 +131,10 @@ class ZipFiles(Files):
             kind = stat.S_IFMT(info.external_attr >> 16) if info.create_system in _UNIX else 0
             folder, name = name.endswith("/") or kind == stat.S_IFDIR, posixpath.normpath(name)
             odd = "" if kind in (0, stat.S_IFREG, stat.S_IFLNK) else SPECIAL
-            member = Member(name, info.file_size, place, odd=odd)
-            target = ""
+            member, target = Member(name, info.file_size, place, odd=odd), ""
             if kind == stat.S_IFLNK:
-                target = (
-                    posixpath.join(posixpath.dirname(name), os.fsdecode(self.start_of(member, LONGEST_NAME))) or "."
-                )
+                way = os.fsdecode(self.start_of(member, LONGEST_NAME))
+                target = posixpath.join(posixpath.dirname(name), way) or "."
             found.add(name, None if folder or target else member, target)
         return found.followed()
 
@@ -161,8 +155,8 @@ class ZipFiles(Files):
             if info.compress_type not in _ZIP_METHODS:
                 raise ValueError(f"{shown(name)} is compressed by method {info.compress_type}")
         except ValueError as error:
-            cure = "unpack it and give the directory"
-            raise UserError(f"{self.shown} cannot be read as it is: {error}; {cure}") from None
+            what = f"{self.shown} cannot be read as it is: {error}"
+            raise UserError(f"{what}; unpack it and give the directory") from None
 
     def _opened(self) -> zipfile.ZipFile:
         if self._archive is None:
@@ -195,18 +189,16 @@ def _look(path: str, name: str) -> Member:
     """What stands in a directory under that path; links are followed."""
     try:
         found = os.stat(path)
-    except OSError as error:
-        # Of one that may not be looked at, the reading says so.
-        return Member(name, 0, odd="" if isinstance(error, PermissionError) else LOST)
+    except PermissionError:
+        return Member(name, 0)  # the reading says so
+    except OSError:
+        return Member(name, 0, odd=LOST)
     return Member(name, found.st_size, odd="" if stat.S_ISREG(found.st_mode) else SPECIAL)
 
 
 def _leads_back(path: str) -> bool:
     """Whether a directory is a link to one above it."""
-    if not os.path.islink(path):
-        return False
-    real = os.path.realpath(path)
-    return any(real == os.path.realpath(above) for above in Path(path).parents)
+    return os.path.islink(path) and os.path.realpath(path) in map(os.path.realpath, Path(path).parents)
 
 
 def _fail(error: OSError) -> None:

@@ -116,12 +116,11 @@ def _link_tar(directory: Path, shard: ShardPlan, samples: Iterable[Stored]) -> S
 
 def _with_index(directory: Path, file: str, rows: Sequence[tuple[int, int, int]]) -> ShardInfo:
     """Write the index of a tar, int64 [samples, 3]: offset, size, label."""
-    path = directory / file
-    buffer = io.BytesIO()
+    path, index = directory / file, (directory / file).with_suffix(".npy")
+    buffer = io.BytesIO()  # numpy says less of a full disk than the system does
     np.save(buffer, np.array(rows, np.int64).reshape(-1, 3))
-    index_path = path.with_suffix(".npy")
-    write_atomic(index_path, buffer.getvalue())
-    return ShardInfo(file, len(rows), path.stat().st_size, sha256_file(path), sha256_file(index_path))
+    write_atomic(index, buffer.getvalue())
+    return ShardInfo(file, len(rows), path.stat().st_size, sha256_file(path), sha256_file(index))
 
 
 def finished_shard(task: ShardTask) -> Written | None:
@@ -136,7 +135,7 @@ def finished_shard(task: ShardTask) -> Written | None:
 
 
 class Moments:
-    """Exact sums over pixels, so that neither order nor grouping can change what comes of them."""
+    """Exact sums over pixels: neither the order of the images nor the number of workers changes them."""
 
     def __init__(self, channels: int) -> None:
         self._sums = np.zeros(channels, np.int64)
@@ -160,13 +159,10 @@ def mean_and_std(
 
     The deviation of a channel that is constant counts as 1: pixels are divided by it.
     """
-    means, deviations = [], []
-    for total, square in zip(map(sum, zip(*sums, strict=True)), map(sum, zip(*squares, strict=True)), strict=True):
-        means.append(total / (pixels * 255))
-        # In integers up to the division: no cancellation.
-        variance = (pixels * square - total**2) / (pixels * 255) ** 2
-        deviations.append(variance**0.5 or 1.0)
-    return tuple(means), tuple(deviations)
+    totals = [(sum(a), sum(b)) for a, b in zip(zip(*sums, strict=True), zip(*squares, strict=True), strict=True)]
+    # In integers up to the division: no cancellation.
+    variances = [(pixels * square - total**2) / (pixels * 255) ** 2 for total, square in totals]
+    return tuple(total / (pixels * 255) for total, _ in totals), tuple(v**0.5 or 1.0 for v in variances)
 
 
 def _stored(reader: Reader, sample: Planned, target: Target, moments: Moments | None) -> tuple[str, bytes]:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from sharding.errors import UserError
 
@@ -37,19 +37,13 @@ def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)
-    except OSError as error:
-        error.filename = str(path)  # a failed write itself names no file
-        _remove(temporary)
-        raise
-    except BaseException:
-        _remove(temporary)
+    except BaseException as error:
+        if isinstance(error, OSError):
+            error.filename = str(path)  # a failed write itself names no file
+        with suppress(OSError):  # what went wrong before is what is to be said
+            temporary.unlink()
         raise
     fsync_dir(path.parent)
-
-
-def _remove(temporary: Path) -> None:
-    with suppress(OSError):  # what went wrong before is what is to be said
-        temporary.unlink()
 
 
 def write_atomic(path: Path | str, data: bytes) -> None:
@@ -84,7 +78,7 @@ def exclusive_lock(path: Path, busy: str) -> Iterator[None]:
     """Hold an exclusive lock on `path`, which is created, for the block; the kernel drops it when the process dies.
 
     Raises UserError with the message `busy` when another process holds it. On a file system without locks the block
-    runs unlocked: refusing to work there at all would help nobody.
+    runs without one, because otherwise nothing could be built there.
     """
     descriptor = _open_and_lock(path, busy)
     try:
@@ -97,15 +91,28 @@ def _open_and_lock(path: Path, busy: str) -> int:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-                return descriptor
+            if not flock(descriptor, wait=False):
+                raise UserError(busy)
+        except BaseException:
             os.close(descriptor)
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise UserError(busy) from None
             raise
         # The last holder may have removed the file between our open and our lock: then we hold a name that is gone.
         if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
             return descriptor
         os.close(descriptor)
+
+
+def flock(descriptor: int, wait: bool) -> bool:
+    """Lock an open file among the processes of this host; without `wait` False if another holds it.
+
+    On a file system without locks all hold it.
+    """
+    flags: Any = fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
+    try:
+        fcntl.flock(descriptor, flags)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise
+    return True

@@ -75,16 +75,16 @@ class Folder(Source):
                 note = f"{found} and {rest} are read as classes; --layout splits reads {found} as splits"
                 return {"train": root}, [note]
             notes = [f"{found} are read as splits, {rest} left out; --layout classes reads all of them as classes"]
-        where: dict[str, str] = {}
+        called: dict[str, str] = {}
         for name, split in shaped.items():
-            if split in where:
-                both = f"{shown(posixpath.basename(where[split]))} and {shown(name)} of {files.shown}"
+            if split in called:
+                both = f"{shown(called[split])} and {shown(name)} of {files.shown}"
                 raise UserError(f"{both} are both read as {split}; join them, or give --layout classes")
-            where[split] = posixpath.join(root, name)
-        if "train" not in where:
-            found = " and ".join(shown(posixpath.basename(where[s])) for s in SPLITS if s in where) or "no split"
+            called[split] = name
+        if "train" not in called:
+            found = " and ".join(shown(called[s]) for s in SPLITS if s in called) or "no split"
             raise UserError(f"{files.shown} has {found} but no train; add PATH/train/CLASS/IMAGE")
-        return {split: where[split] for split in SPLITS if split in where}, notes
+        return {split: posixpath.join(root, called[split]) for split in SPLITS if split in called}, notes
 
 
 def _root(tree: Tree) -> str:
@@ -115,8 +115,7 @@ def _classes(tree: Tree, folder: str) -> dict[str, list[str]]:
 
 
 def _samples(files: Files, tree: Tree, folder: str, ordered: list[str], found: dict[str, list[str]]) -> list[Sample]:
-    unknown = sorted(set(found) - set(ordered))
-    if unknown:
+    if unknown := sorted(set(found) - set(ordered)):
         raise UserError(f"class {shown(unknown[0])} is in {folder} of {files.shown} but not in train; remove or add it")
     samples = []
     for label, key in enumerate(ordered):
@@ -136,8 +135,7 @@ def _about_names(folders: dict[str, dict[str, list[str]]], names: dict[str, str]
     notes, raws = [], {raw for found in folders.values() for same in found.values() for raw in same}
     if odd := sorted({writable(raw) for raw in raws if writable(raw) != raw}):
         notes.append(f"names of classes that are not UTF-8 are written with their bytes as \\xe9: {_few(odd)}")
-    joined = [key for key in names if len({raw for found in folders.values() for raw in found.get(key, ())}) > 1]
-    if joined:
+    if joined := [key for key in names if len({raw for found in folders.values() for raw in found.get(key, ())}) > 1]:
         notes.append(f"names that differ in their Unicode form alone are one class: {_few(joined)}")
     return notes
 

@@ -18,7 +18,7 @@ from sharding.kinds import unread
 from sharding.links import Member
 from sharding.listing import Listing, Sample, Source
 from sharding.manifest import SPLITS
-from sharding.tars import BLOCK, Entry, Unfit, entries, is_tar, shown, writable
+from sharding.tars import BLOCK, Entry, Unfit, entries, is_tar, read_at, shown, writable
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 LONGEST_CLS, LONGEST_JSON = 32, 2**20
@@ -56,10 +56,7 @@ class TarSet:
             if len(self._descriptors) >= self.OPEN:
                 os.close(self._descriptors.pop(next(iter(self._descriptors))))
             self._descriptors[member.tar] = os.open(self.paths[member.tar], os.O_RDONLY)
-        content = os.pread(self._descriptors[member.tar], member.size, member.offset)
-        if len(content) != member.size:
-            raise ValueError("the archive ends before it")
-        return content
+        return read_at(self._descriptors[member.tar], member.size, member.offset)
 
 
 class WebDataset(Source):
@@ -77,11 +74,12 @@ class WebDataset(Source):
         if twice := sorted({path for path in paths if paths.count(path) > 1}):
             raise UserError(f"{twice[0]} is named in two places; give each tar once")
         number = 0
-        for split in SPLITS:
-            for path in found.get(split, ()):
-                splits.setdefault(split, []).extend(samples(path, number, reader, aside))
+        for split in [split for split in SPLITS if split in found]:
+            splits[split] = []
+            for path in found[split]:
+                splits[split] += samples(path, number, reader, aside)
                 number += 1
-            if split in found and not splits[split]:
+            if not splits[split]:
                 raise UserError(f"the tars of {split} hold no sample; check {patterns[split]}")
         first = self.options.first_label
         last = last_label(splits, first)
@@ -107,8 +105,7 @@ def split_patterns(argument: str) -> dict[str, str]:
     parts = _SPLIT.split(argument)
     if not any(part.startswith(f"{split}=") for part in parts for split in SPLITS):
         return {"train": _local(argument)}
-    pairs = [part.partition("=") for part in parts]
-    patterns = {split: _local(pattern) for split, _, pattern in pairs}
+    patterns = {split: _local(pattern) for split, _, pattern in (part.partition("=") for part in parts)}
     if "train" not in patterns or len(patterns) < len(parts) or not all(patterns.values()):
         raise UserError(f"webdataset:{argument} does not name each split once; write webdataset:train=GLOB,test=GLOB")
     return patterns
@@ -231,11 +228,9 @@ def _sample(path: Path, tar: int, key: str, files: dict[str, Entry], reader: Tar
     image = files[images[0]]
     if image.size == 0:
         raise ValueError(f"key {shown(key)} has an empty image")
-    member = TarMember(f"{path.name}: {shown(image.name)}", image.size, image.offset, tar)
-    label = _label(tar, key, files, reader)
-    read = (images[0], "cls" if "cls" in files else "json")
+    label, read = _label(tar, key, files, reader), (images[0], "cls" if "cls" in files else "json")
     unused.update(f".{shown(extension)} files" for extension in files if extension not in read)
-    return Sample(member, label)
+    return Sample(TarMember(f"{path.name}: {shown(image.name)}", image.size, image.offset, tar), label)
 
 
 def _label(tar: int, key: str, files: dict[str, Entry], reader: TarSet) -> int:
@@ -267,15 +262,16 @@ def last_label(splits: dict[str, list[Sample]], first: int) -> int:
     if least.label < first:
         raise UserError(f"{least.member.name} has the label {least.label}, less than --first-label {first}; lower that")
     if most.label - first >= len(splits["train"]):
-        what = f"{most.member.name} has the label {most.label}"
-        raise UserError(f"{what}, but there are fewer images than that; check it")
+        cure = "but there are fewer images than that; check it"
+        raise UserError(f"{most.member.name} has the label {most.label}, {cure}")
     if least.label > first == 0:
         cure = f"give --first-label {least.label}, which makes new tars with labels from 0"
         raise UserError(f"labels begin at {least.label}, not at 0; {cure}")
     for split, members in splits.items():
-        if wrong := next((s for s in members if not first <= s.label <= most.label), None):
-            what = f"{wrong.member.name} has the label {wrong.label}"
-            raise UserError(f"{what}, which no image of train has; check {split}")
+        for s in members:
+            if not first <= s.label <= most.label:
+                what = f"{s.member.name} has the label {s.label}, which no image of train has"
+                raise UserError(f"{what}; check {split}")
     return most.label
 
 

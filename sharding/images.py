@@ -10,8 +10,8 @@ side (bicubic, antialiased) and cropping the centre.
 import hashlib
 import io
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -23,17 +23,8 @@ from PIL import Image, features
 from sharding.shards import decode
 
 # No PostScript, which would start an interpreter, and no container formats.
-FORMATS = (
-    "JPEG",
-    "PNG",
-    "WEBP",
-    "BMP",
-    "GIF",
-    "TIFF",
-    "PPM",
-    "JPEG2000",
-    *(["AVIF"] if features.check("avif") else []),
-)
+_AVIF = ["AVIF"] if features.check("avif") else []
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", *_AVIF)
 _SUFFIXES = "jpg jpeg jpe jfif jif pjpeg png apng webp avif bmp gif tif tiff ppm pgm pbm pnm jp2 j2k jpx"
 SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
 _KEPT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -95,8 +86,10 @@ def inspect(item: Item, values: Values | None = None) -> Seen:
     # Pillow's plugins answer damaged files with exceptions of many types.
     try:
         seen = _from_pixels(lambda image, payload: _inspect(image, payload, values), item)
+    except Image.UnidentifiedImageError as error:
+        raise ValueError("not an image, or of a format that is not read") from error
     except Exception as error:
-        raise ValueError(_reason(error)) from error
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
     return replace(seen, sha256=digest, kept_as=seen.kept_as if seen.sha256 == digest else "")
 
 
@@ -117,7 +110,10 @@ def _inspect(image: Image.Image, payload: bytes, values: Values | None) -> Seen:
 
 def _from_pixels(function: Callable[[Image.Image, bytes], Result], payload: bytes) -> Result:
     """What `function` makes of an image, and its bytes; of a PNG that it cannot read as it is, without its texts."""
-    with _strict_on_bombs():
+    with warnings.catch_warnings():
+        # Damaged metadata change no pixel; a size that looks like an attack is refused.
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             with Image.open(io.BytesIO(payload), formats=FORMATS) as image:
                 return function(image, payload)
@@ -223,18 +219,3 @@ def to_stored(item: Item, seen: Seen, target: Target) -> tuple[str, bytes]:
     stream = io.BytesIO()
     Image.fromarray(pixels[:, :, 0] if target.channels == 1 else pixels).save(stream, "PNG")
     return "png", stream.getvalue()
-
-
-@contextmanager
-def _strict_on_bombs() -> Iterator[None]:
-    """Refuse images whose size looks like an attack; say nothing of damaged metadata, which changes no pixel."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        yield
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "not an image, or of a format that is not read"
-    return " ".join(str(error).split()) or type(error).__name__

@@ -111,9 +111,9 @@ class Tree:
 
 def summary(left_out: dict[str, int], most: int = 12) -> str:
     """Say how many of each kind were left out, in one line."""
-    parts = [f"{what} {count:,}" for what, count in list(left_out.items())[:most]]
+    parts = [f"{what} {count:,}" for what, count in left_out.items()]
     if rest := list(left_out.values())[most:]:
-        parts.append(f"{len(rest)} more kinds {sum(rest):,}")
+        parts[most:] = [f"{len(rest)} more kinds {sum(rest):,}"]
     return ", ".join(parts)
 
 

@@ -26,7 +26,7 @@ class Member:
 
 
 def check_walk(walked: int, real: int) -> None:
-    """Raise UserError where `real` directories were entered so often, by links to each other, that it may not end."""
+    """Raise UserError where links lead into the same `real` directories so often that the walk may not end."""
     if walked > 1000 + 10 * real:
         raise UserError(f"links lead into {real:,} directories in more than {walked:,} ways; remove some of them")
 

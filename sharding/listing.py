@@ -12,7 +12,7 @@ from sharding.links import Member
 from sharding.options import Options
 from sharding.tars import writable
 
-ARCHIVE, PIXELS = SCRATCH = ("source.tar", "pixels")
+UNPACKED, PIXELS = SCRATCH = ("source.tar", "pixels")
 """Names of the temporary files a source may make: a decompressed archive, an array of pixels."""
 
 

@@ -63,9 +63,7 @@ class Manifest:
     @property
     def fingerprint(self) -> str:
         """16 hex digits that name this data: sha256 of the canonical JSON of all but `versions` and `left_out`."""
-        document = self.to_json()
-        del document["versions"]
-        document.pop("left_out", None)
+        document = {key: value for key, value in self.to_json().items() if key not in ("versions", "left_out")}
         canonical = json.dumps(document, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
@@ -79,7 +77,7 @@ class Manifest:
             "mean": list(self.mean),
             "std": list(self.std),
             "versions": dict(sorted(self.versions.items())),
-            "splits": {name: _split_to_json(self.splits[name]) for name in SPLITS if name in self.splits},
+            "splits": {name: asdict(self.splits[name]) for name in SPLITS if name in self.splits},
         }
         return document | ({"left_out": self.left_out} if self.left_out else {})
 
@@ -88,15 +86,15 @@ class Manifest:
         """Read the document of `to_json`. Raises ValueError, KeyError or TypeError when it is none or inconsistent."""
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
-        image = document["image"]
+        height, width, channels = (document["image"][name] for name in ("height", "width", "channels"))
         if [entry["id"] for entry in document["classes"]] != list(range(len(document["classes"]))):
             raise ValueError("class ids are not 0, 1, 2, …")
         manifest = Manifest(
-            name=document["name"],
-            classes=tuple(entry["name"] for entry in document["classes"]),
-            height=image["height"],
-            width=image["width"],
-            channels=image["channels"],
+            document["name"],
+            tuple(entry["name"] for entry in document["classes"]),
+            height,
+            width,
+            channels,
             mean=tuple(float(value) for value in document["mean"]),
             std=tuple(float(value) for value in document["std"]),
             versions=dict(document["versions"]),
@@ -138,15 +136,9 @@ def parse_manifest(content: bytes, path: str) -> Manifest:
         raise UserError(f"{path} is not a dataset manifest ({reason}); build the dataset again") from None
 
 
-def _split_to_json(split: SplitInfo) -> dict[str, Any]:
-    shards = [asdict(shard) for shard in split.shards]
-    return {"samples": split.samples, "class_counts": list(split.class_counts), "shards": shards}
-
-
 def _split_from_json(split: dict[str, Any]) -> SplitInfo:
-    shards = tuple(
-        ShardInfo(**{field.name: shard[field.name] for field in fields(ShardInfo)}) for shard in split["shards"]
-    )
+    names = [field.name for field in fields(ShardInfo)]
+    shards = tuple(ShardInfo(*(shard[name] for name in names)) for shard in split["shards"])
     return SplitInfo(split["samples"], tuple(split["class_counts"]), shards)
 
 

@@ -39,17 +39,15 @@ class Mnist(Source):
                 if len(images) != len(labels) or not len(labels) or labels.max() >= len(DIGITS) or len(shapes) > 1:
                     raise UserError(f"the {prefix} files in {files.shown} do not fit each other; get them again")
                 stream.write(images.data)
-                splits[split] = [
-                    Sample(Member(f"{prefix}[{i}]", images[0].size, offset=rows + i), label)
-                    for i, label in enumerate(labels.tolist())
-                ]
+                members = (Member(f"{prefix}[{i}]", images[0].size, offset=rows + i) for i in range(len(labels)))
+                splits[split] = list(map(Sample, members, labels.tolist()))
                 rows += len(labels)
-        fashion = "fashion" in str(Path(self.argument).absolute()).lower()
         height, width = shapes.pop()
-        note = f"classes are named as in {'Fashion-MNIST' if fashion else 'MNIST'}: PATH {'says' if fashion else 'does not say'} fashion"
         reader = ArrayReader(path, (rows, height, width, 1))
-        left_out = tree.left_out(used)
-        return Listing("mnist", FASHION if fashion else DIGITS, splits, reader, left_out=left_out, notes=(note,))
+        classes, note = DIGITS, "classes are named as in MNIST: PATH does not say fashion"
+        if "fashion" in str(Path(self.argument).absolute()).lower():
+            classes, note = FASHION, "classes are named as in Fashion-MNIST: PATH says fashion"
+        return Listing("mnist", classes, splits, reader, left_out=tree.left_out(used), notes=(note,))
 
 
 def _array(files: Files, tree: Tree, name: str, used: set[str]) -> NDArray[np.uint8]:

@@ -35,20 +35,16 @@ class Options:
         for name, fraction in (("val-fraction", self.val_fraction), ("test-fraction", self.test_fraction)):
             if fraction is not None and not 0 < fraction < 1:
                 raise UserError(f"--{name} is {fraction}; give a number between 0 and 1, both excluded")
-        least = {"shard-size": self.shard_size, "workers": self.workers, "image-size": self.image_size}
-        for name, value in least.items():
-            if value is not None and value < 1:
-                raise UserError(f"--{name} is {value}; give 1 or more")
+        for name, least in (("shard_size", 1), ("workers", 1), ("image_size", 1), ("seed", 0), ("first_label", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"--{name.replace('_', '-')} is {value}; give {least} or more")
         if self.image_size is not None and self.image_size > LARGEST_SIDE:
             raise UserError(f"--image-size is {self.image_size}; give {LARGEST_SIDE} or less")
-        if self.seed < 0:
-            raise UserError(f"--seed is {self.seed}; give 0 or more")
         if self.on_error not in ("stop", "skip"):
             raise UserError(f"--on-error is {self.on_error}; give stop or skip")
         if self.layout not in (None, "splits", "classes"):
             raise UserError(f"--layout is {self.layout}; give splits or classes")
-        if self.first_label < 0:
-            raise UserError(f"--first-label is {self.first_label}; give 0 or more")
         if self.value_range is not None and not -math.inf < self.value_range[0] < self.value_range[1] < math.inf:
             low, high = self.value_range
             raise UserError(f"--value-range is {low:g} {high:g}; give two numbers, the smaller first")

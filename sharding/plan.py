@@ -12,9 +12,8 @@ from sharding.images import Seen, Target
 from sharding.links import Member
 from sharding.listing import Listing
 from sharding.manifest import SPLITS
-from sharding.options import DEFAULT_VAL_FRACTION
-from sharding.options import Options as Options
-from sharding.splits import cut, deal
+from sharding.options import DEFAULT_VAL_FRACTION, Options
+from sharding.splits import deal, stratified
 from sharding.tars import BLOCK, padded, shown
 
 
@@ -90,18 +89,13 @@ def make_plan(listing: Listing, seen: dict[str, list[Seen | None]], options: Opt
     _check_depth(looks)
     target = replace(choose_target(looks, options.image_size), values=options.value_range)
     _cut_splits(splits, listing, options)
-    everything = [sample for samples in splits.values() for sample in samples]
-    in_place = bool(listing.in_place) and all(target.keeps(sample.seen) for sample in everything)
-    shards = [
-        shard
-        for split in SPLITS
-        if splits.get(split)
-        for shard in (
-            _as_they_lie(split, splits[split], listing.in_place, torn)
-            if in_place
-            else _deal_split(split, splits[split], options)
-        )
-    ]
+    in_place = bool(listing.in_place) and all(map(target.keeps, looks))
+    shards: list[ShardPlan] = []
+    for split in SPLITS:
+        if in_place:
+            shards += _as_they_lie(split, splits[split], listing.in_place, torn)
+        else:
+            shards += _deal_split(split, splits[split], options)
     return Plan(listing.name, listing.classes, target, tuple(shards))
 
 
@@ -174,13 +168,14 @@ def _cut_splits(splits: dict[str, list[Planned]], listing: Listing, options: Opt
         if split == "val" and fraction is None and listing.val_samples is not None:
             total = listing.val_samples
         labels = [sample.label for sample in train]
-        mask = cut(labels, total, seed=options.seed, purpose=split, classes=listing.classes).tolist()
+        mask = stratified(labels, total, seed=options.seed, purpose=split, classes=listing.classes).tolist()
         splits[split] = [sample for sample, chosen in zip(train, mask, strict=True) if chosen]
         splits["train"] = [sample for sample, chosen in zip(train, mask, strict=True) if not chosen]
 
 
 def _deal_split(split: str, samples: list[Planned], options: Options) -> list[ShardPlan]:
-    total = sum(tar_bytes(sample.member.size) for sample in samples)
+    # A sample takes two headers, the label's block and the padded image.
+    total = sum(3 * BLOCK + padded(sample.member.size) for sample in samples)
     shards = min(len(samples), -(-total // options.shard_size))
     dealt = deal([sample.label for sample in samples], shards, seed=options.seed, split=split)
     return [
@@ -202,8 +197,3 @@ def _as_they_lie(split: str, samples: list[Planned], paths: tuple[Path, ...], to
         ShardPlan(split, f"{split}/{tar:06d}.tar", tuple(rows), None if tar in torn else paths[tar])
         for tar, rows in sorted(by_tar.items())
     ]
-
-
-def tar_bytes(size: int) -> int:
-    """Return what a sample of `size` bytes takes up in a shard: two headers, the label's block, the padded payload."""
-    return 3 * BLOCK + padded(size)

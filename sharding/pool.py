@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 from sharding.errors import UserError
 from sharding.progress import Progress
 
-Shared = TypeVar("Shared")
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 Tick = Callable[[int], None]
@@ -41,9 +40,8 @@ class Pool:
             context = multiprocessing.get_context("spawn")
             self._done: Synchronized[int] = context.Value("q", 0)
             self._stop: Synchronized[int] = context.Value("b", 0)
-            self._executor = ProcessPoolExecutor(
-                workers, context, initializer=_start_worker, initargs=(shared, self._done, self._stop)
-            )
+            of_worker = (shared, self._done, self._stop)
+            self._executor = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=of_worker)
 
     def __enter__(self) -> "Pool":
         return self
@@ -58,7 +56,7 @@ class Pool:
     ) -> list[Result]:
         """Return the results in the order of the tasks. Raises what the function raises, and stops the others."""
         if self._executor is None:
-            return self._map_here(function, tasks, progress)
+            return [function(self._shared, task, progress.more) for task in tasks]
         self._done.value = 0
         try:
             futures = [self._executor.submit(_run, function, task) for task in tasks]
@@ -71,18 +69,6 @@ class Pool:
             return [future.result() for future in futures]
         except BrokenProcessPool:
             raise UserError("a worker process was killed, perhaps for lack of memory; use fewer --workers") from None
-
-    def _map_here(
-        self, function: Callable[[Any, Task, Tick], Result], tasks: Sequence[Task], progress: Progress
-    ) -> list[Result]:
-        done = 0
-
-        def tick(images: int) -> None:
-            nonlocal done
-            done += images
-            progress.update(done)
-
-        return [function(self._shared, task, tick) for task in tasks]
 
 
 class _Stopped(Exception):
@@ -100,7 +86,7 @@ def _start_worker(shared: Any, done: "Synchronized[int]", stop: "Synchronized[in
     _shared, _done, _stop = shared, done, stop
     # Ctrl-C reaches the whole process group; the parent stops the workers in order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     import_webdataset_without_torch()
 
 
@@ -118,9 +104,8 @@ def import_webdataset_without_torch() -> None:
         del sys.modules["torch"]
 
 
-def _die_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
+def _end_with_parent() -> None:
+    if parent := multiprocessing.parent_process():
         parent.join()
         os._exit(1)
 

@@ -38,6 +38,10 @@ class Progress:
             self._log(f"{self._label}: {done:,} of {self._total:,} {self._speed(done)}{left}")
         self._done = done
 
+    def more(self, images: int) -> None:
+        """Show that `images` more are done."""
+        self.update(self._done + images)
+
     def __enter__(self) -> "Progress":
         return self
 

@@ -62,9 +62,8 @@ class Shards:
         self.payload_bytes = int(self._sizes.sum())
         counts = np.bincount(self.labels, minlength=len(manifest.classes))
         if tuple(counts.tolist()) != manifest.splits[split].class_counts:
-            raise UserError(
-                f"the indexes in {self._directory / split} do not hold the class counts of the manifest; build it again"
-            )
+            where = self._directory / split
+            raise UserError(f"the indexes in {where} do not hold the class counts of the manifest; build it again")
         self._map = lru_cache(maxsize=min(most_open, OPEN_SHARDS))(self._open)
 
     def locate(self, i: int) -> tuple[int, int]:
@@ -109,23 +108,19 @@ def read_index(directory: Path, info: ShardInfo, classes: int, *, remote: bool =
     Raises UserError naming the file when the tar's size, the number of rows, an offset or a label does not agree with
     the manifest.
     """
-    tar, path = directory / info.file, directory / info.index_file
+    tar, path, cure = directory / info.file, directory / info.index_file, "build the dataset again"
     try:
         if not remote:
             _check_size(tar, tar.stat().st_size, info)
         with path.open("rb") as stream:
             index = np.lib.format.read_array(stream, allow_pickle=False)
     except OSError as error:
-        raise UserError(
-            f"cannot read {error.filename or path} ({error.strerror or error}); build the dataset again"
-        ) from None
+        raise UserError(f"cannot read {error.filename or path} ({error.strerror or error}); {cure}") from None
     # numpy answers a damaged header with exceptions of many types.
     except Exception as error:
-        raise UserError(f"{path} is not an index ({error}); build the dataset again") from None
+        raise UserError(f"{path} is not an index ({error}); {cure}") from None
     if index.dtype != np.int64 or index.shape != (info.samples, 3):
-        raise UserError(
-            f"{path} does not hold {info.samples} rows of 3 int64, as the manifest says; build the dataset again"
-        )
+        raise UserError(f"{path} does not hold {info.samples} rows of 3 int64, as the manifest says; {cure}")
     offsets, sizes, labels = index.T
     if offsets.min() < 0 or sizes.min() <= 0 or sizes.max() > info.bytes or (offsets > info.bytes - sizes).any():
         raise UserError(f"{path} points outside {tar}; build the dataset again")

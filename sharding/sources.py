@@ -6,6 +6,7 @@ Digits and CIFAR, whose samples are pixels, are in arrays.py.
 import os
 import posixpath
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,18 +47,15 @@ class TinyImageNet(Source):
                 raise UserError(f"class {wnid} has no image in train of {files.shown}; get it again")
             train += [Sample(member, label) for member in images]
         test = self._published_val(files, tree, root, ids)
-        words = [line.rstrip("\n").split("\t", 1) for line in self._lines(files, tree, root, "words.txt")]
-        names = _class_names(wnids, {pair[0]: pair[1] for pair in words if len(pair) == 2})
+        words = [line.partition("\t") for line in self._lines(files, tree, root, "words.txt")]
+        names = _class_names(wnids, {wnid: text for wnid, tab, text in words if tab})
         used = {s.member.name for s in (*train, *test)} | {posixpath.join(root, text) for text in _TEXTS}
         left_out = tree.left_out(used, root)
         return Listing("tiny-imagenet", names, {"train": train, "test": test}, files, left_out=left_out)
 
     def _published_val(self, files: Files, tree: Tree, root: str, ids: dict[str, int]) -> list[Sample]:
-        annotated = {}
-        for line in self._lines(files, tree, root, "val/val_annotations.txt"):
-            fields = line.split("\t")
-            if len(fields) >= 2:
-                annotated[fields[0]] = fields[1].strip()
+        lines = [line.split("\t") for line in self._lines(files, tree, root, "val/val_annotations.txt")]
+        annotated = {fields[0]: fields[1].strip() for fields in lines if len(fields) >= 2}
         samples = []
         for member in tree.images_below(posixpath.join(root, "val")):
             wnid = annotated.get(posixpath.basename(member.name), "")
@@ -125,7 +123,6 @@ def parse(text: str) -> type[Source]:
 
 def _class_names(wnids: Sequence[str], words: dict[str, str]) -> tuple[str, ...]:
     """Return readable, distinct names: the first synonym, with the wnid where two classes share it."""
-    short = [words.get(wnid, wnid).split(",")[0].strip() or wnid for wnid in wnids]
-    return tuple(
-        name if short.count(name) == 1 else f"{name} ({wnid})" for name, wnid in zip(short, wnids, strict=True)
-    )
+    short = {wnid: words.get(wnid, wnid).split(",")[0].strip() or wnid for wnid in wnids}
+    often = Counter(short.values())
+    return tuple(name if often[name] == 1 else f"{name} ({wnid})" for wnid, name in short.items())

@@ -1,5 +1,7 @@
 """Which samples go to which split and which shard: pure functions of labels and seed."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -24,32 +26,23 @@ def apportion(counts: NDArray[np.int64], total: int) -> NDArray[np.int64]:
     return shares
 
 
-def stratified(labels: ArrayLike, total: int, *, seed: int, purpose: str) -> NDArray[np.bool_]:
+def stratified(
+    labels: ArrayLike, total: int, *, seed: int, purpose: str, classes: Sequence[str] = ()
+) -> NDArray[np.bool_]:
     """Choose about `total` of N samples at random, every class in proportion. Returns a mask, bool [N].
 
-    Raises ValueError when a class has fewer than two samples (`args[0]` is the message, `args[1]` the class).
+    Raises UserError when a class, one of the names `classes`, has fewer than two samples.
     """
     labels = np.asarray(labels, np.int64)
     counts = np.bincount(labels)
-    small = np.flatnonzero((counts < 2) & (counts > 0))
-    if len(small):
-        raise ValueError("too few samples to split", int(small[0]))
+    if small := np.flatnonzero((counts < 2) & (counts > 0)).tolist():
+        what = f"class {shown(classes[small[0]])} has too few images to give {purpose} one and train one"
+        raise UserError(f"{what}; add images or remove the class")
     chosen = np.zeros(len(labels), bool)
     present = np.flatnonzero(counts)
     for label, share in zip(present, apportion(counts[present], total), strict=True):
         chosen[_shuffled(np.flatnonzero(labels == label), seed, purpose, int(label))[:share]] = True
     return chosen
-
-
-def cut(labels: ArrayLike, total: int, *, seed: int, purpose: str, classes: tuple[str, ...]) -> NDArray[np.bool_]:
-    """Do as `stratified`; raises UserError naming the class that is too small."""
-    try:
-        return stratified(labels, total, seed=seed, purpose=purpose)
-    except ValueError as error:
-        name = shown(classes[error.args[1]])
-        raise UserError(
-            f"class {name} has too few images to give {purpose} one and train one; add images or remove the class"
-        ) from None
 
 
 def deal(labels: ArrayLike, shards: int, *, seed: int, split: str) -> list[NDArray[np.int64]]:
@@ -58,11 +51,8 @@ def deal(labels: ArrayLike, shards: int, *, seed: int, split: str) -> list[NDArr
     Any two shards differ by at most one sample, in all and in each class.
     """
     labels = np.asarray(labels, np.int64)
-    purpose = f"deal-{split}"
-    by_class = [
-        _shuffled(np.flatnonzero(labels == label), seed, purpose, int(label)) for label in np.unique(labels).tolist()
-    ]
-    order = np.concatenate(by_class)
+    purpose, found = f"deal-{split}", np.unique(labels).tolist()
+    order = np.concatenate([_shuffled(np.flatnonzero(labels == c), seed, purpose, c) for c in found])
     # Class number -1 stands for the shuffle inside each shard, which mixes the classes.
     return [_shuffled(order[shard::shards], seed, purpose, -1 - shard) for shard in range(shards)]
 

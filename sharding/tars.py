@@ -124,9 +124,11 @@ class _Walk:
                 yield Entry(name, target=target, odd=SPECIAL if info.type in _DEVICES else "")
                 position = data + (padded(size) if info.type == _DUMP else 0)
                 continue
-            self._check_room(name, size, data)
-            yield Entry(name, size, data)
             position = data + padded(size)
+            if position > self._end:
+                left = max(0, self._end - data)
+                raise ValueError(f"{shown(name)} claims {size} bytes where {left} are left: cut or forged")
+            yield Entry(name, size, data)
         if extensions:
             raise ValueError("it ends after the extended header of a member that is not there")
         self._check_end(position)
@@ -164,11 +166,6 @@ class _Walk:
             raise ValueError(f"a global header sets the {' and '.join(found)} of all members")
         return found
 
-    def _check_room(self, name: str, size: int, data: int) -> None:
-        if data + padded(size) > self._end:
-            left = max(0, self._end - data)
-            raise ValueError(f"{shown(name)} claims {size} bytes where {left} are left: cut or forged")
-
     def _check_end(self, position: int) -> None:
         if self._bytes(position + BLOCK, BLOCK, "the second of its two closing zero blocks") != _ZEROS:
             raise ValueError(f"the block at byte {position + BLOCK} follows a zero block but is none")
@@ -177,10 +174,18 @@ class _Walk:
             if rest := chunk.lstrip(b"\0"):
                 start = position + (len(chunk) - len(rest)) // BLOCK * BLOCK
                 if is_tar(os.pread(self._descriptor, BLOCK, start)):
-                    cure = "unpack it (tar -xif) and give the directory"
-                    raise Unfit(f"a second archive begins at byte {start}; {cure}")
+                    what = f"a second archive begins at byte {start}"
+                    raise Unfit(f"{what}; unpack it (tar -xif) and give the directory")
                 raise ValueError(f"there are bytes after its end, from byte {position} on")
             position += len(chunk)
+
+
+def read_at(descriptor: int, size: int, offset: int) -> bytes:
+    """Return `size` bytes of an open file from `offset` on. Raises ValueError where it ends before."""
+    content = os.pread(descriptor, size, offset)
+    if len(content) != size:
+        raise ValueError("the archive ends before it")
+    return content
 
 
 def padded(size: int) -> int:

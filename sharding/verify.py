@@ -22,14 +22,6 @@ TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
-class ShardTask:
-    """A shard to decode in full."""
-
-    split: str
-    info: ShardInfo
-
-
-@dataclass(frozen=True)
 class Found:
     """What a shard was found to hold: its faults, class counts, and the pixel sums of `Moments`."""
 
@@ -47,15 +39,15 @@ def verify(directory: Path | str, *, deep: bool = False, log: Log, bar: bool = F
     directory = Path(directory)
     manifest = Manifest.load(directory)
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
-    results = list[str | None]()
+    faults = list[str]()
     with (
         ThreadPoolExecutor(available_cores()) as threads,
         Progress("hashing", len(shards), log=log, bar=bar, unit="shards") as progress,
     ):
         for fault in threads.map(lambda shard: _fault(directory, shard), shards):
-            results.append(fault)
-            progress.update(len(results))
-    faults = [fault for fault in results if fault] + list(_strays(directory, shards))
+            faults += [fault] if fault else []
+            progress.more(1)
+    faults += _strays(directory, shards)
     if deep and not faults:
         faults = _deep(directory, manifest, log, bar)
     if faults:
@@ -81,17 +73,17 @@ def _strays(directory: Path, shards: list[ShardInfo]) -> Iterator[str]:
 
 
 def _deep(directory: Path, manifest: Manifest, log: Log, bar: bool) -> list[str]:
-    tasks = [ShardTask(name, shard) for name, split in manifest.splits.items() for shard in split.shards]
+    shards = [shard for split in manifest.splits.values() for shard in split.shards]
     images = sum(split.samples for split in manifest.splits.values())
-    workers = min(available_cores(), len(tasks), -(-images // IMAGES_PER_WORKER))
+    workers = min(available_cores(), len(shards), -(-images // IMAGES_PER_WORKER))
     with Pool(workers, (directory, manifest)) as pool, Progress("verifying", images, log=log, bar=bar) as progress:
-        found = pool.map(check_shard, tasks, progress)
-    faults = [fault for one in found for fault in one.faults]
+        found = dict(zip(shards, pool.map(check_shard, shards, progress), strict=True))
+    faults = [fault for one in found.values() for fault in one.faults]
     for name, split in manifest.splits.items():
-        counts = np.sum([f.class_counts for t, f in zip(tasks, found, strict=True) if t.split == name], axis=0)
+        counts = np.sum([found[shard].class_counts for shard in split.shards], axis=0)
         if tuple(counts.tolist()) != split.class_counts:
             faults.append(f"the class counts of {name} are not those of the manifest; build the dataset again")
-    train = [f for t, f in zip(tasks, found, strict=True) if t.split == "train"]
+    train = [found[shard] for shard in manifest.splits["train"].shards]
     pixels = manifest.splits["train"].samples * manifest.height * manifest.width
     statistics = mean_and_std([f.sums for f in train], [f.squares for f in train], pixels)
     if not np.allclose(statistics, (manifest.mean, manifest.std), rtol=0, atol=TOLERANCE):
@@ -99,30 +91,22 @@ def _deep(directory: Path, manifest: Manifest, log: Log, bar: bool) -> list[str]
     return faults
 
 
-def check_shard(shared: tuple[Path, Manifest], task: ShardTask, tick: Tick) -> Found:
+def check_shard(shared: tuple[Path, Manifest], info: ShardInfo, tick: Tick) -> Found:
     """Decode every image of a shard and compare the tar with its index."""
     directory, manifest = shared
-    path, classes = directory / task.info.file, len(manifest.classes)
+    path, classes = directory / info.file, len(manifest.classes)
     moments = Moments(manifest.channels)
     try:
-        index = read_index(directory, task.info, classes)
-        members = list(_samples(path))
+        index = read_index(directory, info, classes)
+        members = [(s.member.offset, s.member.size, s.label) for s in samples(path, 0, TarSet([path]))]
     except (UserError, ValueError) as error:
         return Found((f"{path}: {error}",), (0,) * classes, *moments.sums())
     counts = tuple(np.bincount(index[:, 2], minlength=classes).tolist())
-    faults = []
-    if not _rows_of(index, np.array(members, np.int64)):
-        faults.append(f"{task.info.index_file} does not describe {path}; build the dataset again")
+    if _rows_of(index, np.array(members, np.int64)):
+        faults = tuple(_decode_all(path, index, manifest, moments, tick))
     else:
-        faults = list(_decode_all(path, index, manifest, moments, tick))
-    return Found(tuple(faults), counts, *moments.sums())
-
-
-def _samples(path: Path) -> Iterator[tuple[int, int, int]]:
-    """Yield offset, size and label of each sample, as the tar tells them. Raises ValueError for another layout."""
-    reader = TarSet([path])
-    for sample in samples(path, 0, reader):
-        yield sample.member.offset, sample.member.size, sample.label
+        faults = (f"{info.index_file} does not describe {path}; build the dataset again",)
+    return Found(faults, counts, *moments.sums())
 
 
 def _rows_of(index: NDArray[np.int64], members: NDArray[np.int64]) -> bool:

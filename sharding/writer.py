@@ -51,8 +51,7 @@ def build(
     `log` gets lines of text, `bar` shows progress bars on stderr. Raises UserError for anything the user can mend, and
     OSError when the disk is full or not writable; what was finished by then is used by the next run.
     """
-    options, log, dest = options or Options(), log or _silent, Path(dest)
-    source = expanded(source)
+    options, log, dest, source = options or Options(), log or (lambda line: None), Path(dest), expanded(source)
     parse(source)
     check_destination(dest, source.partition(":")[2])
     work, fresh = dest / WORK, not dest.exists()
@@ -82,17 +81,12 @@ def _build(source: str, dest: Path, options: Options, log: Log, bar: bool) -> Bu
             log(note)
         if (dest / FILE).exists():
             return Built(_existing(dest, plan), True, len(skipped))
-        tasks = [
-            ShardTask(dest, dest / WORK / f"{shard.file.replace('/', '-')}.json", shard, plan.target)
-            for shard in plan.shards
-        ]
-        if listing.in_place:
-            anew = sum(shard.tar is None for shard in plan.shards)
-            log(
-                f"{anew} of {len(tasks)} tars are written anew: images do not fit as they are, or are skipped"
-                if anew
-                else "indexing the tars where they lie"
-            )
+        records = [dest / WORK / f"{shard.file.replace('/', '-')}.json" for shard in plan.shards]
+        tasks = [ShardTask(dest, *pair, plan.target) for pair in zip(records, plan.shards, strict=True)]
+        if listing.in_place and (anew := sum(shard.tar is None for shard in plan.shards)):
+            log(f"{anew} of {len(tasks)} tars are written anew: images do not fit as they are, or are skipped")
+        elif listing.in_place:
+            log("indexing the tars where they lie")
         _prepare(dest, source, plan, versions, skipped)
         written = _write(pool, tasks, log, bar)
     manifest = _manifest(plan, written, versions, _left_out(listing, seen))
@@ -128,8 +122,6 @@ def _write(pool: Pool, tasks: list[ShardTask], log: Log, bar: bool) -> list[Writ
     if reused:
         log(f"going on with an unfinished build: {reused} of {len(tasks)} shards are there")
     missing = [task for task, written in zip(tasks, done, strict=True) if written is None]
-    if not missing:
-        return [written for written in done if written is not None]
     images = sum(len(task.shard.samples) for task in missing)
     with Progress("writing", images, log=log, bar=bar) as progress:
         new = iter(pool.map(write_shard, missing, progress))
@@ -173,13 +165,8 @@ def _prepare(dest: Path, source: str, plan: Plan, versions: dict[str, str], skip
         for split in SPLITS:
             if (dest / split).exists():
                 shutil.rmtree(dest / split)
-        document = {
-            "format": BUILD_FORMAT,
-            "source": source,
-            "plan": plan.fingerprint,
-            "versions": versions,
-            "skipped": skipped,
-        }
+        document: dict[str, object] = {"format": BUILD_FORMAT, "source": source, "plan": plan.fingerprint}
+        document |= {"versions": versions, "skipped": skipped}
         write_atomic(dest / BUILD_FILE, json.dumps(document, indent=1).encode() + b"\n")
     wanted = {dest / shard.file for shard in plan.shards}
     for split in sorted({shard.split for shard in plan.shards}):
@@ -208,17 +195,15 @@ def _left_out(listing: Listing, seen: dict[str, list[Seen | None]]) -> dict[str,
 
 
 def _manifest(plan: Plan, written: list[Written], versions: dict[str, str], left_out: dict[str, int]) -> Manifest:
-    splits = {}
+    splits, size = {}, (plan.target.height, plan.target.width, plan.target.channels)
     for split in SPLITS:
         pairs = [(p, w) for p, w in zip(plan.shards, written, strict=True) if p.split == split]
         labels = np.array([sample.label for shard, _ in pairs for sample in shard.samples], np.int64)
         counts = tuple(np.bincount(labels, minlength=len(plan.classes)).tolist())
         splits[split] = SplitInfo(len(labels), counts, tuple(w.info for _, w in pairs))
-    target = plan.target
-    train = [w for p, w in zip(plan.shards, written, strict=True) if p.split == "train"]
-    pixels = splits["train"].samples * target.height * target.width
-    mean, std = mean_and_std([w.sums for w in train], [w.squares for w in train], pixels)
-    size = (target.height, target.width, target.channels)
+        if split == "train":
+            pixels = len(labels) * size[0] * size[1]
+            mean, std = mean_and_std([w.sums for _, w in pairs], [w.squares for _, w in pairs], pixels)
     return Manifest(plan.name, plan.classes, *size, mean, std, versions, splits, left_out)
 
 
@@ -238,7 +223,3 @@ def _clean(dest: Path, fresh: bool) -> None:
     shutil.rmtree(work)
     if fresh and not any(dest.iterdir()):
         dest.rmdir()
-
-
-def _silent(line: str) -> None:
-    """Say nothing."""

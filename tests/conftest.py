@@ -15,7 +15,7 @@ import pytest
 import ranks
 import torch
 
-from sharding.plan import Options
+from sharding.options import Options
 from sharding.writer import build
 
 torch.set_num_threads(1)

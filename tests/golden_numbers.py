@@ -30,7 +30,7 @@ from gdd_dist.training.context import Context
 from sharding.errors import UserError
 from sharding.files import write_atomic
 from sharding.manifest import Manifest
-from sharding.plan import Options
+from sharding.options import Options
 from sharding.writer import build
 
 RECORDS = Path(__file__).parent / "golden"

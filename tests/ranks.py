@@ -77,7 +77,7 @@ class Job:
                 with suppress(ProcessLookupError):  # it ended just now
                     os.kill(process.pid, number)
 
-    def until(self, condition: Callable[[], bool], timeout: float = 120) -> None:
+    def until(self, condition: Callable[[], bool], timeout: float = 240) -> None:
         """Wait for a condition while the job runs."""
         end = time.monotonic() + timeout
         while not condition():
@@ -211,7 +211,7 @@ def _call(rank: int, function: Callable[..., Any], args: tuple[Any, ...], folder
 
 def call(folder: Path, size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """``function(rank, *args)`` in ``size`` processes that may form a World; returns what each gave."""
-    ended = launch(folder, size, _call, (function, args, folder)).wait(120)
+    ended = launch(folder, size, _call, (function, args, folder)).wait()
     assert ended.codes == [0] * size, ended.text
     return [torch.load(folder / f"result-{r}.pt", weights_only=True) for r in range(size)]
 

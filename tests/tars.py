@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from sharding.errors import UserError
-from sharding.plan import Options
+from sharding.options import Options
 from sharding.writer import build
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from gdd_dist.runtime.arguments import Parser
 from sharding.errors import UserError
@@ -38,21 +38,38 @@ class Options:
     final_seeds: int = 3
 
 
-ELSEWHERE = (
-    "trials",
-    "max_concurrent",
-    "time_budget",
-    "address",
-    "cpus_per_trial",
-    "gpus_per_trial",
-    "ranks_per_trial",
-    "final_seeds",
-)
-"""Options that a --resume may change: how much and where, not what is compared."""
-
+FIXED = ("algorithm", "metric", "scheduler")
+"""Options that a --resume may not change: what is compared. The others say how much and where."""
 
 SMALL = ("--matching.steps", "300", "--matching.interval", "100")
 """Settings of a search that was given none: the digits in minutes. They are in best.yaml, like all others."""
+
+_D = Options()
+_HELP = f"""
+where
+  --out DIR: where everything goes (default runs/search)
+  --resume: go on with the search in --out; what it was begun with need not be typed again
+  --address HOST:PORT: head of a running Ray cluster; auto: the one that this host is part of (default: a Ray of its own on this host)
+  --data DIR: data set made by python -m sharding build, or its URL (default: the digits, built in OUT/data)
+  --preset NAME: the trainer's settings to start from (default: by the data set)
+  --config FILE: YAML file of the trainer's settings
+how much
+  --trials N: trials, the plain defaults (trial 0) among them (default {_D.trials})
+  --max-concurrent N: trials at a time at most; 0: as many as fit (default 0)
+  --time-budget TIME: stop the trials of this invocation after so many seconds, or 30m, 2h; --resume does the rest (default: no limit)
+  --final-seeds N: new seeds that best and defaults are retrained with and read on test; 0: do not (default {_D.final_seeds})
+what is searched, and how
+  --space FILE: YAML file that changes the space; --print-space prints one (default: as printed)
+  --print-space: print the space as YAML and exit
+  --algorithm NAME: which settings come next: random, or optuna (its TPE sampler) (default {_D.algorithm})
+  --scheduler NAME: asha: stop trials that lag behind; fifo: run all to their end (default {_D.scheduler})
+  --metric NAME: what the best trial is best in; val: {METRICS["val"]}, in percent; lower: {METRICS["lower"]} (default {_D.metric})
+what a trial gets
+  --ranks-per-trial N: ranks, which may span nodes (default {_D.ranks_per_trial})
+  --cpus-per-trial N: CPU cores of each of its ranks (default {_D.cpus_per_trial:g})
+  --gpus-per-trial N: GPUs of each of its ranks; 0.5: two share one (default: 1 if the cluster has any, else 0)
+"""
+"""Groups of options; the types of their values are those of `Options`."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -68,106 +85,21 @@ def parser() -> argparse.ArgumentParser:
         "python -m gdd_dist.train --help lists them. "
         f"Without any of them, digits in minutes: {SMALL[1]} steps of matching a trial, measured every {SMALL[3]}.",
     )
-    _add_where(p)
-    _add_how_much(p)
-    _add_what(p)
-    _add_trial(p)
+    types: dict[str, Any] = get_type_hints(Options)
+    group: Any = p
+    for line in _HELP.strip().splitlines():
+        names, colon, text = line.strip().partition(": ")
+        flag, _, metavar = names.partition(" ")
+        if not colon:
+            group = p.add_argument_group(line)
+        elif metavar:
+            hint = types.get(flag[2:].replace("-", "_"), str)
+            kind = _seconds if metavar == "TIME" else next(iter(get_args(hint)), hint)  # X of X | None
+            group.add_argument(flag, type=kind, metavar=metavar, help=text)
+        else:
+            group.add_argument(flag, action="store_true", help=text)
+    p.set_defaults(out="runs/search")
     return p
-
-
-def _add_where(p: argparse.ArgumentParser) -> None:
-    group = p.add_argument_group("where")
-    group.add_argument(
-        "--out", metavar="DIR", default="runs/search", help="where everything goes (default %(default)s)"
-    )
-    group.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on with the search in --out; what it was begun with need not be typed again",
-    )
-    group.add_argument(
-        "--address",
-        metavar="HOST:PORT",
-        help="head of a running Ray cluster; auto: the one that this host is part of (default: a Ray of its own on this host)",
-    )
-    for name, metavar, text in (
-        (
-            "data",
-            "DIR",
-            "data set made by python -m sharding build, or its URL (default: the digits, built in OUT/data)",
-        ),
-        ("preset", "NAME", "the trainer's settings to start from (default: by the data set)"),
-        ("config", "FILE", "YAML file of the trainer's settings"),
-    ):
-        group.add_argument(f"--{name}", metavar=metavar, help=text)
-
-
-def _add_how_much(p: argparse.ArgumentParser) -> None:
-    d = Options()
-    group = p.add_argument_group("how much")
-    group.add_argument(
-        "--trials", type=int, metavar="N", help=f"trials, the plain defaults (trial 0) among them (default {d.trials})"
-    )
-    group.add_argument(
-        "--max-concurrent", type=int, metavar="N", help="trials at a time at most; 0: as many as fit (default 0)"
-    )
-    group.add_argument(
-        "--time-budget",
-        type=_seconds,
-        metavar="TIME",
-        help="stop the trials of this invocation after so many seconds, or 30m, 2h; --resume does the rest (default: no limit)",
-    )
-    group.add_argument(
-        "--final-seeds",
-        type=int,
-        metavar="N",
-        help=f"new seeds that best and defaults are retrained with and read on test; 0: do not (default {d.final_seeds})",
-    )
-
-
-def _add_what(p: argparse.ArgumentParser) -> None:
-    d = Options()
-    group = p.add_argument_group("what is searched, and how")
-    group.add_argument(
-        "--space",
-        metavar="FILE",
-        help="YAML file that changes the space; --print-space prints one (default: as printed)",
-    )
-    group.add_argument("--print-space", action="store_true", help="print the space as YAML and exit")
-    group.add_argument(
-        "--algorithm",
-        metavar="NAME",
-        help=f"which settings come next: random, or optuna (its TPE sampler) (default {d.algorithm})",
-    )
-    group.add_argument(
-        "--scheduler",
-        metavar="NAME",
-        help=f"asha: stop trials that lag behind; fifo: run all to their end (default {d.scheduler})",
-    )
-    metrics = "; ".join(f"{k}: {v}, in percent" if k == "val" else f"{k}: {v}" for k, v in METRICS.items())
-    group.add_argument(
-        "--metric", metavar="NAME", help=f"what the best trial is best in; {metrics} (default {d.metric})"
-    )
-
-
-def _add_trial(p: argparse.ArgumentParser) -> None:
-    d = Options()
-    group = p.add_argument_group("what a trial gets")
-    group.add_argument(
-        "--ranks-per-trial", type=int, metavar="N", help=f"ranks, which may span nodes (default {d.ranks_per_trial})"
-    )
-    group.add_argument(
-        "--cpus-per-trial",
-        type=float,
-        metavar="N",
-        help=f"CPU cores of each of its ranks (default {d.cpus_per_trial:g})",
-    )
-    group.add_argument(
-        "--gpus-per-trial",
-        type=float,
-        metavar="N",
-        help="GPUs of each of its ranks; 0.5: two share one (default: 1 if the cluster has any, else 0)",
-    )
 
 
 def _seconds(text: str) -> float:

@@ -5,6 +5,7 @@ Everything of a trial goes into one directory of its own, OUT/tensorboard/<id>, 
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,14 +35,14 @@ class Writer(Callback):
         """What the hparams page shows; trials that an earlier invocation ended are written again."""
         directory = self._record.out / "tensorboard"
         shutil.rmtree(directory, ignore_errors=True)
-        add(directory, [hp.hparams_config_pb([_column(a) for a in self._axes], [_metric(t) for t in METRICS])])
+        metrics = [hp.Metric(tag, display_name=name) for tag, name in METRICS.items()]
+        add(directory, [hp.hparams_config_pb([_column(a) for a in self._axes], metrics)])
         for outcome in self._record.outcomes().values():
             self._write(outcome)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **_info: Any) -> None:
         """Written down by the keeper just before."""
-        outcome = self._record.outcomes().get(trial.config["id"])
-        if outcome is not None:
+        if outcome := self._record.outcomes().get(trial.config["id"]):
             self._write(outcome)
 
     def _write(self, outcome: Outcome) -> None:
@@ -52,25 +53,18 @@ class Writer(Callback):
         add(directory, [hp.hparams_pb(settings, trial_id=outcome.id)])
         with SummaryWriter(str(directory)) as writer:
             curve = [line for line in self._record.curve(outcome.id) if line["step"] != outcome.steps]
-            for line in [*curve, {"step": outcome.steps, **_numbers(outcome)}]:
+            for line in [*curve, {**dataclasses.asdict(outcome), "step": outcome.steps}]:
                 for tag in METRICS:
                     writer.add_scalar(tag, line[tag.partition("/")[2]], line["step"])
 
 
-def _numbers(outcome: Outcome) -> dict[str, Any]:
-    return {"val": outcome.val, "stderr": outcome.stderr, "gap": outcome.gap}
-
-
 def _column(axis: Axis) -> hp.HParam:
-    domain: Any = hp.Discrete(list(axis.choices)) if axis.choices else None
-    if domain is None:
-        low, high = (0.0 if axis.zero else axis.low), axis.high
-        domain = hp.IntInterval(int(low), int(high)) if axis.type is int else hp.RealInterval(low, high)
-    return hp.HParam(axis.setting, domain)
-
-
-def _metric(tag: str) -> hp.Metric:
-    return hp.Metric(tag, display_name=METRICS[tag])
+    if axis.choices:
+        return hp.HParam(axis.setting, hp.Discrete(list(axis.choices)))
+    low = 0.0 if axis.zero else axis.low
+    if axis.type is int:
+        return hp.HParam(axis.setting, hp.IntInterval(int(low), int(axis.high)))
+    return hp.HParam(axis.setting, hp.RealInterval(low, axis.high))
 
 
 def add(directory: Path, summaries: Sequence[Summary]) -> None:

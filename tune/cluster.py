@@ -90,9 +90,8 @@ def temporary() -> str:
     if not os.access(place, os.W_OK | os.X_OK):
         raise UserError(f"{place} is no directory that Ray can write to; set RAY_TMPDIR to one")
     if len(os.fsencode(place)) > LONGEST_PLACE:
-        raise UserError(
-            f"{place} is too long a path for Ray's sockets; set RAY_TMPDIR to one of {LONGEST_PLACE} bytes or fewer, say /tmp"
-        )
+        cure = f"set RAY_TMPDIR to one of {LONGEST_PLACE} bytes or fewer, say /tmp"
+        raise UserError(f"{place} is too long a path for Ray's sockets; {cure}")
     return place
 
 
@@ -113,18 +112,14 @@ def _reach(address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), REACH_SECONDS).close()
     except (OSError, OverflowError) as e:
-        raise UserError(
-            f"no Ray cluster answers at {address} ({e}); start it with `ray start --head`, or leave out --address"
-        ) from e
+        cure = "start it with `ray start --head`, or leave out --address"
+        raise UserError(f"no Ray cluster answers at {address} ({e}); {cure}") from e
 
 
 def nodes() -> list[Node]:
     """The hosts that are alive."""
-    alive = [n for n in ray.nodes() if n["Alive"]]
-    return [
-        Node(n["NodeID"], n["NodeManagerAddress"], n["Resources"].get("CPU", 0.0), n["Resources"].get("GPU", 0.0))
-        for n in alive
-    ]
+    alive = [(n, n["Resources"]) for n in ray.nodes() if n["Alive"]]
+    return [Node(n["NodeID"], n["NodeManagerAddress"], r.get("CPU", 0.0), r.get("GPU", 0.0)) for n, r in alive]
 
 
 def gpus_of(o: Options, found: Sequence[Node]) -> float:
@@ -159,10 +154,8 @@ class Shrunk:
         """Say so, once each time it happens."""
         held = ranks_held(self._options)
         if held < self._ranks and not self._told:
-            say(
-                f"search: the cluster has come to hold {held} of the {self._ranks} ranks needed; it goes on when nodes join, "
-                "or after Ctrl-C with --resume and fewer ranks"
-            )
+            then = "it goes on when nodes join, or after Ctrl-C with --resume and fewer ranks"
+            say(f"search: the cluster has come to hold {held} of the {self._ranks} ranks needed; {then}")
         self._told = held < self._ranks
 
 
@@ -173,13 +166,11 @@ def check_resources(o: Options, found: Sequence[Node]) -> int:
     wanted = f"{o.cpus_per_trial:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
     if not any(per_node):
         most = ", ".join(f"{n.host}: {n.cpus:g} CPUs, {n.gpus:g} GPUs" for n in found) or "no node is alive"
-        raise UserError(
-            f"no node has the {wanted} of a rank ({most}); lower --cpus-per-trial or --gpus-per-trial, or add nodes"
-        )
+        cure = "lower --cpus-per-trial or --gpus-per-trial, or add nodes"
+        raise UserError(f"no node has the {wanted} of a rank ({most}); {cure}")
     if sum(per_node) < o.ranks_per_trial:
-        raise UserError(
-            f"the cluster holds {sum(per_node)} ranks of {wanted}, fewer than --ranks-per-trial {o.ranks_per_trial}; lower it, or add nodes"
-        )
+        fewer = f"fewer than --ranks-per-trial {o.ranks_per_trial}"
+        raise UserError(f"the cluster holds {sum(per_node)} ranks of {wanted}, {fewer}; lower it, or add nodes")
     return sum(per_node)
 
 
@@ -201,18 +192,13 @@ def check_nodes(found: Sequence[Node], out: Path, data: str) -> None:
     here = {"token": token, "data": read_manifest(data).fingerprint, **versions()}
     probe = ray.remote(num_cpus=0, max_retries=0)(_probe)
     try:
-        asked = {
-            n: probe.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n.id, soft=False)).remote(
-                str(out), data, token
-            )
-            for n in found
-        }
+        places = {n: NodeAffinitySchedulingStrategy(n.id, soft=False) for n in found}
+        asked = {n: probe.options(scheduling_strategy=at).remote(str(out), data, token) for n, at in places.items()}
         for node, answer in asked.items():
             _check_answer(node, answer, here, out, data)
             if not (out / f".storage-check-{token}-{node.id}").exists():
-                raise UserError(
-                    f"what node {node.host} writes to {out} does not arrive here; mount the same storage on all nodes"
-                )
+                what = f"what node {node.host} writes to {out} does not arrive here"
+                raise UserError(f"{what}; mount the same storage on all nodes")
     finally:
         for path in out.glob(f".storage-check-{token}*"):
             path.unlink(missing_ok=True)
@@ -235,12 +221,11 @@ def _check_answer(node: Node, answer: ray.ObjectRef, here: dict[str, str], out: 
 
 def _unfit(node: Node, cause: Exception, out: Path, data: str) -> str:
     """What is wrong with a node, from what its probe met."""
+    mount = "mount it there at the same path"
     if isinstance(cause, OSError):
-        return (
-            f"node {node.host} does not share the storage of {out} ({_short(cause)}); mount it there at the same path"
-        )
+        return f"node {node.host} does not share the storage of {out} ({_short(cause)}); {mount}"
     if isinstance(cause, UserError):
-        remedy = "give it the network and the keys for it" if is_remote(data) else "mount it there at the same path"
+        remedy = "give it the network and the keys for it" if is_remote(data) else mount
         return f"node {node.host} does not see the data ({_short(cause)}); {remedy}"
     return f"node {node.host} cannot run a trial ({_short(cause)}); install the same gdd_dist there"
 

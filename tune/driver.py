@@ -7,12 +7,14 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray.tune
 import torch
 import yaml
+from ray.tune.schedulers import FIFOScheduler
 
 from gdd_dist.config import command_line as configuration
 from gdd_dist.data.location import is_remote, read_manifest
@@ -30,7 +32,7 @@ from tune.gang import Job
 from tune.options import FILE, Command, Search, save
 from tune.proposals import Proposals
 from tune.record import DEFAULTS, FINISHED, Outcome, Record, best_of
-from tune.schedule import ENDED, Asha, Keeper, Proposer, scheduler
+from tune.schedule import ENDED, Asha, Keeper, Proposer
 from tune.trial import trial
 
 MAX_FAILURES = 3
@@ -48,14 +50,14 @@ def run(command: Command) -> None:
         if search.options.address is None:
             cluster.temporary()
             cluster.check_resources(search.options, [cluster.this_host()])
-    with holding(Lock(out / "run.lock"), _busy(out)):
+
+    def busy(holder: Mapping[str, Any]) -> None:
+        raise in_use(out, holder)
+
+    with holding(Lock(out / "run.lock"), busy):
         data = data_of(search)
-        check(
-            search.config,
-            read_manifest(data),
-            search.options.ranks_per_trial,
-            torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-        )
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        check(search.config, read_manifest(data), search.options.ranks_per_trial, device)
         if command.resume:
             _say_what_is_there(search, record)
         gain = None
@@ -75,13 +77,6 @@ def data_of(search: Search) -> str:
         build("digits", search.out / "data")
         return str((search.out / "data").resolve())
     return given if is_remote(given) else str(Path(given).resolve())
-
-
-def _busy(out: Path) -> Any:
-    def busy(holder: Mapping[str, Any]) -> None:
-        raise in_use(out, holder)
-
-    return busy
 
 
 def left(search: Search, record: Record) -> bool:
@@ -130,26 +125,24 @@ def trials(search: Search, record: Record, base: Job) -> None:
     missing = max(0, o.trials - len(record.proposed()))
     if not again and not missing:
         return
-    proposals = Proposals(
-        search.axes, o.algorithm, search.config.seed, lambda drawn: space.trainable(search.config, drawn)
-    )
+    sensible = partial(space.trainable, search.config)
+    proposals = Proposals(search.axes, o.algorithm, search.config.seed, sensible)
     for name, settings in {DEFAULTS: {}, **record.proposed()}.items():
         proposals.remember(name, {**space.values(search.axes, search.config), **settings})
         if name in ended:
             proposals.tell(name, ended[name].val if ended[name].status in ENDED else None)
-    plan = scheduler(o.scheduler, o.metric, search.config.matching.interval, longest(search))
-    if isinstance(plan, Asha):
-        plan.replay(record)
+    asha = Asha(o.metric, search.config.matching.interval, longest(search)) if o.scheduler == "asha" else None
+    if asha is not None:
+        asha.replay(record)
     until = time.monotonic() + o.time_budget if o.time_budget else float("inf")
+    keeper = Keeper(record, until, cluster.Shrunk(o, o.ranks_per_trial))
+    place = ray.tune.PlacementGroupFactory(base.bundles(), strategy="PACK")
     ray.tune.Tuner(
-        ray.tune.with_resources(
-            ray.tune.with_parameters(trial, base=base),
-            ray.tune.PlacementGroupFactory(base.bundles(), strategy="PACK"),
-        ),
+        ray.tune.with_resources(ray.tune.with_parameters(trial, base=base), place),
         tune_config=ray.tune.TuneConfig(
             num_samples=len(again) + missing,
             search_alg=Proposer(record, proposals, o.trials, o.metric, lambda: cluster.room(o), again),
-            scheduler=plan,
+            scheduler=asha or FIFOScheduler(),
             time_budget_s=o.time_budget,
             trial_dirname_creator=lambda t: str(t.config["id"]),
         ),
@@ -157,10 +150,7 @@ def trials(search: Search, record: Record, base: Job) -> None:
             name=time.strftime("%Y%m%d-%H%M%S"),
             storage_path=str(record.out / "ray"),
             failure_config=ray.tune.FailureConfig(max_failures=MAX_FAILURES),
-            callbacks=[
-                Keeper(record, until, cluster.Shrunk(o, o.ranks_per_trial)),
-                board.Writer(record, search.axes, search.config),
-            ],
+            callbacks=[keeper, board.Writer(record, search.axes, search.config)],
             verbose=0,
         ),
     ).fit()

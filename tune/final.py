@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,9 +49,14 @@ def measure(base: Job, out: Path, best: Outcome, seeds: int) -> Gain:
     """Retrain and measure, as many at a time as fit; keeps the result in OUT/final.json."""
     arms: dict[str, Mapping[str, Any]] = {"defaults": {}} | ({"best": best.settings} if best.id != DEFAULTS else {})
     numbers = range(1, seeds + 1)
-    jobs = {(arm, n): job_of(base, out, arm, settings, n) for arm, settings in arms.items() for n in numbers}
+    jobs = {
+        (arm, n): dataclasses.replace(base, config=config_of(base.config, out, arm, settings, n))
+        for arm, settings in arms.items()
+        for n in numbers
+    }
     gang.run_all(list(jobs.values()))
-    rows = {key: _rows(job) for key, job in jobs.items()}
+    found = {k: read_json(job.out / "report" / "latest" / "metrics.json")["results"] for k, job in jobs.items()}
+    rows = {key: {str(r["train_on"]): r for r in results} for key, results in found.items()}
     arm = "best" if "best" in arms else "defaults"
     row = rows[arm, 1]["matched"]
     gain = Gain(
@@ -68,22 +73,19 @@ def measure(base: Job, out: Path, best: Outcome, seeds: int) -> Gain:
 
 def load(out: Path, trial: str, seeds: int) -> Gain | None:
     """What an earlier invocation measured of this trial with as many seeds, if any did."""
-    path = out / FILE
-    if not path.exists():
+    if not (out / FILE).exists():
         return None
-    body = read_json(path)
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in body.items() if k != "format"}
-    gain = Gain(**values)
+    body: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in read_json(out / FILE).items()}
+    body.pop("format")
+    gain = Gain(**body)
     return gain if gain.trial == trial and len(gain.seeds) == seeds else None
 
 
-def job_of(base: Job, out: Path, arm: str, settings: Mapping[str, Any], number: int) -> Job:
-    """One whole retraining from the shared artifacts, with seeds of matching and of students that no trial used."""
-    return dataclasses.replace(base, config=config_of(base.config, out, arm, settings, number))
-
-
 def config_of(config: Config, out: Path, arm: str, settings: Mapping[str, Any], number: int) -> Config:
-    """The report is its first row alone, beside the GAN's."""
+    """One whole retraining from the shared artifacts, with seeds of matching and of students that no trial used.
+
+    The report is its first row alone, beside the GAN's.
+    """
     r = config.report
     report = dataclasses.replace(
         r,
@@ -95,11 +97,5 @@ def config_of(config: Config, out: Path, arm: str, settings: Mapping[str, Any], 
         baselines=("gan",),
     )
     new = space.apply(config, {**settings, "matching.seed": config.step_seed("matching") + number})
-    return dataclasses.replace(
-        new, report=report, until="report", out=str(out / "final" / f"{arm}-{number}"), verify=False
-    )
-
-
-def _rows(job: Job) -> dict[str, Any]:
-    results: Sequence[Mapping[str, Any]] = read_json(job.out / "report" / "latest" / "metrics.json")["results"]
-    return {str(r["train_on"]): r for r in results}
+    where = str(out / "final" / f"{arm}-{number}")
+    return dataclasses.replace(new, report=report, until="report", out=where, verify=False)

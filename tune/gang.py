@@ -35,7 +35,7 @@ _LAST_WORDS = 10.0
 
 @dataclass(frozen=True)
 class Job:
-    """A run of the trainer. ``config``: with data, out, store and until; ``bundle``: CPUs and GPUs of a rank."""
+    """A run of the trainer. ``config``: with data, out, store and until; ``cpus``, ``gpus``: of each rank."""
 
     config: Config
     preset: str
@@ -44,18 +44,19 @@ class Job:
     gpus: float
 
     @property
-    def bundle(self) -> dict[str, float]:
-        """What Ray reserves for a rank."""
-        return {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
-
-    @property
     def out(self) -> Path:
         """The job's run directory."""
         return Path(str(self.config.out))
 
     def bundles(self) -> list[dict[str, float]]:
-        """One a rank."""
-        return [self.bundle] * self.ranks
+        """What Ray reserves: CPUs and GPUs of each rank."""
+        one = {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
+        return [one] * self.ranks
+
+    def steps(self) -> dict[str, Any]:
+        """Its steps.json, once it has run."""
+        found: dict[str, Any] = read_json(self.out / "steps.json")["steps"]
+        return found
 
 
 class PeerLost(Exception):
@@ -83,20 +84,17 @@ def run(job: Job, on_interval: OnInterval | None = None) -> dict[str, Any]:
     """Run the job with this process as rank 0; returns its steps.json. Raises what the trainer raises, PeerLost when a peer is gone."""
     if job.ranks == 1:
         run_rank(job, places([here()], 0)[0], on_interval)
-        return _steps(job)
+        return job.steps()
     group: Any = ray.util.get_current_placement_group()
-    rank: Any = ray.remote(Peer)
-    peers = [
-        rank.options(
-            num_cpus=job.cpus,
-            num_gpus=job.gpus,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i),
-        ).remote()
-        for i in range(1, job.ranks)
-    ]
+    rank: Any = ray.remote(num_cpus=job.cpus, num_gpus=job.gpus)(Peer)
+    spots = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i) for i in range(1, job.ranks)]
+    peers = [rank.options(scheduling_strategy=spot).remote() for spot in spots]
     over = threading.Event()
     try:
-        found = places([here(), *ray.get([p.host.remote() for p in peers])], _free_port())
+        with socket.socket() as s:
+            s.bind(("", 0))
+            port = int(s.getsockname()[1])
+        found = places([here(), *ray.get([p.host.remote() for p in peers])], port)
         running = [p.run.remote(job, place) for p, place in zip(peers, found[1:], strict=True)]
         threading.Thread(target=_watch, args=(running, over), daemon=True).start()
         _lead(job, found[0], running, on_interval)
@@ -106,7 +104,7 @@ def run(job: Job, on_interval: OnInterval | None = None) -> dict[str, Any]:
         over.set()
         for peer in peers:
             ray.kill(peer)
-    return _steps(job)
+    return job.steps()
 
 
 def _lead(job: Job, place: Mapping[str, str], running: Sequence[ray.ObjectRef], on_interval: OnInterval | None) -> None:
@@ -146,7 +144,7 @@ def run_rank(job: Job, place: Mapping[str, str], on_interval: OnInterval | None 
         os.environ["LOCAL_RANK"] = "0"  # Ray shows each process its own GPUs alone
     if job.ranks > 1 and (name := interface(here()[1])):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)  # the host's name may lead elsewhere than Ray's address does
-    world = World(job.config.device, job.config.timeout)
+    world = World(job.config.device, job.config.timeout).join()
     world.local_rank = int(place["LOCAL_RANK"])
     data = data_directory(job.config)
     assert data is not None
@@ -182,17 +180,6 @@ def interface(address: str) -> str | None:
     return None
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("", 0))
-        return int(s.getsockname()[1])
-
-
-def _steps(job: Job) -> dict[str, Any]:
-    found: dict[str, Any] = read_json(job.out / "steps.json")["steps"]
-    return found
-
-
 def submit(job: Job) -> tuple[ray.ObjectRef, Any]:
     """Start a job from the driver in a placement group of its own: (its steps.json to come, the group to remove after).
 
@@ -200,21 +187,17 @@ def submit(job: Job) -> tuple[ray.ObjectRef, Any]:
     """
     group = ray.util.placement_group(job.bundles(), strategy="PACK")
     retried: Any = [PeerLost]
-    task = ray.remote(max_retries=3, retry_exceptions=retried, max_calls=1)(run).options(
-        num_cpus=job.cpus,
-        num_gpus=job.gpus,
-        scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
-    )
-    return task.remote(job), group
-
-
-def wait(job: Job, meanwhile: Callable[[], None]) -> dict[str, Any]:
-    """Run one job, calling ``meanwhile`` every second; its steps.json."""
-    return run_all([job], meanwhile)[0]
+    place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
+    task = ray.remote(max_retries=3, retry_exceptions=retried, max_calls=1)(run)
+    options = {"num_cpus": job.cpus, "num_gpus": job.gpus, "scheduling_strategy": place}
+    return task.options(**options).remote(job), group
 
 
 def run_all(jobs: Sequence[Job], meanwhile: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
-    """Run jobs, as many at a time as fit; their steps.json. Raises the first fault, as its job raised it."""
+    """Run jobs, as many at a time as fit, calling ``meanwhile`` every second; their steps.json.
+
+    Raises the first fault, as its job raised it.
+    """
     groups = dict(submit(job) for job in jobs)
     answers = list(groups)
     try:
@@ -229,9 +212,8 @@ def run_all(jobs: Sequence[Job], meanwhile: Callable[[], None] = lambda: None) -
         cause = e.cause if isinstance(e, RayTaskError) and isinstance(e.cause, Exception) else e
         if isinstance(e, RayTaskError) and not isinstance(cause, PeerLost):
             raise cause from e
-        raise UserError(
-            f"a job was lost too often ({' '.join(str(cause).split())[:200]}); see to its node, then --resume goes on from its checkpoint"
-        ) from e
+        what = f"a job was lost too often ({' '.join(str(cause).split())[:200]})"
+        raise UserError(f"{what}; see to its node, then --resume goes on from its checkpoint") from e
     finally:
         for answer, group in groups.items():
             ray.cancel(answer, force=True)

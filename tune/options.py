@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,10 +20,10 @@ from sharding.errors import UserError
 from sharding.files import write_atomic
 from sharding.redact import redact
 from tune import space
-from tune.arguments import ELSEWHERE, SMALL, TRAINERS, Options, check_options, parser
+from tune.arguments import FIXED, SMALL, TRAINERS, Options, check_options, parser
 from tune.space import Axis
 
-FILE = "search.yaml"
+FILE, KEPT = "search.yaml", "defaults.yaml"
 _FORMAT = "gdd-search/1"
 _REFUSED = ("until", "print_config", "print-config", "dry_run", "dry-run")
 
@@ -71,22 +72,19 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     trainer = {name for name, _, _ in options()} | {"preset", "config", "no_verify"}
     own: list[str] = []
     rest: list[str] = []
-    at = 0
-    while at < len(argv):
-        name, eq, _ = argv[at].partition("=")
-        action = actions.get(name)
-        if action is not None:
-            n = 1 if eq or action.nargs == 0 else 2
-            own += argv[at : at + n]
-            at += n
-            continue
-        _check_known(argv[at], name, trainer, actions)
-        rest.append(argv[at])
-        at += 1
+    tokens = iter(argv)
+    for token in tokens:
+        name, eq, _ = token.partition("=")
+        if (action := actions.get(name)) is None:
+            _check_known(name, trainer, actions)
+            rest.append(token)
+        else:
+            own.append(token)
+            own += [] if eq or action.nargs == 0 else itertools.islice(tokens, 1)  # its value
     return own, rest
 
 
-def _check_known(token: str, name: str, trainer: set[str], actions: Mapping[str, Any]) -> None:
+def _check_known(name: str, trainer: set[str], actions: Mapping[str, Any]) -> None:
     """Refuse what neither the search nor the trainer knows, and what a search cannot do."""
     if not name.startswith("--"):
         return
@@ -121,33 +119,23 @@ def load(out: Path) -> Search:
             raise ValueError(tree["format"])
         options = Options(**tree["options"])
         axes = tuple(space._axis(name, body, str(path)) for name, body in tree["space"].items())
-        body = tree["config"]
+        body = yaml.safe_dump(dict(tree["config"]), sort_keys=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as e:
         raise UserError(f"{path} is damaged ({' '.join(str(e).split())}); begin anew with another --out") from e
-    command = configuration.parse(["--config", str(_config_file(out, body))])
+    write_atomic(out / KEPT, body.encode())  # the trainer's parser reads a file
+    command = configuration.parse(["--config", str(out / KEPT)])
     return Search(out, options, command.config, command.preset, axes)
-
-
-def _config_file(out: Path, body: Mapping[str, Any]) -> Path:
-    """The settings as a file of their own, which the trainer's parser reads."""
-    path = out / "defaults.yaml"
-    write_atomic(path, yaml.safe_dump(dict(body), sort_keys=False).encode())
-    return path
 
 
 def _resumed(out: Path, typed: Mapping[str, Any], rest: Sequence[str], space_file: str | None) -> Search:
     """The search in OUT with what may be changed."""
     search = load(out)
-    changed = {name for name, value in typed.items() if getattr(search.options, name) != value} - set(ELSEWHERE)
-    if changed:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(changed))
-        raise UserError(
-            f"{names} cannot be changed by --resume: trials would not compare; begin anew with another --out"
-        )
+    changed = [f"--{name}" for name in FIXED if name in typed and typed[name] != getattr(search.options, name)]
     if space_file is not None and space.load(space_file) != search.axes:
-        raise UserError(
-            "--space cannot be changed by --resume: trials would not compare; begin anew with another --out"
-        )
+        changed.append("--space")
+    if changed:
+        what = f"{', '.join(changed)} cannot be changed by --resume: trials would not compare"
+        raise UserError(f"{what}; begin anew with another --out")
     config = _same(search, rest)
     options = dataclasses.replace(search.options, **{"time_budget": None, **typed})  # a budget is one invocation's
     check_options(options)
@@ -158,8 +146,7 @@ def _same(search: Search, rest: Sequence[str]) -> Config:
     """The kept settings; typed ones must agree with them, but for those that say only where or how fast."""
     if not rest:
         return search.config
-    kept = str(search.out / "defaults.yaml")
-    typed = configuration.parse(["--config", kept, *rest]).config
+    typed = configuration.parse(["--config", str(search.out / KEPT), *rest]).config
     for name, _, f in options():
         old, new = (value_of(c, name) for c in (search.config, typed))
         if name == "data" and old and new:

@@ -64,18 +64,14 @@ def table(search: Search, outcomes: Sequence[Outcome], best: Outcome) -> tuple[l
         values = {**space.values(search.axes, search.config), **o.settings}
         name = o.id + (" (defaults)" if o.id == DEFAULTS else "") + (" *" if o.id == best.id else "")
         numbers = [_number(o.val, ".2f"), _number(o.stderr, ".2f"), _number(o.gap, ".1f")]
-        kept = "–" if o.kept is None else f"{o.kept:,}"
-        cells = [name, o.status, *numbers, kept, f"{o.steps:,}", f"{o.seconds / 60:.1f}"]
-        lines.append(cells + [_value(values[a.setting]) for a in search.axes])
+        cells = [name, o.status, *numbers, _number(o.kept, ","), f"{o.steps:,}", f"{o.seconds / 60:.1f}"]
+        own = (values[a.setting] for a in search.axes)
+        lines.append(cells + [f"{value:.3g}" if isinstance(value, float) else str(value) for value in own])
     return header, lines
 
 
 def _number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
-
-
-def _value(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def gained(best: Outcome, gain: Gain | None) -> str:
@@ -100,6 +96,7 @@ def page(search: Search, record: Record, outcomes: Sequence[Outcome], best: Outc
     """search.md."""
     header, lines = table(search, outcomes, best)
     o, m = search.options, search.config.matching
+    faults = [[o.id, o.status, o.reason or ""] for o in outcomes if o.status in (FAILED, DIVERGED)]
     parts = [
         "# Search",
         gained(best, gain),
@@ -115,7 +112,8 @@ def page(search: Search, record: Record, outcomes: Sequence[Outcome], best: Outc
         _gain_table(gain) if gain else "",
         "## Cost",
         cost(search, record, outcomes),
-        _faults(outcomes),
+        "## Trials that failed" if faults else "",
+        markdown(("trial", "status", "reason"), faults, 3) if faults else "",
         "## Space",
         "```yaml\n" + space.dump(search.axes).strip() + "\n```",
     ]
@@ -129,9 +127,8 @@ def _gain_table(gain: Gain) -> str:
     means = [f"{np.mean(values):.2f}" for values in (gain.best, gain.defaults, gain.gan)]
     error = "" if gain.stderr is None else f" ± {gain.stderr:.2f}"
     table = markdown(header, [*lines, ["mean", *means, f"{gain.mean:+.2f}{error}"]])
-    return (
-        f"Accuracy on test, a seed's mean over its students; ± is the standard error of the mean over seeds.\n\n{table}"
-    )
+    what = "Accuracy on test, a seed's mean over its students; ± is the standard error of the mean over seeds."
+    return f"{what}\n\n{table}"
 
 
 def cost(search: Search, record: Record, outcomes: Sequence[Outcome]) -> str:
@@ -160,11 +157,6 @@ def _hours(seconds: float) -> str:
     return f"{seconds / 3600:.3f}"
 
 
-def _faults(outcomes: Sequence[Outcome]) -> str:
-    faults = [[o.id, o.status, o.reason or ""] for o in outcomes if o.status in (FAILED, DIVERGED)]
-    return "## Trials that failed\n\n" + markdown(("trial", "status", "reason"), faults, 3) if faults else ""
-
-
 def figure(search: Search, outcomes: Sequence[Outcome], best: Outcome) -> Figure:
     """Accuracy on val against each searched setting."""
     columns = min(4, len(search.axes))
@@ -183,16 +175,14 @@ def _scatter(plot: Axes, axis: Axis, search: Search, outcomes: Sequence[Outcome]
     shown: set[str] = set()
     for o in outcomes:
         x = {**space.values(search.axes, search.config), **o.settings}[axis.setting]
-        kind = (
-            " = ".join(k for k, yes in (("best", o.id == best.id), ("defaults", o.id == DEFAULTS)) if yes) or o.status
-        )
+        names = [name for name, trial in (("best", best.id), ("defaults", DEFAULTS)) if o.id == trial]
+        kind = " = ".join(names) or o.status
         color = _BEST if o.id == best.id else _PLAIN if o.id == DEFAULTS else COLORS.get(o.status, "#8a8f98")
         label = kind if kind not in shown else None
         shown.add(kind)
         style: dict[str, Any] = {"ms": 4, "lw": 1, "capsize": 2, "color": color, "label": label}
-        plot.errorbar(
-            axis.choices.index(x) if x in axis.choices else x, o.val or 0.0, o.stderr or 0.0, fmt="o", **style
-        )
+        x = axis.choices.index(x) if x in axis.choices else x
+        plot.errorbar(x, o.val or 0.0, o.stderr or 0.0, fmt="o", **style)
     if axis.choices:
         plot.set_xticks(range(len(axis.choices)), [str(c) for c in axis.choices])
     elif axis.log:

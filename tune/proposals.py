@@ -77,9 +77,8 @@ class Proposals:
                 self._numbers[trial] = asked.number
                 return settings
             self._study.tell(asked, state=TrialState.FAIL)
-        raise UserError(
-            f"none of {ATTEMPTS} draws from the space can be trained; look at its ranges with --print-space"
-        )
+        what = f"none of {ATTEMPTS} draws from the space can be trained"
+        raise UserError(f"{what}; look at its ranges with --print-space")
 
     def remember(self, trial: str, settings: Mapping[str, Any]) -> None:
         """A trial that was proposed by an earlier invocation, or by nobody: the defaults, if they lie within the space."""
@@ -90,7 +89,8 @@ class Proposals:
                 params[name + _ZERO] = (shares[name] + (value != 0)) / 2
                 if value == 0:
                     continue
-            if name not in known or not _holds(known[name], value):
+            # Whether the value lies within the range, or is one of the choices.
+            if name not in known or not known[name]._contains(known[name].to_internal_repr(value)):
                 return
             params[name] = value
         used = {name: known[name] for name in params}

@@ -19,12 +19,7 @@ from sharding.errors import UserError
 
 FINISHED, STOPPED, DIVERGED, FAILED = "finished", "stopped", "diverged", "failed"
 DEFAULTS = "000"
-"""The trial with the plain defaults."""
-
-
-def name_of(number: int) -> str:
-    """A trial's id."""
-    return f"{number:03d}"
+"""Id of the trial with the plain defaults; the others count on."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +92,7 @@ class Record:
 
     def outcomes(self) -> dict[str, Outcome]:
         """Id → how the trial ended, in order of ids."""
-        names = {f.name for f in dataclasses.fields(Outcome)}
-        found = {}
+        names, found = {f.name for f in dataclasses.fields(Outcome)}, dict[str, Outcome]()
         for line in _lines(self._file):
             if {"id", "status", "settings"} <= line.keys():
                 values: dict[str, Any] = {
@@ -112,13 +106,11 @@ def best_of(record: Record, metric: str) -> Outcome:
     """The finished trial that is best in ``metric``, the earliest of equals. Raises UserError when none has finished."""
     finished = [o for o in record.outcomes().values() if o.status == FINISHED]
     if not finished and not record.outcomes():
-        raise UserError(
-            "no trial came to its end in the time there was; --resume goes on, give it a longer --time-budget"
-        )
+        cure = "--resume goes on, give it a longer --time-budget"
+        raise UserError(f"no trial came to its end in the time there was; {cure}")
     if not finished:
-        raise UserError(
-            f"no trial has finished; {record.out}/trials.jsonl says why, and --resume goes on where the time was too short"
-        )
+        why = f"{record.out}/trials.jsonl says why, and --resume goes on where the time was too short"
+        raise UserError(f"no trial has finished; {why}")
     return max(finished, key=lambda o: o.value(metric))
 
 

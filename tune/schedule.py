@@ -6,16 +6,17 @@ import pickle
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from ray.tune import Callback
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from gdd_dist.runtime.monitor import say
 from tune.proposals import Proposals
-from tune.record import DEFAULTS, FAILED, FINISHED, STOPPED, Outcome, Record, name_of
+from tune.record import DEFAULTS, FAILED, FINISHED, STOPPED, Outcome, Record
 from tune.trial import told
 
 ENDED = (FINISHED, STOPPED)
@@ -46,11 +47,11 @@ class Proposer(Searcher):
     def suggest(self, trial_id: str) -> Any:
         """The next trial's id and settings."""
         if len(self._running) >= max(1, self._room()):
-            return None  # what is drawn later is drawn knowing more
+            return None  # a trial that is drawn later can learn from more trials that have ended
         if self._again:
             name = self._again.pop(0)
         elif len(self._known) < self._total:
-            name = name_of(len(self._known))
+            name = f"{len(self._known):03d}"
             self._known[name] = {} if name == DEFAULTS else self._proposals.propose(name)
             self._record.propose(name, self._known[name])
         else:
@@ -92,22 +93,10 @@ class Asha(AsyncHyperBandScheduler):
         """Let earlier invocations' measurements count as if they had come in now."""
         controller: Any = None
         for name in record.proposed():
-            past: Any = _Past(name)
+            past: Any = SimpleNamespace(trial_id=f"past-{name}", config={"id": name})  # all that it looks at
             self.on_trial_add(controller, past)
             for line in record.curve(name):
                 self.on_trial_result(controller, past, told(line))
-
-
-class _Past:
-    """A trial of an earlier invocation, as far as the scheduler looks at it."""
-
-    def __init__(self, name: str) -> None:
-        self.trial_id, self.config = f"past-{name}", {"id": name}
-
-
-def scheduler(kind: str, metric: str, grace: int, steps: int) -> TrialScheduler:
-    """asha or fifo."""
-    return Asha(metric, grace, steps) if kind == "asha" else FIFOScheduler()
 
 
 class Keeper(Callback):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 
 from gdd_dist.config.settings import Config
 from gdd_dist.config.steps import STEPS
@@ -28,7 +29,7 @@ def compute(base: Job, out: Path, ranks: int, meanwhile: Callable[[], None] = la
     """
     config = dataclasses.replace(base.config, out=str(out / "shared"), until="gan")
     job = dataclasses.replace(base, config=config, ranks=ranks)
-    steps = gang.wait(job, _Lines(job.out, meanwhile))
+    steps = gang.run_all([job], _Lines(job.out, meanwhile))[0]
     path = out / FILE
     cost: dict[str, Any] = read_json(path) if path.exists() else {"format": "gdd-shared/1", "steps": {}}
     for name in SHARED:
@@ -62,17 +63,14 @@ class _Lines:
                 say(f"search: {name} {step['status']} ({step['seconds']:.1f} s)")
 
 
-def _precision(wanted: str, device: str) -> str:
-    import torch
-
-    kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    return resolve_precision(wanted, torch.device(kind))
-
-
 def settle_precision(base: Job) -> Config:
     """``auto`` as the first node that is free resolves it: all nodes then compute alike, and share what was computed."""
     if base.config.precision != "auto":
         return base.config
-    ask = ray.remote(num_cpus=base.cpus, num_gpus=base.gpus, max_calls=1)(_precision)
-    found: str = ray.get(ask.remote(base.config.precision, base.config.device))
+
+    def ask() -> str:
+        cuda = base.config.device != "cpu" and torch.cuda.is_available()
+        return resolve_precision("auto", torch.device("cuda" if cuda else "cpu"))
+
+    found: str = ray.get(ray.remote(num_cpus=base.cpus, num_gpus=base.gpus, max_calls=1)(ask).remote())
     return dataclasses.replace(base.config, precision=found)

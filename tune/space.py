@@ -134,30 +134,24 @@ def check(axes: Sequence[Axis], config: Config) -> None:
     for axis in axes:
         section, _, leaf = axis.setting.partition(".")
         if section != SECTION or leaf not in leaves:
-            raise UserError(
-                f"{axis.setting} cannot be searched: only matching.NAME can, since other settings would compute teachers, logits or GAN anew"
-            )
+            why = "only matching.NAME can, since other settings would compute teachers, logits or GAN anew"
+            raise UserError(f"{axis.setting} cannot be searched: {why}")
         if leaf in MEASURE:
             raise UserError(f"{axis.setting} cannot be searched: it shapes the measurement that compares the trials")
         _check_range(axis)
         for value in axis.ends():
-            _check_value(axis, value, config)
+            allowed = (int, float) if axis.type is float else axis.type
+            if isinstance(value, bool) or not isinstance(value, allowed):
+                raise UserError(f"{axis.setting}: {value!r} is no {axis.type.__name__}; give one")
+            validate(apply(config, {axis.setting: axis.type(value)}))
 
 
 def _check_range(axis: Axis) -> None:
     if axis.choices:
         return
     name, low, high = axis.setting, axis.low, axis.high
-    if axis.type is str or not all(
-        isinstance(v, (int, float)) and not isinstance(v, bool) for v in (low, high, axis.zero)
-    ):
+    # Not isinstance: a bool would be an int.
+    if axis.type is str or not {type(low), type(high), type(axis.zero)} <= {int, float}:
         raise UserError(f"{name} needs choices, or low, high and zero as numbers")
     if not low < high or (axis.log and low <= 0) or not 0 <= axis.zero < 1:
         raise UserError(f"{name}: low must be below high (and above 0 with log), zero from 0 to below 1")
-
-
-def _check_value(axis: Axis, value: Any, config: Config) -> None:
-    allowed = (int, float) if axis.type is float else axis.type
-    if isinstance(value, bool) or not isinstance(value, allowed):
-        raise UserError(f"{axis.setting}: {value!r} is no {axis.type.__name__}; give one")
-    validate(apply(config, {axis.setting: axis.type(value)}))

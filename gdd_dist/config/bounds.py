@@ -43,12 +43,14 @@ def validate(config: Config) -> None:
         if value == ():
             raise UserError(f"--{name} is empty; give at least one value")
     for name in ("loader.augment", "gan.augment"):
-        _check_augment(name, value_of(config, name))
+        augment = value_of(config, name)
+        if augment != "none" and not set(augment.split("_")) <= {"color", "crop", "cutout"}:
+            raise UserError(f"--{name} {augment} is not known; join color, crop, cutout by _, or give none")
     parse_size(config.loader.cache_limit)
-    if config.matching.batch % config.matching.group:
-        raise UserError(
-            f"--matching.batch {config.matching.batch} is not a multiple of --matching.group {config.matching.group}; change one of them"
-        )
+    batch, group = config.matching.batch, config.matching.group
+    if batch % group:
+        what = f"--matching.batch {batch} is not a multiple of --matching.group {group}"
+        raise UserError(f"{what}; change one of them")
 
 
 def _check(name: str, value: Any, meta: Mapping[str, Any]) -> None:
@@ -69,9 +71,3 @@ def _check(name: str, value: Any, meta: Mapping[str, Any]) -> None:
     most = LARGEST_FLOAT if isinstance(value, float) else LARGEST_SEED if name.endswith("seed") else LARGEST_COUNT
     if isinstance(value, (int, float)) and abs(value) > most:
         raise UserError(f"--{name} {value} is too large; give at most {most}")
-
-
-def _check_augment(name: str, value: str) -> None:
-    parts = set(value.split("_"))
-    if value != "none" and not parts <= {"color", "crop", "cutout"}:
-        raise UserError(f"--{name} {value} is not known; join color, crop, cutout by _, or give none")

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -58,9 +59,8 @@ def command_line() -> ArgumentParser:
         version=__version__,
         print_config=None,  # ours prints what --config reads back, the preset included
     )
-    parser.add_argument(
-        "--preset", default=None, help=f"settings to start from: {', '.join(PRESETS)}; default: by the data set"
-    )
+    text = f"settings to start from: {', '.join(PRESETS)}; default: by the data set"
+    parser.add_argument("--preset", default=None, help=text)
     parser.add_argument("--config", default=None, help="YAML file of settings, as --print_config prints them")
     defaults = Config()
     groups: dict[str, Any] = {}
@@ -75,37 +75,16 @@ def command_line() -> ArgumentParser:
         text = f.metadata["help"] + (f"; one of {', '.join(f.metadata['choices'])}" if f.metadata["choices"] else "")
         groups[section].add_argument(f"--{name}", type=kind, help=text, **extra)
     for flag, text in _FLAGS.items():
-        names = [f"--{flag}"] + ([f"--{flag.replace('_', '-')}"] if "_" in flag else [])
-        parser.add_argument(*names, dest=flag, action="store_true", help=text)
-    parser.add_argument(
-        "--no-verify", dest="no_verify", action="store_true", help="do not hash the files that will be read"
-    )
-    parser.add_argument(
-        "--local_rank",
-        "--local-rank",
-        dest="local_rank",
-        type=int,
-        default=None,
-        help="ignored (the deepspeed launcher adds it)",
-    )
+        parser.add_argument(f"--{flag}", f"--{flag.replace('_', '-')}", dest=flag, action="store_true", help=text)
+    parser.add_argument("--no-verify", action="store_true", help="do not hash the files that will be read")
+    text = "ignored (the deepspeed launcher adds it)"
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=text)
     return parser
 
 
 def _known() -> set[str]:
-    named = {name for name, _, _ in options()}
-    return named | {
-        "preset",
-        "config",
-        "help",
-        "version",
-        "no-verify",
-        "local_rank",
-        "local-rank",
-        "print_config",
-        "print-config",
-        "dry_run",
-        "dry-run",
-    }
+    spelt = {spelling for flag in (*_FLAGS, "local_rank") for spelling in (flag, flag.replace("_", "-"))}
+    return {name for name, _, _ in options()} | spelt | {"preset", "config", "help", "version", "no-verify"}
 
 
 def _canonical(argv: Sequence[str]) -> list[str]:
@@ -126,9 +105,8 @@ def _canonical(argv: Sequence[str]) -> list[str]:
 
 
 def _unknown(name: str, known: set[str], where: str = "") -> str:
-    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5) or [
-        k for k in sorted(known) if k.rpartition(".")[2] == name.rpartition(".")[2]
-    ]
+    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
+    near = near or [k for k in sorted(known) if k.rpartition(".")[2] == name.rpartition(".")[2]]
     hint = f"did you mean --{near[0]}?" if near else "see --help"
     return f"unknown setting {name}{where}; {hint}"
 
@@ -178,9 +156,8 @@ def _as_typed(flat: Mapping[str, Any], path: str) -> list[str]:
             continue
         if isinstance(value, list) and not several:
             raise UserError(f"{name} in {path} is a list; give one value")
-        items = [
-            str(v).lower() if isinstance(v, bool) else str(v) for v in (value if isinstance(value, list) else [value])
-        ]
+        values = value if isinstance(value, list) else [value]
+        items = [str(v).lower() if isinstance(v, bool) else str(v) for v in values]
         argv += [f"--{name}", *items] if several else [f"--{name}={items[0]}"]
     return argv
 
@@ -214,9 +191,8 @@ def parse(argv: Sequence[str]) -> Command:
     )
     if preset not in PRESETS:
         near = difflib.get_close_matches(preset, PRESETS, n=1)
-        raise UserError(
-            f"unknown preset {preset}; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(PRESETS)}")
-        )
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(PRESETS)}"
+        raise UserError(f"unknown preset {preset}; {hint}")
     parser = command_line()
     parser.set_defaults(PRESETS[preset])
     if typed:
@@ -269,11 +245,5 @@ def with_pretrained(config: Config) -> Config:
 
 def to_yaml(config: Config, preset: str) -> str:
     """Every setting as YAML that --config reads back."""
-    tree = dataclasses.asdict(config)
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items()}
-        return [plain(v) for v in value] if isinstance(value, tuple) else value
-
-    return yaml.safe_dump({"preset": preset, **plain(tree)}, sort_keys=False)
+    tree = json.loads(json.dumps(dataclasses.asdict(config)))  # lists for tuples, as YAML has them
+    return yaml.safe_dump({"preset": preset, **tree}, sort_keys=False)

@@ -42,7 +42,7 @@ class Loader:
 
     streams: int = setting(
         0,
-        "canonical streams of a global batch; the world size must divide it; 0: the largest divisor of the batch up to 64",
+        "canonical streams of a global batch, which they divide; 0: the largest divisor of the batch up to 64",
         low=0,
     )
     window: int = setting(16384, "samples within which a stream is shuffled", low=1)
@@ -182,7 +182,7 @@ class Matching:
     batch: int = setting(64, "images of a global batch", low=1)
     group: int = setting(
         8,
-        "slots of a group, which share one class and one teacher; the world size must divide the number of groups",
+        "slots of a group, which share one class and one teacher; a rank takes whole groups",
         low=1,
     )
     loss: str = setting(
@@ -311,8 +311,9 @@ class Config:
     seed: int = setting(0, "seed of every step", low=0)
     precision: str = setting(
         "auto",
-        "autocast over float32 weights; auto: bf16 where the hardware computes in it, else float32",
-        choices=("auto", "float32", "bf16", "fp16"),
+        "what networks compute in, over float32 weights: float32; tf32, which rounds what is multiplied on a GPU, and nothing on a CPU; bf16 or "
+        "fp16, by autocast; auto: bf16 where the hardware computes in it, else float32",
+        choices=("auto", "float32", "tf32", "bf16", "fp16"),
     )
     loader: Loader = dataclasses.field(default_factory=Loader)
     teachers: Teachers = dataclasses.field(default_factory=Teachers)

@@ -79,12 +79,8 @@ def _logits(config: Config) -> dict[str, Any]:
 def _gaussian(config: Config) -> dict[str, Any]:
     names = ("quick_students", "quick_student", "quick_steps", "quick_batch")
     quick = {**_some(config.shaping("matching"), *names), "seed": config.step_seed("matching")}
-    return {
-        **config.shaping("gaussian"),
-        "quick": quick,
-        "student": _student(config),
-        "loader": config.shaping("loader"),
-    }
+    shaping = {**config.shaping("gaussian"), "quick": quick, "student": _student(config)}
+    return {**shaping, "loader": config.shaping("loader")}
 
 
 def _gan(config: Config) -> dict[str, Any]:

@@ -69,8 +69,7 @@ def _geometry(
         hidden_columns = _inside_box(columns, draws[:, 6], width)
         visible = ~(hidden_rows[:, :, None] & hidden_columns[:, None, :])
     if crop:
-        rows = rows + _shift(draws[:, 3], height)
-        columns = columns + _shift(draws[:, 4], width)
+        rows, columns = rows + _shift(draws[:, 3], height), columns + _shift(draws[:, 4], width)
         covered = _within(rows, height)[:, :, None] & _within(columns, width)[:, None, :]
         visible = covered if visible is None else visible & covered
         rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)

@@ -6,19 +6,23 @@ the data and the versions of the decoders.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from gdd_dist.data.workers import Workers, prefetch
 from gdd_dist.runtime.locks import Lock, holding
+from gdd_dist.runtime.memory import free_memory
 from gdd_dist.runtime.monitor import Monitor, say
 from gdd_dist.storage.json_files import fingerprint, read_json, write_json
 from sharding.errors import UserError
@@ -41,7 +45,7 @@ def fits(resident: str, size: int, cache: Path | None, device: torch.device, the
     on_gpu = device.type == "cuda"
     if resident != "auto":
         return "ram" if resident == "device" and not on_gpu else resident
-    if not there and (size > _memory() * MEMORY_SHARE or (cache and size > _disk(cache) * DISK_SHARE)):
+    if not there and (size > free_memory() * MEMORY_SHARE or (cache and size > _disk(cache) * DISK_SHARE)):
         return "none"
     if on_gpu and size <= torch.cuda.mem_get_info(device)[0] * DEVICE_SHARE:
         return "device"
@@ -62,24 +66,44 @@ class Decoded:
         return self._note.exists()
 
     def open(self, fill: Fill, samples: int) -> np.ndarray:
-        """Map it, uint8 [samples, H, W, C], after building it if nobody has: one process of all, on all cores, the others wait.
+        """Map it, uint8 [samples, H, W, C]. Where it is not there, one process builds it on all cores, and the others wait for it.
 
         Raises OSError where it cannot be written, UserError where it is not what its note says.
         """
         shape = (samples, *self._row)
         if not self.there:
             self._directory.mkdir(parents=True, exist_ok=True)
-            with holding(Lock(self._directory.with_suffix(".lock")), _wait):
+            with self._alone_on_this_host():
                 if not self.there:
-                    self._build(fill, samples)
+                    lock = Lock(self._directory.with_suffix(".lock"))
+                    with holding(lock, lambda holder: None):  # another host decodes: wait for it
+                        if not self.there:
+                            self._build(fill, samples)
         size = int(np.prod(shape))
         found = self.path.stat().st_size if self.path.exists() else 0
         if found != size:
-            raise UserError(
-                f"{self.path} has {found} bytes instead of {size}; remove {self._directory} to decode it again"
-            )
+            what = f"{self.path} has {found} bytes instead of {size}"
+            raise UserError(f"{what}; remove {self._directory} to decode it again")
         # Copy on write: torch wants memory that may be written, and nobody may change the file.
         return np.memmap(self.path, dtype=np.uint8, mode="c", shape=shape).view(np.ndarray)
+
+    @contextmanager
+    def _alone_on_this_host(self) -> Iterator[None]:
+        """One process of a host at a time, so that not all ranks ask for a lock on a disk that all hosts may share.
+
+        Whoever comes first, since ranks run apart; the kernel takes it back from a process that ends.
+        """
+        name = f"\0gdd_dist-{os.getuid()}-{hashlib.sha256(os.fsencode(self._directory.absolute())).hexdigest()[:32]}"
+        with socket.socket(socket.AF_UNIX) as claim:
+            while not self.there:
+                try:
+                    claim.bind(name)
+                    break
+                except OSError as e:
+                    if e.errno != errno.EADDRINUSE:  # no such names on this system
+                        break
+                    time.sleep(0.2)
+            yield
 
     def parts(self, samples: int) -> tuple[Callable[[int], np.ndarray], range]:
         """How it is built: part number → sample numbers, and the numbers of the parts."""
@@ -111,10 +135,9 @@ class Decoded:
         write_json(self._note, {"format": FORMAT, "bytes": size, "sha256": digest.hexdigest()})
 
     def give_up(self, fault: OSError) -> None:
-        """Say why images are decoded again and again."""
-        say(
-            f"{self._split}: cannot keep decoded images in {self._directory} ({fault.strerror or fault}); reading goes on"
-        )
+        """Say why images cannot be kept, and so are decoded each time they are read."""
+        where = f"{self._directory} ({fault.strerror or fault})"
+        say(f"{self._split}: cannot keep decoded images in {where}; reading goes on")
 
 
 def key(manifest: Manifest) -> str:
@@ -130,22 +153,6 @@ def decoded_files(cache: Path, manifest: Manifest, splits: Sequence[str]) -> lis
     return [(place / FILE, note["bytes"], note["sha256"], place) for place, note in found]
 
 
-def _wait(_holder: Mapping[str, Any]) -> None:
-    """Another rank decodes: wait for it."""
-
-
-def _memory() -> int:
-    """Bytes that this host can give, the page cache that it may drop included."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-
-
 def _disk(path: Path) -> int:
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    return shutil.disk_usage(path).free
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    return shutil.disk_usage(there).free

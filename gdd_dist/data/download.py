@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import random
 import ssl
@@ -15,7 +14,7 @@ from typing import Any, TypeVar
 
 from gdd_dist.runtime.monitor import say
 from sharding.errors import UserError
-from sharding.files import sha256_file
+from sharding.files import flock, sha256_file
 
 Result = TypeVar("Result")
 
@@ -40,13 +39,11 @@ class Source:
         try:
             import fsspec
 
-            self._fs, root = fsspec.core.url_to_fs(
-                self._url, use_listings_cache=False, skip_instance_cache=True, **_limits(url, patience)
-            )
+            options = {"use_listings_cache": False, "skip_instance_cache": True, **_limits(url, patience)}
+            self._fs, root = fsspec.core.url_to_fs(self._url, **options)
         except ImportError as e:
-            raise UserError(
-                f"--data {url} needs {e.name or 'a library'}; pip install fsspec s3fs gcsfs aiohttp"
-            ) from None
+            what = f"--data {url} needs {e.name or 'a library'}"
+            raise UserError(f"{what}; pip install fsspec s3fs gcsfs aiohttp") from None
         except ValueError as e:
             raise UserError(f"--data {url} is not a URL that can be read ({e}); check it") from None
         self._root = str(root).rstrip("/")
@@ -121,9 +118,8 @@ def _untrusted(e: BaseException) -> bool:
 
 def _remedy(e: Exception) -> str:
     if _untrusted(e):
-        return (
-            "its certificate is not trusted here: check the URL, or name the authority's certificate in SSL_CERT_FILE"
-        )
+        cure = "check the URL, or name the authority's certificate in SSL_CERT_FILE"
+        return f"its certificate is not trusted here: {cure}"
     if isinstance(e, FileNotFoundError):
         return "check the URL, or copy the whole data set there"
     if _forbidden(e):
@@ -149,18 +145,6 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
     """
     descriptor = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        yield _lock(descriptor, wait)
+        yield flock(descriptor, wait)
     finally:
         os.close(descriptor)
-
-
-def _lock(descriptor: int, wait: bool) -> bool:
-    flags: Any = fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
-    try:
-        fcntl.flock(descriptor, flags)
-    except OSError as e:
-        if e.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            return False
-        if e.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-            raise
-    return True

@@ -14,9 +14,10 @@ Batch = Callable[[int], np.ndarray]
 
 
 class Ahead:
-    """Follows the batches to come, in a thread of its own, and has their shards downloaded, in their order of use.
+    """A thread that looks at the batches to come and asks for the download of their shards, in the order in which they are used.
 
-    At most ``room`` bytes of shards ahead of the reader, or one shard: what it has left behind makes room for what comes.
+    The shards asked for and not yet read take ``room`` bytes at most, or are one shard. A shard that the reader has finished
+    makes room for the next.
     """
 
     def __init__(
@@ -43,9 +44,8 @@ class Ahead:
         self._thread.join()
 
     def _follow(self, batch: Batch, steps: range) -> None:
-        last: dict[
-            int, int
-        ] = {}  # shard → the last step that needs it as far as was looked, in the order of these steps
+        # Shard → the last step that needs it as far as was looked, in the order of these steps.
+        last = dict[int, int]()
         for step in steps:
             for shard in dict.fromkeys(np.searchsorted(self._ends, batch(step), side="right").tolist()):
                 known = last.pop(shard, None) is not None

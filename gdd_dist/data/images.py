@@ -16,6 +16,7 @@ from gdd_dist.data.download_ahead import Ahead
 from gdd_dist.data.pixels import to_float as to_float
 from gdd_dist.data.pixels import to_uint8 as to_uint8
 from gdd_dist.data.remote import mirror_of
+from gdd_dist.data.transfer import Beside
 from gdd_dist.data.workers import Buffers, PinnedBuffers, Workers
 from gdd_dist.data.workers import prefetch as prefetch
 from sharding.errors import UserError
@@ -43,18 +44,15 @@ class Images:
         device: torch.device | None = None,
     ) -> None:
         self._mirror = mirror_of(data)
-        if self._mirror is None:
-            self.shards = Shards(data, manifest, split)
-        else:
-            self.shards = Shards(data, manifest, split, self._mirror.open, self._mirror.open_shards)
+        remote = (self._mirror.open, self._mirror.open_shards) if self._mirror is not None else ()
+        self.shards = Shards(data, manifest, split, *remote)
         self._infos = manifest.splits[split].shards
         self.labels = self.shards.labels
         self.shape = (manifest.height, manifest.width, manifest.channels)
-        self._files = [data / info.file for info in manifest.splits[split].shards]
-        self._threads, self._pool = threads, Workers(threads)
+        self._data, self._pool = data, Workers(threads)
         self._device = device or torch.device("cpu")
         on_gpu = self._device.type == "cuda"
-        self._stream = torch.cuda.Stream(self._device) if on_gpu else None
+        self._beside = Beside(self._device)
         self._buffers: Buffers | PinnedBuffers = PinnedBuffers() if on_gpu else Buffers()
         self._decoded = Decoded(cache, manifest, split) if cache else None
         size = int(np.prod(self.shape)) * self.shards.samples
@@ -93,14 +91,15 @@ class Images:
         if self._decoded is not None and self.resident != "none":
             self._keep(self._decoded)
         if self._on_device is not None:
-            rows = torch.from_numpy(indices).to(self._device, non_blocking=True)
-            return self._on_device[rows].permute(0, 3, 1, 2)
+            return self._picked(self._on_device, torch.from_numpy(indices)).permute(0, 3, 1, 2)
         batch, out = self._buffers.take((len(indices), *self.shape))
         if self._kept is None:
             self._decode_rows(indices, out, self._pool)
+        elif len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(self._kept):
+            raise IndexError(f"a sample outside 0 … {len(self._kept) - 1}")
         else:
-            self._copy(self._kept, indices, out)
-        return self._moved(batch.permute(0, 3, 1, 2))
+            np.take(self._kept, indices, axis=0, out=out, mode="clip")  # "raise" would copy twice
+        return self._beside(lambda: batch.permute(0, 3, 1, 2).to(self._device, non_blocking=True))
 
     def _keep(self, decoded: Decoded) -> None:
         """Decode the split if nobody has, and map it; where that fails under "auto" go on without."""
@@ -129,11 +128,6 @@ class Images:
         if self._ahead is not None:
             self._ahead.advance()
 
-    def _copy(self, kept: np.ndarray, indices: np.ndarray, out: np.ndarray) -> None:
-        if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(kept):
-            raise IndexError(f"a sample outside 0 … {len(kept) - 1}")
-        np.take(kept, indices, axis=0, out=out, mode="clip")  # "raise" would copy twice
-
     def _decode(self, samples: Iterator[tuple[int, memoryview, np.ndarray]]) -> None:
         jpeg, shape, space = simplejpeg.decode_jpeg, self.shape, "GRAY" if self.shape[2] == 1 else "RGB"
         sample = 0
@@ -150,17 +144,10 @@ class Images:
                     decode(payload, image)
         except ValueError as e:
             shard, row = self.shards.locate(sample)
-            raise UserError(
-                f"{self._files[shard]}, row {row}: {e}; rebuild the data set with python -m sharding build"
-            ) from e
+            what = f"{self._data / self._infos[shard].file}, row {row}: {e}"
+            raise UserError(f"{what}; rebuild the data set with python -m sharding build") from e
 
-    def _moved(self, batch: Tensor) -> Tensor:
-        """The batch on the device, copied beside what the device computes."""
-        if self._stream is None:
-            return batch
-        with torch.cuda.stream(self._stream):
-            moved = batch.to(self._device, non_blocking=True)
-        self._stream.synchronize()
-        # It was allocated on our stream: its memory must wait for those who read it on theirs.
-        moved.record_stream(torch.cuda.current_stream(self._device))
-        return moved
+    def _picked(self, images: Tensor, rows: Tensor) -> Tensor:
+        """The rows of ``images``, which lie on the device."""
+        rows = rows.pin_memory()
+        return self._beside(lambda: images[rows.to(self._device, non_blocking=True)])

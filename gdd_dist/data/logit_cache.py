@@ -39,10 +39,8 @@ class LogitCache:
         except (OSError, ValueError, EOFError) as e:
             raise UserError(f"{path} is damaged ({e}); remove its directory to compute it again") from e
         if rows is not None and (array.ndim != 3 or array.shape[1] != rows or array.dtype != np.float16):
-            raise UserError(
-                f"{path} holds {array.dtype} {array.shape}, expected float16 with {rows} rows; "
-                "remove its directory to compute it again"
-            )
+            what = f"{path} holds {array.dtype} {array.shape}, expected float16 with {rows} rows"
+            raise UserError(f"{what}; remove its directory to compute it again")
         return array
 
     @property

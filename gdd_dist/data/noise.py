@@ -22,12 +22,8 @@ def philox(counter: np.ndarray, key: tuple[int, int] | tuple[np.ndarray, np.ndar
     k0, k1 = (np.asarray(word, np.uint64) for word in key)
     for _ in range(10):
         p0, p1 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
-        c0, c1, c2, c3 = (
-            (p1 >> _SHIFT) ^ c1 ^ k0,
-            p1 & _MASK,
-            (p0 >> _SHIFT) ^ c3 ^ k1,
-            p0 & _MASK,
-        )
+        c0, c2 = (p1 >> _SHIFT) ^ c1 ^ k0, (p0 >> _SHIFT) ^ c3 ^ k1
+        c1, c3 = p1 & _MASK, p0 & _MASK
         k0, k1 = (k0 + np.uint64(0x9E3779B9)) & _MASK, (k1 + np.uint64(0xBB67AE85)) & _MASK
     return np.stack([c0, c1, c2, c3], axis=-1).astype(np.uint32)
 

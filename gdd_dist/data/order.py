@@ -16,13 +16,14 @@ import numpy as np
 from gdd_dist.data.noise import permutation, permutations, uniform
 
 RUN = 16
-"""Steps whose samples are looked up at once: numpy's calls cost more than what they do for one batch."""
+"""Steps whose samples are looked up at once: for one batch numpy's calls take longer than the work in them."""
 
 
 class Recent:
-    """`permutation`, with the last ones kept, ``most`` numbers in all: who deals few numbers at a time would draw each again and again.
+    """`permutation`, which keeps its last results, up to ``most`` numbers in all.
 
-    Safe to use from several threads. What it returns is kept too, and read-only.
+    A caller that takes few numbers at a time would otherwise draw the same permutation many times. Safe to use from several
+    threads. Its results are read-only, because it returns them again.
     """
 
     def __init__(self, most: int) -> None:
@@ -95,8 +96,8 @@ class Order:
 
     The epoch's shards, shuffled and laid on a ring that starts anywhere, are cut into ``streams`` streams of equal length;
     inside a stream samples are shuffled within windows of ``window`` samples; a global batch takes ``batch / streams`` samples from
-    each stream; rank r of w serves streams r·S/w … (r+1)·S/w - 1. Every sample comes once an epoch but for ``remainder`` of them,
-    others each epoch. ``shard_samples``: samples by shard.
+    each stream, one stream after another; rank r of w serves the r-th of w equal parts of it. Every sample comes once an epoch but for
+    ``remainder`` of them, others each epoch. ``shard_samples``: samples by shard.
     """
 
     shard_samples: tuple[int, ...]
@@ -139,21 +140,24 @@ class Order:
     def batch(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
         """This rank's part of global batch ``step`` (counted over all epochs): int64 [batch_size / world], stream by stream.
 
-        Raises ValueError where ``world`` does not divide the streams.
+        Raises ValueError where ``world`` does not divide the batch.
         """
-        if self.streams % world:
-            raise ValueError(f"{world} ranks do not divide {self.streams} streams")
+        if self.batch_size % world:
+            raise ValueError(f"{world} ranks do not divide a batch of {self.batch_size}")
         epoch, within = divmod(step, self.steps_per_epoch)
         run, at = divmod(within, RUN)
-        found: np.ndarray = self._keep(self._draw_run, (epoch, rank, world, run), 4)
-        return found[:, at * self.share : (at + 1) * self.share].flatten()  # a copy: what is kept is not the caller's
+        slots = self.batch_size // world
+        first, before = divmod(rank * slots, self.share)
+        streams = -(-(before + slots) // self.share)
+        found: np.ndarray = self._keep(self._draw_run, (epoch, first, streams, run), 4)
+        whole = found[:, at * self.share : (at + 1) * self.share].flatten()  # a copy: what is kept is not the caller's
+        return whole[before : before + slots]
 
-    def _draw_run(self, epoch: int, rank: int, world: int, run: int) -> np.ndarray:
-        """A rank's samples in RUN steps, fewer at the epoch's end: int64 [streams / world, steps · share]."""
-        mine = self.streams // world
+    def _draw_run(self, epoch: int, stream: int, count: int, run: int) -> np.ndarray:
+        """The samples of ``count`` streams from ``stream`` on in RUN steps, fewer at the epoch's end: int64 [count, steps · share]."""
         first, last = run * RUN, min((run + 1) * RUN, self.steps_per_epoch)
-        shuffled = self._shuffled(epoch, rank * mine, mine, first * self.share, last * self.share)
-        begins = np.arange(rank * mine, (rank + 1) * mine) * (self.samples // self.streams)
+        shuffled = self._shuffled(epoch, stream, count, first * self.share, last * self.share)
+        begins = np.arange(stream, stream + count) * (self.samples // self.streams)
         return self._to_samples(epoch, begins[:, None] + shuffled)
 
     def _shuffled(self, epoch: int, first: int, count: int, start: int, stop: int) -> np.ndarray:
@@ -180,7 +184,8 @@ class Order:
 
     @cached_property
     def _recent(self) -> dict[tuple[Any, ...], Any]:
-        """What the last batches were cut from. Each order has its own: to find it among others would hash a million shards."""
+        """The arrays that the last batches were cut from. Each order keeps its own, because a cache that all orders share would have to
+        hash an order, which may hold a million shards."""
         return {}
 
     def _keep(self, draw: Callable[..., Any], of: tuple[int, ...], most: int) -> Any:

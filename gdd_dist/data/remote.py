@@ -45,15 +45,14 @@ class Cache:
         """From settings; without a directory, the user's own cache. Raises UserError where there is neither."""
         home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         if not directory and home.startswith("~"):  # a container's user without an entry in passwd
-            raise UserError(
-                "there is no home directory for shards of a remote --data; give --loader.cache_dir, or set HOME"
-            )
+            cure = "give --loader.cache_dir, or set HOME"
+            raise UserError(f"there is no home directory for shards of a remote --data; {cure}")
         return Cache(Path(directory or f"{home}/gdd_dist/data"), parse_size(limit), patience)
 
 
 @dataclass(frozen=True)
 class Asked:
-    """However patient who asks is, the manifest is the same."""
+    """A request for a manifest. ``patience`` is not compared: callers that would wait longer or shorter get the same manifest."""
 
     data: str
     patience: float = field(compare=False)
@@ -151,10 +150,8 @@ class Mirror:
             passed = time.monotonic() - self._told
             if self._tells and passed > LINE_SECONDS:
                 rate = max(self._here - self._said, 1) / passed
-                left = duration((self._asked - self._here) / rate)
-                say(
-                    f"download: {self._here / 1e6:,.0f} of {self._asked / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s, {left} left"
-                )
+                left = f"{rate / 1e6:.1f} MB/s, {duration((self._asked - self._here) / rate)} left"
+                say(f"download: {self._here / 1e6:,.0f} of {self._asked / 1e6:,.0f} MB, {left}")
                 self._told, self._said = time.monotonic(), self._here
 
     def _work(self) -> None:

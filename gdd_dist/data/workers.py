@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
+from functools import partial
 from threading import Lock
 from typing import Any, TypeVar
 
@@ -20,10 +21,10 @@ Task = TypeVar("Task")
 PREFETCH_BYTES = 256 * 2**20
 """Batches read ahead take no more memory than this, but for one, which is always read ahead."""
 READERS = 2
-"""Batches that are read at a time. Each has its part of the decoding threads: threads wait for one another, and for the interpreter,
-less often than where all of them share each batch."""
+"""Batches that are read at a time, each by its part of the decoding threads. That is faster than all threads on one batch after
+another, because they then wait less for each other and for the interpreter."""
 FEW = 32
-"""So many images are not worth waking other threads."""
+"""For so few images it takes longer to wake other threads than to decode them."""
 
 
 class Workers:
@@ -101,7 +102,7 @@ def prefetch(
 
     Up to ``ahead`` batches, and of these as many as ``limit`` bytes hold, but at least one.
     """
-    pool = ThreadPoolExecutor(READERS, thread_name_prefix="prefetch")
+    pool = ThreadPoolExecutor(READERS, thread_name_prefix="prefetch", initializer=_on_the_callers_device())
     try:
         waiting: deque[Future[Batch]] = deque()
         most, submitted = 1, start
@@ -117,6 +118,13 @@ def prefetch(
             yield batch
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _on_the_callers_device() -> Callable[[], None]:
+    """What a thread calls first. A new thread is on GPU 0, and would open a context there, whichever GPU this rank has."""
+    if not torch.cuda.is_initialized():
+        return lambda: None
+    return partial(torch.cuda.set_device, torch.cuda.current_device())
 
 
 def _bytes(batch: Any) -> int:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gdd_dist.config.ranks import taking_part
 from gdd_dist.config.steps import refits
 from gdd_dist.data.logit_cache import MEANS, logit_file
 from gdd_dist.dry_run.trial import SILENT, Training, Trial, answering, drawing, labelling, smaller, studying
@@ -185,7 +186,7 @@ def estimate_matching(trial: Trial, work: Path) -> Estimate:
     start, step = steps_done(ctx, work / CHECKPOINTS), _matching_step(trial, work)
     parts, students_of_all = _measurement(trial, "gan", step.cost)
     left, measurements = m.steps - start, sum(s % m.interval == 0 for s in range(start, m.steps)) + 1
-    turns = measurements * -(-m.quick_students // ctx.world.size)
+    turns = measurements * -(-m.quick_students // taking_part(ctx.config, "matching", ctx.world.size))
     each = students_of_all + sample_grid.forwards(ctx)
     beside = _refit(trial, work)
     seconds = left * step.cost.seconds + turns * sum(part.seconds for part in parts) + beside.cost.seconds
@@ -200,7 +201,8 @@ def _refit(trial: Trial, work: Path) -> Estimate:
         return Estimate(done, 0, 0, NOTHING)
     net = load_generator_network(trial.directories["gaussian"] / GENERATOR)[0]
     assert isinstance(net, LinearGenerator)
-    drawn_images, ranks = gaussian_refit.draws(net, ctx.config.matching.refit), ctx.world.size
+    drawn_images = gaussian_refit.draws(net, ctx.config.matching.refit)
+    ranks = taking_part(ctx.config, "matching", ctx.world.size)
     parts = [
         trial.cost(drawn_images // ranks, drawn.DRAW_BATCH, drawing, "gaussian"),
         trial.cost(drawn_images // ranks, soft_labels.BATCH, labelling),
@@ -219,7 +221,7 @@ def _matching_step(trial: Trial, work: Path) -> Training:
 
     def in_turn(batch: matching.Batch) -> matching.Batch:
         turns = np.resize(used, len(batch.groups.classes))
-        return replace(batch, groups=replace(batch.groups, teachers=turns))
+        return batch._replace(groups=replace(batch.groups, teachers=turns).by_teacher())
 
     def build(small: Context) -> matching.Matching:
         pool = matching.Pool(small, dirs["teachers"], dirs["logits"])

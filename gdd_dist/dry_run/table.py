@@ -10,6 +10,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from gdd_dist.config.ranks import idle
 from gdd_dist.config.settings import Config
 from gdd_dist.config.steps import STEPS, TABLE
 from gdd_dist.dry_run.estimates import ESTIMATES
@@ -109,6 +110,8 @@ def notes(trial: Trial, lines: list[Line]) -> str:
         return "Every step is finished: a run would reuse them all."
     where = f"{ctx.world.size} rank{'s' if ctx.world.size > 1 else ''}, {ctx.device.type}, {ctx.precision}"
     text = f"Measured here on random weights: {where}; nothing was written to {ctx.out}."
+    if waits := idle(ctx.config, ctx.world.size):
+        text += f"\n{waits}."
     if trial.meter.extrapolated:
         text += "\nBatches too large or slow to try here were continued from two smaller ones."
     if ctx.device.type == "cpu" and most.on_gpu > 0:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gdd_dist.config.ranks import taking_part
 from gdd_dist.config.steps import TABLE, Inputs
 from gdd_dist.data.augment import AUGMENT_DRAWS
 from gdd_dist.data.images import to_float
@@ -71,9 +72,11 @@ class Trial:
     ) -> Training:
         """A step of the trainee that ``build`` makes, which ``ranks`` train together.
 
-        Batches smaller than the whole are multiples of ``unit`` on each. ``arrange``: changes what was read before it is trained on.
+        Where some of them would wait, those that work have larger shares; here all try such a share. Batches smaller than the whole are
+        multiples of ``unit`` on each. ``arrange``: changes what was read before it is trained on.
         """
         batch, counted = int(getattr(self.ctx.config, section).batch), (1, 0, 0)
+        working = taking_part(self.ctx.config, section, ranks)
 
         def prepare(n: int) -> Callable[[], object]:
             opened.close()
@@ -93,9 +96,9 @@ class Trial:
             return step
 
         with ExitStack() as opened:
-            cost = self.meter(prepare, batch // ranks, unit).at(batch // ranks)
+            cost = self.meter(prepare, batch // working, unit).at(batch // working)
         n, forwards, settling = counted
-        return Training(cost, forwards * batch // n, settling * ranks)
+        return Training(cost, forwards * batch // n, settling * working)
 
     def cost(self, images: int, batch: int, make: Callable[..., Work], *names: str) -> Cost:
         """All the seconds that work on ``images`` in batches takes, and the peak of one: measured once, for many times."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gdd_dist.engines.nonfinite import all_finite, poisoned
+from gdd_dist.engines.nonfinite import all_finite, poisoned, step_if
 from gdd_dist.engines.precision import autocast
 from gdd_dist.models.files import cpu_state
 from gdd_dist.runtime.teams import Team
@@ -74,18 +74,22 @@ class DDPEngine:
         self._scaler.scale(loss / self.accumulate if self.accumulate > 1 else loss).backward()
         self._done += 1
 
-    def step(self, lr: float) -> bool:
+    def step(self, lr: float) -> Tensor:
         """Step, then clear gradients. A loss scale that is still being sought skips steps too; that is no fault."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        scaled = self._scaler.is_enabled() and self._scaler.get_scale() > 1
-        finite = all_finite(self.module.parameters())  # means over ranks: all find the same
-        if finite or self._scaler.is_enabled():
+        moved = all_finite(self.module.parameters())  # means over ranks: all find the same
+        if self._scaler.is_enabled():
+            scale = self._scaler._get_scale_async()  # get_scale() would wait
+            assert scale is not None  # there was a backward
+            moved = moved | (scale > 1)
             self._scaler.step(self._optimizer)
             self._scaler.update()
+        else:
+            step_if(moved, self._optimizer)
         self._optimizer.zero_grad(set_to_none=True)
         self._done = 0
-        return finite or scaled
+        return moved
 
     def gathered(self) -> contextlib.AbstractContextManager[Sequence[Tensor]]:
         """The weights as they are."""
@@ -106,7 +110,9 @@ class DDPEngine:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """What ``state_dict`` gave."""
         self.module.load_state_dict(state["module"])
-        self._optimizer.load_state_dict(state["optimizer"])
+        fused = {"fused": self._optimizer.defaults["fused"]}  # ours, whatever wrote the state
+        groups = [{**group, **fused} for group in state["optimizer"]["param_groups"]]
+        self._optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
         self._scaler.load_state_dict(state["scaler"])
 
     def close(self) -> None:

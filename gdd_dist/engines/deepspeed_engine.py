@@ -23,6 +23,7 @@ from gdd_dist.engines.loss_scale import LossScale
 from gdd_dist.engines.nonfinite import poisoned
 from gdd_dist.engines.precision import autocast
 from gdd_dist.models.files import cpu_state
+from gdd_dist.runtime.devices import backend
 from gdd_dist.runtime.world import World
 from sharding.errors import UserError
 
@@ -58,14 +59,17 @@ def engine_config(given: Mapping[str, Any], numel: int, accumulate: int) -> dict
 
     Buckets, by default 500 million numbers whatever the network, are as large as DDP's, and no larger than the network (rounded up:
     NCCL's alignment). A bucket of the network's size would hold all the gradients that ZeRO 2 and 3 are there not to keep.
+    ZeRO 3 reduces gradients in the order of the backward, not beside it: beside a second backward nobody has tried it on a GPU.
     """
     bucket = min(BUCKET, -(-numel // ALIGNED) * ALIGNED)
+    asked = given.get("zero_optimization", {})
     zero = {
         "stage": 1,
         "memory_efficient_linear": False,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
-        **given.get("zero_optimization", {}),
+        **({"overlap_comm": False} if asked.get("stage") == 3 else {}),
+        **asked,
     }
     return {
         **given,
@@ -94,7 +98,7 @@ class DeepSpeedEngine:
         deepspeed = import_deepspeed(world.device)
         if not dist.is_initialized():  # one process alone, without a launcher
             os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend(world.device), store=dist.HashStore(), rank=0, world_size=1)
         self.module, self._world, self._precision = module, world, precision
         self._parameters: list[Any] = list(module.parameters())  # DeepSpeed adds attributes to them
         self._shapes = [p.shape for p in self._parameters]  # under ZeRO 3 theirs are gone
@@ -151,7 +155,7 @@ class DeepSpeedEngine:
             self._engine.backward(self._scale.scale(poisoned(loss)))
         self._done += 1
 
-    def step(self, lr: float) -> bool:
+    def step(self, lr: float) -> Tensor:
         """Step, then clear gradients. From stage 1 on DeepSpeed itself skips a step whose gradients are not finite on any rank.
 
         A loss scale that is still being sought skips steps too; that is no fault.
@@ -167,7 +171,7 @@ class DeepSpeedEngine:
         moved = not self._scale.overflow
         self._scale.update()
         self._done = 0
-        return moved or sought
+        return torch.tensor(moved or sought)  # DeepSpeed has waited for the device already
 
     def gathered(self) -> AbstractContextManager[Sequence[Tensor]]:
         """All weights, whole, to be read inside the context. All ranks enter it."""

@@ -23,8 +23,9 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Gradients of a scalar loss, reduced over ranks."""
 
-    def step(self, lr: float) -> bool:
-        """One optimizer step at this learning rate; clears gradients. False, on all ranks, when it was skipped: a gradient was not finite."""
+    def step(self, lr: float) -> Tensor:
+        """One optimizer step at this learning rate; clears gradients. Returns whether it moved, a bool scalar on the device or on the CPU:
+        false, on all ranks, when it was skipped since a gradient was not finite."""
 
     def gathered(self) -> contextlib.AbstractContextManager[Sequence[Tensor]]:
         """All weights in the network's order, whole, to be read inside the context. All ranks enter it."""

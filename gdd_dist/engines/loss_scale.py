@@ -33,7 +33,7 @@ class LossScale:
     def drop_overflow(self, parameters: Iterable[nn.Parameter]) -> None:
         """Without an optimizer that looks for itself: clear the gradients when one of the reduced ones is not finite."""
         parameters = list(parameters)
-        self.overflow = not all_finite(parameters)
+        self.overflow = not bool(all_finite(parameters))
         if self.overflow:
             for p in parameters:
                 p.grad = None

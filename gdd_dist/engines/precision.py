@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
+
+Network = TypeVar("Network", bound=nn.Module)
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """Autocast over float32 weights: bf16, fp16, or nothing for float32."""
-    if precision == "float32":
+    """Autocast over float32 weights: bf16, fp16, or nothing for float32 and tf32."""
+    if precision not in AUTOCAST:
         return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+    return torch.autocast(device.type, AUTOCAST[precision])
+
+
+def cast_once(net: Network, precision: str) -> Network:
+    """A network that is not trained, its convolutions and linear layers in the dtype of ``precision``: the same numbers under
+    `autocast`, which would cast these weights at each forward anew. Returns ``net``, changed.
+    """
+    if precision in AUTOCAST:
+        for module in net.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                module.to(AUTOCAST[precision])
+    return net
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:

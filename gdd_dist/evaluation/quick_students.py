@@ -135,15 +135,19 @@ def student(ctx: Context, generator: ImageGenerator, j: int, tick: Callable[[int
         places = np.arange(first * m.quick_batch, (first + steps) * m.quick_batch)
         labels = dealt(seed, f"quick/{j}/labels", places, ctx.classes)
         images = to_float(draw(ctx, generator, labels, seed, f"quick/{j}", first), ctx.device)
-        targets = torch.from_numpy(labels).to(ctx.device)
+        draws = [
+            uniform(seed, f"quick/{j}/augment", first + k, np.arange(m.quick_batch), AUGMENT_DRAWS)
+            for k in range(steps)
+        ]
+        targets, of_all = ctx.sent((torch.from_numpy(labels), torch.from_numpy(np.concatenate(draws))))
         for k in range(steps):
             part = slice(k * m.quick_batch, (k + 1) * m.quick_batch)
-            draws = uniform(seed, f"quick/{j}/augment", first + k, np.arange(m.quick_batch), AUGMENT_DRAWS)
-            x = ctx.augment(images[part], torch.from_numpy(draws))
+            x = ctx.augment(images[part], of_all[part])
             train_step(net, optimizer, x, targets[part], r.lr, ctx.precision, skips)
             if first + k + 1 in readings:
                 scores.append(accuracy(net, ctx.images("val"), ctx.device, ctx.precision))
         tick(first + steps)
+    skips.settle()
     labels = np.arange(FRESH_IMAGES) % ctx.classes
     fresh = draw(ctx, generator, labels, seed, f"quick/{j}/fresh", 0)
     logits = predict(net, lambda indices: fresh[torch.from_numpy(indices)], FRESH_IMAGES, ctx.device, ctx.precision)

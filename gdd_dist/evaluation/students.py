@@ -214,14 +214,16 @@ def _fit_sets(ctx: Context, net: Classifier, frozen: Frozen, job: Job, monitor: 
         places = np.arange(ends[0], ends[-1])
         images, labels = sets.take(places)
         draws = torch.from_numpy(uniform(seed, f"{sets.purpose}/augment", 0, places, AUGMENT_DRAWS))
-        plain = to_float(images, ctx.device)
-        x = ctx.augment(plain, draws) if job.row.augmented else plain
-        y = torch.from_numpy(labels).to(ctx.device)
+        images, y, draws = ctx.sent((images, torch.from_numpy(labels), draws))
+        x = to_float(images, ctx.device)
+        if job.row.augmented:
+            x = ctx.augment(x, draws)
         if job.row.labels == "soft":
             y = sets.soft_labels(places, x)
         for a, b in pairwise((ends - ends[0]).tolist()):
             train_step(net, optimizer, x[a:b], y[a:b], r.lr, ctx.precision, skips)
         monitor.advance(first + len(ends) - 1)
+    skips.settle()
 
 
 def _fit_full(ctx: Context, net: Classifier, job: Job, monitor: Monitor) -> int:
@@ -236,12 +238,13 @@ def _fit_full(ctx: Context, net: Classifier, job: Job, monitor: Monitor) -> int:
         indices = order.batch(step)
         seen[indices] = True
         draws = uniform(order.seed, f"{order.purpose}/augment", step, np.arange(len(indices)), AUGMENT_DRAWS)
-        return images.read(indices), torch.from_numpy(images.labels[indices]), torch.from_numpy(draws)
+        return ctx.sent((images.read(indices), torch.from_numpy(images.labels[indices]), torch.from_numpy(draws)))
 
     steps = prefetch(read, 0, job.budget.optimizer_steps, ctx.config.loader.prefetch)
     for step, (batch, labels, draws) in enumerate(steps):
         ctx.world.check_stop()
         x = ctx.augment(to_float(batch, ctx.device), draws)
-        train_step(net, optimizer, x, labels.to(ctx.device), r.full_lr, ctx.precision, skips)
+        train_step(net, optimizer, x, labels, r.full_lr, ctx.precision, skips)
         monitor.advance(step + 1)
+    skips.settle()
     return int(seen.sum())

@@ -16,6 +16,7 @@ import torch
 
 from gdd_dist.engines.precision import resolve_precision
 from gdd_dist.health.finding import FAIL, OK, WARN, Finding
+from gdd_dist.runtime.memory import free_memory
 from sharding.errors import UserError
 from sharding.files import fsync_dir, write_atomic
 
@@ -71,21 +72,15 @@ def torch_pair() -> Finding:
 
         torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
     except (ImportError, RuntimeError, OSError) as e:
-        reason = str(e).splitlines()[0]
-        return Finding(
-            "torch",
-            FAIL,
-            f"{detail}: {reason}",
-            "python -m pip install --upgrade torch torchvision together: the two are released as a pair",
-        )
+        fix = "python -m pip install --upgrade torch torchvision together: the two are released as a pair"
+        return Finding("torch", FAIL, f"{detail}: {str(e).splitlines()[0]}", fix)
     return Finding("torch", OK, detail)
 
 
 def devices() -> Finding:
     """GPUs, or why there are none; cores and memory."""
     cores = len(os.sched_getaffinity(0))
-    memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    here = f"{cores} cores, {memory:.1f} GiB of memory free"
+    here = f"{cores} cores, {free_memory() / 2**30:.1f} GiB of memory free"
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         sizes = [torch.cuda.get_device_properties(i).total_memory / 2**30 for i in range(len(names))]
@@ -97,16 +92,11 @@ def devices() -> Finding:
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return Finding("devices", OK, f"CUDA_VISIBLE_DEVICES hides all GPUs; {detail}")
     if Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi"):
-        why = (
-            "this torch was built without CUDA"
-            if torch.version.cuda is None
-            else "the driver and this torch do not agree"
-        )
-        fix = (
-            "python -m pip install --upgrade --force-reinstall torch torchvision (the default builds hold CUDA)"
-            if torch.version.cuda is None
-            else f"run nvidia-smi, and update the driver to one that knows CUDA {torch.version.cuda}"
-        )
+        why = "this torch was built without CUDA"
+        fix = "python -m pip install --upgrade --force-reinstall torch torchvision (the default builds hold CUDA)"
+        if torch.version.cuda is not None:
+            why = "the driver and this torch do not agree"
+            fix = f"run nvidia-smi, and update the driver to one that knows CUDA {torch.version.cuda}"
         return Finding("devices", FAIL, f"there is an NVIDIA GPU, but {why}; {detail}", fix)
     return Finding("devices", OK, detail)
 
@@ -128,9 +118,10 @@ def disk(directory: Path, name: str = "disk") -> Finding:
         return Finding(name, FAIL, f"{directory}: {reason}", _disk_fix(reason, there))
     finally:
         for path in (probe, probe.with_suffix(".link"), probe.with_suffix(".symlink")):
-            _forget(path)
-        if made:
-            _forget_directory(directory)
+            if path.is_symlink() or path.exists():
+                path.unlink()
+        if made and directory.is_dir() and not any(directory.iterdir()):
+            directory.rmdir()
     detail = f"{directory}: writable, links work, {free / 1e9:.1f} GB free"
     if free < NO_SPACE:
         return Finding(name, FAIL, detail, "free some space, or point --out and --store to a larger disk")
@@ -149,16 +140,6 @@ def _disk_fix(reason: str, directory: Path) -> str:
     if "not permitted" in reason or "not supported" in reason:
         return "locks and latest links need hard and symbolic links, which this file system lacks; choose another --out"
     return "choose another --out"
-
-
-def _forget(path: Path) -> None:
-    if path.is_symlink() or path.exists():
-        path.unlink()
-
-
-def _forget_directory(path: Path) -> None:
-    if path.is_dir() and not any(path.iterdir()):
-        path.rmdir()
 
 
 def port(number: int, what: str, remedy: str) -> Finding:
@@ -183,12 +164,9 @@ def host_name() -> Finding:
     try:
         address = str(socket.getaddrinfo(name, None)[0][4][0])
     except (OSError, UnicodeError) as e:
-        fix = (
-            f"echo '127.0.1.1 {name}' >> /etc/hosts (on several nodes: their addresses), or give torchrun --standalone"
-        )
-        return Finding(
-            "host name", WARN, f"{name} does not resolve ({e}); torchrun over several processes may hang", fix
-        )
+        what = f"{name} does not resolve ({e}); torchrun over several processes may hang"
+        fix = f"echo '127.0.1.1 {name}' >> /etc/hosts (on several nodes: their addresses)"
+        return Finding("host name", WARN, what, f"{fix}, or give torchrun --standalone")
     return Finding("host name", OK, f"{name} is {address}")
 
 
@@ -214,9 +192,7 @@ def descriptors() -> Finding:
 
 def ports_and_disks(directories: list[Path]) -> list[Finding]:
     """Ports, the directories named, and the directory for temporary files."""
-    found = [disk(d) for d in directories]
-    temporary = Path(tempfile.gettempdir())
-    return [*found, disk(temporary, "temporary"), *ports()]
+    return [*map(disk, directories), disk(Path(tempfile.gettempdir()), "temporary"), *ports()]
 
 
 def data_set(directory: Path) -> Finding:

@@ -84,9 +84,8 @@ def compiler() -> Finding:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "x.cpp"
         source.write_text("#include <vector>\nint answer() { return std::vector<int>{42}[0]; }\n")
-        done = subprocess.run(
-            [name, "-shared", "-fPIC", str(source), "-o", f"{folder}/x.so"], capture_output=True, text=True, check=False
-        )
+        command = [name, "-shared", "-fPIC", str(source), "-o", f"{folder}/x.so"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         return Finding("compiler", WARN, f"{name} fails: {done.stderr.strip().splitlines()[-1:]}", fix)
     if not shutil.which("ninja"):
@@ -112,9 +111,8 @@ def deepspeed(build: bool) -> Finding:
     if fault:
         fix = "see compiler above; then rm -rf ~/.cache/torch_extensions and try again" if build else REINSTALL
         return Finding("deepspeed", WARN, f"{version}: {fault}", remedy(fault, fix))
-    return Finding(
-        "deepspeed", OK, f"{version}{': its operations build and load' if build else ' (--deep builds its operations)'}"
-    )
+    what = ": its operations build and load" if build else " (--deep builds its operations)"
+    return Finding("deepspeed", OK, version + what)
 
 
 RAY = """
@@ -130,9 +128,8 @@ def ray(start: bool) -> Finding:
     try:
         version = metadata.version("ray")
     except metadata.PackageNotFoundError:
-        return Finding(
-            "ray", WARN, "not installed", "python -m pip install 'ray[tune]' optuna; only the search needs it"
-        )
+        fix = "python -m pip install 'ray[tune]' optuna; only the search needs it"
+        return Finding("ray", WARN, "not installed", fix)
     fault = call(RAY) if start else None
     if fault:
         fix = "ray stop --force (leftovers of another), see that /tmp and /dev/shm have room, and try again"

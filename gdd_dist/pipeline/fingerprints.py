@@ -12,14 +12,8 @@ def fingerprints(config: Config, manifest: Manifest, precision: str) -> dict[str
     """STEP → fingerprint, in the order of the steps. ``shards`` is the data set's own."""
     found = {"shards": manifest.fingerprint}
     for step in TABLE.values():
-        found[step.name] = fingerprint(
-            {
-                "step": step.name,
-                "version": step.version,
-                "settings": step.settings(config),
-                "seed": config.step_seed(step.name),
-                "precision": precision,
-                "inputs": {name: found[name] for name in step.shaped_by(config)},
-            }
-        )
+        own = {"step": step.name, "version": step.version, "settings": step.settings(config)}
+        inputs = {name: found[name] for name in step.shaped_by(config)}
+        shaping = {**own, "seed": config.step_seed(step.name), "precision": precision, "inputs": inputs}
+        found[step.name] = fingerprint(shaping)
     return found

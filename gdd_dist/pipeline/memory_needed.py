@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
 
+from gdd_dist.config.ranks import taking_part
 from gdd_dist.config.settings import Config
 from gdd_dist.models.classifiers import build_classifier, parse_classifier
 from gdd_dist.models.discriminator import Discriminator
 from gdd_dist.models.generator import Generator
 from gdd_dist.models.names import TORCHVISION
+from gdd_dist.runtime.memory import all_memory
 from sharding.errors import UserError
 from sharding.manifest import Manifest
 
@@ -24,14 +24,13 @@ _SGD, _ADAM, _RUNNING_MEAN = 3, 4, 1
 
 def check_memory(config: Config, manifest: Manifest, world: int, device: torch.device) -> None:
     """Raise UserError for the first setting whose network or batch alone does not fit the memory of a rank's device."""
-    have = memory(device)
+    have = all_memory(device)
     # Networks on the meta device load torch._dynamo, which takes as long to load as torch: those of usual widths fit anyway.
     counted = () if usual(config, manifest) else networks(config, manifest, world)
     for names, need in (*counted, *batches(config, manifest, world)):
         if need > have:
-            raise UserError(
-                f"{names} asks for {need / 1e9:,.1f} GB of memory at least, and there are {have / 1e9:,.1f} GB; lower it"
-            )
+            what = f"{names} asks for {need / 1e9:,.1f} GB of memory at least"
+            raise UserError(f"{what}, and there are {have / 1e9:,.1f} GB; lower it")
 
 
 def usual(config: Config, manifest: Manifest) -> bool:
@@ -39,20 +38,8 @@ def usual(config: Config, manifest: Manifest) -> bool:
     g, m, r = config.gan, config.matching, config.report
     names = (*config.teachers.architectures, m.quick_student, *r.students)
     widths = [parse_classifier(name)[1] or 0 for name in names if not name.startswith(TORCHVISION)]
-    small = (
-        max(g.width, g.d_width) <= 512 and max(g.blocks, g.d_blocks) <= 4 and g.latent <= 1024 and max(widths) <= 128
-    )
-    return small and manifest.height <= 128 and len(manifest.classes) <= 1000
-
-
-def memory(device: torch.device) -> int:
-    """Bytes of a GPU, else of this host or of the container it is."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.exists() else "max"
-    return min(host, int(text)) if text.isdigit() else host
+    small = max(g.width, g.d_width) <= 512 and max(g.blocks, g.d_blocks) <= 4 and g.latent <= 1024
+    return small and max(widths) <= 128 and manifest.height <= 128 and len(manifest.classes) <= 1000
 
 
 def networks(config: Config, manifest: Manifest, world: int) -> Iterator[tuple[str, float]]:
@@ -89,11 +76,12 @@ def _numbers(build: Callable[[], nn.Module]) -> float:
 def batches(config: Config, manifest: Manifest, world: int) -> Iterator[tuple[str, float]]:
     """(setting, bytes) of a rank's share of the float images, or latents, of a step."""
     t, g, m, r = config.teachers, config.gan, config.matching, config.report
+    of_gan, of_matching = (taking_part(config, step, world) * config.accumulate for step in ("gan", "matching"))
     pixels = 4 * manifest.channels * manifest.height * manifest.width
     yield f"--teachers.batch {t.batch}", t.batch / t.ranks_per_teacher / t.accumulate * pixels
     yield f"--logits.batch {config.logits.batch}", min(config.logits.batch, manifest.splits["train"].samples) * pixels
-    yield f"--gan.batch {g.batch}", g.batch / world / config.accumulate * (pixels + 4 * g.latent)
-    yield f"--matching.batch {m.batch}", m.batch / world / config.accumulate * (pixels + 4 * g.latent)
+    yield f"--gan.batch {g.batch}", g.batch / of_gan * (pixels + 4 * g.latent)
+    yield f"--matching.batch {m.batch}", m.batch / of_matching * (pixels + 4 * g.latent)
     yield f"--matching.quick_batch {m.quick_batch}", m.quick_batch * pixels
     ipc = max(r.ipc)
     yield f"--report.ipc {ipc}", ipc * len(manifest.classes) * pixels / 4  # a fixed set is kept as bytes

@@ -23,56 +23,37 @@ def check(config: Config, manifest: Manifest, world: int, device: torch.device) 
         if split not in manifest.splits:
             raise UserError(f"the data set has no {split} split; build it with python -m sharding build")
     if manifest.height != manifest.width:
-        raise UserError(
-            f"images are {manifest.height}x{manifest.width}; build the data set with --image-size to make them square"
-        )
+        cure = "build the data set with --image-size to make them square"
+        raise UserError(f"images are {manifest.height}x{manifest.width}; {cure}")
     if len(manifest.classes) < 2:
-        raise UserError(
-            f"{manifest.name} has one class alone, and there is nothing to tell apart; build it with two or more"
-        )
+        what = f"{manifest.name} has one class alone, and there is nothing to tell apart"
+        raise UserError(f"{what}; build it with two or more")
     side_widths(manifest.height, config.gan.width, config.gan.patch)
-    trained = () if config.teachers.pretrained else config.teachers.architectures
-    for name in trained:
+    for name in () if config.teachers.pretrained else config.teachers.architectures:
         parse_classifier(name)
     parse_student(config.matching.quick_student)
+    check_ranks(config, world)
     check_memory(config, manifest, world, device)
     for file in pretrained.files(config.teachers.pretrained) if config.teachers.pretrained else ():
         pretrained_networks.load(file, manifest)
-    check_ranks(config, world)
     if not config.teachers.pretrained:
         check_teams(config, world)
     rows.check(config, manifest)
 
 
 def check_ranks(config: Config, world: int) -> None:
-    """The world size must divide the streams of the gan step and the groups of matching."""
-    for name, batch in (("gan", config.gan.batch), ("matching", config.matching.batch)):
-        if batch < world:
-            raise UserError(
-                f"--{name}.batch {batch} is smaller than the {world} ranks; use at most {batch} ranks or a larger batch"
-            )
-    streams = config.streams("gan")
-    if config.gan.batch % streams:
-        raise UserError(
-            f"--loader.streams {streams} does not divide --gan.batch {config.gan.batch}; change one of them"
-        )
-    if streams % world:
-        raise UserError(
-            f"{world} ranks do not divide the {streams} streams of --gan.batch {config.gan.batch}; use {_divisors(streams)} ranks"
-        )
-    groups = config.matching.batch // config.matching.group
-    if groups % world:
-        raise UserError(
-            f"{world} ranks do not divide the {groups} groups of --matching.batch {config.matching.batch}; use {_divisors(groups)} ranks"
-        )
-    for share, of in (
-        (config.gan.batch // world, "images of a gan step"),
-        (groups // world, "groups of a matching step"),
-    ):
-        if share % config.accumulate:
-            raise UserError(
-                f"--accumulate {config.accumulate} does not divide a rank's {share} {of}; use {_divisors(share)}"
-            )
+    """Micro-batches must cut the batches of gan and matching evenly; DeepSpeed needs all ranks there, under DDP some may wait."""
+    gan, streams, groups = config.gan.batch, config.streams("gan"), config.matching.batch // config.matching.group
+    if gan % streams:
+        raise UserError(f"--loader.streams {streams} does not divide --gan.batch {gan}; change one of them")
+    of_matching = f"groups of --matching.batch {config.matching.batch}"
+    for whole, of in ((gan, f"images of --gan.batch {gan}"), (groups, of_matching)):
+        if whole % config.accumulate:
+            what = f"--accumulate {config.accumulate} does not divide the {whole} {of}"
+            raise UserError(f"{what}; use {_divisors(whole)}")
+        if config.engine == "deepspeed" and whole // config.accumulate % world:
+            cure = f"use {_divisors(whole // config.accumulate)} ranks, or --engine ddp, where some wait"
+            raise UserError(f"{world} ranks do not divide the {whole} {of}; {cure}")
 
 
 def check_teams(config: Config, world: int) -> None:
@@ -82,14 +63,11 @@ def check_teams(config: Config, world: int) -> None:
     if world % t.ranks_per_teacher:
         raise UserError(f"{team} does not divide the {world} ranks; use {_divisors(world)}")
     if streams % t.ranks_per_teacher:
-        raise UserError(
-            f"{team} does not divide the {streams} streams of --teachers.batch {t.batch}; use {_divisors(streams)}"
-        )
+        what = f"{team} does not divide the {streams} streams of --teachers.batch {t.batch}"
+        raise UserError(f"{what}; use {_divisors(streams)}")
     if share % t.accumulate:
-        raise UserError(
-            f"--teachers.accumulate {t.accumulate} does not divide a rank's {share} images of a teacher's step; "
-            f"use {_divisors(share)}"
-        )
+        what = f"--teachers.accumulate {t.accumulate} does not divide a rank's {share} images of a teacher's step"
+        raise UserError(f"{what}; use {_divisors(share)}")
     if share == t.accumulate and any(has_batch_norm(name) for name in t.architectures):
         raise UserError("a micro-batch of one image has no batch statistics; lower --teachers.accumulate")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gdd_dist.config import command_line as configuration
+from gdd_dist.config.ranks import idle, taking_part
 from gdd_dist.config.settings import Config
 from gdd_dist.config.steps import STEPS, TABLE, Inputs
 from gdd_dist.models.classifiers import CONSTANT
@@ -40,14 +41,12 @@ def run_lock(world: World, out: Path) -> AbstractContextManager[None]:
     def busy(holder: Mapping[str, Any]) -> None:
         nonlocal told
         world.check_stop()
-        if not holder["local"] and not lock.moved:
-            if not told:
-                say(
-                    f"{out} was held by process {holder['pid']} on {holder['host']}; waiting whether it gives a sign of life"
-                )
-            told = True
-            return
-        raise in_use(out, holder)
+        if holder["local"] or lock.moved:
+            raise in_use(out, holder)
+        if not told:
+            who = f"process {holder['pid']} on {holder['host']}"
+            say(f"{out} was held by {who}; waiting whether it gives a sign of life")
+        told = True
 
     return holding(lock, busy) if world.is_main else nullcontext()
 
@@ -56,9 +55,8 @@ def find_disks(ctx: Context) -> Disks:
     """Who shares rank 0's disk. Raises UserError where hosts have different data."""
     known = ctx.world.gather(ctx.manifest.fingerprint)
     if other := [r for r, fp in enumerate(known) if fp != known[0]]:
-        raise UserError(
-            f"{ctx.data} differs between hosts (ranks 0 and {other[0]}); copy the same data set to all of them"
-        )
+        where = f"hosts (ranks 0 and {other[0]})"
+        raise UserError(f"{ctx.data} differs between {where}; copy the same data set to all of them")
     disks = Disks(ctx.world, ctx.store.root)
     if ctx.world.is_main and not disks.shared:
         say(f"{len(disks.apart)} ranks do not see {ctx.store.root} of rank 0: finished files are sent to their hosts")
@@ -78,13 +76,13 @@ def run(
     manifest = Manifest.load(data)
     precision = agreed_precision(config, world)
     check(config, manifest, world.size, world.device)
+    world.say(idle(config, world.size))
     store = Store(store_of(out, config))
     ctx = Context(config, world, data, manifest, store, out, precision, on_interval=on_interval)
     ctx.disks = find_disks(ctx)
     if constant := [str(c) for c, s in enumerate(manifest.std) if 2 * s <= CONSTANT]:
-        world.say(
-            f"data: channel {', '.join(constant)} is the same everywhere in train; its standard deviation counts as 1"
-        )
+        same = f"channel {', '.join(constant)} is the same everywhere in train"
+        world.say(f"data: {same}; its standard deviation counts as 1")
     fps = fingerprints(config, manifest, precision)
     if world.is_main:
         write_config(out, configuration.to_yaml(config, preset))
@@ -152,9 +150,8 @@ def step_lock(ctx: Context, step: str, fp: str) -> AbstractContextManager[None]:
         nonlocal told
         ctx.world.check_stop()
         if not told:
-            say(
-                f"{step}: waiting for process {holder['pid']} on {holder['host']}, which computes it since {holder['since']}"
-            )
+            who = f"process {holder['pid']} on {holder['host']}"
+            say(f"{step}: waiting for {who}, which computes it since {holder['since']}")
         told = True
 
     return holding(Lock(ctx.store.root / step / f"{fp}.lock"), busy)
@@ -169,7 +166,10 @@ def compute(ctx: Context, step: str, fps: Mapping[str, str]) -> None:
     ctx.world.barrier()
     begin, origin = time.monotonic(), provenance(ctx, fps)
     directories = {name: ctx.store.path(name, fps[name]) for name in TABLE[step].inputs(ctx.config)}
-    info = TABLE[step].run(ctx, work, Inputs(directories, fps, origin))
+    info = {}
+    with ctx.among(taking_part(ctx.config, step, ctx.world.size)) as here:
+        if here:
+            info = TABLE[step].run(ctx, work, Inputs(directories, fps, origin))
     images = ctx.world.sum(ctx.forwards)
     cost = {"seconds": round(time.monotonic() - begin, 2), "images_processed": images, "ranks": ctx.world.size}
     if ctx.world.is_main:
@@ -196,9 +196,10 @@ def finish(ctx: Context, fps: Mapping[str, str]) -> None:
     directory = ctx.store.path("report", fps["report"])
     results = read_json(directory / "metrics.json")["results"]
     latest = ctx.out / "report" / "latest"
-    sys.stdout.write(
-        f"\n{table(results)}\n\nreport: {latest}/report.md\npage: {latest}/report.html (the same with its pictures, in one file)\n"
+    lines = (
+        f"\n{table(results)}\n\nreport: {latest}/report.md",
+        f"page: {latest}/report.html (the same with its pictures, in one file)",
+        f"generator: {ctx.out}/matching/latest/generator.safetensors",
+        f"TensorBoard: tensorboard --logdir {ctx.out}/tensorboard",
     )
-    sys.stdout.write(
-        f"generator: {ctx.out}/matching/latest/generator.safetensors\nTensorBoard: tensorboard --logdir {ctx.out}/tensorboard\n"
-    )
+    sys.stdout.write("\n".join(lines) + "\n")

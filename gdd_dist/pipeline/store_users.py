@@ -125,6 +125,11 @@ class Directory:
     step: str
     fingerprint: str
 
+    @property
+    def lock(self) -> Lock:
+        """The lock under which the step writes it."""
+        return Lock(self.path.with_name(f"{self.fingerprint}.lock"))
+
     def bytes(self) -> int:
         """Its size on disk."""
         return sum(p.stat().st_size for p in self.path.rglob("*") if p.is_file())
@@ -139,19 +144,13 @@ def directories(store: Path) -> Iterator[Directory]:
                 yield Directory(path, step, match[1])
 
 
-def locked(store: Path, directory: Directory) -> bool:
-    """Whether a live process is writing it."""
-    return Lock(store / directory.step / f"{directory.fingerprint}.lock").holder() is not None
-
-
 def unused(store: Path, out: Path) -> tuple[list[Directory], Wanted]:
     """Directories that nobody needs, and what is needed. Raises UserError where it is not known who uses the store."""
     if not (store / FILE).exists() and store.resolve() != out.resolve():
-        raise UserError(
-            f"{store / FILE} is missing, so it is not known which other runs use {store}; run gdd_dist.train once for each of them"
-        )
+        what = f"{store / FILE} is missing, so it is not known which other runs use {store}"
+        raise UserError(f"{what}; run gdd_dist.train once for each of them")
     found = wanted(store, out)
-    idle = [d for d in directories(store) if (d.step, d.fingerprint) not in found.steps and not locked(store, d)]
+    idle = [d for d in directories(store) if (d.step, d.fingerprint) not in found.steps and not d.lock.holder()]
     if found.unplanned:  # what such a run would go on from is not known
         idle = [d for d in idle if d.path.suffix != ".partial"]
     return idle, found
@@ -159,7 +158,7 @@ def unused(store: Path, out: Path) -> tuple[list[Directory], Wanted]:
 
 def remove(store: Path, out: Path, directory: Directory) -> bool:
     """Remove one, unless somebody has come to need it since it was listed. Out of sight first, so that none sees half of it."""
-    lock = Lock(store / directory.step / f"{directory.fingerprint}.lock")
+    lock = directory.lock
     if lock.try_acquire() is not None:
         return False
     try:

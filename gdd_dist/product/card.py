@@ -38,11 +38,8 @@ class Drawn:
 def card(generator: Sampler, drawn: Drawn, run: Path) -> str:
     """The card as Markdown with a YAML head. ``run``: figures come from its report, where it is a run directory that has one."""
     channels, height, width = generator.image_shape
-    size = (
-        f"{drawn.ipc} of each of {len(generator.classes)} classes"
-        if drawn.ipc
-        else f"of {len(generator.classes)} classes"
-    )
+    size = f"{drawn.ipc} of each of " if drawn.ipc else "of "
+    size += f"{len(generator.classes)} classes"
     parts = [
         f"---\n{yaml.safe_dump(head(generator, drawn), sort_keys=False, allow_unicode=True)}---",
         f"# {generator.data_name}, distilled: {drawn.total:,} images, {size}",
@@ -112,12 +109,8 @@ data = np.load("DEST/train.npz")         # images uint8 [N, channels, height, wi
 
 def labels(drawn: Drawn) -> str:
     """What the labels are."""
-    if not drawn.soft:
-        return "Labels: the class that each image was drawn for."
-    return (
-        "Labels: the class that each image was drawn for, and beside it the mean of the teachers' softmax on the image as it "
-        "stands (float32, one number a class)."
-    )
+    soft = ", and beside it the mean of the teachers' softmax on the image as it stands (float32, one number a class)"
+    return f"Labels: the class that each image was drawn for{soft if drawn.soft else ''}."
 
 
 def drawing(drawn: Drawn) -> str:

@@ -72,9 +72,8 @@ def verify(directory: Path, *names: str) -> None:
         entry = files.get(name)
         if entry is None:
             raise UserError(f"{directory / name} is not a file of its step; remove {directory} to compute it again")
-        verify_file(
-            directory / name, entry["bytes"], entry["sha256"], f"remove {directory} and run gdd_dist.train again"
-        )
+        cure = f"remove {directory} and run gdd_dist.train again"
+        verify_file(directory / name, entry["bytes"], entry["sha256"], cure)
 
 
 class Sampler:
@@ -146,7 +145,7 @@ class Sampler:
     ) -> tuple[Tensor, np.ndarray]:
         """``total`` images, uint8 [N, C, H, W] on the device, and their labels 0, 1, …, K-1, 0, 1, …, int64 [N].
 
-        ``first``: where to begin in the endless row of them, so that a large set can be drawn part by part.
+        ``first``: number of the first image, so that a large set can be drawn part by part.
         """
         places = np.arange(first, first + total)
         labels = places % len(self.classes)

@@ -174,7 +174,7 @@ def flat(images: Tensor, device: torch.device) -> Tensor:
 def nearest(queries: Tensor, chunks: Iterator[Tensor], k: int) -> tuple[np.ndarray, np.ndarray]:
     """(distance, place) of the k nearest of all chunks' rows, each [n, k], nearest first; distance: root mean square.
 
-    By matrix products, in float32 whatever World allows (TF32 would blur a copy away), exact to about a tenth of a level of 255 (pixels
+    By matrix products, in float32 whatever the run allows (TF32 would blur a copy away), exact to about a tenth of a level of 255 (pixels
     are centred for that).
     """
     allowed = torch.get_float32_matmul_precision()

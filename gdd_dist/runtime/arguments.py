@@ -20,7 +20,6 @@ class Parser(arguments.Parser):
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """As argparse; ``~`` is the home directory behind ``=`` too, where shells leave it alone."""
-        split = [
-            a.partition("=") if a.startswith("--") else ("", "", a) for a in (sys.argv[1:] if args is None else args)
-        ]
+        given = sys.argv[1:] if args is None else args
+        split = [a.partition("=") if a.startswith("--") else ("", "", a) for a in given]
         return super().parse_args([name + eq + os.path.expanduser(value) for name, eq, value in split], namespace)

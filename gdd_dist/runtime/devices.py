@@ -27,6 +27,11 @@ def pick_device(device: str, local_rank: int, local_size: int) -> torch.device:
     return torch.device("cuda", index)
 
 
+def backend(device: torch.device) -> str:
+    """Who carries collectives: NCCL what lies on a GPU, gloo what lies in memory, as votes and words do."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
 def identity(device: torch.device) -> list[str]:
     """What tells a GPU from all others of the job, [] for the CPU: two ranks must not have the same."""
     if device.type == "cpu":
@@ -42,10 +47,16 @@ def check_identities(identities: Sequence[list[str]], local_size: int) -> None:
         raise UserError(too_few(local_size, min(sum(h == host for h, _ in gpus) for host in hosts)))
 
 
+def allow_tf32(allowed: bool) -> None:
+    """Whether float32 products and convolutions on a GPU may round what they multiply to TF32, 10 bits of mantissa."""
+    # torch's older switches: the newer ones (fp32_precision) make those raise, and libraries still read them.
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
 def too_few(ranks: int, gpus: int) -> str:
-    """What is wrong when a host has fewer GPUs than ranks, and what to type; global batches divide by powers of two."""
-    fits = 1 << (gpus.bit_length() - 1)
+    """What is wrong when a host has fewer GPUs than ranks, and what to type."""
     return (
         f"{ranks} ranks on this host but {gpus} CUDA device{'' if gpus == 1 else 's'}; "
-        f"start torchrun --nproc_per_node={fits} (make train RANKS={fits}), or give --device cpu"
+        f"start torchrun --nproc_per_node={gpus} (make train RANKS={gpus}), or give --device cpu"
     )

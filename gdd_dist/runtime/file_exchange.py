@@ -6,12 +6,13 @@ look for it. Every file that arrives is checked by its sha256 before it gets its
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,105 +30,113 @@ PATIENCE = 3.0
 
 
 class Disks:
-    """Who shares rank 0's disk. Without a world, or where all do, everything here does nothing."""
+    """Who shares rank 0's disk. Without a world, or where all do, everything here does nothing.
+
+    One rank looks after each disk: rank 0, and the first rank of each host that lacks rank 0's. Files go between these alone, in
+    few messages; the others wait in a barrier, which is no collective.
+    """
 
     def __init__(self, world: World | None = None, root: Path = Path()) -> None:
-        self._world, self.apart = world, frozenset[int]()
+        self._world, self.apart, self._keepers = world, frozenset[int](), [0]
+        self._hosts: World | None = None
         if world is not None and world.size > 1:
             self.apart = frozenset(r for r, sees in enumerate(_who_sees(world, root)) if not sees)
+            keeps = world.gather(world.is_main or (world.rank in self.apart and world.local_rank == 0))
+            self._keepers = [r for r, one in enumerate(keeps) if one]
+            self._hosts = None if self.shared else world.part(self._keepers)
 
     @property
     def shared(self) -> bool:
         """Whether all ranks see rank 0's files."""
         return not self.apart
 
-    @property
-    def _keeper(self) -> bool:
-        """Whether this rank looks after its host's disk: rank 0, and the first rank of each host that lacks rank 0's."""
-        assert self._world is not None
-        return self._world.is_main or (self._world.rank in self.apart and self._world.local_rank == 0)
+    def among(self, world: World) -> Disks:
+        """The same disks, as far as ``world``, this one's first ranks, uses them. All ranks of this one call it."""
+        fewer = copy.copy(self)
+        fewer._world, fewer.apart = world, frozenset(r for r in self.apart if r < world.size)
+        fewer._keepers = [r for r in self._keepers if r < world.size]
+        fewer._hosts = None if fewer.shared or self._world is None else self._world.part(fewer._keepers)
+        return fewer
 
     def share(self, directory: Path, patterns: Sequence[str]) -> None:
         """Afterwards every host has each file below ``directory`` that any host has, the longest of each name: some are only ever
         appended to. All ranks call it.
         """
-        if self.shared or self._world is None:
+        if self._world is None or self._hosts is None:
             return
-        mine = {str(p.relative_to(directory)): p.stat().st_size for p in _files(directory, patterns)}
-        held = self._world.gather(mine if self._keeper else None)
-        for name in sorted({name for files in held if files is not None for name in files}):
-            sizes = {r: files.get(name, -1) for r, files in enumerate(held) if files is not None}
-            source = max(sizes, key=lambda r: (sizes[r], -r))
-            if lacking := [r for r, size in sizes.items() if size < sizes[source]]:
-                self._send(directory / name, source, lacking)
+        if self._hosts.rank >= 0:
+            held = self._hosts.gather(_listed(directory, patterns, lambda p: p.stat().st_size))
+            for name in sorted({name for files in held for name in files}):
+                sizes = [files.get(name, -1) for files in held]
+                source = sizes.index(max(sizes))
+                if min(sizes) < sizes[source]:
+                    self._send(directory / name, source, sizes[source], [size < sizes[source] for size in sizes])
+        self._world.barrier()
 
     def mirror(self, directory: Path, patterns: Sequence[str]) -> None:
         """Afterwards every host has rank 0's files below ``directory``, and rank 0's version of each. All ranks call it."""
-        if self.shared or self._world is None:
+        if self._world is None or self._hosts is None:
             return
-        mine = (
-            {str(p.relative_to(directory)): sha256_file(p) for p in _files(directory, patterns)}
-            if self._keeper
-            else None
-        )
-        held = self._world.gather(mine)
-        for name, sha256 in sorted(held[0].items(), key=lambda item: (Path(item[0]).name == CONTENTS, item[0])):
-            lacking = [r for r, files in enumerate(held) if files is not None and files.get(name) != sha256]
-            if lacking:
-                self._send(directory / name, 0, lacking)
+        if self._hosts.rank >= 0:
+            held = self._hosts.gather(_listed(directory, patterns, lambda p: [p.stat().st_size, sha256_file(p)]))
+            for name, file in sorted(held[0].items(), key=lambda item: (Path(item[0]).name == CONTENTS, item[0])):
+                lacks = [files.get(name) != file for files in held]
+                if any(lacks):
+                    self._send(directory / name, 0, file[0], lacks)
+        self._world.barrier()
 
     def bring(self, store: Store, step: str, fp: str) -> None:
         """A step that is finished on rank 0's host becomes finished on every host."""
-        if self.shared or self._world is None:
+        if self._world is None or self._hosts is None:
             return
         partial, whole = store.partial(step, fp), store.path(step, fp)
-        if self._keeper and not self._world.is_main and partial.exists():
+        if self._hosts.rank > 0 and partial.exists():
             shutil.rmtree(partial / CHECKPOINTS, ignore_errors=True)
             if not whole.exists():
                 os.rename(partial, whole)  # without its list of contents it does not count as finished
         self._world.barrier()
         self.mirror(whole, ["*"])
 
-    def _send(self, path: Path, source: int, lacking: Sequence[int]) -> None:
-        """One file, in pieces, from rank ``source`` to those of ``lacking``; all ranks listen."""
-        world = self._world
-        assert world is not None
-        here = world.rank == source
-        size, sha256 = world.gather([path.stat().st_size, sha256_file(path)] if here else None)[source]
+    def _send(self, path: Path, source: int, size: int, lacks: Sequence[bool]) -> None:
+        """One file of ``size`` bytes, in pieces, from host ``source`` to those that lack it; one rank of each host listens."""
+        hosts = self._hosts
+        assert hosts is not None
+        here, writes = hosts.rank == source, lacks[hosts.rank]
+        sha256 = torch.tensor(list(bytes.fromhex(sha256_file(path)) if here else bytes(32)), dtype=torch.uint8)
+        dist.broadcast(sha256, group=hosts.group, group_src=source)
         temporary = path.with_name(f".tmp-{uuid.uuid4().hex}")
-        writes = world.rank in lacking
         found = hashlib.sha256()
         if writes:
             path.parent.mkdir(parents=True, exist_ok=True)
         with (path if here else temporary if writes else Path(os.devnull)).open("rb" if here else "wb") as f:
             for start in range(0, size, CHUNK):
                 n = min(CHUNK, size - start)
-                piece = (
-                    torch.frombuffer(bytearray(f.read(n)), dtype=torch.uint8)
-                    if here
-                    else torch.empty(n, dtype=torch.uint8)
-                )
-                dist.broadcast(piece, source)
+                data = bytearray(f.read(n) if here else n)
+                dist.broadcast(torch.frombuffer(data, dtype=torch.uint8), group=hosts.group, group_src=source)
                 if writes:
-                    data = piece.numpy().tobytes()
                     found.update(data)
                     f.write(data)
             if writes:
                 f.flush()
                 os.fsync(f.fileno())
         if writes:
-            if found.hexdigest() != sha256:
+            if found.digest() != sha256.numpy().tobytes():
                 temporary.unlink()
-                raise UserError(f"{path} was damaged on its way from rank {source}; run the same command again")
+                raise UserError(
+                    f"{path} was damaged on its way from rank {self._keepers[source]}; run the same command again"
+                )
             os.replace(temporary, path)
             fsync_dir(path.parent)
 
 
+def _listed(directory: Path, patterns: Sequence[str], about: Callable[[Path], Any]) -> dict[str, Any]:
+    """Files below ``directory`` by name, and what is said of each."""
+    return {str(p.relative_to(directory)): about(p) for p in _files(directory, patterns)}
+
+
 def _files(directory: Path, patterns: Sequence[str]) -> Iterator[Path]:
-    found = {
-        p for pattern in patterns for p in directory.rglob(pattern) if p.is_file() and not p.name.startswith(".tmp-")
-    }
-    return iter(sorted(found))
+    found = {p for pattern in patterns for p in directory.rglob(pattern)}
+    return iter(sorted(p for p in found if p.is_file() and not p.name.startswith(".tmp-")))
 
 
 def _who_sees(world: World, root: Path) -> list[Any]:

@@ -1,8 +1,8 @@
 """Signs of life: a rank that is busy for hours is there, one that is stopped or lost is missed after ``timeout`` seconds.
 
-Each rank says at short intervals, from a thread of its own, that it lives and at which step. Rank 0 looks at all, all look
-at rank 0. Ages are counted by whoever looks, in time that he himself was running: no clocks are compared, and a job that
-was suspended as a whole misses nobody when it goes on. The same thread carries the word that the job is to stop.
+Each rank has a thread that says at short intervals that the rank lives, and at which step it is. Rank 0 watches all ranks,
+the others watch rank 0. A rank counts the seconds of silence itself, and only while it is running: clocks of two hosts are
+never compared, and when a whole job was suspended no rank is missed. The same thread passes on that the job is to stop.
 """
 
 from __future__ import annotations
@@ -45,9 +45,10 @@ class Watch:
 
 
 class Pulse:
-    """This rank's signs of life, and its eye on others. ``where``: what this rank is at.
+    """Gives this rank's signs of life and watches those of others. ``where``: the step that this rank is at.
 
-    ``claim``: whether it may report; asked through this thread's own connection, since the main thread may stand in a wait on its.
+    ``claim``: whether this rank may report a fault. It is asked through the connection of this thread, because the main thread
+    may be waiting in its own.
     """
 
     def __init__(
@@ -107,11 +108,12 @@ class Pulse:
 
     def _pass_on(self, told: bool) -> bool:
         """Tell the others that the job is to stop, or hear it from them."""
-        if asked.number and not told:
-            self._store.set("stop", str(asked.number))
-        elif not asked.number and self._store.check(["stop"]):
+        number = asked.number  # read once: a signal that comes while the store is asked is passed on by the next call
+        if number and not told:
+            self._store.set("stop", str(number))
+        elif not number and self._store.check(["stop"]):
             asked.note(int(self._store.get("stop")))
-        return bool(asked.number)
+        return bool(number)
 
     def _miss(self, rank: int, beat: bytes | None) -> None:
         what = f"error: {describe(rank, beat)} has given no sign of life for {self._timeout:g} s; {END}"
@@ -131,12 +133,17 @@ class Pulse:
                 end_with(2, f"{kind}: {what}; {END}")
 
 
+def lives(beat: bytes | None) -> bool | None:
+    """Whether the process that gave this sign of life is there; None where it can not be looked up: on another host."""
+    last = json.loads(beat) if beat else {}
+    return born(last["pid"]) == last["born"] if local(last) else None
+
+
 def _kill_if_here(beat: bytes | None) -> None:
     """End a process of this host that has stood still for too long: torchrun would wait 30 s before it does."""
-    last = json.loads(beat) if beat else {}
-    if local(last) and born(last["pid"]) == last["born"]:
+    if beat and lives(beat):
         with suppress(OSError):
-            os.kill(last["pid"], signal.SIGKILL)
+            os.kill(json.loads(beat)["pid"], signal.SIGKILL)
 
 
 def _first_here() -> bool:

@@ -28,9 +28,10 @@ _UNREADABLE = {"host": "an unknown host", "pid": "?", "born": None, "since": "an
 class Lock:
     """One holder at a time, who touches the file every few seconds.
 
-    A lock whose holder is dead (where its process can be looked up: no such process; elsewhere: no heartbeat for a minute, by
-    the clock of the file system) is taken over, by one taker: whoever creates the marker named after the dead holder's id.
-    A holder that finds its lock taken over (its host was suspended, say) ends at once: two jobs must not write one directory.
+    A lock whose holder is dead is taken over. A holder of this host is dead when its process is gone; one of another host when the
+    file was not touched for a minute, by the clock of the file system. Of several that want to take over, the one that creates
+    the marker named after the dead holder's id does. A holder that finds its lock taken over, say after its host was
+    suspended, ends at once: two jobs must not write one directory.
     """
 
     def __init__(self, path: Path) -> None:
@@ -146,11 +147,8 @@ class Lock:
             with suppress(OSError):
                 holder = self._read(self.path)
                 if holder and holder["id"] != self._id and not self._stop.is_set():
-                    who = f"process {holder['pid']} on {holder['host']}"
-                    end_with(
-                        2,
-                        f"error: {self.path} was taken over by {who} while this process stood still; leave it to that one",
-                    )
+                    who = f"process {holder['pid']} on {holder['host']} while this process stood still"
+                    end_with(2, f"error: {self.path} was taken over by {who}; leave it to that one")
                 os.utime(self.path)
 
 

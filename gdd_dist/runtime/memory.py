@@ -77,26 +77,37 @@ def peak_memory(device: torch.device) -> int:
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) + CUDA_CONTEXT
-    if peak := _status("VmHWM"):
-        return peak - _status("RssFile")
+    if peak := _kernel("VmHWM"):
+        return peak - _kernel("RssFile")
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
 
 
 def file_pages(device: torch.device) -> int:
     """Bytes of files in this process's resident set; 0 where unknown, or where memory is a CUDA device's."""
-    return 0 if device.type == "cuda" else _status("RssFile")
+    return 0 if device.type == "cuda" else _kernel("RssFile")
 
 
 def free_memory() -> int:
-    """Bytes of memory that this host can still give, divided by the ranks that share it."""
-    pages = os.sysconf("SC_AVPHYS_PAGES") if hasattr(os, "sysconf") else 0
-    return int(pages * os.sysconf("SC_PAGE_SIZE")) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    """Bytes of memory that this host can still give, the page cache that it may drop included."""
+    free = _kernel("MemAvailable", "/proc/meminfo")
+    return free or os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _status(name: str) -> int:
+def all_memory(device: torch.device) -> int:
+    """Bytes of a GPU, else of this host or of the container it is."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.exists() else "max"
+    return min(host, int(text)) if text.isdigit() else host
+
+
+def _kernel(name: str, file: str = "/proc/self/status") -> int:
+    """Bytes that the kernel's file says of ``name``, 0 where it says nothing."""
     with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
+        for line in Path(file).read_text().splitlines():
             if line.startswith(f"{name}:"):
                 return int(line.split()[1]) * 1024
     return 0

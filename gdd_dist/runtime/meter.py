@@ -11,7 +11,7 @@ import bisect
 import gc
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 import torch
 
@@ -85,10 +85,8 @@ class Curve:
             seconds = min(max(seconds, 0.5 * an_image * (b - a)), an_image * (b - a))
             tensors = max(0.0, tensors)
             memory = self._blur * tensors
-        more = (batch - b) / (b - a)
-        return Cost(
-            high.seconds + more * seconds, high.memory + more * memory, high.tensors + more * tensors, high.held
-        )
+        more, slopes = (batch - b) / (b - a), (seconds, memory, tensors, 0.0)
+        return Cost(*(value + more * slope for value, slope in zip(astuple(high), slopes, strict=True)))
 
 
 class Meter:
@@ -122,7 +120,8 @@ class Meter:
         else:
             one_more = Curve(points, self._blur).at(size + 1)
             in_time = (LIMIT_SECONDS - last.seconds) / max(one_more.seconds - last.seconds, 1e-9)
-            room = torch.cuda.mem_get_info(self._device)[0] if self._device.type == "cuda" else free_memory()
+            cuda = self._device.type == "cuda"
+            room = torch.cuda.mem_get_info(self._device)[0] if cuda else free_memory() / self._world.local_size
             in_memory = room / 2 / max(one_more.memory - last.memory, 1.0)
             most = size + int(min(in_time, in_memory))
         most = min(most, batch, GROWTH * size)

@@ -85,9 +85,8 @@ class Monitor:
                 with naming(directory):
                     self._writer = _writer(directory, start)
             if sys.stderr.isatty():
-                self._bar = tqdm(
-                    total=total, initial=start, desc=step, unit=unit, dynamic_ncols=True, leave=not passing
-                )
+                options: dict[str, Any] = {"unit": unit, "dynamic_ncols": True, "leave": not passing}
+                self._bar = tqdm(total=total, initial=start, desc=step, **options)
 
     def already(self, done: int) -> None:
         """``done`` units are done, those since the last ``advance`` by an earlier run: they do not count in the rate."""
@@ -136,19 +135,17 @@ class Monitor:
         """``done`` of ``total`` are done; ``note``: a few figures; ``images`` a unit: images per second go to TensorBoard too."""
         if not self._active:
             return
+        now = time.monotonic()
+        rate = (done - self._start) / max(now - self._begin, 1e-9)
         if images and due(done - 1, self.total):
-            self.scalars(
-                done - 1,
-                {"images_per_second": images * (done - self._start) / max(time.monotonic() - self._begin, 1e-9)},
-            )
+            self.scalars(done - 1, {"images_per_second": images * rate})
         if self._bar is not None:
             self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(done - self._done)
-        now, ended = time.monotonic(), done == self.total and done > self._done and not self._passing
+        ended = done == self.total and done > self._done and not self._passing
         self._done = done
         if self._bar is None and (now - self._line > LINE_SECONDS or ended):
             self._line = now
-            rate = (done - self._start) / max(now - self._begin, 1e-9)
             left = f", {duration((self.total - done) / rate)} left" if rate > 0 and done < self.total else ""
             text = f"{self.step}: {done:,} of {self.total:,} {self.unit}s, {rate:{'.1f' if rate >= 1 else '.2g'}} {self.unit}s/s{left}"
             say(f"{text}, {note}" if note else text)

@@ -1,4 +1,4 @@
-"""How ranks meet: the store of this attempt, and who may report a fault that came before."""
+"""How ranks meet: the store that they share, and which of them reports a fault from before the meeting."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import socket
 import time
 import uuid
+from contextlib import suppress
 from typing import Any
 
 import torch.distributed as dist
@@ -17,27 +18,51 @@ from sharding.errors import UserError
 
 _POLL = 0.002
 _A_YEAR = datetime.timedelta(days=365)
-_SOON = datetime.timedelta(seconds=30)
+_SOON, _LATER = datetime.timedelta(seconds=30), datetime.timedelta(seconds=120)
+"""How long rank 0, which hosts the store, and the others try to tell of a fault that came before they met."""
+_AGAIN = datetime.timedelta(seconds=5)
+"""How long one try to reach the store a second time takes, where its host may have left since."""
 _RESOLVE = 60.0
 """Seconds within which the name of rank 0's host must come to resolve: in a new cluster it does so late."""
-_ECHO = 30.0
+_ECHO = 60.0
 """Seconds that the others give rank 0 to say who is missing."""
 
 
 def meet(rank: int, size: int, timeout: float) -> Any:
     """A store that the ranks of this attempt share, and none of an attempt before it (torchrun's own outlives a restart).
 
-    Each rank says a fresh word; what rank 0 says is of this attempt if it repeats that word. Raises UserError when one does
-    not come within ``timeout`` seconds, PeerError when one failed.
+    Each rank says a fresh word; what rank 0 says is of this attempt if it repeats that word. Nobody leaves the meeting before
+    all are there: rank 0, which may host the store, leaves the job when a rank fails that has not come. Raises UserError
+    when one does not come within ``timeout`` seconds, PeerError when one failed.
     """
     store = _store(rank, size, timeout)
     try:
-        return _meet(store, rank, size, timeout)
+        return dist.PrefixStore(_meet(store, rank, size, timeout), store)
     except dist.DistError as e:  # rank 0 hosted it, and has left
         raise PeerError("the store is gone") from e
 
 
-def _meet(store: Any, rank: int, size: int, timeout: float) -> Any:
+def second_connection(store: Any) -> Any:
+    """Another connection to the store that `meet` returned, for a thread of its own: one that waits holds its connection.
+
+    Raises PeerError where the store's host has left. The first connection tells that at once, a new one would be tried for long.
+    """
+    store.set_timeout(_AGAIN)  # its copy takes this over
+    other = None
+    try:
+        while other is None:
+            store.check(["failed"])
+            with suppress(dist.DistError):
+                other = store.clone()
+    except dist.DistError as e:
+        raise PeerError("the store is gone") from e
+    for connection in (store, other):
+        connection.set_timeout(_A_YEAR)  # from here on it is heartbeats that tell who is gone
+    return other
+
+
+def _meet(store: Any, rank: int, size: int, timeout: float) -> str:
+    """The name of this attempt, once all ranks are there."""
     word, wait = uuid.uuid4().hex[:16], _POLL
     deadline = time.monotonic() + timeout + (0 if rank == 0 else _ECHO)
     store.set(f"hello/{rank}", word)
@@ -50,7 +75,7 @@ def _meet(store: Any, rank: int, size: int, timeout: float) -> Any:
             session = _answer(store, word)
             missing = [] if session else [0]
         if not missing:
-            return dist.PrefixStore(session, store)
+            return session
         if store.check([failed_early()]):
             raise PeerError("another rank failed")
         time.sleep(wait)
@@ -69,16 +94,14 @@ def _store(rank: int, size: int, timeout: float) -> Any:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         why = "see that all are started, or raise --timeout"
         raise UserError(f"{size} ranks did not meet at {where} within {timeout:g} s; {why}") from e
-    store.set_timeout(_A_YEAR)  # from here on it is heartbeats that tell who is gone
     return store
 
 
 def _check_address(timeout: float) -> None:
     """Raise UserError where MASTER_ADDR and MASTER_PORT are not set or lead nowhere: torch would try for ``timeout`` seconds."""
     if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
-        raise UserError(
-            f"RANK and WORLD_SIZE are set but {' and '.join(missing)} not; set them to rank 0's host and a free port, or start with torchrun"
-        )
+        cure = "set them to rank 0's host and a free port, or start with torchrun"
+        raise UserError(f"RANK and WORLD_SIZE are set but {' and '.join(missing)} not; {cure}")
     host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     if not (port.isdigit() and 0 < int(port) < 65536):
         raise UserError(f"MASTER_PORT is {port!r}; set it to the number of a free port of {host}")
@@ -89,9 +112,8 @@ def _check_address(timeout: float) -> None:
             return
         except (OSError, UnicodeError) as e:
             if time.monotonic() > deadline:
-                raise UserError(
-                    f"MASTER_ADDR {host} does not resolve on this host ({e}); see that it is rank 0's host, or add it to /etc/hosts"
-                ) from None
+                cure = "see that it is rank 0's host, or add it to /etc/hosts"
+                raise UserError(f"MASTER_ADDR {host} does not resolve on this host ({e}); {cure}") from None
         time.sleep(1.0)
 
 
@@ -101,18 +123,21 @@ def _call(store: Any, word: str, size: int) -> list[int]:
     words = [w.decode() for w in store.multi_get([f"hello/{r}" for r in there])] if there else []
     store.set("session", json.dumps([word, words]))
     answered = {r for r, w in zip(there, words, strict=True) if store.check([f"{word}/{w}"])}
-    return [r for r in range(1, size) if r not in answered]
+    missing = [r for r in range(1, size) if r not in answered]
+    if not missing:
+        store.set(f"{word}/met", "")
+    return missing
 
 
 def _answer(store: Any, word: str) -> str:
-    """The name of the attempt, "" while rank 0 has not repeated this rank's word."""
+    """The name of the attempt, "" while rank 0 has not repeated this rank's word or has not heard of all ranks."""
     if not store.check(["session"]):
         return ""
     session, words = json.loads(store.get("session"))
     if word not in words:
         return ""
     store.set(f"{session}/{word}", "")
-    return str(session)
+    return str(session) if store.check([f"{session}/met"]) else ""
 
 
 def failed_early() -> str:
@@ -124,7 +149,8 @@ def claim_before_joining() -> bool:
     """True for the first of the ranks that fail before they join the others (wrong settings, no data on this host)."""
     try:
         _check_address(0.0)
-        store, _, _ = next(iter(dist.rendezvous("env://", timeout=_SOON)))
+        limit = _SOON if os.environ.get("RANK", "0") == "0" else _LATER
+        store, _, _ = next(iter(dist.rendezvous("env://", timeout=limit)))
         return bool(store.add(failed_early(), 1) == 1)
     except (RuntimeError, UserError):  # no store within reach
         return os.environ.get("RANK", "0") == "0"

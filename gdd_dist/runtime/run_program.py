@@ -27,16 +27,19 @@ if TYPE_CHECKING:  # --help is answered without torch
 PREEMPTED = "preempted"
 """The file in OUT that tells launchers to start the job again: torchrun itself exits with 1 whatever happened."""
 _PEER_FAULT = 5.0
+"""Seconds that a rank with a fault gives others to say that theirs came first."""
 _GONE = "see whether the disk is still there, then run the same command again"
 
 
 def run_program(main: Callable[[list[str], Callable[[World], None]], None], argv: list[str]) -> None:
-    """Call ``main(argv, joined)``, which hands its World to ``joined``; leave with 0, or 2 for a UserError, or 1."""
+    """Call ``main(argv, joined)``, which hands its World to ``joined`` to join it; leave with 0, or 2 for a UserError, or 1."""
     world: World | None = None
 
     def joined(w: World) -> None:
         nonlocal world
-        world, asked.patient, asked.ranks = w, True, w.size
+        world = w  # first: a fault of the meeting is told through it
+        asked.ranks = w.join().size
+        asked.patient = True
 
     os.umask(os.umask(0) | 0o002)  # the user's, but nothing is ever writable by all
     make_printable()
@@ -105,7 +108,7 @@ def preempted(world: World | None) -> str:
 
 def report_failure(fault: Exception, world: World | None, debug: bool) -> int:
     """Say what went wrong, once over all ranks; returns the exit status."""
-    rank, alone = _rank(), os.environ.get("WORLD_SIZE", "1") == "1"
+    rank = _rank()
     fault = explained(fault, world)
     user = isinstance(fault, (UserError, OSError)) and not isinstance(fault, TimeoutError)
     if world is not None:
@@ -114,11 +117,14 @@ def report_failure(fault: Exception, world: World | None, debug: bool) -> int:
         sys.stderr.write(f"stopped: rank {rank}, because another rank failed\n")
         return asked.status if asked.number else 2
     if not user and isinstance(fault, RuntimeError) and world is not None and (gone := world.silent()):
-        fault, user = (
-            UserError(f"{gone} is gone; run the same command again: it goes on from the last checkpoint"),
-            True,
-        )
-    mine = world.claim_failure() if world is not None else alone or _claim_before_joining()
+        cure, user = "run the same command again: it goes on from the last checkpoint", True
+        fault = UserError(f"{gone} is gone; {cure}")
+    if world is not None:
+        mine = world.claim_failure()
+    elif not (mine := os.environ.get("WORLD_SIZE", "1") == "1"):
+        from gdd_dist.runtime.rendezvous import claim_before_joining  # loads torch
+
+        mine = claim_before_joining()
     if not mine:
         sys.stderr.write(f"stopped: rank {rank}, because another rank failed\n")
         time.sleep(_PEER_FAULT)  # torchrun blames, and reports, whoever is gone first
@@ -127,12 +133,6 @@ def report_failure(fault: Exception, world: World | None, debug: bool) -> int:
         sys.stderr.write(_traceback(fault))
     sys.stderr.write(f"error: {describe(fault) if user or debug else unforeseen(fault)}\n")
     return 2 if user else 1
-
-
-def _claim_before_joining() -> bool:
-    from gdd_dist.runtime.rendezvous import claim_before_joining  # loads torch
-
-    return claim_before_joining()
 
 
 def _traceback(fault: BaseException) -> str:
@@ -181,9 +181,8 @@ def describe(fault: Exception) -> str:
             **dict.fromkeys((errno.ENOENT, errno.EIO, errno.ESTALE, errno.ENOTCONN), _GONE),
         }
         name = f"{os.fsdecode(fault.filename)}: " if isinstance(fault.filename, (str, bytes)) else ""
-        return redact(
-            f"{name}{fault.strerror or fault}; {remedies.get(fault.errno or 0, 'mend it and run the same command again')}"
-        )
+        cure = remedies.get(fault.errno or 0, "mend it and run the same command again")
+        return redact(f"{name}{fault.strerror or fault}; {cure}")
     text = str(fault).partition("Exception raised from")[0]  # torch's own C++ stack follows
     return redact(" ".join(text.split())) or type(fault).__name__
 
@@ -194,7 +193,9 @@ def _is_peer_fault(fault: Exception, world: World | None) -> bool:
         return True
     if world is None or world.size == 1:
         return False
-    deadline = time.monotonic() + _PEER_FAULT
+    # Who meets a broken connection waits longer than who meets the cause of it, and so does not speak first.
+    patience = 3 if "connection" in str(fault).lower() else 1
+    deadline = time.monotonic() + patience * _PEER_FAULT
     while time.monotonic() < deadline:
         if world.failed() or (asked.number and not isinstance(fault, UserError)):
             return True  # torchrun asks the others to stop when a rank is dead

@@ -105,7 +105,7 @@ def listen(rank: str) -> None:
 
 
 def _handler(_number: int, _frame: object) -> None:
-    """The thread does what there is to do."""
+    """Nothing: the thread that listens acts on the signal. Python only needs a handler to be there."""
 
 
 def _hear(told: int, rank: str) -> None:

@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gdd_dist.runtime.groups import mean_over_ranks
 from gdd_dist.runtime.monitor import say
 from gdd_dist.runtime.signals import Preempted, asked
 from gdd_dist.runtime.vote import Vote
-from gdd_dist.runtime.world import World, mean_over_ranks
+from gdd_dist.runtime.world import World
 
 
 class Team:

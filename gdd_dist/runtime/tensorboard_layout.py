@@ -27,20 +27,17 @@ UNITS = {
 }
 
 # Charts of TensorBoard's "Custom scalars" page, the order in which one looks: regular expressions of tags.
-LAYOUT: dict[str, dict[str, tuple[str, list[str]]]] = {
+LAYOUT: dict[str, dict[str, list[str]]] = {
     "Is it healthy?": {
-        "1 teachers learn (loss falls)": ("Multiline", [r"teachers/loss/.*"]),
-        "2 GAN: ■ loss_g, ◆ loss_d; neither runs away": ("Multiline", [r"gan/loss_g", r"gan/loss_d"]),
-        "3 matching: ■ pair, ◆ mean, ▲ adv, unweighted": (
-            "Multiline",
-            [r"matching/pair", r"matching/mean", r"matching/adv"],
-        ),
-        "4 matching helps (quick students on val, %)": ("Multiline", [r"matching/val_accuracy"]),
-        "5 no shortcut (gap in points stays flat)": ("Multiline", [r"matching/shortcut_gap"]),
-        "6 speed (images per second, a curve for each step)": ("Multiline", [r".*/images_per_second"]),
+        "1 teachers learn (loss falls)": [r"teachers/loss/.*"],
+        "2 GAN: ■ loss_g, ◆ loss_d; neither runs away": [r"gan/loss_g", r"gan/loss_d"],
+        "3 matching: ■ pair, ◆ mean, ▲ adv, unweighted": [r"matching/pair", r"matching/mean", r"matching/adv"],
+        "4 matching helps (quick students on val, %)": [r"matching/val_accuracy"],
+        "5 no shortcut (gap in points stays flat)": [r"matching/shortcut_gap"],
+        "6 speed (images per second, a curve for each step)": [r".*/images_per_second"],
     },
     "What came of it: accuracy on test, % over IPC": {
-        f"{protocol}, {labels} labels": ("Multiline", [rf"report/accuracy/.*/{protocol}/{labels}"])
+        f"{protocol}, {labels} labels": [rf"report/accuracy/.*/{protocol}/{labels}"]
         for protocol in ("regenerate", "fixed")
         for labels in ("hard", "soft")
     },
@@ -58,7 +55,8 @@ def scalar(tag: str, value: float) -> Summary:
 def write_layout(directory: Path) -> None:
     """The page of charts, in place of an earlier one."""
     with SummaryWriter(str(directory), purge_step=0) as writer:
-        writer.add_custom_scalars(LAYOUT)
+        lines = {page: {n: ("Multiline", tags) for n, tags in charts.items()} for page, charts in LAYOUT.items()}
+        writer.add_custom_scalars(lines)
 
 
 def hparams(settings: Mapping[str, Any], results: Mapping[str, float]) -> tuple[Summary, ...]:

@@ -12,7 +12,7 @@ from gdd_dist.runtime.signals import Preempted, asked
 
 
 class Vote:
-    """One all-reduce of two numbers, begun before a step and read after it, so that it hides behind the step.
+    """One all-reduce of two numbers. It begins before a step and is read after it, so that it runs while the step does.
 
     All ranks of ``group`` (None: all there are) get the same answer at the same step, whenever the signal reached each of them.
     """
@@ -35,13 +35,13 @@ class Vote:
             asked.note(number)
         return asked.agreed, word
 
-    def obey(self, save: Callable[[], None], sound: bool = True) -> None:
-        """Call ``save`` where that was wanted and what there is to save is ``sound``, or where the job is to stop.
+    def obey(self, save: Callable[[], None], sound: Callable[[], bool] = lambda: True) -> None:
+        """Call ``save`` where that was wanted and what there is to save is ``sound`` (asked then alone), or where the job is to stop.
 
         Then, in the latter case, raise Preempted.
         """
         stop, wanted = self.result()
-        if stop or (wanted and sound):
+        if stop or (wanted and sound()):
             save()
         if stop:
             raise Preempted

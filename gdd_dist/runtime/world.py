@@ -4,38 +4,42 @@ apart for minutes never stand in a collective, and nothing is unpickled.
 
 from __future__ import annotations
 
+import copy
 import datetime
 import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from gdd_dist.runtime.devices import check_identities, identity, pick_device
-from gdd_dist.runtime.heartbeat import PEER_GRACE, Pulse, describe
+from gdd_dist.runtime.devices import allow_tf32, backend, check_identities, identity, pick_device
+from gdd_dist.runtime.groups import mean_over_ranks, on_loopback
+from gdd_dist.runtime.heartbeat import Pulse, describe, lives
 from gdd_dist.runtime.monitor import say
 from gdd_dist.runtime.process_identity import place
-from gdd_dist.runtime.rendezvous import meet
-from gdd_dist.runtime.signals import PeerError, Preempted, asked
+from gdd_dist.runtime.rendezvous import claim_before_joining, meet, second_connection
+from gdd_dist.runtime.signals import LONGEST_GRACE, PeerError, Preempted, asked
 from gdd_dist.runtime.vote import Vote
-from sharding.errors import UserError
 
 _POLL = 0.002
 _COLLECTIVE = 1800.0
-"""Seconds that a collective may take at least: who is gone is missed by its heartbeat, this ends what no one can explain."""
+"""Seconds that a collective may take, or more with a longer --timeout. A rank that is gone is noticed by its heartbeat; this limit
+ends a collective that hangs for another reason."""
 
 _LATER = 5.0
 """Seconds by which the word to stop may reach a rank later than another."""
 
+_SILENT = 10
+"""Signs of life that a rank of another host misses before it counts as gone when a connection broke."""
+
 
 class World:
-    """All ranks of this run. ``size`` 1 without torchrun: then nothing here waits for anybody."""
+    """All ranks of this run. ``size`` 1 without torchrun: then nothing here waits for anybody. Several must `join` first."""
 
     def __init__(self, device: str = "auto", timeout: float = 600.0) -> None:
         self.rank, self.size, self.local_rank, self.local_size = place()
@@ -47,46 +51,50 @@ class World:
         self.on_preempted: Callable[[], None] = lambda: None
         self._store: Any = None
         self._pulse: Pulse | None = None
-        self._round, self._voted = 0, time.monotonic()
+        self._round, self._scope, self._voted = 0, "", time.monotonic()
         torch.set_num_threads(self.threads)
-        torch.set_float32_matmul_precision("high")
-        if self.size > 1:
-            self._join()
+        allow_tf32(False)
 
-    def _join(self) -> None:
-        """Meet the others, then form the process group. Nobody leaves before all have formed it: a fault of a rank that has
-        is seen in the store by the others, who would otherwise meet it as a broken connection."""
+    def join(self) -> World:
+        """Meet the other ranks, then form the process group with them; returns this world.
+
+        Whoever reports faults must know this world before: a rank that fails from here on tells the others through it.
+        Nobody leaves before all have formed the group: a later fault is then seen in the store, not as a broken connection.
+        """
+        if self.size == 1:
+            return self
         self._store = meet(self.rank, self.size, self.timeout)
-        # A connection of its own: the main thread's may stand in a wait.
-        self._pulse = Pulse(
-            self._store.clone(), self.rank, self.size, self.timeout, lambda: self.step, self.claim_failure
-        )
+        second = second_connection(self._store)
+        self._pulse = Pulse(second, self.rank, self.size, self.timeout, lambda: self.step, self.claim_failure)
         check_identities(self.gather(identity(self.device)), self.local_size)
-        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         store = dist.PrefixStore("gdd", self._store)
-        with _on_loopback(self.local_size == self.size):
-            try:
-                dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=self._limit)
-            except Exception as e:
-                raise self._whose_fault(e) from e
+        with on_loopback(self.local_size == self.size):
+            here: dict[str, Any] = {"store": store, "rank": self.rank, "world_size": self.size}
+            dist.init_process_group(backend(self.device), **here, timeout=self._limit)
         self.barrier()
-
-    def _whose_fault(self, fault: Exception) -> Exception:
-        """What to raise where the group could not be formed: ``fault`` on the first rank that reports it, PeerError on others."""
-        deadline = time.monotonic() + PEER_GRACE * isinstance(fault, RuntimeError)  # as a broken connection is
-        while not self.failed() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        self.quiet()
-        if isinstance(fault, RuntimeError) and not self.failed() and (gone := self.silent()):
-            return UserError(f"{gone} is gone; run the same command again") if self.claim_failure() else PeerError(gone)
-        return fault if self.claim_failure() else PeerError("another rank failed")
+        return self
 
     def cut(self, size: int) -> Any:
         """Cut the ranks into groups of ``size`` (it divides them) consecutive ones; this rank's process group. All ranks call it."""
-        firsts = range(0, self.size, size)
-        with _on_loopback(self.local_size == self.size):
-            groups = [dist.new_group(list(range(r, r + size)), timeout=self._limit) for r in firsts]
+        groups = [self._form(range(r, r + size)) for r in range(0, self.size, size)]
         return groups[self.rank // size]
+
+    def _form(self, ranks: Sequence[int]) -> Any:
+        with on_loopback(self.local_size == dist.get_world_size()):
+            return dist.new_group(list(ranks), timeout=self._limit)
+
+    def part(self, ranks: Sequence[int]) -> World:
+        """Some ranks as a world of their own, numbered from 0, for what they alone do; on the others its ``rank`` is -1.
+
+        All ranks call it. The others wait for them in `gather`, where they hear of a fault, and of a job that is to stop.
+        """
+        self._round += 1
+        part = copy.copy(self)
+        part.rank, part.size = (ranks.index(self.rank) if self.rank in ranks else -1), len(ranks)
+        part.group, part._scope, part._round = self._form(ranks), f"{self._scope}part/{self._round}/", 0
+        if part.rank < 0:
+            asked.allow(LONGEST_GRACE)  # as long as a step of the others may take, which this rank does not see
+        return part
 
     @property
     def threads(self) -> int:
@@ -98,7 +106,7 @@ class World:
         return min(share, int(asked))
 
     def enter(self, step: str) -> None:
-        """From now on this rank is at ``step``: what others say of it should it be gone."""
+        """From now on this rank is at ``step``: the others name that step if they miss this rank."""
         self.step = step
         if self._pulse is not None:
             self._pulse.beat(self._store)
@@ -113,7 +121,7 @@ class World:
         if self.size == 1:
             return [value]
         self._round += 1
-        key = f"gather/{self._round}"
+        key = f"{self._scope}gather/{self._round}"
         self._store.set(f"{key}/{self.rank}", json.dumps(value))
         if self.is_main:
             everything = [json.loads(self._wait(f"{key}/{r}")) for r in range(self.size)]
@@ -123,10 +131,14 @@ class World:
         return result
 
     def _wait(self, key: str) -> bytes:
-        """Poll, so that a peer's failure is seen at once and a busy peer may take as long as it needs."""
-        wait = _POLL
+        """Poll, so that a peer's failure is seen at once and a busy peer may take as long as it needs.
+
+        Who waits for long polls seldom: hundreds of ranks ask one host.
+        """
+        wait, begin = _POLL, time.monotonic()
         while True:
-            # Who has given his value stays, since the others may have all they wait for, unless one has left before giving his.
+            # This rank has given its value, so the others may be able to complete the gather: it may stop only where one of
+            # them has left without giving its own.
             hopeless = self.stopping and self._store.check(["leaving"])
             if self._store.check([key]):
                 value: bytes = self._store.get(key)
@@ -135,7 +147,7 @@ class World:
             if hopeless:
                 self.check_stop()
             time.sleep(wait)
-            wait = min(wait * 1.5, 0.1)
+            wait = min(wait * 1.5, max(0.1, min(1.0, 0.02 * (time.monotonic() - begin))))
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -159,7 +171,7 @@ class World:
     def counter(self) -> Callable[[], int]:
         """Counts from 0, over all ranks together: no two calls get the same number. All ranks must ask for it alike."""
         self._round += 1
-        key, alone = f"queue/{self._round}", itertools.count()
+        key, alone = f"{self._scope}queue/{self._round}", itertools.count()
 
         def take() -> int:
             self._check_peers()
@@ -190,7 +202,7 @@ class World:
         now = time.monotonic()
         asked.allow(now - self._voted)
         self._voted = now
-        return Vote(asked.number, save and self.is_main, self.size)
+        return Vote(asked.number, save and self.is_main, self.size, self.group)
 
     def settle(self) -> bool:
         """After Preempted: wait until all ranks have saved, let rank 0 call ``on_preempted``, leave together.
@@ -226,7 +238,19 @@ class World:
 
     def mean(self, values: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """The means over ranks of scalar tensors (one all-reduce, which all ranks must join)."""
-        return mean_over_ranks(values, self.size)
+        return mean_over_ranks(values, self.size, self.group)
+
+    def add(self, values: torch.Tensor) -> torch.Tensor:
+        """A contiguous tensor becomes its sum over ranks, on all of them."""
+        if self.size > 1:
+            dist.all_reduce(values, group=self.group)
+        return values
+
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks of a tensor on the CPU, on rank 0; ranks that run apart meet in a barrier first."""
+        if self.size > 1:
+            dist.reduce(values, group=self.group, group_dst=0)
+        return values
 
     def say(self, line: str) -> None:
         """A line for the user, from rank 0; none when it is empty."""
@@ -250,22 +274,30 @@ class World:
             self._pulse.quiet()
 
     def silent(self) -> str:
-        """Who gave no sign of life since a moment ago, "" if all do: after a connection broke, whose it was."""
+        """Who is gone, "" if nobody is: after a connection broke, whose it was.
+
+        A process of this host can be looked up, however slow it is; one of another host gets time for several signs of life.
+        """
         if self._pulse is None:
             return ""
         try:
             others = [r for r in range(self.size) if r != self.rank]
-            before = self._pulse.read(others)
-            time.sleep(2.5 * self._pulse.interval)
-            after = self._pulse.read(others)
+            before = now = self._pulse.read(others)
+            for _ in range(_SILENT):
+                unknown = [r for r in others if lives(now[r]) is None and now[r] == before[r]]
+                if not unknown:
+                    break
+                time.sleep(self._pulse.interval)
+                now = self._pulse.read(others)
         except RuntimeError:
             return f"the host of rank 0 ({os.environ.get('MASTER_ADDR', 'unknown')})"
-        return ", ".join(describe(r, after[r]) for r in others if before[r] == after[r])
+        gone = [r for r in others if lives(now[r]) is False or (lives(now[r]) is None and now[r] == before[r])]
+        return ", ".join(describe(r, now[r]) for r in gone)
 
     def claim_failure(self, store: Any = None) -> bool:
         """True for the first rank that fails: it reports; all others only say that they stopped. ``store``: another connection."""
         if self._store is None:
-            return True
+            return self.size == 1 or claim_before_joining()
         try:
             return bool((store or self._store).add("failed", 1) == 1)
         except RuntimeError:  # the store's host is gone: somebody else has failed before us
@@ -287,33 +319,3 @@ class World:
         while self.is_main and here < self.size - 1 and time.monotonic() < deadline:
             time.sleep(_POLL)
             here = self._store.add("left", 0)
-
-
-@contextmanager
-def _on_loopback(wanted: bool) -> Iterator[None]:
-    """Ranks that are all on this host listen on loopback alone, unless the user has chosen an interface."""
-    name = "GLOO_SOCKET_IFNAME"
-    if not wanted or name in os.environ or not _loopback_is_up():
-        yield
-        return
-    os.environ[name] = "lo"
-    try:
-        yield
-    finally:
-        del os.environ[name]
-
-
-def _loopback_is_up() -> bool:
-    try:
-        return bool(int(Path("/sys/class/net/lo/flags").read_text(), 16) & 1)
-    except (OSError, ValueError):
-        return False
-
-
-def mean_over_ranks(values: Mapping[str, torch.Tensor], size: int, group: Any = None) -> dict[str, float]:
-    """The means of scalar tensors over the ``size`` ranks of ``group`` (None: all there are), which all join."""
-    stacked = torch.stack([v.detach().float() for v in values.values()])
-    if size > 1:
-        dist.all_reduce(stacked, group=group)
-        stacked /= size
-    return dict(zip(values, stacked.tolist(), strict=True))

@@ -6,7 +6,7 @@ Shapes: B this rank's slots, L latent, C classes, H W pixels.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from gdd_dist.config.settings import Config, Gan
 from gdd_dist.config.steps import Inputs
-from gdd_dist.data.images import to_float
 from gdd_dist.data.noise import normal
 from gdd_dist.data.order import balanced_rows
 from gdd_dist.models.discriminator import Discriminator
@@ -23,7 +22,7 @@ from gdd_dist.models.gaussian import LinearGenerator
 from gdd_dist.models.generator import Generator, ImageGenerator
 from gdd_dist.models.residual_generator import started_at
 from gdd_dist.training import loop
-from gdd_dist.training.adversaries import Adversaries, augmentation, ema_decay, mean_scalars, mirrored
+from gdd_dist.training.adversaries import Adversaries, RealSide, augmentation, ema_decay, mean_scalars, mirrored
 from gdd_dist.training.context import Context, seeded, train_order
 from gdd_dist.training.sample_grid import as_png, sample_grid
 from gdd_dist.training.schedules import cosine
@@ -37,6 +36,15 @@ def run(ctx: Context, work: Path, inputs: Inputs) -> dict[str, Any]:
     trained = loop.train(ctx, lambda: GanTraining(ctx, work, inputs), ctx.world, checkpoints, "gan", remedy)
     trained.finish(work, inputs)
     return {"skipped_steps": trained.skips.total, **checkpoints.costs()}
+
+
+class Batch(NamedTuple):
+    """This rank's share of a step: labels int64 [B], latents float32 [B, L] for each network's step, real images with their draws."""
+
+    labels: Tensor
+    z_d: Tensor
+    z_g: Tensor
+    real: RealSide
 
 
 class GanTraining(loop.Trainee):
@@ -62,14 +70,20 @@ class GanTraining(loop.Trainee):
     def _samples(self, step: int) -> np.ndarray:
         return self._sampling.batch(step, self._ctx.world.rank, self._ctx.world.size)
 
-    def read(self, step: int) -> tuple[Tensor, Tensor]:
-        """Real images uint8 [B, channels, H, W] and their labels int64 [B]."""
-        indices = self._samples(step)
-        return self._images.read(indices), torch.from_numpy(self._images.labels[indices])
+    def read(self, step: int) -> Batch:
+        """Real images with their labels, latents and draws."""
+        indices, seed = self._samples(step), self.skips.seed(self._ctx.config.step_seed("gan"))
 
-    def train(self, step: int, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        def latents(purpose: str) -> Tensor:
+            return torch.from_numpy(normal(seed, purpose, step, self.slots, self.nets.generator.latent))
+
+        real = RealSide.drawn(self._images.read(indices), seed, "gan", step, self.slots)
+        labels = torch.from_numpy(self._images.labels[indices])
+        return self._ctx.sent(Batch(labels, latents("gan/z/d"), latents("gan/z/g"), real))
+
+    def train(self, step: int, batch: Batch) -> dict[str, Tensor]:
         """One step of each network."""
-        return gan_step(self._ctx, self.nets, step, self.slots, *batch)
+        return gan_step(self._ctx, self.nets, step, batch)
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
         """Losses, learning rate, weight of the penalties."""
@@ -114,33 +128,20 @@ class GanTraining(loop.Trainee):
         self.close()
 
 
-def gan_step(
-    ctx: Context, nets: Adversaries, step: int, slots: np.ndarray, real_uint8: Tensor, labels: Tensor
-) -> dict[str, Tensor]:
-    """One step of each network on this rank's ``slots`` int64 [B]: real images uint8 [B, channels, H, W], labels int64 [B].
-
-    Returns the scalars to log.
-    """
-    g, seed = ctx.config.gan, nets.skips.seed(ctx.config.step_seed("gan"))
+def gan_step(ctx: Context, nets: Adversaries, step: int, batch: Batch) -> dict[str, Tensor]:
+    """One step of each network on this rank's share. Returns the scalars to log."""
+    g, labels = ctx.config.gan, batch.labels
     lr, gamma = cosine(step, g.steps, g.lr, g.lr_final), penalty(g, step)
-    labels = labels.to(ctx.device)
-    real = mirrored(ctx, to_float(real_uint8, ctx.device), step, slots, seed, "gan/flip")
+    real, fake = mirrored(ctx, batch.real), nets.draw(batch.z_d, labels)
+    scalars, moved = nets.train_discriminator(real, fake, labels, gamma, augmentation(ctx, batch.real.d), lr)
 
-    def latents(purpose: str) -> Tensor:
-        return torch.from_numpy(normal(seed, purpose, step, slots, nets.generator.latent)).to(ctx.device)
-
-    fake = nets.draw(latents("gan/z/d"), labels)
-    seen_through = augmentation(ctx, seed, "gan/augment/d", step, slots)
-    scalars, moved = nets.train_discriminator(real, fake, labels, gamma, seen_through, lr)
-
-    z, parts = latents("gan/z/g"), []
-    for p in nets.micro_batches(len(slots)):
+    parts = []
+    for p in nets.micro_batches(len(labels)):
 
         def loss(images: Tensor, p: slice = p) -> tuple[Tensor, dict[str, Tensor]]:
-            seen_through = augmentation(ctx, seed, "gan/augment/g", step, slots[p])
-            return nets.generator_loss(real[p], images, labels[p], seen_through), {}
+            return nets.generator_loss(real[p], images, labels[p], augmentation(ctx, batch.real.g[p])), {}
 
-        parts.append({"loss_g": nets.generator_backward(nets.g(z[p], labels[p]), loss)["loss"]})
+        parts.append({"loss_g": nets.generator_backward(nets.g(batch.z_g[p], labels[p]), loss)["loss"]})
     nets.step_generator(lr, ema_decay(g.batch, g.ema_images, (step + 1) * g.batch), moved)
     return {**mean_scalars(parts), **scalars}
 

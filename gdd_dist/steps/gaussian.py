@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from gdd_dist.config.steps import Inputs
@@ -73,9 +72,7 @@ def fit(ctx: Context) -> Gaussians:
 
     def add(tensor: Tensor) -> Tensor:
         assert tensor.is_contiguous()  # ranks add memory, whatever its order
-        if world.size > 1:
-            dist.all_reduce(tensor)
-        return tensor
+        return world.add(tensor)
 
     sums = moments(
         read,

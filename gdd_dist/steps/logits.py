@@ -25,7 +25,7 @@ from gdd_dist.storage.json_files import write_json
 from gdd_dist.storage.store import Whole
 from gdd_dist.training.context import Context
 from sharding.errors import UserError
-from sharding.files import sha256_file, write_atomic
+from sharding.files import write_atomic
 
 LIST = "logits.json"
 
@@ -41,8 +41,8 @@ def run(ctx: Context, work: Path, inputs: Inputs) -> dict[str, Any]:
     counts, views = images.shards.shard_samples, ctx.config.logits.views
     jobs = [(t, s) for t in teachers for s in range(len(counts))]
     ctx.disks.share(work, ["*.npy", "*.jsonl"])
-    whole = Whole(work, ctx.world.rank)
-    todo = missing(ctx, work, [(t.index, s) for t, s in jobs], whole)
+    whole, sums = Whole(work, ctx.world.rank), Sums(ctx, len(teachers))
+    todo = missing(ctx, work, [(t.index, s) for t, s in jobs], whole, sums)
     ctx.resumed |= len(todo) < len(jobs)
     _check_space(ctx, work, sum(file_bytes(counts[s], views, ctx.classes) for _, s in todo))
     total, left = (sum(counts[s] for _, s in some) for some in (jobs, todo))
@@ -59,20 +59,55 @@ def run(ctx: Context, work: Path, inputs: Inputs) -> dict[str, Any]:
         if net is None or net[0] != index:
             net = (index, ctx.teacher(teachers[index]))
         _expect(ctx, [s for _, s in todo[job :: ctx.world.size]])
-        path = logit_file(work, index, shard)
-        whole.note(path, _write(path, answer(ctx, net[1], shard, tick)))
+        path, logits = logit_file(work, index, shard), answer(ctx, net[1], shard, tick)
+        whole.note(path, _write(path, logits))
+        sums.add(index, shard, logits)
         mine += counts[shard]
     ctx.world.barrier()
     monitor.advance(total)
     ctx.disks.share(work, ["*.npy", "*.jsonl"])
+    means = sums.means()
     if ctx.world.is_main:
-        _finish(ctx, work, teachers, jobs, whole, monitor.histogram)
+        for t in teachers:
+            monitor.histogram("teacher_logits", np.load(logit_file(work, t.index, 0))[0].astype(np.float32), t.index)
+        _write(work / MEANS, means)
+        _list(ctx, work, jobs, whole)
     monitor.close()
     return {"views": views, "teachers": len(teachers)}
 
 
-def missing(ctx: Context, work: Path, jobs: list[tuple[int, int]], whole: Whole) -> list[tuple[int, int]]:
-    """Those of ``jobs`` (teacher, shard) whose file is not there as it was written; the ranks share the hashing."""
+class Sums:
+    """Sums of logits by class, each file's added by the rank that has it in memory.
+
+    A sum in float64 of numbers in float16 is exact, up to 8,192 of the largest and millions of usual ones, so its order and the number
+    of ranks change no bit.
+    """
+
+    def __init__(self, ctx: Context, teachers: int) -> None:
+        self._ctx, self._of = ctx, dict[int, np.ndarray]()
+        self._teachers, self._shape = teachers, (ctx.config.logits.views, ctx.classes, ctx.classes)
+        self._starts = np.concatenate([[0], np.cumsum(ctx.images("train").shards.shard_samples)])
+
+    def add(self, teacher: int, shard: int, logits: np.ndarray) -> None:
+        """A file's logits, float16 [V, n, C]."""
+        labels = self._ctx.images("train").labels[self._starts[shard] : self._starts[shard + 1]]
+        total = self._of.setdefault(teacher, np.zeros(self._shape))
+        for c in np.unique(labels):
+            total[:, c] += logits[:, labels == c].sum(1, dtype=np.float64)
+
+    def means(self) -> np.ndarray:
+        """The mean of each class over all ranks' files, float32 [T, V, classes, C], on rank 0. All ranks call it."""
+        counts = np.maximum(np.bincount(self._ctx.images("train").labels, minlength=self._ctx.classes), 1)
+        out = np.empty((self._teachers, *self._shape), dtype=np.float32)
+        for teacher in range(self._teachers):
+            total = self._of.pop(teacher, None)
+            whole = self._ctx.world.total(torch.from_numpy(np.zeros(self._shape) if total is None else total))
+            out[teacher] = whole.numpy() / counts[:, None]
+        return out
+
+
+def missing(ctx: Context, work: Path, jobs: list[tuple[int, int]], whole: Whole, sums: Sums) -> list[tuple[int, int]]:
+    """Those of ``jobs`` (teacher, shard) whose file is not there as it was written; the ranks share the reading, and sum what is there."""
     known, mine = whole.known(), []
     for n in range(ctx.world.rank, len(jobs), ctx.world.size):
         ctx.world.check_stop()
@@ -80,9 +115,11 @@ def missing(ctx: Context, work: Path, jobs: list[tuple[int, int]], whole: Whole)
         noted = known.get(str(path.relative_to(work)))
         if noted is None or not path.exists():
             mine.append(n)
-        elif (path.stat().st_size, sha256_file(path)) not in noted:
+        elif (len(data := path.read_bytes()), hashlib.sha256(data).hexdigest()) not in noted:
             say(f"logits: {path} is damaged (sha256 differs); it is computed again")
             mine.append(n)
+        else:
+            sums.add(*jobs[n], np.load(io.BytesIO(data), allow_pickle=False))
     return [jobs[n] for n in sorted(n for part in ctx.world.gather(mine) for n in part)]
 
 
@@ -115,19 +152,23 @@ def answer(ctx: Context, net: Classifier, shard: int, tick: Callable[[int], None
     views, size = ctx.config.logits.views, ctx.config.logits.batch
     out = np.empty((views, len(rows), ctx.classes), dtype=np.float16)
 
-    def read(number: int) -> tuple[np.ndarray, torch.Tensor]:
+    def read(number: int) -> tuple[torch.Tensor, ...]:
         part = rows[number * size : (number + 1) * size]
-        return part, images.read(part)
+        draws = (torch.from_numpy(view_draws(seed, view, part)) for view in range(1, views))
+        return ctx.sent((images.read(part), *draws))
 
-    for number, (part, pixels) in enumerate(prefetch(read, 0, -(-len(rows) // size), ctx.config.loader.prefetch)):
+    done = 0
+    for pixels, *draws in prefetch(read, 0, -(-len(rows) // size), ctx.config.loader.prefetch):
         ctx.world.check_stop()
-        here, plain = slice(number * size, number * size + len(part)), to_float(pixels, ctx.device)
-        for view in range(views):
-            x = plain if view == 0 else ctx.augment(plain, torch.from_numpy(view_draws(seed, view, part)))
+        plain = to_float(pixels, ctx.device)
+        answers = []
+        for of_view in (None, *draws):
+            x = plain if of_view is None else ctx.augment(plain, of_view)
             with autocast(ctx.device, ctx.precision):
-                logits = net(x).float()
-            out[view, here] = logits.clamp(-65504, 65504).cpu().numpy()
-        tick(here.stop)
+                answers.append(net(x).float().clamp(-65504, 65504))
+        out[:, done : done + len(plain)] = torch.stack(answers).cpu().numpy()
+        done += len(plain)
+        tick(done)
     return out
 
 
@@ -139,29 +180,10 @@ def _write(path: Path, logits: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _finish(
-    ctx: Context, work: Path, teachers: list[Teacher], jobs: list[tuple[Teacher, int]], whole: Whole, histogram: Any
-) -> None:
-    """Class means and the list of files with their sha256."""
-    labels, counts = ctx.images("train").labels, ctx.images("train").shards.shard_samples
-    starts, known = np.concatenate([[0], np.cumsum(counts)]), whole.known()
-    totals = np.zeros((len(teachers), ctx.config.logits.views, ctx.classes, ctx.classes))
-    files = []
-    for teacher, shard in jobs:
-        path = logit_file(work, teacher.index, shard)
-        data, name = path.read_bytes(), str(path.relative_to(work))
-        files.append({"file": name, "sha256": hashlib.sha256(data).hexdigest()})
-        if (len(data), files[-1]["sha256"]) not in known[name]:
-            raise UserError(f"{path} is damaged (sha256 differs); run the same command again to compute it anew")
-        logits = np.load(io.BytesIO(data), allow_pickle=False)
-        if shard == 0:
-            histogram("teacher_logits", logits[0].astype(np.float32), teacher.index)
-        for c in range(ctx.classes):
-            totals[teacher.index, :, c] += logits[:, labels[starts[shard] : starts[shard + 1]] == c].sum(
-                1, dtype=np.float64
-            )
-    per_class = np.maximum(np.bincount(labels, minlength=ctx.classes), 1)
-    _write(work / MEANS, (totals / per_class[:, None]).astype(np.float32))
+def _list(ctx: Context, work: Path, jobs: list[tuple[Teacher, int]], whole: Whole) -> None:
+    """The list of files with their sha256."""
+    names, written = [str(logit_file(work, t.index, s).relative_to(work)) for t, s in jobs], whole.as_written()
+    files = [{"file": name, "sha256": written[name][1]} for name in names]
     write_json(
         work / LIST,
         {

@@ -6,20 +6,15 @@ Shapes: B this rank's slots, in G groups of n that share a class and a teacher; 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from gdd_dist.config.steps import Inputs, refits
 from gdd_dist.data.augment import AUGMENT_DRAWS
-from gdd_dist.data.images import to_float
-from gdd_dist.data.logit_cache import LogitCache
 from gdd_dist.data.noise import normal, uniform
-from gdd_dist.engines.precision import autocast
 from gdd_dist.evaluation.quick_students import INTERVAL, Candidates, Measurement, best, measure, measure_once
 from gdd_dist.models.files import (
     DISCRIMINATOR,
@@ -27,14 +22,14 @@ from gdd_dist.models.files import (
     cpu_state,
     load_discriminator_network,
     load_generator_network,
-    read_teachers,
     save_network,
 )
 from gdd_dist.models.gaussian import LinearGenerator
-from gdd_dist.steps.matching_groups import Dealer, Groups
+from gdd_dist.steps.matching_groups import Groups
+from gdd_dist.steps.matching_pool import Pool
 from gdd_dist.storage.store import CHECKPOINTS
 from gdd_dist.training import loop, losses
-from gdd_dist.training.adversaries import Adversaries, augmentation, ema_decay, mean_scalars, mirrored
+from gdd_dist.training.adversaries import Adversaries, RealSide, augmentation, ema_decay, mean_scalars, mirrored
 from gdd_dist.training.context import Context
 from gdd_dist.training.gaussian_fit import chosen
 from gdd_dist.training.gaussian_refit import refit
@@ -84,110 +79,69 @@ def _refitted(ctx: Context, work: Path, pool: Pool, gaussian_dir: Path) -> Linea
     return found
 
 
-@dataclass(frozen=True)
-class Batch:
-    """This rank's share of a step: who stands where, the cache's answers to the real side of each pair, real images.
+class Batch(NamedTuple):
+    """This rank's share of a step: who stands where, in the order of teachers, and all that is drawn or read for it.
 
-    ``real_logits``: float32 [B, C]; ``real``: uint8 [B, channels, H, W], None without the adversarial term.
+    ``labels``: int64 [B]; ``z``: latents float32 [B, L]; ``draws``: what the teachers see images through, float32 [B, AUGMENT_DRAWS];
+    ``plain``: bool [B], which they see as they are; ``real_logits``: their answers to the real side of each pair, float32 [B, C];
+    ``means``: to each group's class, float32 [G, C]; ``real``: None without the adversarial term.
     """
 
     groups: Groups
+    labels: Tensor
+    z: Tensor
+    draws: Tensor
+    plain: Tensor
     real_logits: Tensor
-    real: Tensor | None
+    means: Tensor
+    real: RealSide | None
 
 
 def matching_step(
     ctx: Context, nets: Adversaries, pool: Pool, step: int, batch: Batch
 ) -> tuple[dict[str, Tensor], Tensor]:
     """One step. Returns the scalars loss, pair, mean, adv and the discriminator's, and the teachers' answers float32 [B, C]."""
-    m, groups, slots = ctx.config.matching, batch.groups, batch.groups.slots
-    real_logits = batch.real_logits.to(ctx.device)
-
-    # Draw.
-    seed = nets.skips.seed(ctx.config.step_seed("matching"))
-    labels = torch.from_numpy(groups.labels).to(ctx.device)
-    z = torch.from_numpy(normal(seed, "matching/z", step, slots, nets.generator.latent)).to(ctx.device)
-    draws = torch.from_numpy(uniform(seed, "matching/augment", step, slots, AUGMENT_DRAWS))
+    m, labels = ctx.config.matching, batch.labels
 
     # Generate. In one piece, the generator's one forward serves the discriminator too.
-    cuts = nets.micro_batches(len(slots))
-    whole = nets.g(z, labels) if len(cuts) == 1 else None
+    cuts = nets.micro_batches(len(labels))
+    whole = nets.g(batch.z, labels) if len(cuts) == 1 else None
 
     # The discriminator trains on.
-    real, scalars, moved = None, dict[str, Tensor](), True
+    real, scalars, moved = None, dict[str, Tensor](), None
     if batch.real is not None:
-        real = mirrored(ctx, to_float(batch.real, ctx.device), step, slots, seed, "matching/flip")
-        fake = nets.draw(z, labels) if whole is None else whole
-        through = augmentation(ctx, seed, "matching/augment/d", step, slots)
+        real = mirrored(ctx, batch.real)
+        fake = nets.draw(batch.z, labels) if whole is None else whole
+        through = augmentation(ctx, batch.real.d)
         scalars, moved = nets.train_discriminator(real, fake, labels, m.gamma, through, m.lr_d)
 
     parts, answers = [], []
     for i, p in enumerate(cuts):
-        group = groups.part(i, len(cuts))
+        groups, means = batch.groups.part(i, len(cuts)), batch.means.chunk(len(cuts))[i]
 
-        def total(images: Tensor, p: slice = p, group: Groups = group) -> tuple[Tensor, dict[str, Tensor]]:
+        def total(
+            images: Tensor, p: slice = p, groups: Groups = groups, means: Tensor = means
+        ) -> tuple[Tensor, dict[str, Tensor]]:
             # Compare with the cache.
-            logits = pool.answer(images, group, draws[p])
+            logits = pool.answer(images, groups, batch.draws[p], batch.plain[p])
             answers.append(logits.detach())
             terms = {
-                "pair": losses.PAIR[m.loss](real_logits[p], logits, m.temperature),
-                "mean": losses.mean_logit(pool.class_means(group), logits.view(-1, group.size, ctx.classes)),
+                "pair": losses.PAIR[m.loss](batch.real_logits[p], logits, m.temperature),
+                "mean": losses.mean_logit(means, logits.view(-1, groups.size, ctx.classes)),
             }
             # Add the terms.
             loss = m.lambda_pair * terms["pair"] + m.lambda_mean * terms["mean"]
-            if real is not None:
-                through = augmentation(ctx, seed, "matching/augment/g", step, group.slots)
+            if real is not None and batch.real is not None:
+                through = augmentation(ctx, batch.real.g[p])
                 terms["adv"] = nets.generator_loss(real[p], images, labels[p], through)
                 loss = loss + m.lambda_adv * terms["adv"]
             return loss, terms
 
-        parts.append(nets.generator_backward(nets.g(z[p], labels[p]) if whole is None else whole, total))
+        parts.append(nets.generator_backward(nets.g(batch.z[p], labels[p]) if whole is None else whole, total))
 
     # Step.
     nets.step_generator(cosine(step, m.steps, m.lr, m.lr / 10), ema_decay(m.batch, m.ema_images), moved)
     return {**mean_scalars(parts), **scalars}, torch.cat(answers)
-
-
-class Pool:
-    """The frozen teachers and the cache of their answers to real images."""
-
-    def __init__(self, ctx: Context, teachers_dir: Path, logits_dir: Path) -> None:
-        m, pool = ctx.config.matching, read_teachers(teachers_dir)
-        chosen = [t for t in pool if m.teachers == "all" or t.last]
-        self._ctx, self._nets = ctx, {t.index: ctx.teacher(t) for t in chosen}
-        self.last = [self._nets[t.index] for t in chosen if t.last]
-        images = ctx.images("train")
-        self.cache = LogitCache(logits_dir, images.shards.shard_samples)
-        views = min(m.views or self.cache.views, self.cache.views)
-        self._means = torch.from_numpy(self.cache.class_means[:, :views].mean(1)).to(ctx.device)
-        self.dealer = Dealer(ctx.config, images.labels, np.array([t.index for t in chosen]), views)
-
-    def real_logits(self, groups: Groups) -> Tensor:
-        """The cache's side of each pair, float32 [B, C]."""
-        out = np.empty((len(groups.slots), self._ctx.classes), dtype=np.float32)
-        for teacher, here in groups.by_teacher():
-            out[here] = self.cache.take(teacher, groups.samples[here], groups.views[here])
-        return torch.from_numpy(out)
-
-    def class_means(self, groups: Groups) -> Tensor:
-        """The mean raw logits of each group's class, of its teacher, over train: float32 [G, C]."""
-        return self._means[torch.from_numpy(groups.teachers), torch.from_numpy(groups.classes)]
-
-    def answer(self, images: Tensor, groups: Groups, draws: Tensor) -> Tensor:
-        """Each group's teacher's logits float32 [B, C] of float images [B, channels, H, W], differentiable.
-
-        Images are augmented by ``draws`` [B, AUGMENT_DRAWS]; a slot whose real view is plain stays plain itself.
-        """
-        ctx = self._ctx
-        plain = torch.from_numpy(groups.views == 0).to(images.device)[:, None, None, None]
-        seen = torch.where(plain, images, ctx.augment(images, draws))
-        logits = images.new_zeros(len(images), ctx.classes)
-        for teacher, places in groups.by_teacher():
-            here = torch.from_numpy(places).to(images.device)
-            with autocast(ctx.device, ctx.precision):
-                answer = self._nets[teacher](seen[here])
-            logits = logits.index_copy(0, here, answer.float())
-        return logits
 
 
 class Matching(loop.Trainee):
@@ -214,13 +168,25 @@ class Matching(loop.Trainee):
             self._images.expect(lambda step: self._groups(step).samples, start, self.steps)
 
     def _groups(self, step: int) -> Groups:
-        return self._pool.dealer.batch(step, self._ctx.world.rank, self._ctx.world.size)
+        return self._pool.dealer.batch(step, self._ctx.world.rank, self._ctx.world.size).by_teacher()
 
     def read(self, step: int) -> Batch:
-        """Groups, the cache's answers, and the real images that the discriminator compares with."""
-        groups = self._groups(step)
-        real = self._images.read(groups.samples) if self._ctx.config.matching.lambda_adv else None
-        return Batch(groups, self._pool.real_logits(groups), real)
+        """Groups with the cache's answers, latents and draws, and the real images that the discriminator compares with."""
+        groups, m, seed = self._groups(step), self._ctx.config.matching, self._ctx.config.step_seed("matching")
+        seed, slots, real = self.skips.seed(seed), groups.slots, None
+        if m.lambda_adv:
+            real = RealSide.drawn(self._images.read(groups.samples), seed, "matching", step, slots)
+        batch = Batch(
+            groups,
+            torch.from_numpy(groups.labels),
+            torch.from_numpy(normal(seed, "matching/z", step, slots, self.nets.generator.latent)),
+            torch.from_numpy(uniform(seed, "matching/augment", step, slots, AUGMENT_DRAWS)),
+            torch.from_numpy(groups.views == 0),
+            self._pool.real_logits(groups),
+            self._pool.class_means(groups),
+            real,
+        )
+        return self._ctx.sent(batch)
 
     def train(self, step: int, batch: Batch) -> dict[str, Tensor]:
         """One step; at intervals both sides' standardized answers are shown: matching lays one histogram on the other."""

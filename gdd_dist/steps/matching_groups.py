@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,11 +46,19 @@ class Groups:
             self.slots[of_slots],
         )
 
-    def by_teacher(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Each teacher of the batch with the places of its slots, int64."""
-        by_slot = np.repeat(self.teachers, self.size)
-        for teacher in np.unique(self.teachers):
-            yield int(teacher), np.flatnonzero(by_slot == teacher)
+    def by_teacher(self) -> Groups:
+        """The same groups in the order of their teachers, so that all slots of a teacher follow each other."""
+        groups = np.argsort(self.teachers, kind="stable")
+        slots = np.arange(len(self.slots)).reshape(-1, self.size)[groups].ravel()
+        return Groups(
+            self.classes[groups], self.teachers[groups], self.samples[slots], self.views[slots], self.slots[slots]
+        )
+
+    def runs(self) -> list[tuple[int, int]]:
+        """(teacher, how many slots it has) of each run of groups with one teacher, in order."""
+        firsts = np.flatnonzero(np.diff(self.teachers, prepend=-1))
+        counts = np.diff(firsts, append=len(self.teachers)) * self.size
+        return list(zip(self.teachers[firsts].tolist(), counts.tolist(), strict=True))
 
 
 class Dealer:

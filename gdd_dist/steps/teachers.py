@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from gdd_dist.config.steps import Inputs
 from gdd_dist.data.augment import AUGMENT_DRAWS
@@ -145,13 +146,14 @@ class Pupil(loop.Trainee):
         indices, seed = self._samples(step), self._ctx.config.step_seed("teachers")
         slots = np.arange(len(indices)) + self._ctx.team.rank * len(indices)
         draws = uniform(self.skips.seed(seed), f"{self.training.purpose}/augment", step, slots, AUGMENT_DRAWS)
-        return self._images.read(indices), torch.from_numpy(self._images.labels[indices]), torch.from_numpy(draws)
+        labels = torch.from_numpy(self._images.labels[indices])
+        return self._ctx.sent((self._images.read(indices), labels, torch.from_numpy(draws)))
 
     def train(self, step: int, batch: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
         """One step of cross-entropy on augmented images."""
         images, labels, draws = batch
         x = self._ctx.augment(to_float(images, self._ctx.device), draws)
-        return {"loss": teacher_step(self.engine, x, labels.to(self._ctx.device), self._lr(step), self.skips)}
+        return {"loss": teacher_step(self.engine, x, labels, self._lr(step), self.skips)}
 
     def _lr(self, step: int) -> float:
         return warmup_cosine(step, self.steps, self._ctx.config.teachers.lr)
@@ -204,14 +206,15 @@ def teacher_step(engine: DDPEngine, images: Tensor, labels: Tensor, lr: float, s
     A step whose loss or gradient is not finite, on any rank, moves nothing, and counts in ``skips``. Raises Diverged after too
     many in a row.
     """
-    running = [b.clone() for b in engine.module.buffers()]
+    running = [b for m in engine.module.modules() if isinstance(m, _BatchNorm) for b in m.buffers()]
+    before = [b.clone() for b in running]
     losses = []
     for x, y in zip(images.chunk(engine.accumulate), labels.chunk(engine.accumulate), strict=True):
         loss = F.cross_entropy(engine(x), y)
         engine.backward(loss)
         losses.append(loss.detach())
     moved = engine.step(lr)
-    if not moved:  # nor may a batch norm remember it
-        torch._foreach_copy_(list(engine.module.buffers()), running)
+    for now, then in zip(running, before, strict=True):  # nor may a batch norm remember a step that was skipped
+        now.copy_(torch.where(moved, now, then))
     skips.note(moved)
     return torch.stack(losses).mean()

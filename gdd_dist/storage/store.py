@@ -45,6 +45,20 @@ class Whole:
                     found.setdefault(entry["file"], set()).add((int(entry["bytes"]), str(entry["sha256"])))
         return found
 
+    def as_written(self) -> dict[str, tuple[int, str]]:
+        """File name → (bytes, sha256), without reading it, unless it was written more than once and not alike.
+
+        Raises UserError naming a file that has another size.
+        """
+        found = {}
+        for name, entries in self.known().items():
+            path = self._work / name
+            size = path.stat().st_size if path.exists() else -1
+            if size not in {written for written, _ in entries}:
+                raise UserError(f"{path} is damaged (its size differs); run the same command again to compute it anew")
+            found[name] = next(iter(entries)) if len(entries) == 1 else (size, sha256_file(path))
+        return found
+
 
 class Store:
     """STORE/<step>/<fingerprint>/ of every finished step, ``.partial`` beside it while a step works."""
@@ -67,15 +81,19 @@ class Store:
     def finish(self, step: str, fp: str, info: Mapping[str, Any], between: Callable[[], None] = lambda: None) -> Path:
         """Record size and sha256 of every file, flush, rename: from now on it is never written again. Then checkpoints go.
 
+        What was hashed where it was written (`Whole`) is not read again.
+
         ``between`` is called between files and may raise: until the rename, nothing is lost.
         """
         work = self.partial(step, fp)
         clean(work)
-        files = {}
+        files, known = {}, Whole(work, 0).as_written()
         for p in sorted(work.rglob("*")):
             if p.is_file() and p.name != CONTENTS and work / CHECKPOINTS not in p.parents:
                 between()
-                files[str(p.relative_to(work))] = {"bytes": p.stat().st_size, "sha256": sha256_file(p)}
+                name = str(p.relative_to(work))
+                size, sha256 = known.get(name) or (p.stat().st_size, sha256_file(p))
+                files[name] = {"bytes": size, "sha256": sha256}
         write_json(work / CONTENTS, {"format": "gdd-step/1", "step": step, "fingerprint": fp, **info, "files": files})
         for directory in sorted({p.parent for p in work.rglob("*") if p.is_file()}):
             fsync_dir(directory)

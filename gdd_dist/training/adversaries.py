@@ -8,14 +8,16 @@ import io
 import math
 import pickle
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gdd_dist.data.augment import AUGMENT_DRAWS, augment
+from gdd_dist.data.images import to_float
 from gdd_dist.data.noise import uniform
 from gdd_dist.engines.build import build_engine
 from gdd_dist.engines.interface import Engine
@@ -46,15 +48,17 @@ class Adversaries:
         # Copied before it is watched: a copy keeps the hook, and would count twice.
         self.ema = ctx.watch(copy.deepcopy(generator)).eval().requires_grad_(False)
         self.generator, self.discriminator = ctx.watch(generator), ctx.watch(discriminator)
+        # DeepSpeed cuts the weights, and decides itself which steps to skip.
+        adam = partial(_adam, betas=betas, fused=ctx.config.engine == "ddp")
         label = torch.zeros(1, dtype=torch.int64, device=ctx.device)
         latent = label.new_zeros(1, generator.latent).float()
         self.g: Engine = build_engine(
-            ctx.config, ctx.world, ctx.precision, self.generator, _adam(generator, betas), (latent, label)
+            ctx.config, ctx.world, ctx.precision, self.generator, adam(generator), (latent, label)
         )
         size, channels = ctx.manifest.height, ctx.manifest.channels
         image = label.new_zeros(1, channels, size, size).float()
         self.d: Engine = build_engine(
-            ctx.config, ctx.world, ctx.precision, self.discriminator, _adam(discriminator, betas), (image, label)
+            ctx.config, ctx.world, ctx.precision, self.discriminator, adam(discriminator), (image, label)
         )
         self._ctx = ctx
         self.skips = Skips()
@@ -82,11 +86,11 @@ class Adversaries:
 
     def train_discriminator(
         self, real: Tensor, fake: Tensor, labels: Tensor, gamma: float, augment: Augmentation, lr: float
-    ) -> tuple[dict[str, Tensor], bool]:
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """One step of the relativistic loss with penalties γ/2 (R1 + R2) (R3GAN, Huang et al. 2024, eq. 7); pairs share a label.
 
         Both sides pass through ``augment``, real first. float [B, C, H, W] in [-1, 1]. Returns the scalars to log, and whether
-        the discriminator moved.
+        the discriminator moved, a bool scalar.
         """
         real, fake = augment(real).detach(), augment(fake.detach()).detach()
         parts = self.micro_batches(len(labels))
@@ -124,14 +128,14 @@ class Adversaries:
         self.g.backward((images * gradient).sum())
         return {"loss": value, **terms}
 
-    def step_generator(self, lr: float, decay: float, others_moved: bool = True) -> None:
-        """The generator's step, and its running mean's; ends a training step, in which the other networks moved or not.
+    def step_generator(self, lr: float, decay: float, others_moved: Tensor | None) -> None:
+        """The generator's step, and its running mean's; ends a training step, in which the other network, if there was one, moved or not.
 
         Raises Diverged when too many steps in a row moved nothing.
         """
         moved = self.g.step(lr)
         self.update_ema(decay)
-        self.skips.note(moved and others_moved)
+        self.skips.note(moved if others_moved is None else moved & others_moved)
 
     def _scores(self, images: Tensor, labels: Tensor) -> Tensor:
         with autocast(self._ctx.device, self._ctx.precision):
@@ -189,8 +193,8 @@ class Adversaries:
         self.d.close()
 
 
-def _adam(net: torch.nn.Module, betas: tuple[float, float]) -> torch.optim.Adam:
-    return Adam(net.parameters(), lr=1e-4, betas=betas)
+def _adam(net: torch.nn.Module, betas: tuple[float, float], fused: bool) -> torch.optim.Adam:
+    return Adam(net.parameters(), lr=1e-4, betas=betas, fused=fused)
 
 
 def mean_scalars(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -203,25 +207,45 @@ def ema_decay(batch: int, half_life: float, images_seen: float = math.inf) -> fl
     return float(0.5 ** (batch / max(min(half_life, images_seen * 0.05), 1e-8)))
 
 
-def augmentation(ctx: Context, seed: int, purpose: str, step: int, slots: np.ndarray) -> Augmentation:
-    """What the discriminator sees images through: replayable draws by slot, applied to a share ``augment_p`` of the images."""
+class RealSide(NamedTuple):
+    """What the discriminator needs of a step's B slots.
+
+    ``images``: real ones, uint8 [B, channels, H, W]. ``mirror``: draws that mirror them, float32 [B, AUGMENT_DRAWS]. ``d`` and ``g``:
+    draws of what the discriminator sees both sides through in its own step and in the generator's, float32 [B, AUGMENT_DRAWS + 1].
+    """
+
+    images: Tensor
+    mirror: Tensor
+    d: Tensor
+    g: Tensor
+
+    @classmethod
+    def drawn(cls, images: Tensor, seed: int, step_name: str, step: int, slots: np.ndarray) -> RealSide:
+        """``images`` with the draws of these ``slots`` int64 [B] in the step ``step`` of "gan" or "matching"."""
+
+        def draws(purpose: str, n: int) -> Tensor:
+            return torch.from_numpy(uniform(seed, f"{step_name}/{purpose}", step, slots, n))
+
+        seen_through = (draws(f"augment/{side}", AUGMENT_DRAWS + 1) for side in "dg")
+        return cls(images, draws("flip", AUGMENT_DRAWS), *seen_through)
+
+
+def augmentation(ctx: Context, draws: Tensor) -> Augmentation:
+    """What the discriminator sees images through, for draws float32 [B, AUGMENT_DRAWS + 1]: applied to a share ``augment_p`` of them."""
     g = ctx.config.gan
-    draws = torch.from_numpy(uniform(seed, purpose, step, slots, AUGMENT_DRAWS + 1)).to(ctx.device)
     chosen = (draws[:, -1] < g.augment_p)[:, None, None, None]
 
     def apply(images: Tensor) -> Tensor:
-        changed = augment(images, draws[:, :AUGMENT_DRAWS], flip=False, ops=g.augment, fill=ctx.mean)
+        changed = augment(images, draws[:, :AUGMENT_DRAWS], flip=False, ops=g.augment, fill=ctx.fill)
         return torch.where(chosen, changed, images)
 
     return apply
 
 
-def mirrored(ctx: Context, images: Tensor, step: int, slots: np.ndarray, seed: int, purpose: str) -> Tensor:
-    """Real images, mirrored at random where the data allows it."""
-    if not ctx.config.loader.flip:
-        return images
-    draws = torch.from_numpy(uniform(seed, purpose, step, slots, AUGMENT_DRAWS))
-    return augment(images, draws.to(images.device), flip=True, ops="none", fill=0.0)
+def mirrored(ctx: Context, real: RealSide) -> Tensor:
+    """Real images as floats [B, C, H, W] in [-1, 1], mirrored at random where the data allows it."""
+    images = to_float(real.images, ctx.device)
+    return augment(images, real.mirror, flip=True, ops="none", fill=0.0) if ctx.config.loader.flip else images
 
 
 def image_gradient(loss: ImageLoss, images: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:

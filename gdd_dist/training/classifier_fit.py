@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gdd_dist.data.images import Images, to_float
-from gdd_dist.engines.nonfinite import all_finite, poisoned
+from gdd_dist.engines.nonfinite import all_finite, poisoned, step_if
 from gdd_dist.engines.precision import autocast
 from gdd_dist.training.forward_size import forward_size
 from gdd_dist.training.optimizers import SGD
@@ -22,8 +22,13 @@ PREDICT_BATCH = 500
 def sgd(net: nn.Module, lr: float, momentum: float, weight_decay: float, nesterov: bool = False) -> torch.optim.SGD:
     """SGD over all weights, each read and written once a step (fused)."""
     nesterov = nesterov and momentum > 0
-    weights = net.parameters()
-    return SGD(weights, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True)
+    weights = list(net.parameters())
+    optimizer = SGD(weights, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True)
+    if (
+        momentum
+    ):  # torch would make it at the first step, of whatever lies in memory, and leave it so where that step is skipped
+        optimizer.state.update({w: {"momentum_buffer": torch.zeros_like(w)} for w in weights})
+    return optimizer
 
 
 def train_step(
@@ -47,8 +52,7 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     poisoned(loss).backward()
     moved = all_finite(net.parameters())
-    if moved:
-        optimizer.step()
+    step_if(moved, optimizer)
     skips.note(moved)
 
 

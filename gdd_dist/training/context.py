@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,10 +17,12 @@ from gdd_dist.data.augment import augment
 from gdd_dist.data.images import Images
 from gdd_dist.data.noise import permutation
 from gdd_dist.data.order import Order
-from gdd_dist.engines.precision import resolve_precision
+from gdd_dist.data.transfer import Sender
+from gdd_dist.engines.precision import cast_once, resolve_precision
 from gdd_dist.models.classifiers import Classifier, build_classifier, divisors
 from gdd_dist.models.files import Teacher, generator_meta
 from gdd_dist.models.generator import ImageGenerator
+from gdd_dist.runtime.devices import allow_tf32
 from gdd_dist.runtime.file_exchange import Disks
 from gdd_dist.runtime.monitor import Monitor, say
 from gdd_dist.runtime.teams import Team
@@ -89,11 +92,33 @@ class Context:
         """As they can be printed and drawn."""
         return [printable(name) for name in self.manifest.classes]
 
+    @cached_property
+    def fill(self) -> torch.Tensor:
+        """``mean`` on the device, float32 [channels]: what augmentation puts where an image does not reach."""
+        return torch.tensor(self.mean, device=self.device)
+
+    @cached_property
+    def sent(self) -> Sender:
+        """Called with a batch, gives it on the device; in the thread that reads ahead."""
+        return Sender(self.device)
+
     def generator_meta(self, net: ImageGenerator, provenance: Mapping[str, Any]) -> dict[str, Any]:
         """The metadata of a generator's file. ``normalization`` is of train's pixels in [-1, 1]."""
         normalization = {"range": [-1, 1], "mean": self.mean, "std": self.std}
         about = {"classes": list(self.manifest.classes), "normalization": normalization, "provenance": provenance}
         return {**generator_meta(net), **about}
+
+    @contextmanager
+    def among(self, ranks: int) -> Iterator[bool]:
+        """Inside, the world is its first ``ranks`` ranks, for what they alone do; whether this rank is one. All ranks enter it."""
+        world, disks = self.world, self.disks
+        if ranks < world.size:
+            self.world = world.part(range(ranks))
+            self.disks = disks.among(self.world)
+        try:
+            yield self.world.rank >= 0
+        finally:
+            self.world, self.disks = world, disks
 
     def images(self, split: str) -> Images:
         """The split's images, opened once."""
@@ -133,13 +158,14 @@ class Context:
         return self.watch(net)
 
     def teacher(self, teacher: Teacher) -> Classifier:
-        """A trained teacher, frozen, in evaluation mode."""
-        return self.watch(teacher.load(self.manifest.channels, self.manifest.height, self.classes))
+        """A trained teacher, frozen, in evaluation mode, to be asked under autocast of the run's precision."""
+        net = teacher.load(self.manifest.channels, self.manifest.height, self.classes)
+        return self.watch(cast_once(net, self.precision))
 
     def augment(self, images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
         """This run's augmentation of float images [B, C, H, W], replayed by ``draws`` [B, AUGMENT_DRAWS]."""
         loader = self.config.loader
-        return augment(images, draws.to(images.device), flip=loader.flip, ops=loader.augment, fill=self.mean)
+        return augment(images, draws.to(images.device), flip=loader.flip, ops=loader.augment, fill=self.fill)
 
     def checkpoints(self, directory: Path) -> Checkpoints:
         """Checkpoints of a loop that this rank runs for itself."""
@@ -162,8 +188,13 @@ class Context:
 
 
 def agreed_precision(config: Config, world: World) -> str:
-    """The run's precision: ``auto`` as rank 0 resolves it, so that hosts of different hardware compute alike. All ranks call it."""
-    return str(world.broadcast(resolve_precision(config.precision, world.device)))
+    """The run's precision: ``auto`` as rank 0 resolves it, so that hosts of different hardware compute alike. All ranks call it.
+
+    From now on this process computes in it.
+    """
+    precision = str(world.broadcast(resolve_precision(config.precision, world.device)))
+    allow_tf32(precision == "tf32")
+    return precision
 
 
 def train_order(config: Config, step: str, shard_samples: Sequence[int], purpose: str) -> Order:

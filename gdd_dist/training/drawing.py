@@ -31,8 +31,8 @@ def draw(
     slots = np.arange(len(labels)) if slots is None else slots
     batch = forward_size(ctx.device, batch, CPU_DRAWS)
     for i in range(0, len(labels), batch):
-        y = torch.from_numpy(labels[i : i + batch]).to(ctx.device)
+        y = labels[i : i + batch]
         z = normal(seed, f"{purpose}/z", step, slots[i : i + len(y)], generator.latent)
         # In float32, whatever the run's precision: as `load_generator` draws.
-        parts.append(to_uint8(generator(torch.from_numpy(z).to(ctx.device), y)))
+        parts.append(to_uint8(generator(*ctx.sent((torch.from_numpy(z), torch.from_numpy(y))))))
     return torch.cat(parts)

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from gdd_dist.data.images import to_float, to_uint8
@@ -34,9 +33,8 @@ def refit(ctx: Context, net: LinearGenerator, teachers: Sequence[nn.Module], of:
     means, roots = torch.zeros_like(net.class_means), torch.zeros_like(net.roots, dtype=torch.float32)
     for y in range(world.rank, ctx.classes, world.size):
         means[y], roots[y] = refitted_class(ctx, net, teachers, of, y)
-    if world.size > 1:
-        dist.all_reduce(means)
-        dist.all_reduce(roots)
+    world.add(means)
+    world.add(roots)
     other = LinearGenerator(**{**net.arch, "spread": 1.0})
     other.load_state_dict({**net.state_dict(), "class_means": means, "roots": roots})
     return other

@@ -139,7 +139,9 @@ def _fit(ctx: Context, trainee: Trainee, ranks: Ranks, checkpoints: Checkpoints,
         _before(trainee, step, save)
         vote = ranks.vote(checkpoints.due() and step + 1 < trainee.steps)
         _step(trainee, ranks, step, batch)
-        vote.obey(partial(save, step + 1), sound=not trainee.skips.in_a_row)
+        vote.obey(partial(save, step + 1), sound=lambda: not trainee.skips.in_a_row)
+    trainee.skips.settle()
+    ranks.say(trainee.skips.line(trainee.name, trainee.steps))
     _before(trainee, trainee.steps, save)
     ranks.vote().obey(partial(save, trainee.steps))  # a signal that came in the last step
 

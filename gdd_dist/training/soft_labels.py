@@ -19,7 +19,7 @@ BATCH = 256
 def soft_labels(teachers: Sequence[nn.Module], images: Tensor, temperature: float, precision: str) -> Tensor:
     """Mean over teachers of softmax(logits / temperature) of float images [N, C, H, W] in [-1, 1]: float32 [N, K].
 
-    ``precision``: of the teachers' forwards, float32, bf16 or fp16.
+    ``precision``: of the teachers' forwards, float32, tf32, bf16 or fp16.
     """
     parts = []
     for part in images.split(forward_size(images.device, BATCH)):

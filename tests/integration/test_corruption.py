@@ -9,7 +9,7 @@ import hooks
 import pytest
 import ranks
 
-from sharding.plan import Options
+from sharding.options import Options
 from sharding.writer import build
 
 

@@ -158,3 +158,5 @@ def test_wrong_use_is_said_in_one_line(undisturbed, tmp_path):
     assert "--engine deepspeed" in ranks.refused(tmp_path / "out", argv)
     argv = [*undisturbed.argv, "--accumulate", "3"]
     assert "--accumulate 3" in ranks.refused(tmp_path / "out", argv)
+    line = ranks.refused(tmp_path / "out", [*undisturbed.argv, "--engine", "deepspeed"], 3)
+    assert "3 ranks do not divide the 16 images of --gan.batch 16; use 1, 2, 4, 8 or 16 ranks, or --engine ddp" in line

@@ -71,7 +71,7 @@ def test_the_report_of_two_disks_has_the_numbers_of_one(reported, tmp_path):
 def send(rank, folder, damage):
     """Rank 0 and rank 1 have a file each (with ``damage`` rank 0 alone, which announces a wrong sha256); what they have in the end."""
     on_host(rank, folder)
-    world = World("cpu")
+    world = World("cpu").join()
     disks = Disks(world, folder / f"host-{rank}")
     home = folder / f"host-{rank}"
     (home / "x").mkdir(exist_ok=True)
@@ -84,6 +84,7 @@ def send(rank, folder, damage):
         disks.share(home / "x", ["*.bin"])
     except UserError as e:
         error = str(e)
+        world.barrier()  # for which the other waits
     got = {p.name: p.read_bytes() == bytes([int(p.stem)]) * (2**24 + 5) for p in (home / "x").iterdir()}
     world.close()
     return {"shared": disks.shared, "files": got, "error": error}
@@ -95,7 +96,7 @@ def test_each_host_gets_what_the_other_has(tmp_path):
 
 
 def shared(rank, folder):
-    world = World("cpu")
+    world = World("cpu").join()
     disks = Disks(world, folder)
     world.close()
     return {"shared": disks.shared, "left": [p.name for p in folder.glob(".shared-*")]}

@@ -154,9 +154,9 @@ def test_a_host_that_is_cut_off_without_a_word_is_missed_by_the_others(undisturb
     ]
     assert all(len(r.stdout.split()) >= 3 for r in ranks_of)
     wait_for(
-        lambda: all(any("error: rank" in line for line in log.read_text().splitlines()) for log in logs), timeout=60
+        lambda: all(any("error: rank" in line for line in log.read_text().splitlines()) for log in logs), timeout=120
     )
-    assert time.monotonic() - begin < 40
+    assert time.monotonic() - begin < 90
     errors = [[line for line in log.read_text().splitlines() if line.startswith("error:")] for log in logs]
     assert [len(e) for e in errors] == [1, 1], errors
     assert "has given no sign of life for 6 s" in errors[0][0]

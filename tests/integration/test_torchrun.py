@@ -73,7 +73,7 @@ def test_a_killed_rank_and_a_killed_torchrun_leave_nobody_behind_and_the_same_co
         pids = rank_pids(job.pid)
         job.kill()
         job.wait()
-    wait_for(lambda: not any(alive(pid) for pid in pids.values()), timeout=60)
+    wait_for(lambda: not any(alive(pid) for pid in pids.values()))
 
     with ranks.torchrun(size, argv) as job:
         text, _ = job.communicate(timeout=240)
@@ -110,7 +110,7 @@ def test_twenty_of_twenty_finished_runs_leave_with_0(undisturbed, tmp_path):
 @pytest.mark.slow
 def test_a_stopped_rank_0_ends_the_job_and_is_named(undisturbed, tmp_path):
     out = undisturbed.copy(tmp_path / "out", "teachers", "logits")
-    argv = [*undisturbed.argv, *LONG_GAN, "--timeout", "4", "--out", str(out)]
+    argv = [*undisturbed.argv, *LONG_GAN, "--timeout", "10", "--out", str(out)]
     with ranks.torchrun(2, argv, elastic=["--shutdown-timeout=1"]) as job:
         wait_for(lambda: steps_done(out) >= 5)
         pids = rank_pids(job.pid)
@@ -119,7 +119,7 @@ def test_a_stopped_rank_0_ends_the_job_and_is_named(undisturbed, tmp_path):
     errors = [line for line in text.splitlines() if line.startswith("error:")]
     assert len(errors) == 1, text
     assert f"rank 0 (process {pids[0]} on " in errors[0]
-    assert "in step gan) has given no sign of life for 4 s" in errors[0]
+    assert "in step gan) has given no sign of life for 10 s" in errors[0]
     assert not any(alive(pid) for pid in pids.values())
 
 

@@ -94,3 +94,23 @@ def test_unit_tests_mirror_the_rooms():
     rooms = {p.name for p in PACKAGE.iterdir() if (p / "__init__.py").exists()}
     assert folders <= rooms | {"sharding", "tune"}
     assert rooms - folders <= {"pipeline"}, "a room without tests of its own"
+
+
+def test_only_runtime_calls_collectives():
+    """In gan and matching some ranks may wait: a collective must be of those that work, as World's are."""
+    called = {
+        "all_reduce",
+        "all_gather",
+        "broadcast",
+        "reduce",
+        "barrier",
+        "all_gather_object",
+        "broadcast_object_list",
+    }
+    for path in PACKAGE.rglob("*.py"):
+        names = {
+            n.attr
+            for n in ast.walk(ast.parse(path.read_text()))
+            if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == "dist"
+        }
+        assert path.is_relative_to(PACKAGE / "runtime") or not names & called, path

@@ -29,7 +29,7 @@ def networks():
 
 def exchange(_rank):
     """Bytes that this rank sends as both networks' gradients are reduced under DDP, and the vote."""
-    world, port = World("cpu"), int(os.environ["MASTER_PORT"])
+    world, port = World("cpu").join(), int(os.environ["MASTER_PORT"])
     generator, discriminator = networks()
     labels = torch.zeros(1, dtype=torch.int64)
     engines = {
@@ -66,9 +66,21 @@ def test_one_rank_sends_nothing_and_all_together_a_payload_forth_and_back_for_ea
 
 
 def test_work_is_counted_as_two_operations_a_multiplication():
-    with torch.device("meta"), projection._Counter() as counter:
+    with torch.device("meta"), projection.Counter() as counter:
         torch.nn.functional.conv2d(torch.zeros(2, 6, 8, 8), torch.zeros(12, 3, 3, 3), padding=1, groups=2)
     assert counter.flops == 2 * (2 * 8 * 8 * 12 * 3 * 3 * 3)
+
+
+def test_the_backward_of_a_convolution_costs_two_forwards_transposed_or_not():
+    for conv in (torch.nn.Conv2d(6, 12, 3, stride=2, groups=2), torch.nn.ConvTranspose2d(6, 12, 4, 2, 1)):
+        flops = []
+        for backward in (False, True):
+            with projection.Counter() as counter:
+                out = conv(torch.zeros(2, 6, 9, 9, requires_grad=True))
+                if backward:
+                    out.sum().backward()
+            flops.append(counter.flops)
+        assert flops[1] == 3 * flops[0]
 
 
 def test_ddps_buckets_are_one_of_a_mebibyte_then_of_25():

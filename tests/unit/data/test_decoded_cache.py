@@ -2,6 +2,9 @@
 
 import hashlib
 import multiprocessing
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +79,29 @@ def _die(digits: Path, cache: Path) -> None:
     opened(digits, Manifest.load(digits), cache, threads=1).read(np.arange(3))
 
 
+def test_of_a_hosts_ranks_one_at_a_time_asks_for_the_lock(manifest, tmp_path, monkeypatch):
+    asked, inside, most = [0], [0], [0]
+
+    @contextmanager
+    def holding(*_):
+        asked[0], inside[0] = asked[0] + 1, inside[0] + 1
+        most[0] = max(most[0], inside[0])
+        yield
+        inside[0] -= 1
+
+    def build(self, _fill, samples):
+        time.sleep(0.5)
+        self.path.write_bytes(bytes(samples * 256))
+        self._note.write_text("{}")
+
+    monkeypatch.setattr(decoded_cache, "holding", holding)
+    monkeypatch.setattr(decoded_cache.Decoded, "_build", build)
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda _: decoded_cache.Decoded(tmp_path, manifest, "train").open(None, 1197), range(6)))
+    assert [f.shape for f in found] == [(1197, 16, 16, 1)] * 6
+    assert (asked[0], most[0]) == (1, 1)
+
+
 def test_a_build_that_was_killed_is_built_anew(digits, manifest, tmp_path):
     process = multiprocessing.get_context("spawn").Process(target=_die, args=(digits, tmp_path))
     process.start()
@@ -125,7 +151,7 @@ def test_without_room_auto_streams_and_says_why(digits, manifest, tmp_path, monk
     [(400, 200, False, "ram"), (399, 200, False, "none"), (400, 199, False, "none"), (0, 0, True, "ram")],
 )
 def test_auto_keeps_what_takes_its_share_of_memory_and_disk(tmp_path, monkeypatch, memory, disk, there, expected):
-    monkeypatch.setattr(decoded_cache, "_memory", lambda: memory)
+    monkeypatch.setattr(decoded_cache, "free_memory", lambda: memory)
     monkeypatch.setattr(decoded_cache, "_disk", lambda _: disk)
     cpu = torch.device("cpu")
     assert decoded_cache.fits("auto", 100, tmp_path, cpu, there) == expected

@@ -29,7 +29,7 @@ class Asked:
 
     def has(self, count):
         with self._news:
-            return self._news.wait_for(lambda: len(self.order) >= count, timeout=60)
+            return self._news.wait_for(lambda: len(self.order) >= count, timeout=240)
 
 
 def first_uses(order, steps, rank=0, world=1):

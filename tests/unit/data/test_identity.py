@@ -18,7 +18,7 @@ from gdd_dist.data.order import Order
 from gdd_dist.data.remote import Cache, open_data
 from gdd_dist.data.workers import prefetch
 from sharding.manifest import Manifest
-from sharding.plan import Options
+from sharding.options import Options
 from sharding.writer import build
 
 BATCH, STEPS = 48, 60

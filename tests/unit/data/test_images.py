@@ -14,7 +14,7 @@ from gdd_dist.data.images import Images, prefetch, to_float, to_uint8
 from gdd_dist.data.workers import FEW, Workers
 from sharding.errors import UserError
 from sharding.manifest import Manifest
-from sharding.plan import Options
+from sharding.options import Options
 from sharding.shards import Shards, decode
 from sharding.writer import build
 
@@ -236,3 +236,12 @@ def test_a_fault_while_reading_ahead_comes_where_its_batch_would():
     assert [next(batches) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(UserError, match="step 3"):
         next(batches)
+
+
+def test_threads_that_read_ahead_are_on_the_gpu_of_who_asks(monkeypatch):
+    here = threading.local()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: getattr(here, "device", 0))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: setattr(here, "device", device))
+    torch.cuda.set_device(3)
+    assert list(prefetch(lambda _step: torch.cuda.current_device(), 0, 8, 2)) == [3] * 8

@@ -88,9 +88,18 @@ def test_resume_at_any_step_equals_the_uninterrupted_order(order, step):
     assert np.array_equal(again.batch(step), uninterrupted[-1])
 
 
-def test_a_world_that_does_not_divide_the_streams_is_refused():
-    with pytest.raises(ValueError, match="3 ranks do not divide 8 streams"):
+def test_a_world_that_does_not_divide_the_batch_is_refused():
+    with pytest.raises(ValueError, match="3 ranks do not divide a batch of 8"):
         Order((100,), 8, 8, 0).batch(0, 0, 3)
+
+
+@pytest.mark.parametrize("world", [3, 6, 8, 12, 24, 48])
+def test_more_ranks_than_streams_share_one_and_see_the_same_global_batch(world):
+    order = Order((500, 300), 48, 8, 0)
+    for step in (0, 5, 17):
+        parts = [order.batch(step, rank, world) for rank in range(world)]
+        assert {len(p) for p in parts} == {48 // world}
+        assert np.array_equal(np.concatenate(parts), order.batch(step))
 
 
 def test_epochs_differ_and_so_do_seeds():

@@ -25,7 +25,7 @@ from gdd_dist.data.location import is_remote, read_manifest
 from gdd_dist.data.remote import Cache, mirror_of, open_data, remote_manifest
 from sharding.errors import UserError
 from sharding.manifest import Manifest
-from sharding.plan import Options
+from sharding.options import Options
 from sharding.writer import build
 
 SHARDS = 5
@@ -125,7 +125,7 @@ def test_patience_bounds_the_manifest_and_a_store_that_says_nothing(tmp_path):
             begin = time.monotonic()
             with pytest.raises(UserError, match="check the store and the network"):
                 parse(["--data", f"http://127.0.0.1:{port}/x", "--loader.patience", "1"])
-            assert time.monotonic() - begin < 30
+            assert time.monotonic() - begin < 60
 
 
 def test_another_file_than_the_manifests_is_named_and_never_used(store, data, here, tmp_path):

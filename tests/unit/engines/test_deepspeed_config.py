@@ -98,3 +98,12 @@ def test_an_engines_configuration_never_clips_and_keeps_what_was_given():
 def test_buckets_are_as_large_as_ddps_but_no_larger_than_the_network():
     sizes = {n: engine_config({}, n, 1)["zero_optimization"]["reduce_bucket_size"] for n in (1000, 10**9)}
     assert sizes == {1000: 1024, 10**9: 25 * 2**20 // 4}
+
+
+def test_zero_3_reduces_in_the_order_of_the_backward_unless_it_is_told_otherwise():
+    def overlaps(**zero):
+        return engine_config({"zero_optimization": zero}, 1000, 1)["zero_optimization"].get("overlap_comm")
+
+    assert overlaps(stage=3) is False
+    assert overlaps(stage=3, overlap_comm=True) is True
+    assert overlaps(stage=2) is None

@@ -37,7 +37,7 @@ def from_main(world, state):
 
 def halves(rank, first, second, precision="float32"):
     """Half of the steps under one engine, the rest under another that loads its state; weights at the end, state in between."""
-    world = World("cpu")
+    world = World("cpu").join()
     torch.set_num_threads(1)
     one = engine(first, world, precision)
     losses = train(world, one, 0, HALF)[1]
@@ -54,7 +54,7 @@ def halves(rank, first, second, precision="float32"):
 
 def whole(rank, kind, precision="float32", accumulate=1):
     """All steps under one engine."""
-    world = World("cpu")
+    world = World("cpu").join()
     torch.set_num_threads(1)
     d = engine(kind, world, precision, accumulate)
     losses = train(world, d, 0, LAST, accumulate)[1]
@@ -127,7 +127,7 @@ def test_a_state_has_the_layout_of_ddps_whoever_wrote_it(tmp_path):
 
 
 def from_two_ranks(rank, state, kind):
-    world = World("cpu")
+    world = World("cpu").join()
     torch.set_num_threads(1)
     d = engine(kind, world)
     d.load_state_dict(state)

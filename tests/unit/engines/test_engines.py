@@ -1,20 +1,24 @@
 """DDP behind the engine: one process's gradients, double backward included, and an exact resume."""
 
+import copy
 import io
 
 import pytest
 import ranks
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gdd_dist.engines.ddp import DDPEngine
-from gdd_dist.engines.precision import autocast, resolve_precision
+from gdd_dist.engines.precision import autocast, cast_once, resolve_precision
+from gdd_dist.models.classifiers import build_classifier
 from gdd_dist.models.discriminator import Discriminator
 from gdd_dist.runtime.world import World
 from gdd_dist.training import losses
 from gdd_dist.training.adversaries import image_gradient
 
 BATCH, STEPS = 8, 6
+EXAMPLE = (torch.zeros(1, 1, 8, 8), torch.zeros(1, dtype=torch.int64))
 
 
 def network():
@@ -29,8 +33,7 @@ def network():
 
 def engine(world, precision="float32"):
     net = network()
-    example = (torch.zeros(1, 1, 8, 8), torch.zeros(1, dtype=torch.int64))
-    return DDPEngine(net, torch.optim.Adam(net.parameters(), betas=(0.0, 0.99)), world, precision, example)
+    return DDPEngine(net, torch.optim.Adam(net.parameters(), betas=(0.0, 0.99)), world, precision, EXAMPLE)
 
 
 def train(world, d, first, last, parts=1):
@@ -66,7 +69,7 @@ def penalized(d, real, fake, labels):
 
 
 def undisturbed(rank):
-    world = World("cpu")
+    world = World("cpu").join()
     torch.set_num_threads(1)
     d = engine(world)
     gradients, _ = train(world, d, 0, STEPS)
@@ -78,7 +81,7 @@ def undisturbed(rank):
 
 def resumed(rank, forget):
     """Half of the steps, a checkpoint, the rest in a fresh engine."""
-    world = World("cpu")
+    world = World("cpu").join()
     d = engine(world)
     train(world, d, 0, STEPS // 2)
     buffer = io.BytesIO()
@@ -125,6 +128,23 @@ def test_a_resumed_engine_ends_with_the_same_bits_at_four_ranks(four, tmp_path):
         assert all(found[rank]["weights"][k].equal(v) for k, v in four[rank]["weights"].items())
 
 
+@pytest.mark.parametrize("bad", [False, True])
+def test_a_fused_optimizer_stays_fused_whatever_wrote_the_state_it_loads(bad):
+    net = network()
+    d = DDPEngine(net, torch.optim.Adam(net.parameters(), fused=True), World("cpu"), "float32", EXAMPLE)
+    torch.set_num_threads(1)
+    other = engine(World("cpu"))
+    train(World("cpu"), other, 0, 1)
+    d.load_state_dict(copy.deepcopy(other.state_dict()))
+    before = d.weights()
+    for p in net.parameters():
+        p.grad = torch.full_like(p, float("nan") if bad else 1e-3)
+    assert bool(d.step(1e-3)) == (not bad)
+    assert all(p.grad is None for p in net.parameters())
+    assert all(before[k].equal(v) for k, v in d.weights().items()) == bad
+    assert {float(s["step"]) for s in d.state_dict()["optimizer"]["state"].values()} == {1.0 if bad else 2.0}
+
+
 def test_without_the_optimizers_state_it_would_not(four, tmp_path):
     found = ranks.call(tmp_path, 4, resumed, True)
     assert not all(found[0]["weights"][k].equal(v) for k, v in four[0]["weights"].items())
@@ -159,16 +179,49 @@ def test_sending_the_image_gradient_back_is_the_whole_chain():
 def test_precision_auto_becomes_what_the_hardware_computes_in():
     cpu = torch.device("cpu")
     assert resolve_precision("auto", cpu) in ("float32", "bf16")
-    assert [resolve_precision(p, cpu) for p in ("float32", "bf16", "fp16")] == ["float32", "bf16", "fp16"]
+    for precision in ("float32", "tf32", "bf16", "fp16"):
+        assert resolve_precision(precision, cpu) == precision
 
 
 def test_autocast_computes_in_bf16_over_float32_weights():
     net, x = nn.Linear(4, 4), torch.randn(2, 4)
     with autocast(torch.device("cpu"), "bf16"):
         assert net(x).dtype == torch.bfloat16
-    with autocast(torch.device("cpu"), "float32"):
-        assert net(x).dtype == torch.float32
+    for precision in ("float32", "tf32"):
+        with autocast(torch.device("cpu"), precision):
+            assert net(x).dtype == torch.float32
     assert net.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", ["convnet:8", "resnet10:8"])
+def test_weights_that_are_cast_once_give_the_bits_of_those_cast_at_each_forward(name, precision):
+    net = build_classifier(name, channels=3, size=16, classes=5, mean=[0.1] * 3, std=[0.5] * 3).eval()
+    net.requires_grad_(False)
+    x, casts = torch.randn(4, 3, 16, 16, requires_grad=True), []
+    for module in (net, cast_once(copy.deepcopy(net), precision)):
+        with autocast(x.device, precision), Dispatched() as seen:
+            answer = module(x)
+        casts.append(sum("_to_copy" in str(func) for func in seen.funcs))
+        (gradient,) = torch.autograd.grad(answer.float().square().sum(), x)
+        if module is net:
+            expected = answer, gradient
+    assert torch.equal(answer, expected[0])
+    assert torch.equal(gradient, expected[1])
+    weights = sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in net.modules())
+    assert casts[0] - casts[1] >= (weights if precision in ("bf16", "fp16") else 0)
+
+
+class Dispatched(TorchDispatchMode):
+    """The operations that are called inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.funcs = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.funcs.append(func)
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])

@@ -257,7 +257,7 @@ def _doctor(rank: int, folder: Path) -> list[list[str]]:
     from gdd_dist.runtime.world import World
 
     own = folder / str(rank) if (folder / "apart").exists() else folder
-    world = World("cpu", 60)
+    world = World("cpu", 60).join()
     found = doctor.together(world, own)
     world.close()
     return [[f.name, f.state, f.detail] for f in found]

@@ -29,9 +29,9 @@ def test_memory_is_counted_without_any_being_taken_and_names_its_setting(digits,
     conv = 3 * 4 * (128 * 9 + 2 * 128 * 128 * 9 + 3 * 2 * 128 + 128 * 4 * 10 + 10)
     assert needs["--report.students convnet"] == conv
     most = max(needs.values())
-    monkeypatch.setattr(memory_needed, "memory", lambda _device: most)
+    monkeypatch.setattr(memory_needed, "all_memory", lambda _device: most)
     check(config, manifest, 1, CPU)
-    monkeypatch.setattr(memory_needed, "memory", lambda _device: most - 1)
+    monkeypatch.setattr(memory_needed, "all_memory", lambda _device: most - 1)
     with pytest.raises(UserError, match="GB of memory at least"):
         check(config, manifest, 1, CPU)
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gdd_dist.runtime.devices import check_identities, identity, pick_device
+from gdd_dist.runtime.devices import backend, check_identities, identity, pick_device
 from sharding.errors import UserError
 
 
@@ -41,7 +41,7 @@ def test_without_gpus_there_is_the_cpu(gpus):
     assert identity(torch.device("cpu")) == []
 
 
-@pytest.mark.parametrize(("count", "fits"), [(2, 2), (3, 2), (4, 4), (7, 4)])
+@pytest.mark.parametrize(("count", "fits"), [(2, 2), (3, 3), (4, 4), (7, 7)])
 def test_fewer_gpus_than_ranks_says_what_to_type(gpus, count, fits):
     gpus(count)
     said = f"8 ranks on this host but {count} CUDA devices; start torchrun --nproc_per_node={fits} (make train RANKS={fits})"
@@ -61,3 +61,8 @@ def test_ranks_that_share_the_only_gpu_of_a_host_are_refused(gpus):
 def test_gpus_of_their_own_on_one_host_or_several_pass():
     check_identities([["a", "1"], ["a", "2"], ["b", "1"], ["b", "2"]], 2)
     check_identities([[], [], []], 3)
+
+
+def test_what_lies_on_a_gpu_goes_by_nccl_and_what_lies_in_memory_by_gloo():
+    assert backend(torch.device("cpu")) == "gloo"
+    assert backend(torch.device("cuda", 3)) == "cpu:gloo,cuda:nccl"

@@ -113,7 +113,7 @@ def test_the_holder_touches_its_lock(tmp_path, monkeypatch):
     lock = Lock(tmp_path / "a.lock")
     assert lock.try_acquire() is None
     os.utime(lock.path, (0, 0))
-    end = time.monotonic() + 10
+    end = time.monotonic() + 120
     while lock.path.stat().st_mtime < 1 and time.monotonic() < end:
         time.sleep(0.01)
     assert time.time() - lock.path.stat().st_mtime < 60
@@ -173,7 +173,7 @@ def test_a_heartbeat_that_moves_shows_that_a_holder_elsewhere_lives(tmp_path):
 
 STAND_STILL = (
     "import sys, time; from gdd_dist.runtime import locks; from pathlib import Path; locks.HEARTBEAT = 0.05; "
-    "assert locks.Lock(Path(sys.argv[1])).try_acquire() is None; print('held', flush=True); time.sleep(60)"
+    "assert locks.Lock(Path(sys.argv[1])).try_acquire() is None; print('held', flush=True); time.sleep(600)"
 )
 
 

@@ -15,7 +15,7 @@ from gdd_dist import export
 from gdd_dist.runtime import monitor
 from gdd_dist.runtime.monitor import Monitor
 from sharding import progress
-from sharding.plan import Options
+from sharding.options import Options
 from sharding.progress import Progress
 from sharding.verify import verify
 from sharding.writer import build

@@ -207,7 +207,7 @@ def test_a_student_may_have_no_batch_norm(tiny, tmp_path):
 
 
 def agree(rank):
-    world = World("cpu")
+    world = World("cpu").join()
     team = Team(world, 2)
     taken = []
     for job in team.queue(12):
@@ -270,14 +270,14 @@ def test_after_a_kill_in_a_team_the_same_command_ends_with_the_same_bits(tiny, t
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGUSR1], ids=lambda number: number.name)
 def test_a_member_that_hangs_or_is_preempted_ends_the_job_which_goes_on(alone, tiny, tmp_path, number):
     """Two teams: the other one learns it too."""
-    argv = ["--teachers.ranks_per_teacher", "2", "--timeout", "4"]
+    argv = ["--teachers.ranks_per_teacher", "2", "--timeout", "10"]
     hook = functools.partial(hooks.signal_in, where="teachers", call=20, number=number, victim=3)
     job = ranks.start(tmp_path / "out", [*tiny, *POOL, *argv], 4, before=hook)
     if number == signal.SIGSTOP:
         ended = end_of(job)
         assert len(ended.errors) == 1, ended.text
         assert "rank 3 (process" in ended.errors[0]
-        assert "in step teachers) has given no sign of life for 4 s" in ended.errors[0]
+        assert "in step teachers) has given no sign of life for 10 s" in ended.errors[0]
     else:
         ended = job.wait()
         assert ended.codes == [128 + number] * 4, ended.text

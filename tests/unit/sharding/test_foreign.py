@@ -15,7 +15,7 @@ from sharding.errors import UserError
 from sharding.foreign import TarSet, split_patterns, tars
 from sharding.foreign import samples as listed
 from sharding.manifest import Manifest
-from sharding.plan import Options
+from sharding.options import Options
 from sharding.shards import Shards, decode
 from sharding.verify import verify
 from sharding.writer import build

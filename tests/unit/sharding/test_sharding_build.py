@@ -8,7 +8,7 @@ from PIL import Image
 from test_sharding_support import contents, encoded, pixels, write_folder
 
 from sharding.errors import UserError
-from sharding.plan import Options
+from sharding.options import Options
 from sharding.shards import Shards, decode
 from sharding.writer import build
 

@@ -13,7 +13,7 @@ from test_sharding_support import contents, to_tar
 from sharding.cifar import unpickle
 from sharding.errors import UserError
 from sharding.manifest import Manifest
-from sharding.plan import Options
+from sharding.options import Options
 from sharding.shards import Shards, decode
 from sharding.writer import build
 

@@ -13,7 +13,7 @@ from sharding.__main__ import main
 from sharding.errors import UserError
 from sharding.files import sha256_file
 from sharding.manifest import Manifest
-from sharding.plan import Options
+from sharding.options import Options
 from sharding.verify import verify
 from sharding.writer import build
 
@@ -280,4 +280,4 @@ def test_reading_shards_needs_neither_torch_nor_webdataset():
     start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 60

@@ -97,7 +97,7 @@ def test_zstd_is_read_where_a_library_is(tmp_path, folder, expected, monkeypatch
     def opened(path, mode):
         return gzip.open(io.BytesIO(path.read_bytes()[len(magic) :]), mode)
 
-    monkeypatch.setitem(sys.modules, archives._ZSTD[-1], types.SimpleNamespace(open=opened))
+    monkeypatch.setitem(sys.modules, archives._OPENERS["zstd"][-1], types.SimpleNamespace(open=opened))
     assert build(f"folder:{tmp_path / 's.tar.zst'}", tmp_path / "d", CUT).manifest == expected
     with pytest.raises(UserError, match=r"bad\.tar\.zst is damaged"):
         build(f"folder:{tmp_path / 'bad.tar.zst'}", tmp_path / "e", CUT)

@@ -12,7 +12,8 @@ from sharding.files import exclusive_lock
 from sharding.images import Seen, Target
 from sharding.links import Member
 from sharding.manifest import Manifest
-from sharding.plan import Options, Plan, Planned, ShardPlan
+from sharding.options import Options
+from sharding.plan import Plan, Planned, ShardPlan
 from sharding.writer import build
 
 ONE = Options(workers=1, test_fraction=0.2)
@@ -83,12 +84,12 @@ def killed_build(arguments: list[object], dest) -> None:
     process = subprocess.Popen(
         command("build", *arguments), env=environment(), stderr=subprocess.PIPE, start_new_session=True
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while len(list(dest.glob(".build/*.json"))) < 3 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
     # The pipe closes when the last process that inherited it has gone: no worker outlives its parent.
-    process.communicate(timeout=20)
+    process.communicate(timeout=240)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -167,7 +168,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path):
         "os.execv(sys.argv[1], sys.argv[1:])"
     )
     limited = [arguments[0], "-c", script, *arguments]
-    failed = subprocess.run(limited, env=environment(), capture_output=True, text=True, check=False, timeout=60)
+    failed = subprocess.run(limited, env=environment(), capture_output=True, text=True, check=False, timeout=240)
     assert failed.returncode == 2
     assert [line for line in failed.stderr.splitlines() if line.startswith("error:")]
     assert "Traceback" not in failed.stderr

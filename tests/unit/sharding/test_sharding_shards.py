@@ -11,7 +11,7 @@ from test_sharding_support import encoded, flip, pixels, write_folder
 import sharding.shards as shards_module
 from sharding.errors import UserError
 from sharding.manifest import Manifest
-from sharding.plan import Options
+from sharding.options import Options
 from sharding.shards import Shards, decode, verify_shard
 from sharding.writer import build
 

@@ -12,7 +12,7 @@ from sharding.archives import base_name, open_files
 from sharding.containers import LARGEST_FILE
 from sharding.errors import UserError
 from sharding.links import Member
-from sharding.plan import Options
+from sharding.options import Options
 from sharding.shards import Shards, decode
 from sharding.sources import open_source
 from sharding.tars import BLOCK, entries, padded

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from sharding.errors import UserError
 from sharding.sizes import parse_size
-from sharding.splits import apportion, cut, deal, stratified
+from sharding.splits import apportion, deal, stratified
 
 COUNTS = st.lists(st.integers(2, 200), min_size=1, max_size=12).map(lambda counts: np.array(counts, np.int64))
 
@@ -54,7 +54,7 @@ def test_cuts_depend_on_seed_and_purpose_alone():
 
 def test_a_class_too_small_to_split_is_named():
     with pytest.raises(UserError, match="class b has too few images to give val one"):
-        cut([0, 0, 1], 1, seed=0, purpose="val", classes=("a", "b"))
+        stratified([0, 0, 1], 1, seed=0, purpose="val", classes=("a", "b"))
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def environment() -> dict[str, str]:
 
 def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(*arguments), capture_output=True, text=True, env=environment(), timeout=60, check=False, **options
+        command(*arguments), capture_output=True, text=True, env=environment(), timeout=240, check=False, **options
     )
 
 

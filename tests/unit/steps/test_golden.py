@@ -15,7 +15,7 @@ TARGETS = {
     "kd": "gdd_dist.training.losses.kd",
     "mean_logit": "gdd_dist.training.losses.mean_logit",
     "augment": "gdd_dist.data.augment.augment",
-    "augmentation": "gdd_dist.training.adversaries.augmentation",
+    "train_discriminator": "gdd_dist.training.adversaries.Adversaries.train_discriminator",
     "update_ema": "gdd_dist.training.adversaries.Adversaries.update_ema",
 }
 """What the mutations replace: the place of its definition."""
@@ -63,9 +63,9 @@ def color_last(augment):
     return mutant
 
 
-def plain_for_discriminator(augmentation):
-    def mutant(ctx, seed, purpose, *place):
-        return (lambda images: images) if purpose.endswith("/d") else augmentation(ctx, seed, purpose, *place)
+def plain_for_discriminator(train_discriminator):
+    def mutant(self, real, fake, labels, gamma, augment, lr):
+        return train_discriminator(self, real, fake, labels, gamma, lambda images: images, lr)
 
     return mutant
 
@@ -78,7 +78,7 @@ MUTATIONS = [
     ("update_ema", no_ema, ["gan", "matching"]),
     ("update_ema", ema_without_memory, ["matching"]),
     ("augment", color_last, [step for step in STEPS if step != "gaussian"]),
-    ("augmentation", plain_for_discriminator, ["gan", "matching"]),
+    ("train_discriminator", plain_for_discriminator, ["gan", "matching"]),
 ]
 
 

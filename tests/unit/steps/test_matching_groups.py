@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gdd_dist.config.settings import Config, Matching
 from gdd_dist.data.noise import permutation
-from gdd_dist.steps.matching import Dealer, Groups
+from gdd_dist.steps.matching_groups import Dealer, Groups
 
 
 def dealer(groups=4, group=2, labels=(0, 1, 2) * 5, teachers=3, views=2, seed=0):
@@ -61,6 +61,25 @@ def test_a_group_has_one_class_and_its_samples_are_of_it(drawn, step):
     assert np.array_equal(batch.labels, np.repeat(batch.classes, n))
     assert np.array_equal(batch.slots, np.arange(len(batch.slots)))
     assert batch.samples.dtype == batch.views.dtype == np.int64
+
+
+@settings(max_examples=60, deadline=None)
+@given(dealers(), st.integers(0, 50))
+def test_in_the_order_of_teachers_each_slot_keeps_what_it_has(drawn, step):
+    batch = drawn[0].batch(step)
+    ordered = batch.by_teacher()
+    assert (np.diff(ordered.teachers) >= 0).all()
+    assert ordered.size == batch.size
+
+    def rows(g):
+        teachers = np.repeat(g.teachers, g.size)
+        return list(zip(g.slots, g.labels, teachers, g.samples, g.views, strict=True))
+
+    assert sorted(rows(ordered)) == rows(batch)
+    assert sum(count for _, count in ordered.runs()) == len(batch.slots)
+    assert [t for t, _ in ordered.runs()] == np.unique(batch.teachers).tolist()
+    teachers = [t for t, count in ordered.runs() for _ in range(count)]
+    assert teachers == np.repeat(ordered.teachers, ordered.size).tolist()
 
 
 @settings(max_examples=60, deadline=None)

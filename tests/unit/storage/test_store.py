@@ -1,5 +1,6 @@
 """A step's directory is whole or not there."""
 
+import hashlib
 import json
 
 import pytest
@@ -10,6 +11,7 @@ from gdd_dist.storage import store as store_module
 from gdd_dist.storage.json_files import fingerprint, read_json, write_json
 from gdd_dist.storage.store import Store, Whole, link_latest, verify_file
 from sharding.errors import UserError
+from sharding.files import sha256_file
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -141,3 +143,29 @@ def test_files_that_were_written_whole_are_known_whatever_a_kill_cut_short(tmp_p
     assert second.known()["deep/a.npy"] == {noted}
     second.note(tmp_path / "deep" / "a.npy", b"")  # damaged, and written anew by another rank
     assert second.known()["deep/a.npy"] == {noted, second.known()["b.npy"].pop()}
+
+
+def test_what_was_hashed_where_it_was_written_is_not_read_again(store, monkeypatch):
+    fill(store)
+    work = store.partial("gan", "f" * 16)
+    noted, twice = Whole(work, 0), Whole(work, 1)
+    written = {"deep/a.npy": (work / "deep" / "a.npy").read_bytes(), "b.json": (work / "b.json").read_bytes()}
+    for name, data in written.items():
+        noted.note(work / name, data)
+    twice.note(work / "b.json", b"x" * len(written["b.json"]))  # damaged, and written anew: as it is now counts
+    read = []
+    monkeypatch.setattr(store_module, "sha256_file", lambda path: read.append(path.name) or sha256_file(path))
+    store.finish("gan", "f" * 16, {})
+    assert read == ["b.json"]
+    assert {(p.name, n, h) for p, n, h in store.files("gan", "f" * 16)} == {
+        (name.rpartition("/")[2], len(data), hashlib.sha256(data).hexdigest()) for name, data in written.items()
+    }
+
+
+def test_a_file_that_was_cut_short_after_it_was_written_does_not_finish(store):
+    fill(store)
+    path = store.partial("gan", "f" * 16) / "deep" / "a.npy"
+    Whole(store.partial("gan", "f" * 16), 0).note(path, path.read_bytes() + b"more")
+    with pytest.raises(UserError, match=f"{path} is damaged"):
+        store.finish("gan", "f" * 16, {})
+    assert not store.finished("gan", "f" * 16)

@@ -1,0 +1,72 @@
+"""The phases of benchmarks/gpu.py: name → what it finds. This module loads no torch; the phases do."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Line = dict[str, Any]
+"""What a phase finds, fit for JSON."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a phase is given. ``seconds``: until it is killed; ``before``: an earlier record; ``settings``: of the trainer, for the run."""
+
+    out: Path
+    device: str
+    source: str | None = None
+    seconds: float = 600.0
+    before: Path | None = None
+    settings: tuple[str, ...] = ()
+
+    @property
+    def small(self) -> bool:
+        """Whether sizes are a rehearsal's."""
+        return self.device == "cpu"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """``seconds``: its deadline on a GPU. It raises where something is wrong."""
+
+    what: str
+    seconds: float
+    module: str
+    arguments: tuple[Any, ...] = ()
+
+    def run(self, task: Task) -> Iterator[Line]:
+        """What it finds, line by line."""
+        find: Callable[..., Iterator[Line]] = importlib.import_module(f"gpu_phases.{self.module}").find
+        return find(task, *self.arguments)
+
+
+VARIANTS = ("bf16", "tf32", "float32", "fp16", "streamed", "deterministic", "compile")
+"""Of the speed of the steps: a precision, or bf16 with one switch."""
+PHASES = {
+    "environment": Phase("what there is; one product and one convolution", 90, "environment"),
+    "shards": Phase(
+        "the data set, built with all workers and read; resident none, ram and device give equal images", 120, "shards"
+    ),
+    "agreement": Phase("five losses of each training step, CPU against device, float32 and bf16", 150, "agreement"),
+    "skip": Phase("fp16: a step that overflows moves nothing, lowers the scale, and the next one moves", 60, "skip"),
+    "synchronisations": Phase(
+        "how often a step of each kind makes the host wait for the device", 90, "synchronisations"
+    ),
+    "resume": Phase("killed in gan and in matching, and gone on: the weights of an undisturbed run", 240, "resume"),
+    "one-rank": Phase("a process group of one rank, DDP wrapped around both networks", 60, "one_rank"),
+    "double-backward": Phase(
+        "the discriminator's layers, differentiated twice: torch's convolution against ours", 60, "double_backward"
+    ),
+    **{f"speed/{v}": Phase(f"images/s, launches, memory of each step: {v}", 120, "speed", (v,)) for v in VARIANTS},
+    "run": Phase("a whole run that fits the time that is left, its table", 360, "run"),
+}
+_CHECKS = ["environment", "shards", "agreement", "skip", "synchronisations", "resume", "one-rank", "double-backward"]
+CALLS = {
+    "1": [*_CHECKS, "speed/bf16"],
+    "2": ["environment", "shards", *(f"speed/{v}" for v in VARIANTS if v != "bf16"), "run"],
+}
+"""First whether all is right, and the first rates; then every switch, and a whole run."""

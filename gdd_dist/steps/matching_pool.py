@@ -1,0 +1,58 @@
+"""The teachers of matching: their answers to generated images, and the cache of those to real ones.
+
+Shapes: B this rank's slots, in G groups of n that share a class and a teacher, in the order of teachers; C classes, H W pixels.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gdd_dist.data.logit_cache import LogitCache
+from gdd_dist.engines.precision import autocast
+from gdd_dist.models.files import read_teachers
+from gdd_dist.steps.matching_groups import Dealer, Groups
+from gdd_dist.training.context import Context
+
+
+class Pool:
+    """The frozen teachers and the cache of their answers to real images."""
+
+    def __init__(self, ctx: Context, teachers_dir: Path, logits_dir: Path) -> None:
+        m, pool = ctx.config.matching, read_teachers(teachers_dir)
+        chosen = [t for t in pool if m.teachers == "all" or t.last]
+        self._ctx, self._nets = ctx, {t.index: ctx.teacher(t) for t in chosen}
+        self.last = [self._nets[t.index] for t in chosen if t.last]
+        images = ctx.images("train")
+        self.cache = LogitCache(logits_dir, images.shards.shard_samples)
+        views = min(m.views or self.cache.views, self.cache.views)
+        self._means = self.cache.class_means[:, :views].mean(1)
+        self.dealer = Dealer(ctx.config, images.labels, np.array([t.index for t in chosen]), views)
+
+    def real_logits(self, groups: Groups) -> Tensor:
+        """The cache's side of each pair, float32 [B, C]. Groups are in the order of their teachers."""
+        parts, first = [], 0
+        for teacher, count in groups.runs():
+            here = slice(first, first + count)
+            parts.append(self.cache.take(teacher, groups.samples[here], groups.views[here]))
+            first += count
+        return torch.from_numpy(np.concatenate(parts))
+
+    def class_means(self, groups: Groups) -> Tensor:
+        """The mean raw logits of each group's class, of its teacher, over train: float32 [G, C]."""
+        return torch.from_numpy(self._means[groups.teachers, groups.classes])
+
+    def answer(self, images: Tensor, groups: Groups, draws: Tensor, plain: Tensor) -> Tensor:
+        """Each group's teacher's logits float32 [B, C] of float images [B, channels, H, W], differentiable.
+
+        Images are augmented by ``draws`` [B, AUGMENT_DRAWS], but for those that are to stay ``plain``, bool [B], as their real views are.
+        """
+        ctx, runs = self._ctx, groups.runs()
+        seen = torch.where(plain[:, None, None, None], images, ctx.augment(images, draws))
+        with autocast(ctx.device, ctx.precision):
+            parts = seen.split([count for _, count in runs])
+            answers = [self._nets[teacher](part) for (teacher, _), part in zip(runs, parts, strict=True)]
+        return torch.cat(answers).float()
