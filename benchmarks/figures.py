@@ -228,14 +228,6 @@ def loader() -> str:
     )  # fmt: skip
 
 
-def loader_short() -> str:
-    one, best = (only("loader.json", f"loader/{name}")["ratio"] for name in ("process", "all"))
-    return (
-        f"On two cores the loader reads JPEGs {one:.1f} times as fast as ImageFolder with PIL, one process each (ours with two "
-        f"threads), and {best:.1f} times as fast as its best number of workers.\n"
-    )
-
-
 def waiting() -> str:
     rows = [
         [str(one["settings"]["ranks"]), one["settings"]["step"]]
@@ -377,7 +369,6 @@ FIGURES: dict[str, Callable[[], str]] = {
     "search-outcome": search_outcome,
     "search-cost": search_cost,
     "loader": loader,
-    "loader-short": loader_short,
     "waiting": waiting,
     "order": order,
     "hostile": hostile,

@@ -1,7 +1,7 @@
 """Everything that a first GPU should say, in one command: `python benchmarks/gpu.py OUT [--device cpu] [--source cifar10:FILE]`.
 
 Each phase is a process of its own with a deadline: one that hangs is killed, the others go on. What a phase finds is appended to
-OUT/gpu.jsonl as JSON lines, each flushed to the disk, and ended by a line with its `status`: ok, failed or late. Ends with 1 where any
+OUT/gpu.jsonl as JSON lines, each flushed to the disk, and ended by a line with its `status`: ok, failed, late or no time. Ends with 1 where any
 phase is not ok; a phase that finds nothing has failed. On a CPU all phases run too, on small sizes: a rehearsal.
 
     --source          images for the shards, as `python -m sharding build` takes them; without it made-up ones in CIFAR-10's own format
@@ -55,6 +55,8 @@ def main() -> int:
         left = end - time.monotonic()
         seconds = PHASES[name].seconds * (REHEARSAL if args.device == "cpu" else 1)
         limit = left if name == "run" else min(seconds, left)
+        if limit <= 0:
+            write(out, {"phase": name, "status": "no time"})
         if limit <= 0 or attempt(out, name, limit, command(name, limit, args)) != "ok":
             failed.append(name)
     print(

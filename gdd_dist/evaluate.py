@@ -133,7 +133,7 @@ def main(argv: Sequence[str], joined: Callable[[World], None]) -> None:
     store, fps = finished_steps(out, manifest)
     rows = plan(config)
     dirs = needed(rows, store, fps)
-    world = World(config.device, config.timeout)
+    world = World(config.device, config.timeout, config.deterministic)
     joined(world)
     note_preemption(world, out)
     precision = agreed_precision(config, world)

@@ -26,7 +26,7 @@ def main(argv: list[str], joined: Callable[[World], None]) -> None:
         return
     from gdd_dist.runtime.world import World  # loads torch, for which no one waits who only asks
 
-    world = World(config.device, config.timeout)
+    world = World(config.device, config.timeout, config.deterministic)
     joined(world)
     if command.dry_run:
         from gdd_dist.dry_run import table

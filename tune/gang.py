@@ -144,7 +144,7 @@ def run_rank(job: Job, place: Mapping[str, str], on_interval: OnInterval | None 
         os.environ["LOCAL_RANK"] = "0"  # Ray shows each process its own GPUs alone
     if job.ranks > 1 and (name := interface(here()[1])):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)  # the host's name may lead elsewhere than Ray's address does
-    world = World(job.config.device, job.config.timeout).join()
+    world = World(job.config.device, job.config.timeout, job.config.deterministic).join()
     world.local_rank = int(place["LOCAL_RANK"])
     data = data_directory(job.config)
     assert data is not None

@@ -61,12 +61,15 @@ PHASES = {
     "double-backward": Phase(
         "the discriminator's layers, differentiated twice: torch's convolution against ours", 60, "double_backward"
     ),
-    **{f"speed/{v}": Phase(f"images/s, launches, memory of each step: {v}", 120, "speed", (v,)) for v in VARIANTS},
+    **{
+        f"speed/{v}": Phase(
+            f"images/s, launches, memory of each step: {v}", 240 if v == "compile" else 120, "speed", (v,)
+        )
+        for v in VARIANTS
+    },
     "run": Phase("a whole run that fits the time that is left, its table", 360, "run"),
 }
 _CHECKS = ["environment", "shards", "agreement", "skip", "synchronisations", "resume", "one-rank", "double-backward"]
-CALLS = {
-    "1": [*_CHECKS, "speed/bf16"],
-    "2": ["environment", "shards", *(f"speed/{v}" for v in VARIANTS if v != "bf16"), "run"],
-}
-"""First whether all is right, and the first rates; then every switch, and a whole run."""
+_SPEEDS = [f"speed/{v}" for v in ("bf16", "tf32", "float32", "fp16", "streamed")]
+CALLS = {"1": [*_CHECKS, *_SPEEDS], "2": ["environment", "shards", "speed/deterministic", "speed/compile", "run"]}
+"""First whether all is right, and as many rates as time allows; then the switches, and a whole run."""

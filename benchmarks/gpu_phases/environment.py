@@ -25,6 +25,7 @@ LIBRARIES = (
     "simplejpeg",
     "jsonargparse",
     "webdataset",
+    "triton",
 )
 
 
@@ -32,6 +33,7 @@ def find(task: Task) -> Iterator[Line]:
     """One line. Raises where the device is not there or computes wrongly."""
     device = pick_device(task.device, 0, 1)
     found: Line = {"machine": machine(), "versions": versions(*LIBRARIES), "commit": commit(), "device": str(device)}
+    found["compilers"] = [name for name in ("cc", "gcc", "g++", "ninja", "nvcc") if shutil.which(name)]
     found["disk_free"], found["memory_free"] = shutil.disk_usage(task.out).free, free_memory()
     found["environment"] = {k: v for k, v in os.environ.items() if k.startswith(("CUDA_", "NCCL_", "OMP_", "TORCH"))}
     if device.type == "cuda":

@@ -21,12 +21,15 @@ from gpu_phases.synchronisations import Waits
 
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """bf16 without sparsity, by data sheet."""
-SECONDS, SMALL_SECONDS, MOST = 3.0, 0.5, 10_000
-"""Of measuring a step; steps at most."""
+SECONDS, SHORT, SMALL_SECONDS, MOST = 3.0, 1.5, 0.5, 10_000
+"""Of measuring a step in bf16, in the other variants, and in a rehearsal; steps at most."""
 
 
 def find(task: Task, variant: str) -> Iterator[Line]:
-    """A line for each step, and for each architecture of teachers. A switch that this checkout lacks is said in a line of its own."""
+    """A line for each step, and in bf16 for each architecture of teachers, else for the last.
+
+    A switch that this checkout lacks is said in a line of its own.
+    """
     settings = switch(variant)
     if settings is None:
         yield {"variant": variant, "there": False}
@@ -34,12 +37,13 @@ def find(task: Task, variant: str) -> Iterator[Line]:
     # A discriminator's state belongs to fp16, whose loss is scaled, or to the other precisions.
     folder = task.out / ("preset" + "-small" * task.small + "-fp16" * (variant == "fp16"))
     bench = Bench(task.out / "data", folder, task.device, [*(SMALL if task.small else ()), *settings])
-    architectures = bench.config.teachers.architectures
+    architectures = bench.config.teachers.architectures[0 if variant == "bf16" else -1 :]
+    seconds = SMALL_SECONDS if task.small else SECONDS if variant == "bf16" else SHORT
     for step in STEPS:
         for name in architectures if step == "teachers" else (None,):
             reset_peak(bench.ctx.device)
             with bench.trainee(step, name) as trainee:
-                found = measured(bench, trainee, SMALL_SECONDS if task.small else SECONDS)
+                found = measured(bench, trainee, seconds)
             batch = bench.batch[step]
             work = operations(bench, step, name, variant, task.out)
             rate = batch / found["seconds"]

@@ -291,6 +291,12 @@ class Config:
         1, "micro-batches that a rank's share of a gan or matching step is cut into, to save memory", low=1, where=True
     )
     device: str = setting("auto", "auto: CUDA where there is one", choices=("auto", "cpu", "cuda"), where=True)
+    deterministic: bool = setting(
+        False,
+        "on a GPU add in the same order in each run, so that an interrupted run ends with the same bits as an undisturbed one; slower, and "
+        "without --deterministic the fastest convolutions are sought. A CPU always does",
+        where=True,
+    )
     timeout: float = setting(
         600.0,
         "seconds without a sign of life after which a rank counts as gone, however busy it may be while it gives them",

@@ -54,6 +54,21 @@ def allow_tf32(allowed: bool) -> None:
     torch.backends.cudnn.allow_tf32 = allowed
 
 
+def choose_kernels(deterministic: bool) -> None:
+    """Either those that add in the same order in each run, or those that prove fastest for each shape. Before the first product.
+
+    Deterministic ones make torch raise where it has none.
+    """
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NCCL_ALGO", "Ring")
+    if torch.are_deterministic_algorithms_enabled() != deterministic:  # the call alone loads the compiler
+        torch.use_deterministic_algorithms(deterministic)
+        # Filling new memory is a search for faults, which costs time.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
 def too_few(ranks: int, gpus: int) -> str:
     """What is wrong when a host has fewer GPUs than ranks, and what to type."""
     return (

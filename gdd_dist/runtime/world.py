@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from gdd_dist.runtime.devices import allow_tf32, backend, check_identities, identity, pick_device
+from gdd_dist.runtime.devices import allow_tf32, backend, check_identities, choose_kernels, identity, pick_device
 from gdd_dist.runtime.groups import mean_over_ranks, on_loopback
 from gdd_dist.runtime.heartbeat import Pulse, describe, lives
 from gdd_dist.runtime.monitor import say
@@ -41,7 +41,7 @@ _SILENT = 10
 class World:
     """All ranks of this run. ``size`` 1 without torchrun: then nothing here waits for anybody. Several must `join` first."""
 
-    def __init__(self, device: str = "auto", timeout: float = 600.0) -> None:
+    def __init__(self, device: str = "auto", timeout: float = 600.0, deterministic: bool = False) -> None:
         self.rank, self.size, self.local_rank, self.local_size = place()
         self.timeout = timeout
         self._limit = datetime.timedelta(seconds=max(_COLLECTIVE, timeout))
@@ -54,6 +54,7 @@ class World:
         self._round, self._scope, self._voted = 0, "", time.monotonic()
         torch.set_num_threads(self.threads)
         allow_tf32(False)
+        choose_kernels(deterministic)
 
     def join(self) -> World:
         """Meet the other ranks, then form the process group with them; returns this world.

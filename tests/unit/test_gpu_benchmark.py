@@ -93,3 +93,12 @@ def test_a_variant_is_taken_where_the_trainer_has_its_switch(variant):
         assert not bench.exists("precision", variant)
     else:
         command_line.parse(["--preset", "cifar10", *settings])
+
+
+def test_phases_that_had_no_time_are_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        sys, "argv", ["gpu.py", str(tmp_path), "--device", "cpu", "--minutes", "0", "--phases", "environment", "run"]
+    )
+    assert gpu.main() == 1
+    assert lines(tmp_path) == [{"phase": name, "status": "no time"} for name in ("environment", "run")]
+    assert "0 phases ok; not ok: environment, run" in capsys.readouterr().err

@@ -1,12 +1,13 @@
 """Which device a rank gets; torch is told of GPUs that are not there."""
 
+import os
 import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from gdd_dist.runtime.devices import backend, check_identities, identity, pick_device
+from gdd_dist.runtime.devices import backend, check_identities, choose_kernels, identity, pick_device
 from sharding.errors import UserError
 
 
@@ -66,3 +67,24 @@ def test_gpus_of_their_own_on_one_host_or_several_pass():
 def test_what_lies_on_a_gpu_goes_by_nccl_and_what_lies_in_memory_by_gloo():
     assert backend(torch.device("cpu")) == "gloo"
     assert backend(torch.device("cuda", 3)) == "cpu:gloo,cuda:nccl"
+
+
+def test_kernels_are_the_fastest_or_those_that_add_in_the_same_order(monkeypatch):
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    choose_kernels(True)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.backends.cudnn.benchmark
+    assert (os.environ["CUBLAS_WORKSPACE_CONFIG"], os.environ["NCCL_ALGO"]) == (":4096:8", "Ring")
+    choose_kernels(False)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.backends.cudnn.benchmark
+
+
+def test_what_the_user_says_of_the_kernels_stays(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    monkeypatch.setenv("NCCL_ALGO", "Tree")
+    choose_kernels(True)
+    choose_kernels(False)
+    assert (os.environ["CUBLAS_WORKSPACE_CONFIG"], os.environ["NCCL_ALGO"]) == (":16:8", "Tree")
