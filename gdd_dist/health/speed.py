@@ -37,9 +37,8 @@ def jpeg_speed() -> Finding:
         every = sum(pool.map(work, range(threads))) / JPEG_SECONDS
     detail = f"{one:,.0f} images/s on one thread, {every:,.0f} on {threads} ({JPEG_SIDE}×{JPEG_SIDE})"
     if one < SLOW_JPEG:
-        return Finding(
-            "jpeg", WARN, detail, "is the machine busy? else python -m pip install --force-reinstall simplejpeg"
-        )
+        fix = "is the machine busy? else python -m pip install --force-reinstall simplejpeg"
+        return Finding("jpeg", WARN, detail, fix)
     return Finding("jpeg", OK, detail)
 
 
