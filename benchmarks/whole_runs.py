@@ -20,6 +20,7 @@ from typing import Any
 
 from common import machine, versions
 
+from gdd_dist.config.steps import TABLE
 from gdd_dist.evaluation.kinds import kind_of
 
 PAIRS = (
@@ -80,18 +81,26 @@ def summary(metrics: list[dict[str, Any]]) -> dict[str, Any]:
     return {"rows": shown, "differences": differences}
 
 
+def seconds(run: Path) -> dict[str, float]:
+    """What each step took when it was computed, by the records of its directory; a report reuses the students that it finds."""
+    found = {}
+    for step in TABLE:
+        contents = json.loads((run / step / "latest" / "contents.json").read_text())
+        found[step] = round(contents["cost"]["seconds"], 1)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", help="run directories whose report is done")
     parser.add_argument("--note", default="", help="what else ran on the machine")
     args = parser.parse_args()
     metrics = [json.loads((run / "report" / "latest" / "metrics.json").read_text()) for run in args.runs]
-    steps = [json.loads((run / "steps.json").read_text())["steps"] for run in args.runs]
     record = {
         "note": args.note,
         **summary(metrics),
         "gaps": [m["shortcut_gap"] for m in metrics],
-        "seconds": [{name: round(step["seconds"], 1) for name, step in one.items()} for one in steps],
+        "seconds": [seconds(run) for run in args.runs],
         "hardware": metrics[0]["hardware"],
         "machine": machine(),
         "versions": versions("torch", "numpy"),
