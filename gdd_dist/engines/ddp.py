@@ -113,10 +113,8 @@ class DDPEngine:
         fused = {"fused": self._optimizer.defaults["fused"]}  # ours, whatever wrote the state
         groups = [{**group, **fused} for group in state["optimizer"]["param_groups"]]
         self._optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
-        for (
-            weight,
-            kept,
-        ) in self._optimizer.state.items():  # a fused step wants moments that lie in memory as their weight does
+        # A fused step wants moments that lie in memory as their weight does.
+        for weight, kept in self._optimizer.state.items():
             for name, value in kept.items():
                 if value.shape == weight.shape and value.stride() != weight.stride():
                     kept[name] = torch.empty_like(weight).copy_(value)
