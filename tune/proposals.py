@@ -89,8 +89,7 @@ class Proposals:
                 params[name + _ZERO] = (shares[name] + (value != 0)) / 2
                 if value == 0:
                     continue
-            # Whether the value lies within the range, or is one of the choices.
-            if name not in known or not known[name]._contains(known[name].to_internal_repr(value)):
+            if name not in known or not _holds(known[name], value):
                 return
             params[name] = value
         used = {name: known[name] for name in params}
@@ -115,6 +114,13 @@ class Proposals:
 
 def _holds(known: BaseDistribution, value: Any) -> bool:
     """Whether a value lies within a range, or is one of the choices."""
+    if isinstance(known, CategoricalDistribution):
+        return value in known.choices
+    return known._contains(known.to_internal_repr(value))
+
+
+def _holds(known: BaseDistribution, value: Any) -> bool:
+    """Whether a value lies within a range, or is one of the choices (of others Optuna knows no inner form)."""
     if isinstance(known, CategoricalDistribution):
         return value in known.choices
     return known._contains(known.to_internal_repr(value))
