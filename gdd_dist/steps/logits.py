@@ -69,7 +69,8 @@ def run(ctx: Context, work: Path, inputs: Inputs) -> dict[str, Any]:
     means = sums.means()
     if ctx.world.is_main:
         for t in teachers:
-            monitor.histogram("teacher_logits", np.load(logit_file(work, t.index, 0))[0].astype(np.float32), t.index)
+            first = np.load(logit_file(work, t.index, 0), allow_pickle=False)[0]
+            monitor.histogram("teacher_logits", first.astype(np.float32), t.index)
         _write(work / MEANS, means)
         _list(ctx, work, jobs, whole)
     monitor.close()
