@@ -113,13 +113,6 @@ class Proposals:
 
 
 def _holds(known: BaseDistribution, value: Any) -> bool:
-    """Whether a value lies within a range, or is one of the choices."""
-    if isinstance(known, CategoricalDistribution):
-        return value in known.choices
-    return known._contains(known.to_internal_repr(value))
-
-
-def _holds(known: BaseDistribution, value: Any) -> bool:
     """Whether a value lies within a range, or is one of the choices (of others Optuna knows no inner form)."""
     if isinstance(known, CategoricalDistribution):
         return value in known.choices
