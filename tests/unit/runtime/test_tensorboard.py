@@ -65,7 +65,7 @@ def share(picture: np.ndarray, kind: str) -> float:
     ("page", "words", "kind", "least"),
     [
         ("custom_scalars", [*LAYOUT, *CHARTS], COLOURED, 0.5),
-        ("images", ["gan/samples", "matching/samples"], DARK, 3.0),
+        ("images", ["gan/samples", "gaussian/samples"], DARK, 3.0),  # it opens the first two of its groups
         ("histograms", ["logits/teacher_logits", "teacher_answers/generated", "teacher_answers/real"], COLOURED, 1.0),
         ("hparams", ["gan.batch", "report/result/matched", "report/result/real"], DARK, 0.1),
     ],

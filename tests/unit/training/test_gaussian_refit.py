@@ -43,7 +43,7 @@ class Bright(nn.Module):
 
 
 def test_each_class_moves_to_where_the_teachers_see_it_and_spread_stays_positive() -> None:
-    world = SimpleNamespace(rank=0, size=1, check_stop=lambda: None)
+    world = SimpleNamespace(rank=0, size=1, check_stop=lambda: None, add=lambda values: values)
     config = SimpleNamespace(step_seed=lambda step: 0)
     ctx = SimpleNamespace(world=world, device=torch.device("cpu"), classes=2, config=config, precision="float32")
     net = linear(1.0)
