@@ -26,11 +26,11 @@ BLOCK = re.compile(r"<!-- figures: ([\w-]+) -->\n(.*?)<!-- end -->", re.DOTALL)
 ROWS = {
     "real": "real images (regenerate: the ceiling)",
     "equal_bytes": "real images, equal bytes",
-    "gaussian": "trivial generator",
-    "gan": "GAN (EMA)",
+    "gaussian": "Gaussian per class",
+    "gan": "GAN",
     "matched": "matched",
 }
-KEPT = {"gaussian": "the trivial generator", "refit": "the trivial generator, refitted"}
+KEPT = {"gaussian": "the Gaussian per class", "refit": "the refitted Gaussian"}
 COLUMNS = [(protocol, labels) for protocol in ("regenerate", "fixed") for labels in ("hard", "soft")]
 
 
@@ -84,8 +84,7 @@ def students(name: str) -> str:
         table(["trained on", *(f"{protocol}, {labels} labels" for protocol, labels in COLUMNS)], rows)
         + f"\n\nAccuracy on test in percent, mean ± standard deviation over {len(one['seeds'])} students. "
         f"IPC {one['ipc']}: {one['optimizer_steps']} steps of {one['batch']} images.\n"
-        "Bold: better than the GAN beyond the noise of students (Welch's t-test, p < 0.05). One run, so the noise of training a "
-        "generator is not in it.\n"
+        "Bold: better than the GAN beyond the noise of students (one run; Welch's t-test, p < 0.05).\n"
         f"All real data on its own budget: {full['mean']:.1f} ± {full['std']:.1f}. Matching kept {kept}. "
         f"Shortcut gap: {gap['gan']:.1f} points with the GAN, {gap['matched']:.1f} after matching.\n"
         f"Time, on {run['metrics']['hardware']['cpu']}: {run['note'].partition(';')[0]}.\n"
