@@ -22,7 +22,7 @@ from gdd_dist.steps.matching_pool import Pool
 from gdd_dist.storage.store import Store
 from gdd_dist.training.context import Context
 from sharding.manifest import Manifest
-from sharding.plan import Options
+from sharding.options import Options
 from sharding.writer import build
 
 FINISHED = ("teachers", "logits", "gaussian", "gan")

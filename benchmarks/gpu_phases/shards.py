@@ -17,7 +17,7 @@ from gdd_dist.data.images import Images, prefetch
 from gdd_dist.runtime.devices import pick_device
 from gpu_phases import Line, Task
 from sharding.manifest import Manifest
-from sharding.plan import Options
+from sharding.options import Options
 from sharding.pool import available_cores
 from sharding.writer import build
 

@@ -200,11 +200,15 @@ def images_chosen(job: Job) -> int:
     return shown * job.row.select
 
 
+def images_answered(job: Job) -> int:
+    """Images that each of the last teachers answers for a job: to label them, and to choose among them."""
+    return images_labelled(job) + images_chosen(job)
+
+
 def images_forwarded(job: Job, last_teachers: int, test: int) -> int:
     """Images that go through a network when a job runs: student, choice and soft labels, generator, and the test set at the end."""
     drawn = job.budget.distinct_images_seen * job.row.select if job.row.train_on in GENERATORS else 0
-    answered = images_labelled(job) + images_chosen(job)
-    return job.budget.images_seen + answered * last_teachers + drawn + test
+    return job.budget.images_seen + images_answered(job) * last_teachers + drawn + test
 
 
 def result(row: Row, spent: Budget, seeds: Sequence[int], measured: Sequence[StudentResult]) -> dict[str, Any]:

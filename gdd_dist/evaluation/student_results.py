@@ -16,7 +16,7 @@ import torch
 from gdd_dist.evaluation.confusion import StudentResult, pack, unpack
 from gdd_dist.evaluation.ddranking import with_scores
 from gdd_dist.evaluation.kinds import GENERATORS, kind_of
-from gdd_dist.evaluation.rows import Job, Row, images_chosen, images_labelled, jobs, result, with_ceiling_shares
+from gdd_dist.evaluation.rows import Job, Row, images_answered, jobs, result, with_ceiling_shares
 from gdd_dist.evaluation.students import Frozen, train
 from gdd_dist.models.classifiers import build_classifier
 from gdd_dist.models.files import GENERATOR, read_teachers
@@ -99,13 +99,10 @@ def costs(ctx: Context, students: list[Job], teachers: Path | None) -> dict[str,
         return sum(p.numel() for p in net.parameters())
 
     sizes = {name: weights(name) for name in {j.row.student for j in students}}
-    pool = read_teachers(teachers) if teachers and any(j.row.labels == "soft" for j in students) else []
+    pool = read_teachers(teachers) if teachers and any(map(images_answered, students)) else []
     forward_only = 1 / 3
-    soft = forward_only * sum(weights(t.architecture) for t in pool if t.last)
-    answered = {j.fingerprint: images_labelled(j) + images_chosen(j) for j in students}
-    return {
-        j.fingerprint: j.budget.images_seen * sizes[j.row.student] + answered[j.fingerprint] * soft for j in students
-    }
+    answer = forward_only * sum(weights(t.architecture) for t in pool if t.last)
+    return {j.fingerprint: j.budget.images_seen * sizes[j.row.student] + images_answered(j) * answer for j in students}
 
 
 def evaluate(
@@ -142,13 +139,17 @@ def with_bytes(ctx: Context, dirs: Mapping[str, Path], results: list[dict[str, A
     shards = ctx.images("train").shards
     mean = shards.payload_bytes / shards.samples
 
+    def asks(r: Mapping[str, Any]) -> bool:
+        return r["labels"] == "soft" or "select" in r
+
+    pool = read_teachers(dirs["teachers"]) if any(map(asks, results)) else []
+    teachers = sum(t.path.stat().st_size for t in pool if t.last)
+
     def size(r: Mapping[str, Any]) -> int:
-        teachers = 0
-        if r["labels"] == "soft" or "select" in r:
-            teachers = sum(t.path.stat().st_size for t in read_teachers(dirs["teachers"]) if t.last)
+        beside = teachers if asks(r) else 0
         if r["train_on"] in GENERATORS:
-            return teachers + (dirs[GENERATORS[r["train_on"]]] / GENERATOR).stat().st_size
-        return teachers + round(mean * min(r["distinct_images_seen"] * r.get("select", 1), shards.samples))
+            return beside + (dirs[GENERATORS[r["train_on"]]] / GENERATOR).stat().st_size
+        return beside + round(mean * min(r["distinct_images_seen"] * r.get("select", 1), shards.samples))
 
     return [{**r, "bytes": size(r)} for r in results]
 

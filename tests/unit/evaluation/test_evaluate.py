@@ -21,7 +21,7 @@ from gdd_dist import evaluate as program
 from gdd_dist.data.images import to_float
 from gdd_dist.data.order import Recent
 from gdd_dist.evaluation.rows import Row, images_forwarded, jobs
-from gdd_dist.evaluation.student_results import evaluate, record_path, with_bytes
+from gdd_dist.evaluation.student_results import costs, evaluate, record_path, with_bytes
 from gdd_dist.evaluation.students import Frozen, Sets, real_samples, train
 from gdd_dist.training.context import Context
 from sharding.errors import UserError
@@ -135,6 +135,16 @@ def test_the_fixed_set_without_augmentation_is_labelled_once_as_each_epoch_would
         labels = plain.soft_labels(places, seen)
         assert ctx.forwards - before == (0 if first else 2 * plain.images)
         torch.testing.assert_close(labels, moved.soft_labels(places, seen), atol=1e-6, rtol=0)
+
+
+def test_what_the_teachers_choose_costs_their_answers_also_where_no_labels_are_soft(made: Made) -> None:
+    config = settings(labels=("hard",), protocol=("regenerate",), select=(1, 3))
+    students = jobs(config, made.manifest, "float32", made.fingerprints)
+    found = costs(made.context(config), students, made.dirs["teachers"])
+    drawn = [j for j in students if j.row.train_on == "matched" and j.seed == 0]
+    plain, chosen = (found[j.fingerprint] for j in drawn)
+    assert [j.row.select for j in drawn] == [1, 3]
+    assert chosen > plain
 
 
 def test_bytes_count_all_that_must_be_kept_to_train_such_a_student(made: Made) -> None:
