@@ -24,9 +24,8 @@ def sgd(net: nn.Module, lr: float, momentum: float, weight_decay: float, nestero
     nesterov = nesterov and momentum > 0
     weights = list(net.parameters())
     optimizer = SGD(weights, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True)
-    if (
-        momentum
-    ):  # torch would make it at the first step, of whatever lies in memory, and leave it so where that step is skipped
+    # torch would make the buffers at the first step, of whatever lies in memory, and leave them so where that step is skipped.
+    if momentum:
         optimizer.state.update({w: {"momentum_buffer": torch.zeros_like(w)} for w in weights})
     return optimizer
 
