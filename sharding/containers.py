@@ -103,7 +103,7 @@ class TarFiles(Files):
         except Unfit as error:
             raise UserError(f"{self.shown} cannot be read as it is: {error}") from None
         except (ValueError, OSError) as error:
-            raise UserError(f"{self.shown} is not a whole tar archive ({error}); download it again") from None
+            raise UserError(f"{self.shown} is not a complete tar archive ({error}); download it again") from None
         return found.followed()
 
     def bytes_of(self, member: Member, most: int = -1) -> bytes:
@@ -165,7 +165,7 @@ class ZipFiles(Files):
             except OSError:
                 raise
             except Exception as error:  # zipfile raises many types for damaged files
-                raise UserError(f"{self.shown} is not a whole zip archive ({error}); download it again") from None
+                raise UserError(f"{self.shown} is not a complete zip archive ({error}); download it again") from None
         return self._archive
 
 

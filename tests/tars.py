@@ -172,7 +172,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "no image": (_with({}, without="00003.jpg"), r"key 00003 has no image"),
     "empty image": (_with({"00003.jpg": b""}), "key 00003 has an empty image"),
     "no label": (_with({}, without="00003.cls"), r"key 00003 has no label"),
-    "no class": (_with({"00003.cls": b"cat"}), "key 00003 has the label cat, which is no class"),
+    "no class": (_with({"00003.cls": b"cat"}), "key 00003 has the label cat, which is not a class"),
     "negative class": (_with({"00003.cls": b"-1"}), "key 00003 has the label -1"),
     "huge class": (_with({"00003.cls": b"999999999"}), r"00003\.jpg has the label 999999999, but train has fewer"),
     "label of a megabyte": (_with({"00003.cls": b"1" * 10**6}), r"key 00003 has a \.cls of 1000000 bytes"),

@@ -30,7 +30,7 @@ def test_ranks_that_do_not_divide_a_batch_give_the_losses_of_one(reported, tmp_p
     assert ended.codes == [0] * size, ended.text
     taking = {3: 2, 6: 4, 12: 8}[size]
     for step in LOSSES:
-        said = f"{size - taking} of {size} ranks wait while the others do {step}; --{step}.batch "
+        said = f"{size - taking} of {size} ranks wait during {step}, whose batch they cannot share evenly; --{step}.batch "
         assert sum(err.count(said) for err in ended.err) == 1
         assert np.allclose(losses(out, step), losses(reported.out, step), rtol=1e-4, atol=0)
     found = ranks.steps(out)

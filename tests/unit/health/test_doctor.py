@@ -193,7 +193,7 @@ def test_a_gpu_that_torch_does_not_see(monkeypatch: pytest.MonkeyPatch, empty_pa
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     (empty_path / "nvidia-smi").write_text("#!/bin/sh\n")
     (empty_path / "nvidia-smi").chmod(0o755)
-    for cuda, fix in ((None, "reinstall torch torchvision"), ("13.0", "update the driver to one that knows CUDA 13.0")):
+    for cuda, fix in ((None, "reinstall torch torchvision"), ("13.0", "one that supports CUDA 13.0")):
         monkeypatch.setattr(torch.version, "cuda", cuda)
         found = checks.devices()
         assert found.state == FAIL
@@ -274,7 +274,7 @@ def test_ranks_see_whether_they_share_a_disk(tmp_path: Path) -> None:
         (shared / name).mkdir()
     for answer in ranks.call(tmp_path / "b", 2, _doctor, shared):
         assert answer[0][1] == FAIL
-        assert "does not see what rank" in answer[0][2]
+        assert "does not see the file that rank" in answer[0][2]
 
 
 def test_nodes_with_other_versions_are_named() -> None:

@@ -169,7 +169,7 @@ def test_deep_finds_an_index_that_does_not_describe_its_tar(capsys, dest, change
     forge(dest, change)
     assert main(["verify", str(dest)]) == 0
     capsys.readouterr()
-    assert "train/000000.npy does not describe" in failure(capsys, "verify", dest, "--deep")
+    assert "train/000000.npy does not match" in failure(capsys, "verify", dest, "--deep")
 
 
 def test_deep_finds_wrong_statistics_and_a_wrong_size(capsys, dest):

@@ -39,7 +39,7 @@ UNREAD = {
     "x.jpg": (b"\xff\xd8\xff\xe0", r"is a single image; give the directory"),
     "lfs.tar": (
         b"version https://git-lfs.github.com/spec/v1\n",
-        r"is a pointer of Git LFS, not the file itself; fetch that: git lfs pull",
+        r"is a pointer of Git LFS, not the file itself; fetch the file: git lfs pull",
     ),
     "page.zip": (b"<!DOCTYPE html>", r"is a web page, not an archive"),
     "x.bin": (b"hello", r"is not a complete tar archive or any other supported format; give a directory, a \.tar"),
@@ -150,7 +150,7 @@ def test_members_of_kinds_that_are_not_read_are_named_with_a_cure(tmp_path, fold
     ("change", "message"),
     [
         ({"flag_bits": 1}, r"a/0\.png is encrypted; unpack it and give the directory"),
-        ({"compress_type": 9}, r"a/0\.png is compressed by method 9; unpack it"),
+        ({"compress_type": 9}, r"a/0\.png is compressed by method 9, which is not supported; unpack it"),
         ({"filename": "/a/0.png"}, r"/a/0\.png is an absolute name"),
         ({"filename": "../a/0.png"}, r"\.\./a/0\.png leads outside"),
     ],

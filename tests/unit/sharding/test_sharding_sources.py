@@ -167,7 +167,7 @@ def test_wrong_layouts_are_named(tmp_path, counts, empty, message, archive):
         ),
         (lambda data: gzip.compress(data)[:-20], "is damaged"),
         (lambda data: b"\x1f\x8b" + b"rubbish" * 99, "is damaged"),
-        (lambda data: b"PK\x03\x04" + b"rubbish" * 99, "is not a whole zip archive"),
+        (lambda data: b"PK\x03\x04" + b"rubbish" * 99, "is not a complete zip archive"),
     ],
 )
 def test_damaged_archives_are_named(tmp_path, make, message):

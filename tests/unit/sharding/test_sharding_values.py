@@ -188,7 +188,7 @@ def test_a_constant_channel_has_the_deviation_one_and_is_said_once(tmp_path, fla
     assert manifest.mean[2] == 7 / 255
     said = [line for line in lines if "its standard deviation is set to 1" in line]
     assert len(said) == 1
-    assert said[0].startswith("channel " + ", ".join(str(c + 1) for c in flat) + " has one value")
+    assert said[0].startswith("channel " + ", ".join(str(c + 1) for c in flat) + " is constant in train")
     verify(tmp_path / "d", deep=True, log=lambda _line: None)
 
 
