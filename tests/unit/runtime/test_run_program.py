@@ -63,7 +63,7 @@ def test_an_unforeseen_fault_is_one_line_that_names_a_file_and_debug_shows_it(tm
     (file,) = tmp_path.glob("gdd-fault-*.txt")
     assert done.returncode == 1
     assert done.stderr.decode() == (
-        f"error: KeyError: 'key' (unforeseen: please report it with {file}; --debug shows the same here)\n"
+        f"error: KeyError: 'key' (unexpected: please report it with {file}; --debug prints the same here)\n"
     )
     assert "in f" in file.read_text()
     assert file.stat().st_mode & 0o077 == 0
@@ -77,7 +77,7 @@ def test_a_fault_of_a_thread_is_one_line_too(tmp_path):
     do = "t = threading.Thread(target=lambda: 1 / 0, name='worker'); t.start(); t.join()"
     done = run(do, TMPDIR=str(tmp_path))
     assert done.returncode == 0
-    assert done.stderr.startswith(b"thread worker has ended: ZeroDivisionError: division by zero (unforeseen: ")
+    assert done.stderr.startswith(b"thread worker has ended: ZeroDivisionError: division by zero (unexpected: ")
     assert len(done.stderr.splitlines()) == 1
 
 
@@ -112,7 +112,7 @@ def test_a_place_that_no_launcher_gives_is_refused(monkeypatch, environment, say
 @pytest.mark.parametrize(
     ("environment", "says"),
     [
-        ({}, b"RANK and WORLD_SIZE are set but MASTER_ADDR and MASTER_PORT not; "),
+        ({}, b"RANK and WORLD_SIZE are set, but not MASTER_ADDR and MASTER_PORT; "),
         ({"MASTER_ADDR": "127.0.0.1"}, b"but MASTER_PORT not; "),
         ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "http"}, b"MASTER_PORT is 'http'; "),
         ({"MASTER_ADDR": "no.such.host.invalid", "MASTER_PORT": "29500"}, b"does not resolve on this host"),

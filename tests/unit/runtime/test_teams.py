@@ -277,7 +277,7 @@ def test_a_member_that_hangs_or_is_preempted_ends_the_job_which_goes_on(alone, t
         ended = end_of(job)
         assert len(ended.errors) == 1, ended.text
         assert "rank 3 (process" in ended.errors[0]
-        assert "in step teachers) has given no sign of life for 10 s" in ended.errors[0]
+        assert "in step teachers) has sent no heartbeat for 10 s" in ended.errors[0]
     else:
         ended = job.wait()
         assert ended.codes == [128 + number] * 4, ended.text
