@@ -212,7 +212,7 @@ def test_wrong_use_is_one_line(out: Path, tmp_path: Path, shared: tuple[Path, Pa
     store, a, _ = shared
     (store / FILE).unlink()
     for argv, words in (
-        ([str(tmp_path)], "is no run"),
+        ([str(tmp_path)], "is not a run"),
         ([str(out), "--yes"], "--yes without --prune"),
         ([str(a), "--prune"], f"{store / FILE} is missing"),
     ):
@@ -227,5 +227,5 @@ def test_a_run_of_an_earlier_version_says_which_steps_are_stale_and_why(
     lines = {line.split()[0]: line for line in said(capsys, str(out)).splitlines() if line}
     assert "done" in lines["teachers"]
     assert "stale: this version computes it differently" in lines["gan"]
-    assert "stale: follows gan " in lines["matching"]
-    assert "stale: follows gan, matching" in lines["report"]
+    assert "stale: depends on gan " in lines["matching"]
+    assert "stale: depends on gan, matching" in lines["report"]

@@ -43,7 +43,7 @@ def test_a_good_machine_is_ready_and_every_line_is_there(
     assert {"backends", "compiler", "deepspeed", "ray", "port 29500", "port 6006"} <= set(found)
     assert not [f for f in found.values() if f["state"] == FAIL]
     assert "images/s on one thread" in found["jpeg"]["detail"]
-    assert re.search(r"the same: \d+\.\d\d s on one CPU thread", found["speed"]["detail"])
+    assert re.search(r"fixed training loop: \d+\.\d\d s on one CPU thread", found["speed"]["detail"])
     assert not (tmp_path / "runs").exists(), "the doctor leaves something behind"
 
 
@@ -58,7 +58,7 @@ def test_a_fault_ends_with_1_and_stands_beside_its_remedy(
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= doctor.WIDTH
     assert lines.index("            → free some space") == lines.index("warn  ray   not there") - 1
-    assert lines[-1] == "1 of 2 checks failed: mend those first"
+    assert lines[-1] == "1 of 2 checks failed: fix those first"
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def empty_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_no_compiler(empty_path: Path) -> None:
     found = isolated_checks.compiler()
-    assert (found.state, found.detail) == (WARN, "no C++ compiler (c++ is not there)")
+    assert (found.state, found.detail) == (WARN, "no C++ compiler (c++ is not installed)")
     assert "apt install g++" in found.fix
     assert "deepspeed" in found.fix
 
@@ -102,7 +102,7 @@ def test_a_port_that_is_taken_names_one_that_is_free() -> None:
         s.listen()
         number = s.getsockname()[1]
         found = checks.port(number, "torchrun", "give --rdzv_endpoint=HOST:{free}")
-        assert (found.state, found.detail) == (WARN, "taken, but torchrun uses it")
+        assert (found.state, found.detail) == (WARN, "used by another program, but torchrun needs it")
         other = int(found.fix.rpartition(":")[2])
         assert other > number
     assert checks.port(number, "torchrun", "").state == OK
@@ -165,7 +165,7 @@ def test_wrong_and_missing_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks.metadata, "requires", lambda _name: NEEDS)
     monkeypatch.setattr(checks.metadata, "version", version)
     base, tune = checks.packages()
-    assert (base.name, base.state, base.detail) == ("packages", FAIL, "torch is 2.3.1, needed is >=2.11")
+    assert (base.name, base.state, base.detail) == ("packages", FAIL, "torch is 2.3.1, but >=2.11 is needed")
     assert base.fix == "python -m pip install --upgrade 'torch>=2.11'"
     assert (tune.name, tune.state, tune.detail) == ("extra tune", WARN, "ray is missing")
     assert tune.fix == "python -m pip install --upgrade 'ray[tune]>=2.50'"

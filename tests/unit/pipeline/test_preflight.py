@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 def test_one_class_alone_is_refused(digits):
     manifest = dataclasses.replace(Manifest.load(digits), classes=("7",))
-    with pytest.raises(UserError, match="one class alone"):
+    with pytest.raises(UserError, match="only one class"):
         check(parse([]).config, manifest, 1, CPU)
 
 

@@ -203,7 +203,7 @@ def test_streams_for_thousands_of_ranks_leave_a_teachers_smaller_batch_alone():
 
 
 def test_a_student_may_have_no_batch_norm(tiny, tmp_path):
-    assert "only serves as a teacher" in ranks.refused(tmp_path / "out", [*tiny, "--report.students", "resnet10_bn"])
+    assert "can only be a teacher" in ranks.refused(tmp_path / "out", [*tiny, "--report.students", "resnet10_bn"])
 
 
 def agree(rank):

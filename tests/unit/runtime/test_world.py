@@ -358,7 +358,7 @@ def test_ranks_that_are_done_leave_with_0_though_rank_0_hosts_the_store(tmp_path
         (errno.EROFS, "make it writable"),
         (errno.EACCES, "permissions"),
         (errno.EIO, "check that the disk is still mounted"),
-        (errno.ENOTDIR, "mend it"),
+        (errno.ENOTDIR, "fix this"),
     ],
 )
 def test_a_fault_of_the_system_is_one_line_with_file_and_remedy(number, says):
