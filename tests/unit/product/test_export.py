@@ -156,7 +156,7 @@ def test_the_same_command_gives_the_same_bytes_and_another_seed_others(made: Mad
 def test_a_single_file_gives_hard_labels_and_refuses_soft_ones(made: Made, tmp_path: Path) -> None:
     file = str(made.dirs["matching"] / "generator.safetensors")
     export.main([file, str(tmp_path / "hard"), "--ipc", "1", "--device", "cpu"])
-    with pytest.raises(UserError, match="soft labels and a choice need the run's teachers"):
+    with pytest.raises(UserError, match="soft labels and select > 1 need the run's teachers"):
         export.main([file, str(tmp_path / "soft"), "--ipc", "1", "--labels", "soft", "--device", "cpu"])
     assert [p.name for p in tmp_path.iterdir()] == ["hard"], "a failed export leaves something behind"
 
