@@ -160,7 +160,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "unknown kind": (_raw(header("a.jpg", 0, b"Q")), r"a\.jpg is a member of unknown kind"),
     "claims 2^60 bytes": (_raw(header("a.jpg", 2**60)), r"a\.jpg claims 1152921504606846976 bytes, but"),
     "long name of 2^40 bytes": (_long_name, "extended header at byte 0 claims 1099511627776 bytes"),
-    "cut in its end": (_cut(10240 - 1024 + 512), "was cut"),
+    "cut in its end": (_cut(10240 - 1024 + 512), "is truncated"),
     "cut between members": (_changed(_without_end), "before its two closing zero blocks: it is truncated"),
     "cut inside a member": (_cut(12000), "truncated or forged"),
     "no header": (_changed(_no_header), r"the block at byte \d+ is not a header"),

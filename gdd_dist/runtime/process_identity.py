@@ -55,5 +55,5 @@ def place() -> tuple[int, int, int, int]:
     rank, size, local, here = (int(v) if v.isdecimal() else -1 for v in given.values())
     if not (0 <= rank < size and local >= 0 and here >= 1):
         words = ", ".join(f"{name}={value}" for name, value in given.items())
-        raise UserError(f"{words} in the environment contradict each other; start with torchrun, or unset them")
+        raise UserError(f"{words} in the environment are not valid; start with torchrun, or unset them")
     return rank, size, local, here

@@ -213,7 +213,7 @@ def test_wrong_use_is_one_line(out: Path, tmp_path: Path, shared: tuple[Path, Pa
     (store / FILE).unlink()
     for argv, words in (
         ([str(tmp_path)], "is not a run"),
-        ([str(out), "--yes"], "--yes without --prune"),
+        ([str(out), "--yes"], "--yes needs --prune"),
         ([str(a), "--prune"], f"{store / FILE} is missing"),
     ):
         with pytest.raises(UserError, match=words):

@@ -47,7 +47,9 @@ def test_closed_outputs_swallow_what_is_printed_and_no_file_takes_their_place(tm
     assert b"Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(("to", "says"), [("/dev/full", b"No space left"), ("", b"whoever read")], ids=["full", "gone"])
+@pytest.mark.parametrize(
+    ("to", "says"), [("/dev/full", b"No space left"), ("", b"the program that read")], ids=["full", "gone"]
+)
 def test_an_output_that_takes_nothing_is_said_in_one_line(to, says):
     shell = f'exec "$@" > {to}' if to else '{ "$@"; echo $? >&2; } | true'
     done = run("__import__('time').sleep(1); print('x' * 100_000)", shell=shell)
@@ -94,8 +96,8 @@ def test_too_little_memory_is_a_fault_that_the_user_can_mend():
     [
         ({"RANK": "one"}, "RANK=one, "),
         ({"RANK": "1"}, "RANK=1, WORLD_SIZE=1, "),
-        ({"RANK": "0", "WORLD_SIZE": "0"}, "do not fit"),
-        ({"RANK": "-1", "WORLD_SIZE": "2"}, "do not fit"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "are not valid"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "are not valid"),
         ({"WORLD_SIZE": "2", "LOCAL_RANK": "x"}, "LOCAL_RANK=x, "),
     ],
 )
@@ -113,7 +115,7 @@ def test_a_place_that_no_launcher_gives_is_refused(monkeypatch, environment, say
     ("environment", "says"),
     [
         ({}, b"RANK and WORLD_SIZE are set, but not MASTER_ADDR and MASTER_PORT; "),
-        ({"MASTER_ADDR": "127.0.0.1"}, b"but MASTER_PORT not; "),
+        ({"MASTER_ADDR": "127.0.0.1"}, b"but not MASTER_PORT; "),
         ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "http"}, b"MASTER_PORT is 'http'; "),
         ({"MASTER_ADDR": "no.such.host.invalid", "MASTER_PORT": "29500"}, b"does not resolve on this host"),
     ],

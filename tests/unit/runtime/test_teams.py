@@ -183,7 +183,10 @@ def test_a_world_that_teams_do_not_divide_is_refused_in_one_line(tiny, tmp_path)
     ("changes", "says"),
     [
         ({"ranks_per_teacher": 4, "batch": 6}, "does not divide the 6 streams of --teachers.batch 6; use 1, 2, 3 or 6"),
-        ({"accumulate": 5}, "--teachers.accumulate 5 does not divide a rank's 64 images of a teacher's step; use 1, 2"),
+        (
+            {"accumulate": 5},
+            "--teachers.accumulate 5 does not divide a rank's 64 images of a teacher's batch; use 1, 2",
+        ),
         ({"accumulate": 64, "architectures": ("resnet18_bn:8",)}, "lower --teachers.accumulate"),
     ],
 )
