@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
         "--baselines",
         nargs="+",
         metavar="NAME",
-        help=f"rows beside the matched generator: real, equal_bytes, gaussian, gan, full; {same}",
+        help=f"baseline rows: real, equal_bytes, gaussian, gan, full; {same}",
     )
     p.add_argument("--epochs", metavar="N", help=f"epochs of a student, each of IPC images per class; {same}")
     p.add_argument("--data", metavar="DIR", help="the data set, if it was moved since the run")

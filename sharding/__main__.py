@@ -77,7 +77,7 @@ def _drop_output() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status, 2 after an error the user can mend, 1 after another."""
+    """Run one command; returns the exit status, 2 after an error the user can fix, 1 after any other error."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         options = parser().parse_args(arguments)

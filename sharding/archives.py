@@ -1,4 +1,4 @@
-"""Opening a directory or an archive (.tar, .zip), told apart by content."""
+"""Opens a directory or an archive (.tar, .zip), recognized by its content."""
 
 import importlib
 import shutil
@@ -21,7 +21,7 @@ _READ = "give a directory, a .tar (.gz, .bz2, .xz), or a .zip"
 
 
 def open_files(argument: str, scratch: Path) -> Files:
-    """Open a directory or an archive, told apart by content; a compressed tar is decompressed once into `scratch`.
+    """Open a directory or an archive, recognized by its content; a compressed tar is decompressed once into `scratch`.
 
     Raises UserError when the path is missing, of no known kind, or damaged.
     """

@@ -104,7 +104,7 @@ def check_splits(listing: Listing, options: Options) -> None:
     if len(listing.classes) < 2:
         raise UserError(f"{listing.name} holds only the class {shown(*listing.classes)}; give one of two or more")
     if "test" not in listing.splits and options.test_fraction is None:
-        raise UserError(f"{listing.name} has no test set; give --test-fraction, say 0.1, to cut one from train")
+        raise UserError(f"{listing.name} has no test set; give --test-fraction, such as 0.1, to split one off train")
     for split, fraction in (("test", options.test_fraction), ("val", options.val_fraction)):
         if split in listing.splits and fraction is not None:
             raise UserError(f"{listing.name} already has a {split} set; leave --{split}-fraction out")

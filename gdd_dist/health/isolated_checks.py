@@ -19,7 +19,7 @@ from gdd_dist.health.finding import FAIL, OK, WARN, Finding
 
 PATIENCE = 90.0
 """Seconds."""
-HUNG = "no answer in"
+HUNG = "no response within"
 
 
 def call(script: str, env: Mapping[str, str] | None = None, seconds: float = PATIENCE) -> str | None:

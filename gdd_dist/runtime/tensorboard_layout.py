@@ -36,7 +36,7 @@ LAYOUT: dict[str, dict[str, list[str]]] = {
         "5 no shortcut (gap in points stays flat)": [r"matching/shortcut_gap"],
         "6 speed (images per second, a curve for each step)": [r".*/images_per_second"],
     },
-    "What came of it: accuracy on test, % over IPC": {
+    "Results: accuracy on test, % over IPC": {
         f"{protocol}, {labels} labels": [rf"report/accuracy/.*/{protocol}/{labels}"]
         for protocol in ("regenerate", "fixed")
         for labels in ("hard", "soft")

@@ -219,19 +219,19 @@ def test_a_backend_that_does_not_come_up_says_which_interface_to_name(monkeypatc
 
 def test_what_hangs_ends_with_all_that_it_started(tmp_path: Path) -> None:
     script = f"import os, time; open('{tmp_path}/pid', 'w').write(str(os.fork() or os.getpid())); time.sleep(600)"
-    assert isolated_checks.call(script, seconds=8) == "no answer in 8 s"
+    assert isolated_checks.call(script, seconds=8) == "no response within 8 s"
     status = Path("/proc", (tmp_path / "pid").read_text(), "status")
     assert not status.exists() or "zombie" in status.read_text()
 
 
 def test_what_hangs_is_not_waited_for() -> None:
-    assert isolated_checks.call("import time; time.sleep(60)", seconds=1) == "no answer in 1 s"
+    assert isolated_checks.call("import time; time.sleep(60)", seconds=1) == "no response within 1 s"
     assert isolated_checks.call("raise SystemExit('no')") == "no"
     assert isolated_checks.call("pass") is None
 
 
 def test_on_a_busy_machine_a_trial_that_is_late_is_no_fault_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(isolated_checks, "call", lambda *_: "no answer in 90 s")
+    monkeypatch.setattr(isolated_checks, "call", lambda *_: "no response within 90 s")
     for found in (
         isolated_checks.deepspeed(False),
         isolated_checks.deepspeed(True),
