@@ -11,7 +11,7 @@ __all__ = ["__version__", "load_generator"]
 
 
 def __getattr__(name: str) -> Any:
-    """``load_generator`` on first use: programs that never draw need not load torch for it."""
+    """Import ``load_generator`` on first use, so that programs that never draw do not load torch."""
     if name == "load_generator":
         from gdd_dist.product.sampler import load_generator
 

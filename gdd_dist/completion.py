@@ -1,4 +1,4 @@
-"""Shell completion for all programs: ``eval "$(python -m gdd_dist.completion bash)"``; they complete under the names that a wheel installs."""
+"""Shell completion for all installed programs (gdd-train and others): ``eval "$(python -m gdd_dist.completion bash)"``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROGRAMS: dict[str, Callable[[], argparse.ArgumentParser]] = {
 
 
 def script(shell: str) -> str:
-    """The completion of all programs for a shell."""
+    """Return the completion script of all programs for a shell."""
     parts = []
     for name, make in PROGRAMS.items():
         parser = make()
@@ -47,14 +47,14 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(
         prog="python -m gdd_dist.completion",
         example='eval "$(python -m gdd_dist.completion bash)"',
-        description="Print a shell's completion of gdd-train and the others.",
+        description="Print a shell's completion script for gdd-train and the other programs.",
     )
     p.add_argument("shell", choices=shtab.SUPPORTED_SHELLS, help="which shell")
     return p
 
 
 def main(argv: Sequence[str], _joined: object = None) -> None:
-    """Print it."""
+    """Print the script."""
     sys.stdout.write(f"{script(parser().parse_args(argv).shell)}\n")
 
 

@@ -1,4 +1,4 @@
-"""The program that says whether this machine can run the others, and how to mend what it cannot: python -m gdd_dist.doctor."""
+"""The program that checks whether this machine can run the others, and how to fix what fails: python -m gdd_dist.doctor."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gdd_dist.runtime.process_identity import place
 from gdd_dist.runtime.run_program import run_program
 from gdd_dist.runtime.versions import versions
 
-if TYPE_CHECKING:  # a command line is read, and refused, without torch
+if TYPE_CHECKING:  # parsing or refusing a command line must not wait for torch
     from gdd_dist.runtime.world import World
 
 WIDTH = 110
@@ -33,10 +33,10 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m gdd_dist.doctor",
         example="python -m gdd_dist.doctor --out runs --data data/mine",
         description="Check versions, devices, backends, compiler, DeepSpeed, Ray, disks, ports and speed, with a fix for each fault. "
-        "Under torchrun on several nodes: that all of them see the same --out and have the same versions.",
+        "Under torchrun on several nodes: check that all of them see the same --out and have the same versions.",
     )
     p.add_argument("--out", default="runs", metavar="DIR", help="where runs will be written (default: runs)")
-    p.add_argument("--data", metavar="DIR", help="a data set to look at too")
+    p.add_argument("--data", metavar="DIR", help="a data set to check, too")
     text = "also build DeepSpeed's operations (minutes, once) and start Ray"
     p.add_argument("--deep", action="store_true", help=text)
     p.add_argument("--json", action="store_true", help="print the findings as JSON")
@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str], joined: Callable[[World], None]) -> None:
-    """Print what was found; leaves with 1 if anything failed."""
+    """Print the findings; raises SystemExit(1) if any check failed."""
     arguments = parser().parse_args(argv)
     if place()[1] > 1:
         from gdd_dist.runtime.world import World
@@ -63,7 +63,7 @@ def main(argv: Sequence[str], joined: Callable[[World], None]) -> None:
 
 
 def _watched(arguments: argparse.Namespace) -> Iterator[Finding]:
-    """All findings, with a word on a terminal about what is being tried."""
+    """Yield all findings; a terminal also shows the name of the latest one."""
     hidden, form = not sys.stderr.isatty(), "{desc} {postfix} {elapsed}"
     bar = tqdm(examine(arguments), desc="doctor", bar_format=form, disable=hidden)
     for finding in bar:
@@ -72,7 +72,7 @@ def _watched(arguments: argparse.Namespace) -> Iterator[Finding]:
 
 
 def examine(arguments: argparse.Namespace) -> Iterator[Finding]:
-    """This machine, check by check, the cheap ones first."""
+    """Yield the findings of all checks of this machine, the fast checks first."""
     from gdd_dist.health import checks, isolated_checks, speed  # load torch
 
     yield checks.python()
@@ -93,7 +93,7 @@ def examine(arguments: argparse.Namespace) -> Iterator[Finding]:
 
 
 def page(found: Sequence[Finding]) -> str:
-    """The findings for a terminal, then what they come to."""
+    """Return the findings and their summary as text for a terminal."""
     wide, lines = max(len(f.name) for f in found), list[str]()
     indent = " " * (wide + 8)
     for f in found:
@@ -102,7 +102,7 @@ def page(found: Sequence[Finding]) -> str:
             lines += textwrap.wrap(f"→ {f.fix}", WIDTH, initial_indent=indent, subsequent_indent=f"{indent}  ")
     failed, warned = (sum(f.state == state for f in found) for state in (FAIL, WARN))
     if failed:
-        end = f"{failed} of {len(found)} checks failed: mend those first"
+        end = f"{failed} of {len(found)} checks failed: fix those first"
     elif warned:
         end = f"ready; {warned} optional part{'s are' if warned > 1 else ' is'} missing or limited"
     else:
@@ -111,12 +111,12 @@ def page(found: Sequence[Finding]) -> str:
 
 
 def as_json(found: Sequence[Finding]) -> str:
-    """The findings for a program."""
+    """Return the findings as JSON."""
     return json.dumps([dataclasses.asdict(f) for f in found], indent=1)
 
 
 def together(world: World, out: Path) -> list[Finding]:
-    """What only several ranks can find out. All ranks call it; the answer is the same on each."""
+    """Return the findings that need several ranks. All ranks call it, and get the same findings."""
     token = world.broadcast(uuid.uuid4().hex)
     mark = out / f".doctor-{token}-{world.rank}"
     try:
@@ -139,7 +139,7 @@ def _shared(out: Path, faults: Sequence[str], unseen: Sequence[Sequence[int]]) -
             return Finding("shared disk", FAIL, detail, f"make {out} writable on every node")
     for rank, others in enumerate(unseen):
         if others:
-            detail = f"rank {rank} does not see what rank {others[0]} wrote in {out}"
+            detail = f"rank {rank} does not see the file that rank {others[0]} wrote in {out}"
             fix = "mount one disk at the same path on all nodes (NFS, Lustre …) and give it as --out"
             return Finding("shared disk", FAIL, detail, fix)
     return Finding("shared disk", OK, f"all {len(faults)} ranks see each other's files in {out}")

@@ -13,7 +13,7 @@ def _run(module: str) -> None:
     run_program(importlib.import_module(f"gdd_dist.{module}").main, sys.argv[1:])
 
 
-train = partial(_run, "train")  # under torchrun: torchrun --no-python … gdd-train
+train = partial(_run, "train")  # with torchrun: torchrun --no-python … gdd-train
 evaluate = partial(_run, "evaluate")
 export = partial(_run, "export")
 status = partial(_run, "status")

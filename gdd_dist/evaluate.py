@@ -31,15 +31,15 @@ _NUMBERS = ("seeds", "epochs")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line. Settings that are not given are those of the run."""
+    """Return the parser. Settings that are not given keep the run's values."""
     p = Parser(
         allow_abbrev=False,
         prog="python -m gdd_dist.evaluate",
         example="python -m gdd_dist.evaluate runs/digits --ipc 1 10 --students convnet resnet10 --seeds 3",
-        description="Train students on what a finished run's generator draws, and on what it is compared with; print the table and write "
-        f"OUT/{FILE}. Students that were trained before, by a report or by this, are not trained again. Alone or under torchrun.",
+        description="Train students on images drawn by a finished run's generator and on the baselines; print the table and write "
+        f"OUT/{FILE}. Students trained earlier by a report or by this program are reused. Works with or without torchrun.",
     )
-    same = "default: as OUT was trained with"
+    same = "default: the value of the run"
     p.add_argument("out", metavar="OUT", help="run directory of gdd_dist.train")
     p.add_argument("--ipc", nargs="+", metavar="N", help=f"images per class, one or several; {same}")
     p.add_argument(
@@ -52,17 +52,17 @@ def parser() -> argparse.ArgumentParser:
         "--labels", nargs="+", metavar="NAME", help=f"hard: the class; soft: mean of the teachers' softmax; {same}"
     )
     p.add_argument("--students", nargs="+", metavar="NAME", help=f"classifiers, NAME or NAME:WIDTH; {same}")
-    p.add_argument("--seeds", metavar="N", help=f"students a row; {same}")
+    p.add_argument("--seeds", metavar="N", help=f"students per row; {same}")
     p.add_argument(
         "--baselines",
         nargs="+",
         metavar="NAME",
-        help=f"rows beside the matched generator: real, equal_bytes, gaussian, gan, full; {same}",
+        help=f"baseline rows: real, equal_bytes, gaussian, gan, full; {same}",
     )
-    p.add_argument("--epochs", metavar="N", help=f"epochs of a student, of IPC images of each class; {same}")
-    p.add_argument("--data", metavar="DIR", help="the data set, where it is no longer where OUT was trained with it")
+    p.add_argument("--epochs", metavar="N", help=f"epochs of a student, each of IPC images per class; {same}")
+    p.add_argument("--data", metavar="DIR", help="the data set, if it was moved since the run")
     p.add_argument(
-        "--device", default="auto", metavar="NAME", help="auto, cpu or cuda; default: auto, CUDA where there is one"
+        "--device", default="auto", metavar="NAME", help="auto, cpu or cuda; default: auto, CUDA if there is a GPU"
     )
     p.add_argument("--no-verify", action="store_true", help="do not hash the files that will be read")
     p.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -70,10 +70,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def settings(arguments: argparse.Namespace) -> Config:
-    """The run's settings with those of the command line in their place. Raises UserError for a directory that is no run."""
+    """Return the run's settings, overridden by the command line. Raises UserError for a directory that is not a run."""
     out = Path(arguments.out)
     if not (out / "config.yaml").exists():
-        raise UserError(f"{out} is no run (config.yaml is missing); give the --out of a finished gdd_dist.train")
+        raise UserError(f"{out} is not a run (config.yaml is missing); give the --out of a finished gdd_dist.train")
     given = ["--config", str(out / "config.yaml"), "--out", str(out), "--device", arguments.device, "--verify", "true"]
     for name in (*_LISTS, *_NUMBERS):
         value = getattr(arguments, name)
@@ -85,9 +85,9 @@ def settings(arguments: argparse.Namespace) -> Config:
 
 
 def finished_steps(out: Path, manifest: Manifest) -> tuple[Store, dict[str, str]]:
-    """The store behind OUT/matching/latest, and the fingerprints of that generator, all it was made from, and "data".
+    """Return the store of OUT/matching/latest, and the fingerprints of that generator, of all its inputs, and of "data".
 
-    Raises UserError when the run is not that far, lacks an input, or was made from other data.
+    Raises UserError if the run has no generator yet, lacks an input, or was made from another data set.
     """
     directory = (out / "matching" / "latest").resolve()
     if not (directory / CONTENTS).exists():
@@ -98,22 +98,22 @@ def finished_steps(out: Path, manifest: Manifest) -> tuple[Store, dict[str, str]
     if made_from["shards"] != manifest.fingerprint:
         raise UserError(
             f"the data set {manifest.name} {manifest.fingerprint} is not the one that {out} was trained on "
-            f"({made_from['shards']}); give that one with --data"
+            f"({made_from['shards']}); give the original data set with --data"
         )
     return store, {"data": manifest.fingerprint, **fps}
 
 
 def needed(rows: Sequence[Row], store: Store, fps: dict[str, str]) -> dict[str, Path]:
-    """The directory of every step that a row reads. Raises UserError when one is gone."""
+    """Return the directory of every step that a row reads. Raises UserError when one is missing."""
     steps = sorted({step for row in rows for step in row.reads})
     for step in steps:
         if step not in fps:
             raise UserError(
-                f"the run is from a version without step {step}; leave its row out of --baselines, or train again"
+                f"the run was made by a version without the step {step}; leave its row out of --baselines, or train again"
             )
         if not store.finished(step, fps[step]):
             raise UserError(
-                f"{store.path(step, fps[step])} is gone; run the same gdd_dist.train again to compute it anew"
+                f"{store.path(step, fps[step])} is missing; run the same gdd_dist.train command again to compute it"
             )
     return {step: store.path(step, fps[step]) for step in steps}
 
@@ -154,7 +154,7 @@ def main(argv: Sequence[str], joined: Callable[[World], None]) -> None:
 
 
 def measure(ctx: Context, rows: Sequence[Row], dirs: dict[str, Path], fps: dict[str, str]) -> list[dict[str, Any]]:
-    """All rows, watched."""
+    """Measure all rows, with progress lines."""
     from gdd_dist.evaluation.student_results import evaluate, log_accuracies
 
     monitor = ctx.monitor("evaluate", Path("students"), len(rows) * ctx.config.report.seeds, unit="student")

@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # a command line is read, and refused, without torch
 SHARD_IMAGES = 10_000
 CHUNK = 1_000
 ROOM_IMAGES = 64
-"""Images that the size of the set is told from."""
+"""Number of images from which the size of the set is estimated."""
 FORMATS = ("webdataset", "folder", "npz")
 PIXELS = "train.npz"
 
@@ -46,7 +46,7 @@ class Part:
     soft: np.ndarray | None
 
     def samples(self) -> Iterator[Stored]:
-        """Each as a PNG with its label."""
+        """Yield each image as a PNG with its label."""
         for i, (image, label) in enumerate(zip(self.images, self.labels.tolist(), strict=True)):
             extras = {} if self.soft is None else {"soft.npy": npy(self.soft[i])}
             yield Stored(f"{self.first + i:06d}", label, "png", png(image), extras)
@@ -66,43 +66,43 @@ def parser() -> argparse.ArgumentParser:
     what = p.add_argument_group("what is drawn")
     size = what.add_mutually_exclusive_group(required=True)
     size.add_argument("--ipc", type=int, metavar="N", help="images of each class")
-    size.add_argument("--total", type=int, metavar="N", help="images in all, classes as even as can be")
+    size.add_argument("--total", type=int, metavar="N", help="images in total, balanced over the classes")
     text = "soft: the teachers' mean softmax beside the class (default: hard)"
     what.add_argument("--labels", choices=("hard", "soft"), default="hard", help=text)
-    what.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, another set (default: 0)")
+    what.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the set (default: 0)")
     text = "cut latents at ± T: more typical, less varied images (default: no cut)"
     what.add_argument("--truncation", type=float, metavar="T", help=text)
     how = p.add_argument_group("how it is written")
     text = "webdataset: tar shards with a manifest; folder: PNGs by class; npz: one numpy file (default: webdataset)"
     how.add_argument("--format", choices=FORMATS, default="webdataset", help=text)
-    text = "of the set, for its card, say cc-by-4.0; it derives from the data it was distilled from (default: unknown)"
+    text = "license named in the card, such as cc-by-4.0; it must suit the data that was distilled (default: unknown)"
     how.add_argument("--licence", default="unknown", metavar="NAME", help=text)
-    text = "auto, cpu or cuda (default: auto, CUDA where there is one)"
+    text = "auto, cpu or cuda (default: auto, CUDA if there is a GPU)"
     how.add_argument("--device", default="auto", metavar="NAME", help=text)
     how.add_argument("--debug", action="store_true", help="show tracebacks")
     return p
 
 
 def main(argv: Sequence[str], _joined: object = None) -> None:
-    """Draw, write, say where it is."""
+    """Draw the set, write it, and print its path."""
     arguments = parser().parse_args(argv)
     if (arguments.total if arguments.ipc is None else arguments.ipc) < 1:
-        raise UserError("a set of no images; give --ipc or --total at least 1")
+        raise UserError("the set would have no images; give --ipc or --total of at least 1")
     dest = Path(arguments.dest)
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise UserError(f"{dest} is not empty; choose a new DEST")
     if dest.is_symlink() and not dest.exists():
-        raise UserError(f"{dest} is a link to nothing; choose a new DEST")
+        raise UserError(f"{dest} is a link whose target does not exist; choose a new DEST")
     from gdd_dist.product.card import Drawn, card, sample_picture
     from gdd_dist.product.sampler import load_generator
 
     generator = load_generator(arguments.out, arguments.device)
-    if generator.device.type == "meta":  # as a library's user may ask for
-        raise UserError("device meta draws nothing; give auto, cpu or cuda")
+    if generator.device.type == "meta":  # possible if a Python program calls this
+        raise UserError("device meta cannot draw images; give auto, cpu or cuda")
     total = arguments.total or arguments.ipc * len(generator.classes)
     a, soft = arguments, arguments.labels == "soft"
     drawn = Drawn(total, a.ipc, a.format, soft, a.seed, a.truncation, a.licence)
-    # A directory that is there may be a link, a mount or where somebody stands: it is filled, not replaced.
+    # An existing directory may be a link, a mount or somebody's working directory, so it is filled, not replaced.
     there, part = dest.is_dir(), f".{dest.name}.{os.getpid()}.partial"
     work = dest / part if there else dest.with_name(part)
     work.mkdir(parents=True)
@@ -115,7 +115,7 @@ def main(argv: Sequence[str], _joined: object = None) -> None:
         for directory in (*(d for d in work.rglob("*") if d.is_dir()), work):
             fsync_dir(directory)
         if there:
-            for path in sorted(work.iterdir(), key=lambda p: p.name == "README.md"):  # last of all
+            for path in sorted(work.iterdir(), key=lambda p: p.name == "README.md"):  # the card is moved last
                 os.replace(path, dest / path.name)
             work.rmdir()
         else:
@@ -129,7 +129,7 @@ def main(argv: Sequence[str], _joined: object = None) -> None:
 
 
 def check_room(generator: Sampler, drawn: Drawn, directory: Path) -> None:
-    """Raise UserError where the set, by the size of a few of its images, does not fit the disk, or as one array the memory."""
+    """Raise UserError if the set, estimated from a few images, does not fit on the disk, or as one array in memory."""
     import torch
 
     from gdd_dist.runtime.memory import all_memory
@@ -143,11 +143,11 @@ def check_room(generator: Sampler, drawn: Drawn, directory: Path) -> None:
     for need, have, where in ((disk, free, "free on the disk of DEST"), (array, host, "of memory for one array")):
         if need > have:
             what = f"{drawn.total:,} images take about {need / 1e9:,.1f} GB"
-            raise UserError(f"{what}, and there are {have / 1e9:,.1f} GB {where}; ask for fewer")
+            raise UserError(f"{what}, but there are only {have / 1e9:,.1f} GB {where}; ask for fewer images")
 
 
 def write(generator: Sampler, drawn: Drawn, work: Path) -> None:
-    """The images and labels, in the format asked for."""
+    """Write the images and labels in the requested format."""
     parts = draw(generator, drawn)
     if drawn.format == "webdataset":
         write_webdataset(generator, drawn, parts, work)
@@ -158,7 +158,7 @@ def write(generator: Sampler, drawn: Drawn, work: Path) -> None:
 
 
 def draw(generator: Sampler, drawn: Drawn) -> Iterator[Part]:
-    """The set, part by part: image i has class i mod K, so that every shard has nearly the same class mix."""
+    """Yield the set in parts: image i has class i mod K, so that every shard has nearly the same class mix."""
     monitor = Monitor(None, "export", drawn.total, unit="image", passing=True)
     for first in range(0, drawn.total, CHUNK):
         many = min(CHUNK, drawn.total - first)
@@ -170,7 +170,7 @@ def draw(generator: Sampler, drawn: Drawn) -> Iterator[Part]:
 
 
 def write_webdataset(generator: Sampler, drawn: Drawn, parts: Iterator[Part], work: Path) -> None:
-    """A DATA directory with a train split alone: train/000000.tar, its index, manifest.json."""
+    """Write a DATA directory with only a train split: train/000000.tar, its index, manifest.json."""
     channels, height, width = generator.image_shape
     moments, shards = Moments(channels), list[ShardInfo]()
     (work / "train").mkdir()
@@ -197,7 +197,7 @@ def write_webdataset(generator: Sampler, drawn: Drawn, parts: Iterator[Part], wo
 
 
 def write_folder(generator: Sampler, parts: Iterator[Part], work: Path) -> None:
-    """DEST/0007_name/000123.png: folders sort as the class numbers do."""
+    """Write DEST/0007_name/000123.png; folders sort by class number."""
     folders = [work / f"{c:04d}_{safe(name)}" for c, name in enumerate(generator.classes)]
     for folder in folders:
         folder.mkdir()
@@ -210,7 +210,7 @@ def write_folder(generator: Sampler, parts: Iterator[Part], work: Path) -> None:
 
 
 def write_npz(generator: Sampler, parts: list[Part], work: Path) -> None:
-    """DEST/train.npz: images uint8 [N, C, H, W], labels int64 [N], soft float32 [N, K] if asked for, classes [K]. No pickle."""
+    """Write DEST/train.npz: images uint8 [N, C, H, W], labels int64 [N], soft float32 [N, K] if asked for, classes [K]. No pickle."""
     arrays = {
         "images": np.concatenate([p.images for p in parts]).transpose(0, 3, 1, 2),
         "labels": np.concatenate([p.labels for p in parts]),
@@ -224,7 +224,7 @@ def write_npz(generator: Sampler, parts: list[Part], work: Path) -> None:
 
 
 def safe(name: str) -> str:
-    """A class name as part of a file name."""
+    """Return a class name that can be part of a file name."""
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)[:80]
 
 

@@ -1,4 +1,4 @@
-"""The program that says how a run stands, and tidies its store: python -m gdd_dist.status OUT [--prune [--yes]]."""
+"""The program that shows the state of a run, and cleans up its store: python -m gdd_dist.status OUT [--prune [--yes]]."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         prog="python -m gdd_dist.status",
         example="python -m gdd_dist.status runs/digits",
-        description="Say what of a run is there, running or done. Reads only, unless told to remove.",
+        description="Show which steps of a run are finished, running or missing. Changes nothing, except with --prune --yes.",
     )
     p.add_argument("out", metavar="OUT", help="run directory of gdd_dist.train")
     p.add_argument("--prune", action="store_true", help="list directories of its store that no run needs")
@@ -43,10 +43,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str], _joined: object = None) -> None:
-    """Print, and prune if asked."""
+    """Print the overview, and prune if requested."""
     arguments = parser().parse_args(argv)
     if arguments.yes and not arguments.prune:
-        raise UserError("--yes without --prune removes nothing; give both")
+        raise UserError("--yes needs --prune; give both")
     out = Path(arguments.out)
     config = read_run(out)
     sys.stdout.write(f"{overview(out, config)}\n")
@@ -55,7 +55,7 @@ def main(argv: Sequence[str], _joined: object = None) -> None:
 
 
 def overview(out: Path, config: Config) -> str:
-    """The whole page."""
+    """Return the text of the whole overview."""
     root = store_of(out, config)
     lines = [f"{out}: {running(out)}", f"data: {data_line(out, config)}", f"store: {root}", ""]
     plan = plan_of(out, root)
@@ -69,7 +69,7 @@ def overview(out: Path, config: Config) -> str:
 
 
 def running(out: Path) -> str:
-    """Who holds OUT."""
+    """Return which process holds OUT, as text."""
     holder = Lock(out / "run.lock").holder()
     if holder is None:
         return "not running"
@@ -77,7 +77,7 @@ def running(out: Path) -> str:
 
 
 def data_line(out: Path, config: Config) -> str:
-    """The data set in words."""
+    """Return a description of the data set."""
     data = redact(config.data) if config.data is not None else out / "data"
     try:
         m = manifest_of(out, config)
@@ -88,7 +88,7 @@ def data_line(out: Path, config: Config) -> str:
 
 
 def plan_of(out: Path, root: Path) -> Mapping[str, str]:
-    """STEP → fingerprint; with ``precision: auto`` that of the precision this run has gone furthest with."""
+    """Return STEP → fingerprint; with ``precision: auto`` for the precision with which the run has most finished steps."""
     plans = plans_of(out)
     if not plans:
         return {}
@@ -101,27 +101,27 @@ def plan_of(out: Path, root: Path) -> Mapping[str, str]:
 
 
 def recorded(out: Path) -> dict[str, str]:
-    """STEP → fingerprint that the last command on OUT gave it, as far as it came."""
+    """Return STEP → fingerprint of the steps that the last command on OUT reached."""
     path = out / "steps.json"
     return {step: one["fingerprint"] for step, one in read_json(path)["steps"].items()} if path.exists() else {}
 
 
 def stale(config: Config, plan: Mapping[str, str], before: Mapping[str, str]) -> dict[str, str]:
-    """STEP → why the same settings now ask for another result than the last command's: the data, this version, or an input."""
+    """Return STEP → why its last result no longer fits the same settings: the data, this version, or an input changed."""
     found = {}
     for step in (name for name in plan if name in TABLE and before.get(name, plan[name]) != plan[name]):
         inputs = [name for name in TABLE[step].shaped_by(config) if before.get(name, plan[name]) != plan[name]]
-        found[step] = f"follows {', '.join(inputs)}" if inputs else "this version computes it anew"
+        found[step] = f"depends on {', '.join(inputs)}" if inputs else "this version computes it differently"
     return found
 
 
 def step_line(out: Path, root: Path, step: str, fp: str | None, why: str) -> tuple[str, ...]:
-    """One step's cells. Without a plan (the data set is not there) what ``latest`` shows; ``why``: of a stale step."""
+    """Return one step's cells. Without a plan (no data set), they describe ``latest``; ``why``: why the step is stale."""
     store = Store(root)
     if fp is None:
         latest = (out / step / "latest").resolve()
         if not (latest / CONTENTS).exists():
-            return (step, "unknown: the data set is not there", "", "", "")
+            return (step, "unknown: the data set is missing", "", "", "")
         fp = latest.name
     if store.finished(step, fp):
         path = store.path(step, fp)
@@ -133,12 +133,12 @@ def step_line(out: Path, root: Path, step: str, fp: str | None, why: str) -> tup
     if holder is not None:
         return (step, f"running, {progress(partial)}", fp, bytes_so_far, "")
     if partial.exists():
-        return (step, f"interrupted, {progress(partial)}; the same command goes on", fp, bytes_so_far, "")
+        return (step, f"interrupted, {progress(partial)}; run the same command again to continue", fp, bytes_so_far, "")
     return (step, f"stale: {why}" if why else "to do", fp, "", "")
 
 
 def progress(partial: Path) -> str:
-    """How far a step's checkpoints reach."""
+    """Return how far a step has come, by its checkpoints or files."""
     newest = newest_records(partial / CHECKPOINTS)
     if not newest:
         files = sum(p.is_file() for p in partial.rglob("*"))
@@ -149,11 +149,11 @@ def progress(partial: Path) -> str:
 
 
 def prune(out: Path, config: Config, yes: bool) -> str:
-    """List what no run needs; with ``yes`` remove it."""
+    """List the directories that no run needs; with ``yes``, remove them."""
     root = store_of(out, config)
     idle, found = unused(root, out)
-    gone = f"is listed in {root / 'users'} but is no run any more: nothing is kept for it"
-    unplanned = "its data set is not there; what its latest links show is kept, and every unfinished step"
+    gone = f"is listed in {root / 'users'} but is no longer a run: nothing is kept for it"
+    unplanned = "its data set is missing; the targets of its latest links and all unfinished steps are kept"
     lines = [*(f"{name} {gone}" for name in found.gone), *(f"{name}: {unplanned}" for name in found.unplanned)]
     if not idle:
         return "\n".join([*lines, f"nothing to prune in {root}"])
@@ -162,11 +162,11 @@ def prune(out: Path, config: Config, yes: bool) -> str:
     total = size(sum(sizes.values()))
     many = f"{len(idle)} director{'y' if len(idle) == 1 else 'ies'}"
     if not yes:
-        return "\n".join([*lines, f"{many}, {total}, needed by no run; --prune --yes removes them"])
+        return "\n".join([*lines, f"{many} ({total}) needed by no run; --prune --yes removes them"])
     kept = [d for d in idle if not remove(root, out, d)]
-    lines += [f"{d.path} came into use and is kept" for d in kept]
+    lines += [f"{d.path} is in use now and is kept" for d in kept]
     removed = size(sum(sizes[d] for d in idle if d not in kept))
-    return "\n".join([*lines, f"removed {len(idle) - len(kept)} of {many}, {removed}"])
+    return "\n".join([*lines, f"removed {len(idle) - len(kept)} of {many} ({removed})"])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The whole run: torchrun --nproc_per_node=8 -m gdd_dist.train. The steps, in order, and nothing else."""
+"""The program that runs all steps in order: torchrun --nproc_per_node=8 -m gdd_dist.train."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str], joined: Callable[[World], None]) -> None:
-    """Run what the command line asks for."""
+    """Run, or estimate with --dry-run, what the command line requests."""
     command = configuration.parse(argv)
     config = command.config
     if command.print_config:
         if place()[0] == 0:
             sys.stdout.write(configuration.to_yaml(config, command.preset))
         return
-    from gdd_dist.runtime.world import World  # loads torch, for which no one waits who only asks
+    from gdd_dist.runtime.world import World  # imported here, because it loads torch, which --help must not wait for
 
     world = World(config.device, config.timeout, config.deterministic)
     joined(world)

@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 def build_digits(dest: Path | str, log: Callable[[str], None] | None = None) -> Manifest:
-    """Build scikit-learn's digits in `dest`, or go on with an unfinished build; returns the manifest.
+    """Build scikit-learn's digits in `dest`, or continue an unfinished build there; returns the manifest.
 
     Does nothing when they are there already. Raises UserError when `dest` holds anything else.
     """
-    # Imported here: readers of shards need none of what builds them.
+    # Imported here, because programs that only read shards do not need the modules that build them.
     from sharding.writer import build
 
     return build("digits", dest, log=log).manifest

@@ -25,7 +25,7 @@ from sharding.tars import shown
 from sharding.verify import verify
 from sharding.writer import build
 
-UNFORESEEN, USER_ERROR, INTERRUPTED = 1, 2, 130
+UNEXPECTED, USER_ERROR, INTERRUPTED = 1, 2, 130
 CLASSES_SHOWN = 20
 
 
@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     top = Parser(prog=program, example=example, description="Labelled images to tar shards, and checks of them.")
     top.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="build | info | verify")
-    text = "Build a data set. The same command goes on with an unfinished build."
+    text = "Build a data set. The same command continues an unfinished build."
     make = commands.add_parser("build", help="build a data set", example=example, description=text)
     make.add_argument("source", metavar="SOURCE", help=" | ".join(source.usage for source in SOURCES.values()))
     make.add_argument("dest", metavar="DEST", type=_path, help="directory to write, new or empty")
@@ -44,18 +44,18 @@ def parser() -> argparse.ArgumentParser:
     for flag, kind, metavar, text in (
         ("--workers", int, "N", "worker processes (all cores)"),
         ("--val-fraction", float, "F", f"share of train that becomes val ({DEFAULT_VAL_FRACTION}; digits: 240 images)"),
-        ("--test-fraction", float, "F", "share of train that becomes test, if none is there"),
+        ("--test-fraction", float, "F", "share of train that becomes test, if the source has no test"),
         ("--image-size", int, "S", "scale the short side and crop the centre to S×S"),
-        ("--seed", int, "N", "of splits and order (0)"),
+        ("--seed", int, "N", "seed of the splits and of the order (0)"),
         ("--on-error", str, "stop|skip", "what to do about unreadable images (stop)"),
-        ("--layout", str, "splits|classes", "of folder:, what directories called train or test are"),
-        ("--first-label", int, "N", "of webdataset:, the smallest label (0)"),
+        ("--layout", str, "splits|classes", "for folder: what directories named train or test are"),
+        ("--first-label", int, "N", "for webdataset: the smallest label (0)"),
     ):
         make.add_argument(flag, type=kind, metavar=metavar, help=text)
-    make.add_argument("--classes", nargs="+", metavar="N|NAME", help="the first N classes alone, or those named")
-    text = "what becomes black and white, of images beyond 8 bits (0 65535 of 16 bits)"
+    make.add_argument("--classes", nargs="+", metavar="N|NAME", help="only the first N classes, or those named")
+    text = "values that become black and white in images of more than 8 bits (for 16 bits: 0 65535)"
     make.add_argument("--value-range", type=float, nargs=2, metavar=("LOW", "HIGH"), help=text)
-    info = commands.add_parser("info", help="say what a data set holds", example=f"{program} info data/mine")
+    info = commands.add_parser("info", help="print what a data set contains", example=f"{program} info data/mine")
     info.add_argument("dest", metavar="DEST", type=_path)
     info.add_argument("--json", action="store_true", help="print the manifest")
     check = commands.add_parser(
@@ -64,12 +64,12 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("dest", metavar="DEST", type=_path)
     check.add_argument("--deep", action="store_true", help="decode every image too")
     for command in (make, info, check):
-        command.add_argument("--debug", action="store_true", help="show where an unforeseen error comes from")
+        command.add_argument("--debug", action="store_true", help="print the traceback of an unexpected error")
     return top
 
 
 def _drop_output() -> None:
-    """What is still to be written to standard output goes nowhere: else the interpreter tries it once more as it ends."""
+    """Discard what standard output still has to write; otherwise the interpreter tries to write it again at exit."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -77,30 +77,30 @@ def _drop_output() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status, 2 after an error the user can mend, 1 after another."""
+    """Run one command; returns the exit status, 2 after an error the user can fix, 1 after any other error."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         options = parser().parse_args(arguments)
         {"build": _build, "info": _info, "verify": _verify}[options.command](options)
-        sys.stdout.flush()  # now, where a fault of the output can still be told
+        sys.stdout.flush()  # now, while a write error can still be reported
     except UserError as error:
         return _failed(str(error), USER_ERROR)
-    except BrokenPipeError:  # who read the output has gone
+    except BrokenPipeError:  # the reader of the output has closed it
         _drop_output()
-        return UNFORESEEN
+        return UNEXPECTED
     except OSError as error:
         _drop_output()
         where = f" {error.filename}" if error.filename else ""
         line = f"cannot read or write{where} ({error.strerror or error}); free space or check permissions"
         return _failed(line, USER_ERROR)
     except KeyboardInterrupt:
-        print("stopped: the same command goes on from here", file=sys.stderr)
+        print("stopped: run the same command again to continue", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         if "--debug" in arguments:
             raise
         what = f"{type(error).__name__}: {error}".splitlines()[0]
-        return _failed(f"{what} (unforeseen: run it again with --debug and report what it shows)", UNFORESEEN)
+        return _failed(f"{what} (unexpected: run it again with --debug and report what it prints)", UNEXPECTED)
     return 0
 
 
@@ -152,7 +152,7 @@ def _info(arguments: argparse.Namespace) -> None:
 
 
 def _path(text: str) -> Path:
-    """DEST, its ``~`` expanded where the shell did not."""
+    """Return DEST with ``~`` expanded, in case the shell did not expand it."""
     return Path(os.path.expanduser(text))
 
 
@@ -164,14 +164,14 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 
 def _log(line: str) -> None:
-    # Above the bar, where there is one.
+    # Printed by tqdm, which keeps a progress bar below the line.
     tqdm.write(line, file=sys.stderr)
 
 
 if __name__ == "__main__":
-    # A stream that was closed before the start is none.
+    # A stream that was closed before the program started is None.
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
-        # File names need not be valid text.
+        # File names may contain bytes that are not valid UTF-8.
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     sys.exit(main())

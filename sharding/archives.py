@@ -1,4 +1,4 @@
-"""Opening a directory or an archive (.tar, .zip), told apart by content."""
+"""Opens a directory or an archive (.tar, .zip), recognized by its content."""
 
 import importlib
 import shutil
@@ -15,13 +15,13 @@ from sharding.tars import BLOCK, is_tar, writable
 
 _OPENERS = {"gzip": ["gzip"], "bzip2": ["bz2"], "xz": ["lzma"]}
 _OPENERS |= {"zstd": ["compression.zstd", "backports.zstd", "zstandard"]}
-"""Program → modules that open what it compressed; the first that there is is taken."""
+"""Compression program → modules that open its files; the first one installed is used."""
 _SUFFIXES = (".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tgz", ".tbz2", ".txz", ".tar", ".zip")
 _READ = "give a directory, a .tar (.gz, .bz2, .xz), or a .zip"
 
 
 def open_files(argument: str, scratch: Path) -> Files:
-    """Open a directory or an archive, told apart by content; a compressed tar is decompressed once into `scratch`.
+    """Open a directory or an archive, recognized by its content; a compressed tar is decompressed once into `scratch`.
 
     Raises UserError when the path is missing, of no known kind, or damaged.
     """
@@ -38,7 +38,7 @@ def open_files(argument: str, scratch: Path) -> Files:
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}); check its permissions") from None
     if not head:
-        raise UserError(f"{path} is empty; get it again")
+        raise UserError(f"{path} is empty; download it again")
     if is_tar(head):
         return TarFiles(path.absolute(), path)
     program = compression(head) or ""
@@ -49,11 +49,11 @@ def open_files(argument: str, scratch: Path) -> Files:
         return ZipFiles(path.absolute(), path)
     if kind := unread(head, str(path)):
         raise UserError(f"{path} is {kind}")
-    raise UserError(f"{path} is not a whole tar archive, nor anything else that is read; {_READ}")
+    raise UserError(f"{path} is not a complete tar archive or any other supported format; {_READ}")
 
 
 def base_name(argument: str) -> str:
-    """Return a path's last name without the suffix of an archive, as it may be written."""
+    """Return a path's last name without an archive suffix, and with bytes that are not UTF-8 escaped."""
     path = Path(argument).resolve()
     suffix = next((suffix for suffix in _SUFFIXES if path.name.lower().endswith(suffix) and not path.is_dir()), "")
     return writable(path.name[: len(path.name) - len(suffix)]) or "folder"
@@ -64,12 +64,12 @@ def _decompress(path: Path, opener: Any, scratch: Path) -> Path:
     try:
         with opener(path, "rb") as source, target.open("wb") as out:
             shutil.copyfileobj(source, out, 2**20)
-    # Decompressors answer damage with exceptions of many types; an error of the disk has a number.
+    # Decompressors raise exceptions of many types for damaged files; only a disk error has an errno.
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise UserError(f"{path} is damaged ({error}); get it again") from None
+        raise UserError(f"{path} is damaged ({error}); download it again") from None
     with target.open("rb") as stream:
         if not is_tar(stream.read(BLOCK)):
-            raise UserError(f"{path} is compressed, but what is in it is no whole tar archive; {_READ}")
+            raise UserError(f"{path} is compressed, but does not contain a complete tar archive; {_READ}")
     return target

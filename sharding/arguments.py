@@ -7,14 +7,14 @@ from sharding.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """Its help begins with an example. What is wrong becomes one line, as in all programs here, instead of the usage."""
+    """A parser whose help begins with an example, and whose errors are one-line UserErrors instead of the usage text."""
 
     def __init__(self, *, example: str = "", **options: Any) -> None:
         super().__init__(**options)
         self._example = example
 
     def format_help(self) -> str:
-        """As argparse, under a line that can be typed as it is."""
+        """Return argparse's help with the example command above it."""
         return (f"example: {self._example}\n\n" if self._example else "") + super().format_help()
 
     def error(self, message: str) -> NoReturn:

@@ -1,4 +1,4 @@
-"""The published CIFAR-10 and CIFAR-100 python archives, read without running what a pickle may ask for."""
+"""The published CIFAR-10 and CIFAR-100 python archives, read without executing code that a pickle may contain."""
 
 import io
 import pickle
@@ -67,14 +67,14 @@ class Archive:
         return pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels
 
     def left_out(self) -> dict[str, int]:
-        """Return how many files of each kind are none of the archive's."""
+        """Return how many files of each kind do not belong to the archive."""
         files = (*self._variant.train, *self._variant.test, self._variant.meta)
         return self._tree.left_out({posixpath.join(self._folder, file) for file in files})
 
     def _load(self, file: str) -> dict[str, Any]:
         member = self._tree.find(posixpath.join(self._folder, file))
         if member is None:
-            raise UserError(f"{self._files.shown} lacks {file}; get the archive again")
+            raise UserError(f"{self._files.shown} lacks {file}; download the archive again")
         try:
             content = unpickle(self._files.read(member))
         # A damaged pickle can raise nearly anything, MemoryError and IndexError included.
@@ -85,16 +85,16 @@ class Archive:
         return {key if isinstance(key, str) else bytes(key).decode("latin1"): value for key, value in content.items()}
 
     def _malformed(self, file: str, reason: str) -> UserError:
-        return UserError(f"{file} in {self._files.shown} is malformed ({reason}); get the archive again")
+        return UserError(f"{file} in {self._files.shown} is malformed ({reason}); download the archive again")
 
 
 def unpickle(data: bytes) -> Any:
-    """Read a pickle of arrays of bytes and plain containers; byte strings of python 2 come as text.
+    """Read a pickle of arrays of bytes and plain containers; byte strings of python 2 are returned as text.
 
-    Raises pickle.UnpicklingError for what is not allowed, and nearly anything for what is damaged.
+    Raises pickle.UnpicklingError for content that is not allowed, and almost any exception for damaged data.
     """
     for opcode, argument, _ in pickletools.genops(data):
-        # Some opcodes reserve as much memory as a number in the file says.
+        # Some opcodes allocate as much memory as a number in the file says.
         greedy = opcode.name == "LONG_BINPUT" and (argument or 0) > len(data)
         if opcode.name not in _OPCODES or greedy:
             raise pickle.UnpicklingError(f"it uses the opcode {opcode.name}, which is not allowed")
@@ -104,7 +104,7 @@ def unpickle(data: bytes) -> Any:
 class RestrictedUnpickler(pickle.Unpickler):
     """Unpickles arrays of bytes and plain containers. Raises pickle.UnpicklingError for any other global name.
 
-    The four names it knows are stand-ins: numpy's own functions, given a state that no numpy wrote, can crash.
+    The four allowed names lead to stand-ins, because numpy's own functions can crash on a state that numpy did not write.
     """
 
     def find_class(self, module: str, name: str) -> Any:
@@ -115,7 +115,7 @@ class RestrictedUnpickler(pickle.Unpickler):
 
 
 class PickledArray:
-    """Stands for numpy.ndarray. `values` is uint8 of the pickled shape once the state is there."""
+    """Stands for numpy.ndarray. After the state is set, `values` is a uint8 array of the pickled shape."""
 
     values: NDArray[np.uint8] | None = None
 
@@ -130,7 +130,7 @@ class PickledArray:
 
 
 class PickledDtype:
-    """Stands for numpy.dtype. Its state tells the byte order, and bytes have none."""
+    """Stands for numpy.dtype. Its state gives the byte order, which has no meaning for bytes."""
 
     def __init__(self, description: str, *_: Any) -> None:
         self.description = description
@@ -140,7 +140,7 @@ class PickledDtype:
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """Stand in for _codecs.encode, which reaches every codec: pickles of protocol 2 use it for bytes, with latin1."""
+    """Replace _codecs.encode, which can call any codec; pickles of protocol 2 use it with latin1 to store bytes."""
     if encoding not in ("latin1", "latin-1"):
         raise pickle.UnpicklingError(f"it asks for the codec {encoding}, which is not allowed")
     return text.encode("latin1")

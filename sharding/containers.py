@@ -14,7 +14,7 @@ from sharding.errors import UserError
 from sharding.links import LOST, SPECIAL, Found, Member, check_walk
 from sharding.tars import LONGEST_NAME, Unfit, checked_name, read_at, shown, tree
 
-# An encoded image larger than this is taken for damage, or for an attempt to fill the memory.
+# A larger encoded image is treated as damaged, or as an attempt to exhaust the memory.
 LARGEST_FILE = 256 * 2**20
 _ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
 _UNIX = (3, 19)
@@ -23,7 +23,7 @@ _UTF8, _ENCRYPTED, _UNICODE_NAME = 0x800, 1, b"up"
 
 @dataclass(frozen=True, slots=True)
 class TarMember(Member):
-    """A file in one of several tars. `name` starts with the tar's, as messages show it."""
+    """A file in one of several tars. `name` begins with the name of the tar, because messages show it."""
 
     tar: int = 0
 
@@ -32,7 +32,7 @@ class Files(ABC):
     """A directory or an archive. An object can be sent to another process, which opens the files for itself."""
 
     def __init__(self, path: Path, shown: Path | None = None) -> None:
-        """`shown` is the path that messages name, where it is not `path`."""
+        """`shown` is the path that messages show, if it is not `path`."""
         self.path, self.shown = path, shown or path
 
     def __getstate__(self) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class DirectoryFiles(Files):
             relative = os.path.relpath(folder, self.path)
             prefix = "" if relative == "." else relative.replace(os.sep, "/") + "/"
             for name in [name for name in names if _leads_back(os.path.join(folder, name))]:
-                names.remove(name)  # it would be walked for ever
+                names.remove(name)  # walking it would never end
                 members.append(Member(prefix + name, 0, odd=LOST))
             directories.update(prefix + name for name in names)
             members += [_look(os.path.join(folder, name), prefix + name) for name in files]
@@ -93,7 +93,7 @@ class TarFiles(Files):
     _descriptor: int | None = None
 
     def listing(self) -> tuple[list[Member], set[str]]:
-        """Return all files and directories. Raises UserError when it is cut, damaged or holds what is no data."""
+        """Return all files and directories. Raises UserError when it is truncated, damaged or of an unsupported kind."""
         found = Found()
         try:
             for entry in tree(self.path):
@@ -103,7 +103,7 @@ class TarFiles(Files):
         except Unfit as error:
             raise UserError(f"{self.shown} cannot be read as it is: {error}") from None
         except (ValueError, OSError) as error:
-            raise UserError(f"{self.shown} is not a whole tar archive ({error}); get it again") from None
+            raise UserError(f"{self.shown} is not a complete tar archive ({error}); download it again") from None
         return found.followed()
 
     def bytes_of(self, member: Member, most: int = -1) -> bytes:
@@ -125,7 +125,7 @@ class ZipFiles(Files):
         written = [_zip_name(info) for info in infos]
         windows = not any("/" in name for name in written)
         for place, (info, name) in enumerate(zip(infos, written, strict=True)):
-            if windows or info.create_system == 0:  # some programs there write these
+            if windows or info.create_system == 0:  # some programs on Windows write backslashes
                 name = name.replace("\\", "/")
             self._check(info, name)
             kind = stat.S_IFMT(info.external_attr >> 16) if info.create_system in _UNIX else 0
@@ -144,7 +144,7 @@ class ZipFiles(Files):
         try:
             with archive.open(archive.infolist()[member.offset]) as stream:
                 return stream.read(most)
-        except Exception as error:  # zipfile answers damage with many types
+        except Exception as error:  # zipfile raises many types for damaged files
             raise ValueError(str(error) or type(error).__name__) from error
 
     def _check(self, info: zipfile.ZipInfo, name: str) -> None:
@@ -153,7 +153,7 @@ class ZipFiles(Files):
             if info.flag_bits & _ENCRYPTED:
                 raise ValueError(f"{shown(name)} is encrypted")
             if info.compress_type not in _ZIP_METHODS:
-                raise ValueError(f"{shown(name)} is compressed by method {info.compress_type}")
+                raise ValueError(f"{shown(name)} is compressed by method {info.compress_type}, which is not supported")
         except ValueError as error:
             what = f"{self.shown} cannot be read as it is: {error}"
             raise UserError(f"{what}; unpack it and give the directory") from None
@@ -164,17 +164,17 @@ class ZipFiles(Files):
                 self._archive = zipfile.ZipFile(self.path)
             except OSError:
                 raise
-            except Exception as error:  # zipfile answers damage with many types
-                raise UserError(f"{self.shown} is not a whole zip archive ({error}); get it again") from None
+            except Exception as error:  # zipfile raises many types for damaged files
+                raise UserError(f"{self.shown} is not a complete zip archive ({error}); download it again") from None
         return self._archive
 
 
 def _zip_name(info: zipfile.ZipInfo) -> str:
-    """A member's name: UTF-8 where it says so, or is; of what else unix wrote, the bytes as a directory gives them."""
+    """Return a member's name: UTF-8 if it is marked or valid as such; other names from unix as a directory gives them."""
     if info.flag_bits & _UTF8:
         return info.orig_filename
     extra = info.extra
-    while len(extra) > 4:  # Info-ZIP notes the real name where that of the header is a makeshift
+    while len(extra) > 4:  # Info-ZIP stores the real name here if the header has a substitute
         size = int.from_bytes(extra[2:4], "little")
         if extra[:2] == _UNICODE_NAME:
             return extra[9 : 4 + size].decode("utf-8", "surrogateescape")
@@ -186,11 +186,11 @@ def _zip_name(info: zipfile.ZipInfo) -> str:
 
 
 def _look(path: str, name: str) -> Member:
-    """What stands in a directory under that path; links are followed."""
+    """Describe the directory entry at `path` as a member called `name`; links are followed."""
     try:
         found = os.stat(path)
     except PermissionError:
-        return Member(name, 0)  # the reading says so
+        return Member(name, 0)  # the error is reported when the file is read
     except OSError:
         return Member(name, 0, odd=LOST)
     return Member(name, found.st_size, odd="" if stat.S_ISREG(found.st_mode) else SPECIAL)

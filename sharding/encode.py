@@ -60,7 +60,7 @@ def inspect_all(
 
 
 def write_shard(reader: Reader, task: ShardTask, tick: Tick) -> Written:
-    """Write a shard's tar, or a link to the tar that holds it, its index, then its record, each whole or not at all."""
+    """Write a shard's tar, or a link to the tar that holds it, its index, then its record, each atomically."""
     shard, target = task.shard, task.target
     moments = Moments(target.channels) if shard.split == "train" else None
 
@@ -89,8 +89,8 @@ class Stored:
 
 
 def write_tar(directory: Path, file: str, samples: Iterable[Stored]) -> ShardInfo:
-    """Write ``directory/file``, a WebDataset tar, and its index, each whole or not at all; the same bytes every time."""
-    # Imported here, where worker processes have kept torch out; see pool.py.
+    """Write ``directory/file``, a WebDataset tar, and its index, each atomically; the same bytes every time."""
+    # Imported here, after worker processes have made this import possible without torch; see pool.py.
     from webdataset.writer import TarWriter
 
     path, rows = directory / file, []
@@ -106,9 +106,9 @@ def write_tar(directory: Path, file: str, samples: Iterable[Stored]) -> ShardInf
 
 
 def _link_tar(directory: Path, shard: ShardPlan, samples: Iterable[Stored]) -> ShardInfo:
-    """Link to the tar that holds the samples, and write the index of this shard's in it."""
+    """Link to the tar that holds the samples, and write an index of those that belong to this shard."""
     assert shard.tar is not None
-    for _ in samples:  # each is looked at, none is copied
+    for _ in samples:  # the images are read to compute statistics, not to copy them
         pass
     link_atomic(directory / shard.file, shard.tar)
     return _with_index(directory, shard.file, [(s.member.offset, s.member.size, s.label) for s in shard.samples])
@@ -117,7 +117,7 @@ def _link_tar(directory: Path, shard: ShardPlan, samples: Iterable[Stored]) -> S
 def _with_index(directory: Path, file: str, rows: Sequence[tuple[int, int, int]]) -> ShardInfo:
     """Write the index of a tar, int64 [samples, 3]: offset, size, label."""
     path, index = directory / file, (directory / file).with_suffix(".npy")
-    buffer = io.BytesIO()  # numpy says less of a full disk than the system does
+    buffer = io.BytesIO()  # numpy's own error about a full disk says less than the system's
     np.save(buffer, np.array(rows, np.int64).reshape(-1, 3))
     write_atomic(index, buffer.getvalue())
     return ShardInfo(file, len(rows), path.stat().st_size, sha256_file(path), sha256_file(index))
@@ -157,10 +157,10 @@ def mean_and_std(
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean and population standard deviation per channel, in [0, 1], from shards' sums over `pixels` pixels.
 
-    The deviation of a channel that is constant counts as 1: pixels are divided by it.
+    The deviation of a constant channel is set to 1, because pixels are divided by it.
     """
     totals = [(sum(a), sum(b)) for a, b in zip(zip(*sums, strict=True), zip(*squares, strict=True), strict=True)]
-    # In integers up to the division: no cancellation.
+    # Integers up to the division avoid cancellation errors.
     variances = [(pixels * square - total**2) / (pixels * 255) ** 2 for total, square in totals]
     return tuple(total / (pixels * 255) for total, _ in totals), tuple(v**0.5 or 1.0 for v in variances)
 
@@ -182,7 +182,7 @@ def _stored(reader: Reader, sample: Planned, target: Target, moments: Moments | 
 
 
 class _Sink:
-    """Takes what an abandoned tar writer still wants to write, when it is collected, after its file was closed."""
+    """Accepts what an abandoned tar writer still writes when it is garbage-collected, after its file was closed."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream

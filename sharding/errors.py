@@ -1,8 +1,8 @@
-"""The one exception that stands for a fault the user can mend."""
+"""The one exception for errors that the user can fix."""
 
 
 class UserError(Exception):
-    """A fault the user can mend. The message is one line: what is wrong; what to do.
+    """An error that the user can fix. The message is one line: what is wrong; what to do.
 
     Programs print it as ``error: <message>`` on stderr and exit with status 2.
     """

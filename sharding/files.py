@@ -1,4 +1,4 @@
-"""Whole-or-not-at-all files, checksums and a lock between processes."""
+"""Atomic file writes, checksums and a lock between processes."""
 
 import errno
 import fcntl
@@ -25,9 +25,9 @@ def fsync_dir(path: Path | str) -> None:
 
 @contextmanager
 def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
-    """Open a temporary file beside `path`; when the block ends well it is flushed and renamed to `path`, else removed.
+    """Open a temporary file beside `path`; when the block ends without error it is flushed and renamed to `path`, else removed.
 
-    Readers see the old file or the whole new one. Raises OSError when the disk is full or not writable.
+    Readers see the old file or the complete new one. Raises OSError when the disk is full or not writable.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
@@ -39,21 +39,21 @@ def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
         temporary.replace(path)
     except BaseException as error:
         if isinstance(error, OSError):
-            error.filename = str(path)  # a failed write itself names no file
-        with suppress(OSError):  # what went wrong before is what is to be said
+            error.filename = str(path)  # the error of a failed write names no file
+        with suppress(OSError):  # the first error is the one to report
             temporary.unlink()
         raise
     fsync_dir(path.parent)
 
 
 def write_atomic(path: Path | str, data: bytes) -> None:
-    """Write `data` to `path`, whole or not at all (temporary name, flush, rename, flush of the directory)."""
+    """Write `data` to `path` atomically (temporary name, flush, rename, flush of the directory)."""
     with atomic_file(path) as stream:
         stream.write(data)
 
 
 def link_atomic(path: Path, target: Path) -> None:
-    """Make `path` a symbolic link to `target`, in place of what was there, whole or not at all."""
+    """Make `path` a symbolic link to `target`, atomically replacing what was there."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
@@ -75,7 +75,7 @@ def remove_temporaries(directory: Path) -> None:
 
 @contextmanager
 def exclusive_lock(path: Path, busy: str) -> Iterator[None]:
-    """Hold an exclusive lock on `path`, which is created, for the block; the kernel drops it when the process dies.
+    """Hold an exclusive lock on `path`, which is created, during the block; the kernel frees it if the process dies.
 
     Raises UserError with the message `busy` when another process holds it. On a file system without locks the block
     runs without one, because otherwise nothing could be built there.
@@ -96,16 +96,16 @@ def _open_and_lock(path: Path, busy: str) -> int:
         except BaseException:
             os.close(descriptor)
             raise
-        # The last holder may have removed the file between our open and our lock: then we hold a name that is gone.
+        # The last holder may have removed the file between our open and our lock; then our lock is on a deleted file.
         if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
             return descriptor
         os.close(descriptor)
 
 
 def flock(descriptor: int, wait: bool) -> bool:
-    """Lock an open file among the processes of this host; without `wait` False if another holds it.
+    """Lock an open file among the processes of this host; without `wait`, return False at once if another holds it.
 
-    On a file system without locks all hold it.
+    On a file system without locks the answer is always True.
     """
     flags: Any = fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
     try:

@@ -20,7 +20,7 @@ _SPLIT_NAMES = {split: re.compile(f"(?:{names}){_TAIL}") for split, names in _NA
 
 
 def split_of(name: str) -> str | None:
-    """The split that a directory of that name holds, if it is called like one, in any case of letters."""
+    """Return the split that a directory of this name stands for, or None; upper and lower case are not distinguished."""
     return next((split for split, names in _SPLIT_NAMES.items() if names.fullmatch(name.casefold())), None)
 
 
@@ -36,13 +36,13 @@ class Folder(Source):
         root = _root(tree)
         where, notes = self._splits(files, tree, root)
         folders = {split: _classes(tree, folder) for split, folder in where.items()}
-        # The name of a class is that of its directory in train; of one in several Unicode forms, the composed.
+        # A class is named like its directory in train; a name found in several Unicode forms takes the composed form.
         train = folders.get("train", {})
         names = {key: writable(raws[0]) if len(raws) == 1 else key for key, raws in train.items()}
         if len(names) < 2:
-            found = f"only the class {shown(*names.values())}" if names else "no directory of a class"
+            found = f"only the class {shown(*names.values())}" if names else "no class directory"
             held = summary(tree.left_out((), root))
-            there = f" (there are: {held})" if held else ""
+            there = f" (found: {held})" if held else ""
             cure = f"lay it out as PATH/CLASS/IMAGE or PATH/train/CLASS/IMAGE{there}"
             raise UserError(f"{files.shown} holds {found}; {cure}")
         ordered = sorted(names, key=lambda key: names[key])
@@ -50,15 +50,15 @@ class Folder(Source):
         used = {sample.member.name for samples in splits.values() for sample in samples}
         notes += _about_names(folders, names)
         if taken := len(used & tree.by_content):
-            notes.append(f"images whose names have no suffix of an image, told by their first bytes: {taken:,}")
+            notes.append(f"images recognized by their first bytes, because their names have no image suffix: {taken:,}")
         classes = tuple(names[key] for key in ordered)
         left_out = tree.left_out(used, root)
         return Listing(base_name(self.argument), classes, splits, files, left_out=left_out, notes=tuple(notes))
 
     def _splits(self, files: Files, tree: Tree, root: str) -> tuple[dict[str, str], list[str]]:
-        """Where the classes of each split lie, and what to say of it where the directories can be read in two ways."""
+        """Return the directory of each split, and notes for the user if the directories can be read in two ways."""
         layout, names = self.options.layout, tree.folders(root)
-        # A class may be called train as well: its directory then holds images, where a split's holds directories.
+        # A class may also be named train; its directory then holds images, while a split's directory holds directories.
         like = {name: split for name in names if (split := split_of(name))}
         shaped = {name: split for name, split in like.items() if tree.folders(posixpath.join(root, name))}
         others = [n for n in names if n not in like and tree.images_below(posixpath.join(root, n))]
@@ -88,7 +88,7 @@ class Folder(Source):
 
 
 def _root(tree: Tree) -> str:
-    """Where the classes or the splits lie: a single directory is entered, as it would be one class alone."""
+    """Return the directory of the classes or splits; a single directory is entered, since one class is not enough."""
     root = ""
     while len(folders := tree.folders(root)) == 1 and not split_of(folders[0]):
         inner = posixpath.join(root, folders[0])
@@ -99,7 +99,7 @@ def _root(tree: Tree) -> str:
 
 
 def _agree(tree: Tree, root: str, shaped: dict[str, str]) -> bool:
-    """Whether directories called like splits are: train and another, which holds no class that train lacks."""
+    """Whether directories named like splits are splits: train and at least one more, without classes that train lacks."""
     found: dict[str, set[str]] = defaultdict(set)
     for name, split in shaped.items():
         found[split] |= set(_classes(tree, posixpath.join(root, name)))
@@ -107,7 +107,7 @@ def _agree(tree: Tree, root: str, shaped: dict[str, str]) -> bool:
 
 
 def _classes(tree: Tree, folder: str) -> dict[str, list[str]]:
-    """Class → its directories. Names that differ in their Unicode form alone are of one class."""
+    """Class → its directories. Names that differ only in their Unicode form are one class."""
     found: dict[str, list[str]] = defaultdict(list)
     for name in tree.folders(folder):
         found[unicodedata.normalize("NFC", writable(name))].append(name)
@@ -131,12 +131,12 @@ def _samples(files: Files, tree: Tree, folder: str, ordered: list[str], found: d
 
 
 def _about_names(folders: dict[str, dict[str, list[str]]], names: dict[str, str]) -> list[str]:
-    """What to say of names that are written in another way than they are, or of two that are one class."""
+    """Return notes for the user on class names that are written with escapes, and on names joined into one class."""
     notes, raws = [], {raw for found in folders.values() for same in found.values() for raw in same}
     if odd := sorted({writable(raw) for raw in raws if writable(raw) != raw}):
-        notes.append(f"names of classes that are not UTF-8 are written with their bytes as \\xe9: {_few(odd)}")
+        notes.append(f"class names that are not UTF-8 are written with escaped bytes such as \\xe9: {_few(odd)}")
     if joined := [key for key in names if len({raw for found in folders.values() for raw in found.get(key, ())}) > 1]:
-        notes.append(f"names that differ in their Unicode form alone are one class: {_few(joined)}")
+        notes.append(f"class names that differ only in their Unicode form are one class: {_few(joined)}")
     return notes
 
 

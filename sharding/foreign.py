@@ -1,4 +1,4 @@
-"""WebDataset tars that others made: which files make a sample, its image and its label. Nothing is unpickled, nothing is run."""
+"""WebDataset tars made by other programs: which files form a sample, its image and its label. No code in them is run."""
 
 import json
 import os
@@ -28,7 +28,7 @@ _SPLIT = re.compile(rf",(?=(?:{'|'.join(SPLITS)})=)")
 
 @dataclass
 class Aside:
-    """What is not taken: files of each kind, and, where samples without an image or a label are to be skipped, why each was."""
+    """Unused files, counted by kind; and, if samples without an image or a label are to be skipped, the reason for each."""
 
     skip: bool = False
     left_out: Counter[str] = field(default_factory=Counter)
@@ -36,7 +36,7 @@ class Aside:
 
 
 class TarSet:
-    """Reads members of several tars at their offsets. An object can be sent to another process, which opens the files itself."""
+    """Reads members of several tars at their offsets. It can be sent to another process, which opens the files itself."""
 
     OPEN = 64
 
@@ -72,7 +72,7 @@ class WebDataset(Source):
         paths = [path for split in SPLITS for path in found.get(split, ())]
         reader, splits = TarSet(paths), dict[str, list[Sample]]()
         if twice := sorted({path for path in paths if paths.count(path) > 1}):
-            raise UserError(f"{twice[0]} is named in two places; give each tar once")
+            raise UserError(f"{twice[0]} is named twice; give each tar once")
         number = 0
         for split in [split for split in SPLITS if split in found]:
             splits[split] = []
@@ -86,14 +86,14 @@ class WebDataset(Source):
         if first:
             splits = {split: [Sample(s.member, s.label - first) for s in found] for split, found in splits.items()}
         names = tuple(str(label) for label in range(first, last + 1))
-        # The labels in the tars must be those of the data set, for programs that read the tars alone.
+        # The labels in the tars must be those of the data set, because other programs read the tars without the index.
         in_place = tuple(paths) if "=" in self.argument and len(patterns) > 1 and not first else ()
         name, left_out, faults = self._name(patterns), dict(aside.left_out.most_common()), tuple(aside.faults)
         return Listing(name, names, splits, reader, in_place=in_place, left_out=left_out, faults=faults)
 
     @staticmethod
     def _name(patterns: dict[str, str]) -> str:
-        """What stands before the part of a pattern that varies, or the nearest directory whose name says more than its split."""
+        """Return the fixed beginning of the pattern, or the name of the nearest directory that is not named like a split."""
         path = Path(_parts(patterns["train"])[0]).absolute()
         stem = path.name if path.is_dir() else re.split(r"[*?\[{]", path.name)[0].removesuffix(".tar")
         names = [stem.strip("-_. "), *(parent.name for parent in path.parents)]
@@ -101,7 +101,7 @@ class WebDataset(Source):
 
 
 def split_patterns(argument: str) -> dict[str, str]:
-    """SPLIT → pattern, from ``train=PATTERN,test=PATTERN`` or one pattern (train). Raises UserError for what is none."""
+    """SPLIT → pattern, from ``train=PATTERN,test=PATTERN`` or one pattern (train). Raises UserError for anything else."""
     parts = _SPLIT.split(argument)
     if not any(part.startswith(f"{split}=") for part in parts for split in SPLITS):
         return {"train": _local(argument)}
@@ -122,16 +122,16 @@ def _local(pattern: str) -> str:
     for part in _parts(pattern):
         if part.lower().startswith("pipe:") or part.startswith(("|", "!")):
             raise UserError(f"{shown(part)} is a command, and commands are never run; give the paths of tar files")
-        # A name here may have a colon as well.
+        # The name of a local file may also contain a colon.
         if "://" in part or (_SCHEME.match(part) and not any(map(_matches, _names(part)))):
-            raise UserError(f"{shown(part)} is a URL; copy the tars here and give their paths (no file is called so)")
+            raise UserError(f"{shown(part)} is a URL; download the tars and give their paths (no such file exists)")
     return pattern
 
 
 def tars(pattern: str, aside: Aside | None = None) -> list[Path]:
     """The tars of directories, or those that patterns with braces and asterisks name, sorted within each brace.
 
-    What else is in a directory is put `aside`. Raises UserError where there are none, or one is missing.
+    Other files of a directory are counted in `aside`. Raises UserError when there are no tars, or one is missing.
     """
     paths, aside = list[Path](), aside or Aside()
     for part in _parts(pattern):
@@ -170,9 +170,9 @@ def _matches(name: str) -> list[str]:
 
 
 def samples(path: Path, tar: int, reader: TarSet, aside: Aside | None = None) -> Iterator[Sample]:
-    """Yield the samples of one tar; what is not taken is put `aside`.
+    """Yield the samples of one tar; files and samples that are not used are recorded in `aside`.
 
-    Raises UserError that names the tar, and the key or member, where it is not as it should be.
+    Raises UserError that names the tar, and the key or member, when the tar is malformed.
     """
     aside = aside or Aside()
     try:
@@ -189,15 +189,15 @@ def samples(path: Path, tar: int, reader: TarSet, aside: Aside | None = None) ->
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror or error}); check its permissions") from None
     except ValueError as error:
-        cure = ", or leave it out" if isinstance(error, Unfit) else "; mend it or leave it out"
+        cure = ", or leave it out" if isinstance(error, Unfit) else "; repair it or leave it out"
         raise UserError(f"{path}: {error}{cure}") from None
 
 
 def grouped(members: Iterator[Entry], unused: Counter[str]) -> Iterator[tuple[str, dict[str, Entry]]]:
-    """Yield (key, extension → file) of neighbours that share a key: what stands before the first dot of the file's name.
+    """Yield (key, extension → file) for consecutive files with one key: the part before the first dot of the file's name.
 
-    Files without a key, as stock webdataset has it, are left out, and counted in `unused`. Raises ValueError for a key that
-    comes again, or an extension that comes twice.
+    Files without a key, as webdataset itself defines it, are left out and counted in `unused`. Raises ValueError for a
+    key that occurs again later, or an extension that occurs twice in a sample.
     """
     seen, key, files = set[str](), "", dict[str, Entry]()
     for entry in members:
@@ -210,7 +210,7 @@ def grouped(members: Iterator[Entry], unused: Counter[str]) -> Iterator[tuple[st
             if files:
                 yield key, files
             if own in seen:
-                raise ValueError(f"key {shown(own)} comes twice, with others between")
+                raise ValueError(f"key {shown(own)} occurs twice, with other keys between")
             seen.add(own)
             key, files = own, {}
         if extension.lower() in files:
@@ -240,29 +240,29 @@ def _label(tar: int, key: str, files: dict[str, Entry], reader: TarSet) -> int:
     extension, most = ("cls", LONGEST_CLS) if "cls" in files else ("json", LONGEST_JSON)
     entry = files[extension]
     if entry.size > most:
-        raise ValueError(f"key {shown(key)} has a .{extension} of {entry.size} bytes, which is no label")
+        raise ValueError(f"key {shown(key)} has a .{extension} of {entry.size} bytes, which is too long for a label")
     content = reader.read(TarMember(entry.name, entry.size, entry.offset, tar))
     value: Any = content.decode("ascii", "replace").strip()
     if extension == "json":
         try:
             document = json.loads(content)
         except (ValueError, RecursionError):
-            raise ValueError(f"key {shown(key)} has a .json that is none") from None
+            raise ValueError(f"key {shown(key)} has a .json file that is not valid JSON") from None
         if not isinstance(document, dict) or "label" not in document:
             raise ValueError(f"key {shown(key)} has no label (.cls, or `label` in .json)")
         value = document["label"] if not isinstance(document["label"], bool) else None
     if not re.fullmatch(r"[0-9]{1,9}", str(value)):
-        raise ValueError(f"key {shown(key)} has the label {shown(str(value))}, which is no class number")
+        raise ValueError(f"key {shown(key)} has the label {shown(str(value))}, which is not a class number")
     return int(value)
 
 
 def last_label(splits: dict[str, list[Sample]], first: int) -> int:
-    """The largest label of train. Raises UserError for one that cannot be a class, or where none is `first`."""
+    """Return the largest label of train. Raises UserError for a label that cannot be a class, or if none is `first`."""
     least, most = (bound(splits["train"], key=lambda sample: sample.label) for bound in (min, max))
     if least.label < first:
         raise UserError(f"{least.member.name} has the label {least.label}, less than --first-label {first}; lower that")
     if most.label - first >= len(splits["train"]):
-        cure = "but there are fewer images than that; check it"
+        cure = "but train has fewer images than that; check the label"
         raise UserError(f"{most.member.name} has the label {most.label}, {cure}")
     if least.label > first == 0:
         cure = f"give --first-label {least.label}, which makes new tars with labels from 0"

@@ -2,9 +2,9 @@
 
 Images are brought to 8 bits, upright, L or RGB:
 EXIF orientation is applied; transparency is laid over white; palettes are expanded; CMYK goes through Pillow's plain
-formula; 16-bit values v become round(v / 257); what has no range of its own (integers of 32 bits, floats) is refused
-unless the user gives the range; of an animation the first frame counts. Another size is reached by scaling the short
-side (bicubic, antialiased) and cropping the centre.
+formula; 16-bit values v become round(v / 257); pixels without a defined range (32-bit integers, floats) are refused
+unless the user gives the range; only the first frame of an animation is used. To change the size, the short side is
+scaled (bicubic, antialiased) and the centre is cropped.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from PIL import Image, features
 
 from sharding.shards import decode
 
-# No PostScript, which would start an interpreter, and no container formats.
+# PostScript is missing because it would start an interpreter; container formats are missing, too.
 _AVIF = ["AVIF"] if features.check("avif") else []
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", *_AVIF)
 _SUFFIXES = "jpg jpeg jpe jfif jif pjpeg png apng webp avif bmp gif tif tiff ppm pgm pbm pnm jp2 j2k jpx"
@@ -32,11 +32,11 @@ _ORIENTATION = 0x0112
 _TURN = Image.Transpose
 _TURNS = dict(enumerate((_TURN.FLIP_LEFT_RIGHT, _TURN.ROTATE_180, _TURN.FLIP_TOP_BOTTOM, _TURN.TRANSPOSE), 2))
 _TURNS |= dict(enumerate((_TURN.ROTATE_270, _TURN.TRANSVERSE, _TURN.ROTATE_90), 6))
-# What a PNG may say of itself beside its pixels and their orientation. Pillow refuses it when it is long.
+# PNG chunks of texts and colour profiles. Pillow refuses an image if they are too long.
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 
 Values = tuple[float, float]
-"""What becomes 0 and what becomes 255, of images beyond 8 bits."""
+"""The pixel values that become 0 and 255, for images of more than 8 bits."""
 Result = TypeVar("Result")
 Item = bytes | NDArray[np.uint8]
 """What a source yields for a sample: an encoded image, or uint8 pixels [H, W, C]."""
@@ -44,10 +44,10 @@ Item = bytes | NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What a look at an image told. Height and width in pixels after EXIF rotation; `sha256` is of the source bytes.
+    """What inspecting an image found. Height and width in pixels after EXIF rotation; `sha256` is of the source bytes.
 
-    `kept_as` is the file extension under which the source bytes may be stored unchanged, or empty: they must be
-    converted. `highest`: the largest value of one of 16 bits that are read as 0 … 65535, else -1.
+    `kept_as` is the file extension under which the source bytes may be stored unchanged, or empty if they must be
+    converted. `highest`: the largest value of a 16-bit image that is read as 0 … 65535, else -1.
     """
 
     sha256: bytes
@@ -60,7 +60,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Target:
-    """The size in pixels and the number of channels (1 or 3) that all images get, and the range of those beyond 8 bits."""
+    """The size in pixels and the number of channels (1 or 3) of all images, and the range of values for those of more than 8 bits."""
 
     height: int
     width: int
@@ -68,7 +68,7 @@ class Target:
     values: Values | None = None
 
     def keeps(self, seen: Seen) -> bool:
-        """Whether the source bytes are stored unchanged: decoders make equal channels of a grey image among colours."""
+        """Whether the source bytes are stored unchanged; a grey image fits 3 channels, because decoders repeat its channel."""
         fits = (seen.height, seen.width) == (self.height, self.width)
         return bool(seen.kept_as) and fits and (seen.grey or self.channels == 3)
 
@@ -83,11 +83,11 @@ def inspect(item: Item, values: Values | None = None) -> Seen:
     digest = digest_of(item)
     if isinstance(item, np.ndarray):
         return Seen(digest, item.shape[0], item.shape[1], item.shape[2] == 1, "")
-    # Pillow's plugins answer damaged files with exceptions of many types.
+    # Pillow's plugins raise exceptions of many types for damaged files.
     try:
         seen = _from_pixels(lambda image, payload: _inspect(image, payload, values), item)
     except Image.UnidentifiedImageError as error:
-        raise ValueError("not an image, or of a format that is not read") from error
+        raise ValueError("not an image, or an image of an unsupported format") from error
     except Exception as error:
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
     return replace(seen, sha256=digest, kept_as=seen.kept_as if seen.sha256 == digest else "")
@@ -97,7 +97,7 @@ def _inspect(image: Image.Image, payload: bytes, values: Values | None) -> Seen:
     grey, kept_as, highest = _is_grey(image), _kept_as(image, payload), -1
     width, height = image.size
     if kept_as:
-        # As what trains does it: strictly.
+        # Decoded again by the decoder of training, which accepts fewer files than Pillow.
         decode(payload, np.empty((height, width, 1 if grey else 3), np.uint8))
     else:
         if payload[:2] == b"\xff\xd8":
@@ -109,9 +109,9 @@ def _inspect(image: Image.Image, payload: bytes, values: Values | None) -> Seen:
 
 
 def _from_pixels(function: Callable[[Image.Image, bytes], Result], payload: bytes) -> Result:
-    """What `function` makes of an image, and its bytes; of a PNG that it cannot read as it is, without its texts."""
+    """Call `function` with the opened image and its bytes; for a PNG that it cannot read, again without text chunks."""
     with warnings.catch_warnings():
-        # Damaged metadata change no pixel; a size that looks like an attack is refused.
+        # Warnings about damaged metadata are ignored, because no pixel changes; a size that looks like an attack is refused.
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
@@ -153,20 +153,20 @@ def _is_grey(image: Image.Image) -> bool:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What brings the image upright; None where its metadata say nothing of that, or are damaged."""
-    # Pillow answers damaged metadata, too, with exceptions of many types; the pixels tell of themselves.
+    """Return the operation that turns the image upright; None if its metadata name no orientation or are damaged."""
+    # Pillow raises exceptions of many types for damaged metadata, too; the pixels are still usable.
     with suppress(Exception):
         return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
     return None
 
 
 def plain(image: Image.Image, values: Values | None = None) -> Image.Image:
-    """Return the image upright, in 8 bits, as L where it is single-channel, else as RGB.
+    """Return the image upright, in 8 bits, as L if it has a single channel, else as RGB.
 
     Raises ValueError for pixels without a defined range where `values` is None, and what Pillow raises for damaged files.
     """
     grey, kind = _is_grey(image), image.format
-    image.load()  # Pillow turns TIFFs itself
+    image.load()  # loading also turns a TIFF upright
     if (turn := _turn(image)) is not None:
         image = image.transpose(turn)
     if image.mode == "F" or image.mode.startswith("I"):
@@ -179,19 +179,19 @@ def plain(image: Image.Image, values: Values | None = None) -> Image.Image:
 
 
 def _from_deep(image: Image.Image, values: Values | None, kind: str | None) -> Image.Image:
-    """8 bits of single-channel pixels beyond them, between `values`; of 16 bits, between their own least and most."""
+    """Convert single-channel pixels of more than 8 bits to 8: scaled from `values`, or from 0 … 65535 for 16 bits."""
     pixels = np.asarray(image)
     if values is not None:
         low, high = values
         if not np.isfinite(pixels).all():
-            raise ValueError("some of its pixels are no numbers")
+            raise ValueError("some of its pixels are NaN or infinite")
         scaled = (pixels.astype(np.float64) - low) * (255 / (high - low))
         return Image.fromarray(np.floor(scaled + 0.5).clip(0, 255).astype(np.uint8))
-    # Pillow makes this mode of a TIFF's integers of 32 bits and of signed ones; of other formats' 16 bits.
+    # Pillow uses mode I for the 32-bit or signed integers of a TIFF, but for the 16-bit pixels of other formats.
     if image.mode == "F" or (image.mode == "I" and kind == "TIFF"):
         what = "32-bit float" if image.mode == "F" else "32-bit or signed"
         found = f"these lie between {pixels.min():g} and {pixels.max():g}"
-        raise ValueError(f"{what} pixels have no defined range; give --value-range LOW HIGH, {found}")
+        raise ValueError(f"{what} pixels have no defined range; give --value-range LOW HIGH ({found})")
     return Image.fromarray(((pixels.astype(np.int64) + 128) // 257).astype(np.uint8))
 
 
@@ -212,7 +212,7 @@ def to_pixels(item: Item, target: Target) -> NDArray[np.uint8]:
 
 
 def to_stored(item: Item, seen: Seen, target: Target) -> tuple[str, bytes]:
-    """Return (extension, bytes) as they go into the shard: the source's own where they fit, else a PNG."""
+    """Return (extension, bytes) as they go into the shard: the source bytes if they fit, else a PNG."""
     if target.keeps(seen) and isinstance(item, bytes):
         return seen.kept_as, item
     pixels = to_pixels(item, target)

@@ -1,9 +1,9 @@
-"""What a file is, told by its first bytes, and what to do about one that is not read."""
+"""The kind of a file, recognized by its first bytes, and advice about kinds that cannot be read."""
 
 import re
 
 HEAD = 64
-"""Bytes that tell what a file is."""
+"""Number of first bytes that are enough to recognize a file."""
 _IMAGE = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|II\*\0|MM\0\*|\0\0\0\x0cjP  |....ftypavi[fs]", re.DOTALL
 )
@@ -11,7 +11,7 @@ _UNPACK = "unpack it ({} {{file}}) and give the directory"
 _REWRITE = "write its images as files, DIRECTORY/CLASS/IMAGE, or as WebDataset tars"
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz"}
 _COMPRESSED |= {b"\x28\xb5\x2f\xfd": "zstd", b"\x04\x22\x4d\x18": "lz4", b"LZIP": "lzip"}
-_PAGE = ("a web page, not an archive", "look into it: the download may want a login")
+_PAGE = ("a web page, not an archive", "open it in a browser: the download may need a login")
 _OTHERS = {
     b"7z\xbc\xaf\x27\x1c": ("a 7z archive", _UNPACK.format("7z x")),
     b"Rar!\x1a\x07": ("a RAR archive", _UNPACK.format("unrar x")),
@@ -24,24 +24,24 @@ _OTHERS = {
     b"\x93NUMPY": ("a NumPy array", _REWRITE),
     b"SQLite format 3\0": ("an SQLite database", _REWRITE),
     b"%PDF": ("a PDF document", _REWRITE),
-    b"version https://git-lfs": ("a pointer of Git LFS, not the file itself", "fetch that: git lfs pull"),
+    b"version https://git-lfs": ("a pointer of Git LFS, not the file itself", "fetch the file: git lfs pull"),
     b"<!doctype html": _PAGE,
     b"<html": _PAGE,
 }
 
 
 def is_image(head: bytes) -> bool:
-    """Whether a file that begins so is an image of a kind that is read; HEAD bytes are enough."""
+    """Whether a file that begins with `head` is an image of a supported format; HEAD bytes are enough."""
     return _IMAGE.match(head) is not None
 
 
 def compression(head: bytes) -> str | None:
-    """The program that compressed a file that begins so, and that decompresses it; None where none did."""
+    """Return the program that decompresses a file beginning with `head`; None if it is not compressed."""
     return next((program for magic, program in _COMPRESSED.items() if head.startswith(magic)), None)
 
 
 def unread(head: bytes, file: str) -> str | None:
-    """What a file that begins so is, and what to do about it, as ``what; cure``; None where that is not known."""
+    """Return what a file beginning with `head` is, and what to do about it, as ``what; cure``; None if unknown."""
     if program := compression(head):
         return f"compressed ({program}); decompress it first: {program} -dc {file} > NEW.tar"
     if is_image(head):

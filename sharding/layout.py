@@ -1,4 +1,4 @@
-"""Which files of a directory or archive are images, and what becomes of the others."""
+"""Which files of a directory or archive are images, and how the other files are counted."""
 
 import posixpath
 import re
@@ -11,7 +11,7 @@ from sharding.kinds import HEAD, is_image
 from sharding.links import LOST, Member
 from sharding.tars import shown
 
-# What systems put beside people's files.
+# Files and directories that operating systems add.
 _SYSTEM = frozenset(
     ("__macosx", "@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "$recycle.bin")
     + ("system volume information", "lost+found", "__pycache__")
@@ -21,7 +21,7 @@ HIDDEN = "hidden files"
 
 
 class Tree:
-    """The directories and files of a source, hidden ones (``.name``) and those of systems left out. The root is ``""``."""
+    """The directories and files of a source, hidden ones (``.name``) and those of operating systems left out. The root is ``""``."""
 
     def __init__(self, files: Files) -> None:
         self._source = files
@@ -30,7 +30,7 @@ class Tree:
         self._by_name: dict[str, Member] = {}
         self._others: dict[str, str] = {}
         self.by_content = set[str]()
-        """Names of images that no suffix tells, but the first bytes."""
+        """Names of images recognized by their first bytes, not by a suffix."""
         members, directories = files.listing()
         for name in directories:
             self._add_folder(posixpath.normpath(name))
@@ -53,7 +53,7 @@ class Tree:
             name = parent
 
     def _other(self, member: Member) -> str:
-        """What a file is that is no image, told by its suffix or, where that says nothing, by its first bytes; "": an image."""
+        """Return the kind of a file that is not an image, by its suffix or else its first bytes; "" for an image."""
         suffix = _suffix(member.name)
         if member.odd and not (member.odd == LOST and suffix in SUFFIXES):
             return member.odd
@@ -95,9 +95,9 @@ class Tree:
         return next((folder for folder in self.walk() if self.find(posixpath.join(folder, file))), None)
 
     def left_out(self, used: Collection[str], root: str = "", below: str = "") -> dict[str, int]:
-        """Return what in the directory `below` is none of the `used` files: how many of each kind, the commonest first.
+        """Count the files in the directory `below` that are not `used`, by kind, the most frequent kind first.
 
-        Images are told by the directory below `root` in which they lie.
+        Images are counted by the directory below `root` that contains them.
         """
         counts = Counter[str]()
         for name, what in self._others.items():
@@ -122,7 +122,7 @@ def _inside(name: str, folder: str) -> bool:
 
 
 def _system(name: str) -> str:
-    """What hides a file or a directory: a name that is hidden, or one of a system's; "": nothing."""
+    """Return why a file or directory is ignored (hidden, or an operating system's); "" if it is not ignored."""
     for part in name.split("/"):
         if part.startswith(".") and part not in (".", ".."):
             return HIDDEN
@@ -132,7 +132,7 @@ def _system(name: str) -> str:
 
 
 def _suffix(name: str) -> str:
-    """A file's suffix in small letters, without what addresses on the web append: ``.jpg`` of ``1.JPG?w=200``."""
+    """Return a file's suffix in lower case, without the query of a web address: ``.jpg`` for ``1.JPG?w=200``."""
     base = posixpath.basename(name).lower()
     suffix = posixpath.splitext(base)[1]
     return suffix if suffix in SUFFIXES else posixpath.splitext(base.partition("?")[0])[1]

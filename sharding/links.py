@@ -1,4 +1,4 @@
-"""Archives list what a directory would: links inside them are followed, in the same way."""
+"""Links inside archives are followed as in a directory, so that both list the same files."""
 
 import posixpath
 from collections import defaultdict
@@ -14,9 +14,9 @@ _HOPS = 40
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A file: its name inside the source with forward slashes, size in bytes, and where it starts, if that is known.
+    """A file: its name inside the source with forward slashes, size in bytes, and its offset, if that is known.
 
-    `odd`: what it is instead, where it is no file.
+    `odd`: why it cannot be read, if it is not a plain file.
     """
 
     name: str
@@ -26,13 +26,13 @@ class Member:
 
 
 def check_walk(walked: int, real: int) -> None:
-    """Raise UserError where links lead into the same `real` directories so often that the walk may not end."""
+    """Raise UserError if links lead into the same `real` directories so often that the walk may not end."""
     if walked > 1000 + 10 * real:
-        raise UserError(f"links lead into {real:,} directories in more than {walked:,} ways; remove some of them")
+        raise UserError(f"links reach the same {real:,} directories by {walked:,} paths; remove some of the links")
 
 
 class Found:
-    """What stands in an archive; of two members of one name the last counts."""
+    """The members of an archive; of two members with the same name the last counts."""
 
     def __init__(self) -> None:
         self.files: dict[str, Member] = {}
@@ -58,7 +58,7 @@ class Found:
         if not self.links:
             return sorted(self.files.values(), key=lambda member: member.name), self.folders
         inside = _inside([*self.files, *self.folders, *self.links])
-        inside.update({folder: inside[folder] for folder in self.folders})  # an empty directory is one too
+        inside.update({folder: inside[folder] for folder in self.folders})  # keeps empty directories
         members: list[Member] = []
         directories: set[str] = set()
         entered, walked = {""}, 0
@@ -94,7 +94,7 @@ def _inside(names: Iterable[str]) -> dict[str, set[str]]:
 
 
 def _real(name: str, links: Mapping[str, str]) -> str | None:
-    """The name with every link in it followed; None where that leads outside or round and round."""
+    """Return the name with every link in it followed; None if it leads outside or in a circle."""
     done, parts, hops = "", name.split("/"), 0
     while parts:
         part = parts.pop(0)

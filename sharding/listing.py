@@ -1,4 +1,4 @@
-"""What every source answers: its samples, and a reader of their bytes."""
+"""What every source provides: its samples, and a reader of their bytes."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -35,9 +35,9 @@ class Reader(Protocol):
 class Listing:
     """What a source holds. `splits` has train and, where the source brings them, val and test, in a fixed order.
 
-    `in_place`: the tars that hold the samples, where the data set may be an index of them; empty: it is written anew.
+    `in_place`: the tars that hold the samples, if the data set may be just an index of them; empty: tars are written.
     `val_samples`: how many samples val gets when the user asks for no fraction (None: the builder's own fraction).
-    `left_out`: how many files of each kind are not used; `notes`: what the user should know of how the source was read;
+    `left_out`: how many files of each kind are not used; `notes`: what the user should know about how the source was read;
     `faults`: samples that are skipped because they have no image or no label, as (number of the tar, reason).
     """
 
@@ -68,7 +68,7 @@ class Source(ABC):
 
 
 def chosen(listing: Listing, wanted: Sequence[str]) -> Listing:
-    """Return the listing of some classes alone: those named, in that order, or the first N.
+    """Return the listing restricted to some classes: those named, in that order, or the first N.
 
     Raises UserError for a class that is not there, or is named twice.
     """
@@ -79,7 +79,7 @@ def chosen(listing: Listing, wanted: Sequence[str]) -> Listing:
         names = listing.classes[: int(names[0])]
     for name in names:
         if name not in listing.classes or names.count(name) > 1:
-            what = "is named twice" if name in listing.classes else f"is no class of {listing.name}"
+            what = "is named twice" if name in listing.classes else f"is not a class of {listing.name}"
             raise UserError(f"--classes: {name} {what}; give a number, or names of classes, each once")
     labels = {listing.classes.index(name): label for label, name in enumerate(names)}
     splits = {

@@ -68,7 +68,7 @@ class Manifest:
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the document that stands in manifest.json."""
+        """Return the content of manifest.json as a document."""
         document = {
             "format": FORMAT,
             "name": self.name,
@@ -83,7 +83,7 @@ class Manifest:
 
     @staticmethod
     def from_json(document: Any) -> "Manifest":
-        """Read the document of `to_json`. Raises ValueError, KeyError or TypeError when it is none or inconsistent."""
+        """Read the document of `to_json`. Raises ValueError, KeyError or TypeError when it is malformed or inconsistent."""
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
         height, width, channels = (document["image"][name] for name in ("height", "width", "channels"))
@@ -113,13 +113,13 @@ class Manifest:
         except (FileNotFoundError, NotADirectoryError):
             cure = "build one with python -m sharding build"
             if (Path(directory) / BUILD_FILE).exists():
-                cure = "its build was not finished, run it again"
+                cure = "its build was not finished; run the same build command again"
             raise UserError(f"no dataset in {directory} ({FILE} is missing); {cure}") from None
         except OSError as error:
             raise UserError(f"cannot read {path} ({error.strerror}); check its permissions") from None
 
     def save(self, directory: Path | str) -> None:
-        """Write DATA/manifest.json, whole or not at all."""
+        """Write DATA/manifest.json atomically."""
         write_atomic(Path(directory) / FILE, self.to_bytes())
 
     def to_bytes(self) -> bytes:
@@ -166,7 +166,7 @@ def _check_split(name: str, split: SplitInfo, classes: int) -> None:
     if not split.shards or sum(shard.samples for shard in split.shards) != split.samples:
         raise ValueError(f"the shards of {name} do not add up to its samples")
     for shard in split.shards:
-        # Names are joined to a directory: nothing may point outside it.
+        # Names are joined to a directory, so they must not point outside it.
         if not _SHARD_FILE.fullmatch(shard.file) or not shard.file.startswith(name + "/"):
             raise ValueError(f"{shard.file!r} is not the name of a shard of {name}")
         if not (_positive(shard.samples) and _positive(shard.bytes)):

@@ -37,16 +37,16 @@ class Mnist(Source):
                 labels = _array(files, tree, f"{prefix}-labels-idx1-ubyte", used)
                 shapes.add(images.shape[1:])
                 if len(images) != len(labels) or not len(labels) or labels.max() >= len(DIGITS) or len(shapes) > 1:
-                    raise UserError(f"the {prefix} files in {files.shown} do not fit each other; get them again")
+                    raise UserError(f"the {prefix} files in {files.shown} do not match each other; download them again")
                 stream.write(images.data)
                 members = (Member(f"{prefix}[{i}]", images[0].size, offset=rows + i) for i in range(len(labels)))
                 splits[split] = list(map(Sample, members, labels.tolist()))
                 rows += len(labels)
         height, width = shapes.pop()
         reader = ArrayReader(path, (rows, height, width, 1))
-        classes, note = DIGITS, "classes are named as in MNIST: PATH does not say fashion"
+        classes, note = DIGITS, "class names are those of MNIST, because PATH does not contain the word fashion"
         if "fashion" in str(Path(self.argument).absolute()).lower():
-            classes, note = FASHION, "classes are named as in Fashion-MNIST: PATH says fashion"
+            classes, note = FASHION, "class names are those of Fashion-MNIST, because PATH contains the word fashion"
         return Listing("mnist", classes, splits, reader, left_out=tree.left_out(used), notes=(note,))
 
 
@@ -65,7 +65,7 @@ def _array(files: Files, tree: Tree, name: str, used: set[str]) -> NDArray[np.ui
         axes = int(name[-7])
         shape = tuple(np.frombuffer(content, ">u4", axes, 4).tolist())
         if content[:4] != bytes((0, 0, 8, axes)):
-            raise ValueError("it is no idx file of bytes")
+            raise ValueError("it is not an idx file of bytes")
         return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)
     except (OSError, ValueError, EOFError, zlib.error) as error:
-        raise UserError(f"{member.name} in {files.shown} is malformed ({error}); get it again") from None
+        raise UserError(f"{member.name} in {files.shown} is malformed ({error}); download it again") from None

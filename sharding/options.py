@@ -1,4 +1,4 @@
-"""What a user chooses about a build."""
+"""The options of a build."""
 
 import math
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ LARGEST_SIDE = 4096
 
 @dataclass(frozen=True)
 class Options:
-    """What a user chooses about a build. Raises UserError for values that make no sense.
+    """The options of a build. Raises UserError for values that make no sense.
 
     `shard_size` is in bytes, of the source's images; fractions lie between 0 and 1; `workers` None means all cores;
-    `layout` splits or classes says how folders called train or test are read (None: as they look); `first_label` is the
-    smallest label of webdataset's; `value_range` is what becomes 0 and 255 of images beyond 8 bits; `classes`: the names
-    of those to take, or the number of the first ones (none: all).
+    `layout` splits or classes says how folders named train or test are read (None: decided by their content);
+    `first_label` is the smallest label in webdataset tars; `value_range`: the values that become 0 and 255 in images of
+    more than 8 bits; `classes`: the names of the classes to use, or the number of first ones (empty: all).
     """
 
     shard_size: int = 64_000_000

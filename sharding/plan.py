@@ -1,4 +1,4 @@
-"""What a build will write, decided before anything is encoded."""
+"""The plan of a build: everything it will write, decided before anything is encoded."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from sharding.tars import BLOCK, padded, shown
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """One sample of a shard: `key` is its name there, unique in the data set."""
+    """One sample of a shard: `key` is its name in the shard, unique in the data set."""
 
     key: str
     member: Member
@@ -31,7 +31,7 @@ class Planned:
 class ShardPlan:
     """One shard to write: its split, its file name relative to DATA, and its samples in order.
 
-    `tar`: somebody else's tar that holds them already; the shard is then a link to it, and an index.
+    `tar`: an existing tar that already holds the samples; the shard is then a link to it, with an index.
     """
 
     split: str
@@ -42,7 +42,7 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that shapes the bytes of a data set, library versions aside."""
+    """Everything that determines the bytes of a data set, except library versions."""
 
     name: str
     classes: tuple[str, ...]
@@ -51,7 +51,7 @@ class Plan:
 
     @property
     def fingerprint(self) -> str:
-        """Return 64 hex digits: two plans of one fingerprint, with the same libraries, give the same bytes."""
+        """Return 64 hex digits: plans with equal fingerprints, and the same libraries, give the same bytes."""
         digest = hashlib.sha256()
         target: list[object] = [self.target.height, self.target.width, self.target.channels]
         if self.target.values is not None:
@@ -63,16 +63,16 @@ class Plan:
             for sample in shard.samples:
                 kept = sample.seen.kept_as
                 if sample.seen.grey and self.target.channels == 3 and self.target.keeps(sample.seen):
-                    kept += " grey"  # versions that converted these must not share a build with this one
+                    kept += " grey"  # a build of an older version, which converted these, must not be continued
                 digest.update(f"{sample.key} {sample.label} {kept} ".encode() + sample.seen.sha256)
         return digest.hexdigest()
 
 
 def make_plan(listing: Listing, seen: dict[str, list[Seen | None]], options: Options) -> Plan:
-    """Cut the splits, choose size and channels, and deal the samples to shards.
+    """Make the splits, choose size and channels, and distribute the samples over shards.
 
-    `seen` holds, split by split as listed, what a look at each image told; None for an image that is left out.
-    Raises UserError when sizes differ and none is asked for, or a class is too small to be split.
+    `seen` holds, split by split as listed, what inspecting each image found; None for an image that is left out.
+    Raises UserError when sizes differ and no size is requested, or a class is too small to be split.
     """
     splits: dict[str, list[Planned]] = {}
     torn, number = {tar for tar, _ in listing.faults}, 0
@@ -100,14 +100,14 @@ def make_plan(listing: Listing, seen: dict[str, list[Seen | None]], options: Opt
 
 
 def check_splits(listing: Listing, options: Options) -> None:
-    """Raise UserError where there are not two classes, or the fractions asked for do not suit the splits of the source."""
+    """Raise UserError if there are fewer than two classes, or the fractions do not fit the splits of the source."""
     if len(listing.classes) < 2:
-        raise UserError(f"{listing.name} holds only the class {shown(*listing.classes)}; give a source of two or more")
+        raise UserError(f"{listing.name} holds only the class {shown(*listing.classes)}; give one of two or more")
     if "test" not in listing.splits and options.test_fraction is None:
-        raise UserError(f"{listing.name} has no test set; give --test-fraction, say 0.1, to cut one from train")
+        raise UserError(f"{listing.name} has no test set; give --test-fraction, such as 0.1, to split one off train")
     for split, fraction in (("test", options.test_fraction), ("val", options.val_fraction)):
         if split in listing.splits and fraction is not None:
-            raise UserError(f"{listing.name} brings its own {split} set; leave --{split}-fraction out")
+            raise UserError(f"{listing.name} already has a {split} set; leave --{split}-fraction out")
 
 
 def choose_target(seen: list[Seen], image_size: int | None) -> Target:
@@ -133,16 +133,16 @@ def _check_classes(splits: dict[str, list[Planned]], classes: tuple[str, ...]) -
 
 
 def _check_depth(seen: list[Seen]) -> None:
-    """Raise UserError where images of 16 bits use so few of their values that nothing of them would be left in 8."""
+    """Raise UserError if 16-bit images use only values so small that they would be black in 8 bits."""
     highest = max(look.highest for look in seen)
     if 0 < highest < 256:
         count = sum(look.highest >= 0 for look in seen)
-        what = f"no value of {count:,} images of 16 bits is above {highest}, so that they would be black"
-        raise UserError(f"{what}; give --value-range 0 {highest}, or other numbers that become black and white")
+        what = f"no pixel of {count:,} 16-bit images is above {highest}, so that they would be black"
+        raise UserError(f"{what}; give --value-range 0 {highest}, or other values that become black and white")
 
 
 def about(plan: Plan) -> list[str]:
-    """What the user should know of a plan: pictures that stand twice where they should not, and values left unused."""
+    """Return what the user should know about a plan: images found in two classes or splits, and unused pixel values."""
     first, twice, highest = dict[bytes, tuple[str, Planned]](), dict[str, list[str]](), -1
     for shard in plan.shards:
         for sample in shard.samples:
@@ -151,15 +151,15 @@ def about(plan: Plan) -> list[str]:
             if other.label != sample.label or split != shard.split:
                 kind = "classes" if other.label != sample.label else "splits"
                 twice.setdefault(kind, []).append(f"{shown(other.member.name)} and {shown(sample.member.name)}")
-    notes = [f"pictures that stand in two {kind}: {len(pairs):,} ({pairs[0]})" for kind, pairs in twice.items()]
+    notes = [f"images found in two {kind}: {len(pairs):,} ({pairs[0]})" for kind, pairs in twice.items()]
     if 0 <= highest < 2**15 and plan.target.values is None:
-        spread = f"--value-range 0 {highest} spreads them"
-        notes.append(f"images of 16 bits are read as 0 … 65535, and use up to {highest}: {spread}")
+        spread = f"--value-range 0 {highest} makes them brighter"
+        notes.append(f"16-bit images are read as 0 … 65535, but their largest value is {highest}: {spread}")
     return notes
 
 
 def _cut_splits(splits: dict[str, list[Planned]], listing: Listing, options: Options) -> None:
-    """Cut test, then val, from train where the source does not bring them."""
+    """Cut test, then val, from train if the source does not have them."""
     for split, fraction in (("test", options.test_fraction), ("val", options.val_fraction)):
         if split in splits:
             continue
@@ -174,7 +174,7 @@ def _cut_splits(splits: dict[str, list[Planned]], listing: Listing, options: Opt
 
 
 def _deal_split(split: str, samples: list[Planned], options: Options) -> list[ShardPlan]:
-    # A sample takes two headers, the label's block and the padded image.
+    # A sample takes two header blocks, one block for its label and the padded image.
     total = sum(3 * BLOCK + padded(sample.member.size) for sample in samples)
     shards = min(len(samples), -(-total // options.shard_size))
     dealt = deal([sample.label for sample in samples], shards, seed=options.seed, split=split)
@@ -185,9 +185,9 @@ def _deal_split(split: str, samples: list[Planned], options: Options) -> list[Sh
 
 
 def _as_they_lie(split: str, samples: list[Planned], paths: tuple[Path, ...], torn: set[int]) -> list[ShardPlan]:
-    """A shard for each tar that holds samples of the split: those that were cut from train are rows of train's tars.
+    """Return a shard for each tar that holds samples of the split; a split cut from train uses rows of train's tars.
 
-    Tars of which samples are skipped (`torn`) are written anew without those: other programs read a tar whole.
+    Tars with skipped samples (`torn`) are written again without those, because other programs read whole tars.
     """
     by_tar: dict[int, list[Planned]] = {}
     for sample in samples:

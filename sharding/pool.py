@@ -30,13 +30,13 @@ def available_cores() -> int:
 
 
 class Pool:
-    """Worker processes that live as long as the `with` block, and never longer than this process. One worker: none."""
+    """Worker processes that live as long as the `with` block, and never longer than this process. With one worker, no process starts."""
 
     def __init__(self, workers: int, shared: Any) -> None:
         self._shared = shared
         self._executor: ProcessPoolExecutor | None = None
         if workers > 1:
-            # Not forked: the caller may have threads (torch, tqdm), whose locks a fork would copy as they stand.
+            # Not forked, because a fork would copy the locks of the caller's threads (torch, tqdm) in their current state.
             context = multiprocessing.get_context("spawn")
             self._done: Synchronized[int] = context.Value("q", 0)
             self._stop: Synchronized[int] = context.Value("b", 0)
@@ -75,7 +75,7 @@ class _Stopped(Exception):
     """The parent asked the workers to stop."""
 
 
-# What a worker process was started with.
+# The arguments with which a worker process was started.
 _shared: Any = None
 _done: "Synchronized[int]"
 _stop: "Synchronized[int]"
@@ -84,7 +84,7 @@ _stop: "Synchronized[int]"
 def _start_worker(shared: Any, done: "Synchronized[int]", stop: "Synchronized[int]") -> None:
     global _shared, _done, _stop
     _shared, _done, _stop = shared, done, stop
-    # Ctrl-C reaches the whole process group; the parent stops the workers in order.
+    # Ctrl-C reaches the whole process group, but only the parent handles it, and then stops the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     import_webdataset_without_torch()
@@ -93,7 +93,7 @@ def _start_worker(shared: Any, done: "Synchronized[int]", stop: "Synchronized[in
 def import_webdataset_without_torch() -> None:
     """Import webdataset in a process that only writes shards: torch, which it imports if it can, takes 470 MB and 3 s.
 
-    What reads by webdataset needs torch, so this is no way for processes that do anything else.
+    Reading with webdataset needs torch, so do not use this in a process that does anything but write.
     """
     if "torch" in sys.modules:
         return

@@ -1,4 +1,4 @@
-"""How far long work is, how fast, and how long it will take: a bar on a terminal, plain lines elsewhere."""
+"""Progress, speed and remaining time of long work: a bar on a terminal, plain lines of text elsewhere."""
 
 import time
 from collections.abc import Callable
@@ -11,7 +11,7 @@ INTERVAL_S = 10.0
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words."""
+    """Return a number of seconds as readable text."""
     if seconds < 100:
         return f"{seconds:.1f} s" if seconds else "0"
     if seconds < 6000:

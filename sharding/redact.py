@@ -1,9 +1,9 @@
-"""What people may see of a text in which URLs stand: never the keys in them."""
+"""Hides the secrets of URLs in a text before people see it."""
 
 import re
 
 HIDDEN = "***"
-# A URL that went through pathlib has lost a slash.
+# pathlib removes one of the two slashes of a URL.
 _URL = re.compile(
     r"(?P<scheme>\b(?:[A-Za-z][A-Za-z0-9+.-]*://|(?:https?|s3a?|gs|gcs|ftp|az|abfss?|hf):/))"
     r"(?P<user>[^\s/@\"'<>]+@)?(?P<rest>[^\s\"'<>?]*)(?P<query>\?[^\s\"'<>;,)]*)?"
@@ -11,7 +11,7 @@ _URL = re.compile(
 
 
 def redact(text: str) -> str:
-    """Return `text` with the user part and the query of every URL hidden: that is where keys, tokens and signatures stand."""
+    """Return `text` with the user part and the query of every URL hidden: these hold keys, tokens and signatures."""
     return _URL.sub(_hide, text)
 
 

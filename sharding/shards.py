@@ -18,7 +18,7 @@ from sharding.errors import UserError
 from sharding.files import sha256_file
 from sharding.manifest import Manifest, ShardInfo
 
-# Each map holds a file descriptor; a data set may have more shards than a process may hold descriptors.
+# Each memory map needs a file descriptor, and a data set may have more shards than a process may have descriptors.
 OPEN_SHARDS = 256
 _COLORSPACES = {1: ("Gray",), 3: ("YCbCr", "RGB", "Gray")}
 _MODES = {1: ("L",), 3: ("RGB", "L")}
@@ -63,7 +63,7 @@ class Shards:
         counts = np.bincount(self.labels, minlength=len(manifest.classes))
         if tuple(counts.tolist()) != manifest.splits[split].class_counts:
             where = self._directory / split
-            raise UserError(f"the indexes in {where} do not hold the class counts of the manifest; build it again")
+            raise UserError(f"the indexes in {where} do not match the manifest's class counts; build it again")
         self._map = lru_cache(maxsize=min(most_open, OPEN_SHARDS))(self._open)
 
     def locate(self, i: int) -> tuple[int, int]:
@@ -80,7 +80,7 @@ class Shards:
         return self._map(shard)[offset : offset + int(self._sizes[i])]
 
     def payloads(self, indices: NDArray[np.int64]) -> list[memoryview]:
-        """Return `payload` of each of the indices, int64 [n], for less: what can be is worked out for all at once."""
+        """Return `payload` of each index, int64 [n]; faster than single calls, because offsets are computed together."""
         if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < self.samples:
             raise IndexError(f"a sample outside 0 … {self.samples - 1}")
         shards = np.searchsorted(self._starts, indices, side="right") - 1
@@ -103,7 +103,7 @@ class Shards:
 
 
 def read_index(directory: Path, info: ShardInfo, classes: int, *, remote: bool = False) -> NDArray[np.int64]:
-    """Read a shard's index, int64 [samples, 3]: payload offset, size in bytes, label. Of a remote shard it may be all there is.
+    """Read a shard's index, int64 [samples, 3]: payload offset, size in bytes, label. `remote`: the tar may be missing.
 
     Raises UserError naming the file when the tar's size, the number of rows, an offset or a label does not agree with
     the manifest.
@@ -116,7 +116,7 @@ def read_index(directory: Path, info: ShardInfo, classes: int, *, remote: bool =
             index = np.lib.format.read_array(stream, allow_pickle=False)
     except OSError as error:
         raise UserError(f"cannot read {error.filename or path} ({error.strerror or error}); {cure}") from None
-    # numpy answers a damaged header with exceptions of many types.
+    # numpy raises exceptions of many types for a damaged header.
     except Exception as error:
         raise UserError(f"{path} is not an index ({error}); {cure}") from None
     if index.dtype != np.int64 or index.shape != (info.samples, 3):
@@ -140,7 +140,7 @@ def verify_shard(directory: Path | str, info: ShardInfo) -> None:
         except OSError as error:
             raise UserError(f"cannot read {path} ({error.strerror or error}); build the dataset again") from None
         if actual != expected:
-            raise UserError(f"{path} was altered (its sha256 is not the manifest's); build the dataset again")
+            raise UserError(f"{path} was altered (its sha256 differs from the manifest); build the dataset again")
 
 
 def decode(payload: bytes | memoryview, out: NDArray[np.uint8]) -> None:
@@ -156,12 +156,12 @@ def decode(payload: bytes | memoryview, out: NDArray[np.uint8]) -> None:
 
 
 def _decode_jpeg(payload: bytes | memoryview, out: NDArray[np.uint8]) -> None:
-    # The header first: a JPEG that claims 65,535 pixels a side must not make the decoder ask for their memory.
+    # The header is read first, so that a JPEG that claims 65,535 x 65,535 pixels cannot make the decoder allocate them.
     height, width, colorspace, _ = simplejpeg.decode_jpeg_header(payload)
     rows, columns, channels = out.shape
     if height != rows or width != columns or colorspace not in _COLORSPACES[channels]:
         raise ValueError(f"a JPEG of {width}x{height} {colorspace} where {_wanted(out)} is expected")
-    # By position: an image of 64x64 takes 22 microseconds, and parsing keywords one of them.
+    # Arguments are passed by position, because keywords would cost 1 of the 22 microseconds of a 64x64 image.
     simplejpeg.decode_jpeg(payload, "GRAY" if channels == 1 else "RGB", False, False, 0, 0, 1, out)
 
 
@@ -171,9 +171,9 @@ def _decode_pillow(payload: bytes | memoryview, out: NDArray[np.uint8]) -> None:
             if image.mode not in _MODES[out.shape[2]] or image.size != (out.shape[1], out.shape[0]):
                 found = f"{image.width}x{image.height} {image.mode}"
                 raise ValueError(f"an image of {found} where {_wanted(out)} is expected")
-            # A grey image among colours is one channel that numpy repeats.
+            # numpy repeats the one channel of a grey image if the data set has three.
             out[...] = np.asarray(image).reshape(*out.shape[:2], -1)
-    # Pillow's plugins answer damaged bytes with exceptions of many types.
+    # Pillow's plugins raise exceptions of many types for damaged bytes.
     except Exception as error:
         raise ValueError(str(error) or type(error).__name__) from error
 

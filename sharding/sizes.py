@@ -11,7 +11,7 @@ _UNITS |= {unit + "IB": 1024**power for power, unit in enumerate("KMGT", 1)}
 
 
 def parse_size(text: str) -> int:
-    """Return bytes from ``64MB`` (10^6), ``64MiB`` (2^20) or a plain number. Raises UserError when it is none."""
+    """Return bytes from ``64MB`` (10^6), ``64MiB`` (2^20) or a plain number. Raises UserError for other text."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     if not match or match[2].upper() not in _UNITS:
         raise UserError(f"size {text!r} is not a number of bytes; write it as 64MB")
@@ -19,7 +19,7 @@ def parse_size(text: str) -> int:
 
 
 def size(n: float) -> str:
-    """Bytes in words."""
+    """Return a number of bytes as readable text."""
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if n >= scale:
             return f"{n / scale:.1f} {unit}" if n < 100 * scale else f"{n / scale:.0f} {unit}"

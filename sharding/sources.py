@@ -38,13 +38,13 @@ class TinyImageNet(Source):
             raise UserError(f"{files.shown} holds no wnids.txt; give Tiny ImageNet in its published layout")
         wnids = sorted({line.strip() for line in self._lines(files, tree, root, "wnids.txt") if line.strip()})
         if not wnids:
-            raise UserError(f"wnids.txt in {files.shown} names no class; get it again")
+            raise UserError(f"wnids.txt in {files.shown} names no class; download it again")
         ids = {wnid: i for i, wnid in enumerate(wnids)}
         train = []
         for wnid, label in ids.items():
             images = tree.images_below(posixpath.join(root, "train", wnid))
             if not images:
-                raise UserError(f"class {wnid} has no image in train of {files.shown}; get it again")
+                raise UserError(f"class {wnid} has no image in train of {files.shown}; download it again")
             train += [Sample(member, label) for member in images]
         test = self._published_val(files, tree, root, ids)
         words = [line.partition("\t") for line in self._lines(files, tree, root, "words.txt")]
@@ -60,7 +60,7 @@ class TinyImageNet(Source):
         for member in tree.images_below(posixpath.join(root, "val")):
             wnid = annotated.get(posixpath.basename(member.name), "")
             if wnid not in ids:
-                raise UserError(f"{member.name} in {files.shown} has no class in val_annotations.txt; get it again")
+                raise UserError(f"{member.name} in {files.shown} is not in val_annotations.txt; download it again")
             samples.append(Sample(member, ids[wnid]))
         if not samples:
             raise UserError(f"{files.shown} has no image in val; give Tiny ImageNet in its published layout")
@@ -74,7 +74,7 @@ class TinyImageNet(Source):
         try:
             return files.read(member).decode("utf-8").splitlines()
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {name} in {files.shown} ({error}); get it again") from None
+            raise UserError(f"cannot read {name} in {files.shown} ({error}); download it again") from None
 
 
 SOURCES: dict[str, type[Source]] = {
@@ -93,22 +93,22 @@ def open_source(text: str, scratch: Path, options: Options | None = None) -> Lis
     options, text = options or Options(), expanded(text)
     source = parse(text)
     if options.layout and source is not Folder:
-        raise UserError("--layout is for folder: alone; leave it out")
+        raise UserError("--layout works only with folder: sources; leave it out")
     if options.first_label and source is not WebDataset:
-        raise UserError("--first-label is for webdataset: alone; leave it out")
+        raise UserError("--first-label works only with webdataset: sources; leave it out")
     listing = source(text.partition(":")[2], scratch, options).listing()
     return chosen(listing, options.classes) if options.classes else listing
 
 
 def expanded(text: str) -> str:
-    """SOURCE with ``~`` at the beginning of its paths expanded: shells do that at the beginning of words alone."""
+    """Return SOURCE with ``~`` at the beginning of its paths expanded: shells do that only at the beginning of words."""
     kind, colon, argument = text.partition(":")
     starts = r"(^|::|=)(~[^/:,]*)" if kind == "webdataset" else r"(^)(~[^/]*)"
     return kind + colon + re.sub(starts, lambda found: found[1] + os.path.expanduser(found[2]), argument)
 
 
 def parse(text: str) -> type[Source]:
-    """Return the class of SOURCE. Raises UserError when there is none, or PATH is left out or does not exist."""
+    """Return the class of SOURCE. Raises UserError when it is unknown, or PATH is missing or does not exist."""
     kind, _, argument = text.partition(":")
     source = SOURCES.get(kind)
     if source is None:
@@ -122,7 +122,7 @@ def parse(text: str) -> type[Source]:
 
 
 def _class_names(wnids: Sequence[str], words: dict[str, str]) -> tuple[str, ...]:
-    """Return readable, distinct names: the first synonym, with the wnid where two classes share it."""
+    """Return readable, distinct names: the first synonym, with the wnid if two classes share it."""
     short = {wnid: words.get(wnid, wnid).split(",")[0].strip() or wnid for wnid in wnids}
     often = Counter(short.values())
     return tuple(name if often[name] == 1 else f"{name} ({wnid})" for wnid, name in short.items())

@@ -12,9 +12,9 @@ _PURPOSES = ("test", "val", "deal-train", "deal-val", "deal-test")
 
 
 def apportion(counts: NDArray[np.int64], total: int) -> NDArray[np.int64]:
-    """Return how many of `total` fall to each class, int64 [C], in proportion to `counts` by largest remainders.
+    """Return how many of `total` each class gets, int64 [C], in proportion to `counts` by largest remainders.
 
-    Each class gives at least one and keeps at least one, so that the sum may differ from `total` where classes are
+    Each class gives at least one and keeps at least one, so that the sum may differ from `total` if classes are
     small. Needs counts ≥ 2.
     """
     quotas = counts * (total / counts.sum())
@@ -36,7 +36,7 @@ def stratified(
     labels = np.asarray(labels, np.int64)
     counts = np.bincount(labels)
     if small := np.flatnonzero((counts < 2) & (counts > 0)).tolist():
-        what = f"class {shown(classes[small[0]])} has too few images to give {purpose} one and train one"
+        what = f"class {shown(classes[small[0]])} has too few images for both {purpose} and train"
         raise UserError(f"{what}; add images or remove the class")
     chosen = np.zeros(len(labels), bool)
     present = np.flatnonzero(counts)
@@ -46,9 +46,9 @@ def stratified(
 
 
 def deal(labels: ArrayLike, shards: int, *, seed: int, split: str) -> list[NDArray[np.int64]]:
-    """Shuffle N samples and deal them to shards. Returns the sample numbers of each shard in their order.
+    """Shuffle N samples and distribute them over shards. Returns the sample numbers of each shard in their order.
 
-    Any two shards differ by at most one sample, in all and in each class.
+    Any two shards differ by at most one sample, in total and in each class.
     """
     labels = np.asarray(labels, np.int64)
     purpose, found = f"deal-{split}", np.unique(labels).tolist()
@@ -58,6 +58,6 @@ def deal(labels: ArrayLike, shards: int, *, seed: int, split: str) -> list[NDArr
 
 
 def _shuffled(values: NDArray[np.int64], seed: int, purpose: str, stream: int) -> NDArray[np.int64]:
-    # Seeds must not be negative: class c and the inside of shard s are told apart by the last word.
+    # Seeds must not be negative, so the last word distinguishes class c from the shuffle inside shard s.
     words = [seed, _PURPOSES.index(purpose), abs(stream), int(stream < 0)]
     return np.random.default_rng(words).permutation(values)

@@ -1,8 +1,8 @@
-"""The members of a tar archive, from its headers, none of which is trusted.
+"""The members of a tar archive, read from its headers, none of which is trusted.
 
-`tarfile` ends silently at a cut or a bad header. Here an archive is whole, up to its two closing zero blocks, or an error; its
-members are plain files, directories and, where they are asked for, links and special files, with names inside the archive,
-or an error; and no header makes this module allocate more than a mebibyte.
+`tarfile` stops silently at a truncation or a bad header. This module raises an error unless the archive is complete, up to
+its two closing zero blocks. Members are plain files, directories and, if requested, links and special files, with names
+inside the archive; any other member is an error. No header makes this module allocate more than a mebibyte.
 """
 
 import os
@@ -32,9 +32,9 @@ _RECORD = re.compile(rb"(\d{1,7}) ([^=\n]{1,256})=")
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A member: its name as it stands in the archive, and of a plain file its size in bytes and where its bytes begin.
+    """A member: its name as in the archive, and for a plain file its size in bytes and the offset of its content.
 
-    `target`: of a link, the member that it leads to, relative to the archive; it may not be there. `odd`: of a pipe or a
+    `target`: for a link, the member that it leads to, relative to the archive; it may be missing. `odd`: for a pipe or a
     device, what it is.
     """
 
@@ -53,8 +53,8 @@ class Entry:
 def entries(path: Path) -> Iterator[Entry]:
     """Yield the plain files of an uncompressed tar, in order.
 
-    Raises ValueError, with the member's name where it has one, for an archive that is cut or damaged, or holds what has no
-    place in a data set: links, devices, sparse files, names that lead outside. Raises OSError where it cannot be read.
+    Raises ValueError, with the member's name if it has one, for an archive that is truncated or damaged, or holds links,
+    devices, sparse files or names that lead outside. Raises OSError when it cannot be read.
     """
     for entry in tree(path):
         if entry.target or entry.odd:
@@ -64,9 +64,9 @@ def entries(path: Path) -> Iterator[Entry]:
 
 
 def tree(path: Path) -> Iterator[Entry]:
-    """As `entries`, with directories, links, pipes and devices, which are no plain files.
+    """Yield what `entries` yields, and also directories, links, pipes and devices.
 
-    Raises Unfit, a ValueError, for an archive that is whole and of a kind that is not read.
+    Raises Unfit, a ValueError, for an archive that is complete but of an unsupported kind.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -76,7 +76,7 @@ def tree(path: Path) -> Iterator[Entry]:
 
 
 def is_tar(head: bytes) -> bool:
-    """Whether a file's first block is a tar's header, or the end of one that holds nothing."""
+    """Whether a file's first block is the header of a tar, or the end of an empty tar."""
     with suppress(tarfile.HeaderError, ValueError, OverflowError):
         tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
         return True
@@ -84,18 +84,18 @@ def is_tar(head: bytes) -> bool:
 
 
 def shown(name: str) -> str:
-    """A member's name as it may be printed: short, on one line, without control characters."""
+    """Return a member's name for printing: short, on one line, without control characters."""
     name = writable(name if len(name) <= 200 else f"{name[:200]}…")
     return name if name.isprintable() else ascii(name)[1:-1]
 
 
 def writable(name: str) -> str:
-    """A name as it may be written: bytes that are not UTF-8 become ``\\xe9``."""
+    """Return a name that can be written as text: bytes that are not UTF-8 become ``\\xe9``."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 class Unfit(ValueError):
-    """An archive that is whole, but of a kind that is not read; the message says what to do."""
+    """The archive is complete, but of an unsupported kind; the message says what to do."""
 
 
 class _Walk:
@@ -113,7 +113,7 @@ class _Walk:
                 extensions |= self._extension(info, data)
                 position = data + padded(info.size)
                 continue
-            if info.type == _LABEL:  # of the whole volume, as `tar -V` writes it
+            if info.type == _LABEL:  # the label of the whole volume, as `tar -V` writes it
                 position, extensions = data, {}
                 continue
             name = checked_name(extensions.get("path", info.name))
@@ -127,30 +127,30 @@ class _Walk:
             position = data + padded(size)
             if position > self._end:
                 left = max(0, self._end - data)
-                raise ValueError(f"{shown(name)} claims {size} bytes where {left} are left: cut or forged")
+                raise ValueError(f"{shown(name)} claims {size} bytes, but {left} are left: truncated or forged")
             yield Entry(name, size, data)
         if extensions:
-            raise ValueError("it ends after the extended header of a member that is not there")
+            raise ValueError("it ends after an extended header whose member is missing")
         self._check_end(position)
 
     def _bytes(self, position: int, size: int, what: str) -> bytes:
         found = os.pread(self._descriptor, size, position)
         if len(found) < size:
-            raise ValueError(f"it ends at byte {self._end}, before {what}: it was cut")
+            raise ValueError(f"it ends at byte {self._end}, before {what}: it is truncated")
         return found
 
     def _header(self, block: bytes, position: int) -> tarfile.TarInfo:
         try:
             info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-        # A block that is no header is answered with exceptions of several types.
+        # tarfile raises exceptions of several types for a block that is not a header.
         except (tarfile.HeaderError, ValueError, OverflowError) as error:
-            raise ValueError(f"the block at byte {position} is no header ({error})") from None
+            raise ValueError(f"the block at byte {position} is not a header ({error})") from None
         if info.size < 0:
             raise ValueError(f"{shown(info.name)} claims a size of {info.size} bytes")
         return info
 
     def _extension(self, info: tarfile.TarInfo, data: int) -> dict[str, str]:
-        """What an extended header says of the next member: its ``path``, ``linkpath`` and ``size``."""
+        """Return what an extended header says about the next member: its ``path``, ``linkpath`` and ``size``."""
         if info.size > LARGEST_EXTENSION:
             raise ValueError(f"the extended header at byte {data - BLOCK} claims {info.size} bytes")
         content = self._bytes(data, info.size, "the end of an extended header")
@@ -168,7 +168,7 @@ class _Walk:
 
     def _check_end(self, position: int) -> None:
         if self._bytes(position + BLOCK, BLOCK, "the second of its two closing zero blocks") != _ZEROS:
-            raise ValueError(f"the block at byte {position + BLOCK} follows a zero block but is none")
+            raise ValueError(f"the block at byte {position + BLOCK} follows a zero block but is not zero")
         position += 2 * BLOCK
         while chunk := os.pread(self._descriptor, 2**20, position):
             if rest := chunk.lstrip(b"\0"):
@@ -181,20 +181,20 @@ class _Walk:
 
 
 def read_at(descriptor: int, size: int, offset: int) -> bytes:
-    """Return `size` bytes of an open file from `offset` on. Raises ValueError where it ends before."""
+    """Return `size` bytes of an open file from `offset` on. Raises ValueError if the file ends earlier."""
     content = os.pread(descriptor, size, offset)
     if len(content) != size:
-        raise ValueError("the archive ends before it")
+        raise ValueError("the archive ends before the end of this file")
     return content
 
 
 def padded(size: int) -> int:
-    """Bytes that a member of `size` bytes fills: whole blocks."""
+    """Return how many bytes a member of `size` bytes takes in the archive: whole blocks."""
     return -(-size // BLOCK) * BLOCK
 
 
 def checked_name(name: str) -> str:
-    """Return a member's name as it is. Raises ValueError where it leads outside the archive, or is none."""
+    """Return a member's name unchanged. Raises ValueError if it leads outside the archive, or is not a file name."""
     if not name or len(name) > LONGEST_NAME:
         raise ValueError(f"a member's name has {len(name)} characters")
     if name.startswith("/"):
@@ -202,15 +202,15 @@ def checked_name(name: str) -> str:
     if ".." in name.split("/"):
         raise Unfit(f"{shown(name)} leads outside the archive; write the archive again without it")
     if "\0" in name:
-        raise ValueError(f"{shown(name)} is no name")
+        raise ValueError(f"{shown(name)} is not a file name")
     return name
 
 
 def _target(info: tarfile.TarInfo, name: str, linkname: str) -> str:
-    """Where a link leads; no other member leads anywhere. Raises ValueError for members of unknown kinds."""
+    """Return the target of a link, or "" for other members. Raises ValueError for members of unknown kinds."""
     if info.type in (*_PLAIN, *_DEVICES, tarfile.DIRTYPE, _DUMP):
         return ""
-    if info.type in _LINKS:  # a hard link names a member, a symbolic one a way from its own directory
+    if info.type in _LINKS:  # a hard link names a member; a symbolic link is relative to its directory
         return posixpath.join("" if info.islnk() else posixpath.dirname(name), linkname) or "."
     if info.type == tarfile.GNUTYPE_SPARSE:
         raise Unfit(f"{shown(name)} {_SPARSE}")

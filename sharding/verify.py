@@ -1,4 +1,4 @@
-"""Is a data set on disk what its manifest says?"""
+"""Checks a data set on disk against its manifest."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +23,7 @@ TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Found:
-    """What a shard was found to hold: its faults, class counts, and the pixel sums of `Moments`."""
+    """What checking a shard found: its faults, class counts, and the pixel sums of `Moments`."""
 
     faults: tuple[str, ...]
     class_counts: tuple[int, ...]
@@ -65,7 +65,7 @@ def _fault(directory: Path, shard: ShardInfo) -> str | None:
 
 
 def _strays(directory: Path, shards: list[ShardInfo]) -> Iterator[str]:
-    """Name shards that the manifest does not know: a reader that takes all files of a directory would read them."""
+    """Report shards that are not in the manifest, because programs that read every file of a directory would use them."""
     known = {name for shard in shards for name in (shard.file, shard.index_file)}
     for path in sorted([*directory.glob("*/*.tar"), *directory.glob("*/*.npy")]):
         if f"{path.parent.name}/{path.name}" not in known:
@@ -82,12 +82,12 @@ def _deep(directory: Path, manifest: Manifest, log: Log, bar: bool) -> list[str]
     for name, split in manifest.splits.items():
         counts = np.sum([found[shard].class_counts for shard in split.shards], axis=0)
         if tuple(counts.tolist()) != split.class_counts:
-            faults.append(f"the class counts of {name} are not those of the manifest; build the dataset again")
+            faults.append(f"the class counts of {name} differ from the manifest; build the dataset again")
     train = [found[shard] for shard in manifest.splits["train"].shards]
     pixels = manifest.splits["train"].samples * manifest.height * manifest.width
     statistics = mean_and_std([f.sums for f in train], [f.squares for f in train], pixels)
     if not np.allclose(statistics, (manifest.mean, manifest.std), rtol=0, atol=TOLERANCE):
-        faults.append("mean or std of train is not that of the manifest; build the dataset again")
+        faults.append("mean or std of train differs from the manifest; build the dataset again")
     return faults
 
 
@@ -105,12 +105,12 @@ def check_shard(shared: tuple[Path, Manifest], info: ShardInfo, tick: Tick) -> F
     if _rows_of(index, np.array(members, np.int64)):
         faults = tuple(_decode_all(path, index, manifest, moments, tick))
     else:
-        faults = (f"{info.index_file} does not describe {path}; build the dataset again",)
+        faults = (f"{info.index_file} does not match {path}; build the dataset again",)
     return Found(faults, counts, *moments.sums())
 
 
 def _rows_of(index: NDArray[np.int64], members: NDArray[np.int64]) -> bool:
-    """Whether each row of the index is a sample of the tar, in its order; in somebody else's tar another split has the rest."""
+    """Whether each row of the index is a sample of the tar, in its order; a linked tar may also hold other splits."""
     places = np.searchsorted(members[:, 0], index[:, 0])
     known = bool((places < len(members)).all()) and np.array_equal(members[places], index)
     return known and bool((np.diff(places) > 0).all())

@@ -1,7 +1,7 @@
 """A build: source → splits → shards → manifest. Parallel, atomic, resumable; the same bytes for any worker count.
 
-DEST/build.json says what is being, or was, built; DEST/.build/ holds, while the build goes on, temporary files and a
-record of each finished shard. The manifest is written last: a directory without one is no data set.
+DEST/build.json says what is being built, or was built. During the build, DEST/.build/ holds temporary files and a record
+of each finished shard. The manifest is written last: a directory without one is not a data set.
 """
 
 import json
@@ -36,7 +36,7 @@ IMAGES_PER_WORKER = 2000
 
 @dataclass(frozen=True)
 class Built:
-    """What a build came to. `reused`: the data set was there already. `skipped`: unreadable images left out."""
+    """The result of a build. `reused`: the data set existed already. `skipped`: number of unreadable images left out."""
 
     manifest: Manifest
     reused: bool
@@ -46,10 +46,10 @@ class Built:
 def build(
     source: str, dest: Path | str, options: Options | None = None, *, log: Log | None = None, bar: bool = False
 ) -> Built:
-    """Build the data set of `source` (as on the command line) in `dest`; go on with an unfinished build of the same.
+    """Build the data set of `source` (as on the command line) in `dest`, or continue an unfinished build of it.
 
-    `log` gets lines of text, `bar` shows progress bars on stderr. Raises UserError for anything the user can mend, and
-    OSError when the disk is full or not writable; what was finished by then is used by the next run.
+    `log` gets lines of text, `bar` shows progress bars on stderr. Raises UserError for anything the user can fix, and
+    OSError when the disk is full or not writable; the next run uses the shards that were finished by then.
     """
     options, log, dest, source = options or Options(), log or (lambda line: None), Path(dest), expanded(source)
     parse(source)
@@ -84,14 +84,14 @@ def _build(source: str, dest: Path, options: Options, log: Log, bar: bool) -> Bu
         records = [dest / WORK / f"{shard.file.replace('/', '-')}.json" for shard in plan.shards]
         tasks = [ShardTask(dest, *pair, plan.target) for pair in zip(records, plan.shards, strict=True)]
         if listing.in_place and (anew := sum(shard.tar is None for shard in plan.shards)):
-            log(f"{anew} of {len(tasks)} tars are written anew: images do not fit as they are, or are skipped")
+            log(f"{anew} of {len(tasks)} tars are written again, because some of their images are converted or skipped")
         elif listing.in_place:
-            log("indexing the tars where they lie")
+            log("the tars stay where they are; only indexes are written")
         _prepare(dest, source, plan, versions, skipped)
         written = _write(pool, tasks, log, bar)
     manifest = _manifest(plan, written, versions, _left_out(listing, seen))
     if flat := [str(c) for c, s in enumerate(manifest.std, 1) if s == 1.0]:
-        log(f"channel {', '.join(flat)} has one value in all of train: its standard deviation counts as 1")
+        log(f"channel {', '.join(flat)} is constant in train: its standard deviation is set to 1")
     manifest.save(dest)
     return Built(manifest, False, len(skipped))
 
@@ -99,7 +99,7 @@ def _build(source: str, dest: Path, options: Options, log: Log, bar: bool) -> Bu
 def _inspect(
     pool: Pool, listing: Listing, options: Options, progress: Progress, log: Log
 ) -> tuple[dict[str, list[Seen | None]], list[str]]:
-    """Look at every image; return what was seen by split, None for one left out, and why each of those was."""
+    """Inspect every image; return what was seen by split (None for an image left out), and why images were left out."""
     members = [sample.member for samples in listing.splits.values() for sample in samples]
     chunks = [members[start : start + CHUNK] for start in range(0, len(members), CHUNK)]
     look_at = partial(inspect_all, values=options.value_range)
@@ -109,7 +109,7 @@ def _inspect(
     if skipped and options.on_error == "stop":
         more = f", and {len(skipped) - 1} more" if len(skipped) > 1 else ""
         name, _, reason = skipped[0].partition(": ")
-        raise UserError(f"cannot read {name} ({reason}){more}; mend or remove it, or give --on-error skip")
+        raise UserError(f"cannot read {name} ({reason}){more}; repair or remove it, or give --on-error skip")
     for line in skipped:
         log(f"skipped {line}")
     looks = iter([None if isinstance(look, str) else look for look in results])
@@ -120,7 +120,7 @@ def _write(pool: Pool, tasks: list[ShardTask], log: Log, bar: bool) -> list[Writ
     done = [finished_shard(task) for task in tasks]
     reused = sum(written is not None for written in done)
     if reused:
-        log(f"going on with an unfinished build: {reused} of {len(tasks)} shards are there")
+        log(f"continuing an unfinished build: {reused} of {len(tasks)} shards are finished")
     missing = [task for task, written in zip(tasks, done, strict=True) if written is None]
     images = sum(len(task.shard.samples) for task in missing)
     with Progress("writing", images, log=log, bar=bar) as progress:
@@ -129,7 +129,7 @@ def _write(pool: Pool, tasks: list[ShardTask], log: Log, bar: bool) -> list[Writ
 
 
 def check_destination(dest: Path, path: str) -> None:
-    """Raise UserError when `dest` lies in the source's directory or holds anything that no build of ours put there."""
+    """Raise UserError when `dest` lies in the source's directory or holds anything that is not from a build of ours."""
     if path and Path(path).is_dir() and dest.resolve().is_relative_to(Path(path).resolve()):
         raise UserError(f"{dest} lies inside the source {path}; choose another DEST")
     if not dest.exists():
@@ -146,7 +146,7 @@ def check_destination(dest: Path, path: str) -> None:
 
 
 def _existing(dest: Path, plan: Plan) -> Manifest:
-    """Return the manifest of a finished build of this very plan. Raises UserError when it is another or damaged."""
+    """Return the manifest of a finished build. Raises UserError when it was built by another plan or is damaged."""
     manifest = Manifest.load(dest)
     if _state(dest).get("plan") != plan.fingerprint:
         raise UserError(f"{dest} already holds a different finished data set ({manifest.name}); choose another DEST")
@@ -157,7 +157,7 @@ def _existing(dest: Path, plan: Plan) -> Manifest:
 
 
 def _prepare(dest: Path, source: str, plan: Plan, versions: dict[str, str], skipped: list[str]) -> None:
-    """Note what is being built; remove what an unfinished build of something else left."""
+    """Record what is being built; remove the files of an unfinished build of something else."""
     state = _state(dest)
     if state.get("plan") != plan.fingerprint or state.get("versions") != versions:
         for record in (dest / WORK).glob("*.json"):
@@ -208,13 +208,13 @@ def _manifest(plan: Plan, written: list[Written], versions: dict[str, str], left
 
 
 def library_versions() -> dict[str, str]:
-    """Return the versions of what shapes the bytes of shards."""
+    """Return the versions of the libraries that determine the bytes of shards."""
     versions = {name: version(name) for name in ("numpy", "pillow", "simplejpeg", "webdataset")}
     return versions | {"zlib": str(features.version("zlib"))}
 
 
 def _clean(dest: Path, fresh: bool) -> None:
-    """Remove temporary files; of an unfinished build keep the records of shards, of one that never began nothing."""
+    """Remove temporary files; keep the shard records of an unfinished build, but nothing of one that never began."""
     work = dest / WORK
     if (dest / BUILD_FILE).exists() and not (dest / FILE).exists():
         for name in SCRATCH:

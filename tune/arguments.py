@@ -48,26 +48,26 @@ _D = Options()
 _HELP = f"""
 where
   --out DIR: where everything goes (default runs/search)
-  --resume: go on with the search in --out; what it was begun with need not be typed again
-  --address HOST:PORT: head of a running Ray cluster; auto: the one that this host is part of (default: a Ray of its own on this host)
+  --resume: continue the search in --out; its options need not be typed again
+  --address HOST:PORT: head of a running Ray cluster; auto: the cluster of this host (default: start a local Ray on this host)
   --data DIR: data set made by python -m sharding build, or its URL (default: the digits, built in OUT/data)
   --preset NAME: the trainer's settings to start from (default: by the data set)
   --config FILE: YAML file of the trainer's settings
 how much
-  --trials N: trials, the plain defaults (trial 0) among them (default {_D.trials})
-  --max-concurrent N: trials at a time at most; 0: as many as fit (default 0)
-  --time-budget TIME: stop the trials of this invocation after so many seconds, or 30m, 2h; --resume does the rest (default: no limit)
-  --final-seeds N: new seeds that best and defaults are retrained with and read on test; 0: do not (default {_D.final_seeds})
+  --trials N: number of trials, including the plain defaults as trial 0 (default {_D.trials})
+  --max-concurrent N: largest number of trials at a time; 0: as many as fit (default 0)
+  --time-budget TIME: stop trials after so many seconds, or 30m, 2h; continue with --resume (default: no limit)
+  --final-seeds N: number of new seeds with which best and defaults are retrained and measured on test; 0: none (default {_D.final_seeds})
 what is searched, and how
   --space FILE: YAML file that changes the space; --print-space prints one (default: as printed)
   --print-space: print the space as YAML and exit
   --algorithm NAME: which settings come next: random, or optuna (its TPE sampler) (default {_D.algorithm})
-  --scheduler NAME: asha: stop trials that lag behind; fifo: run all to their end (default {_D.scheduler})
-  --metric NAME: what the best trial is best in; val: {METRICS["val"]}, in percent; lower: {METRICS["lower"]} (default {_D.metric})
+  --scheduler NAME: asha: stop trials with low accuracy early; fifo: run all trials to the end (default {_D.scheduler})
+  --metric NAME: how trials are compared; val: {METRICS["val"]}, in percent; lower: {METRICS["lower"]} (default {_D.metric})
 what a trial gets
-  --ranks-per-trial N: ranks, which may span nodes (default {_D.ranks_per_trial})
-  --cpus-per-trial N: CPU cores of each of its ranks (default {_D.cpus_per_trial:g})
-  --gpus-per-trial N: GPUs of each of its ranks; 0.5: two share one (default: 1 if the cluster has any, else 0)
+  --ranks-per-trial N: ranks per trial, which may span nodes (default {_D.ranks_per_trial})
+  --cpus-per-trial N: CPU cores per rank (default {_D.cpus_per_trial:g})
+  --gpus-per-trial N: GPUs per rank; 0.5: two trials share a GPU (default: 1 if the cluster has GPUs, else 0)
 """
 """Groups of options; the types of their values are those of `Options`."""
 
@@ -80,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
         usage="%(prog)s [--data DIR] [--out DIR] [--trials N] [OPTION VALUE ...] [--SECTION.NAME VALUE ...]",
         allow_abbrev=False,
         description="Search temperature, loss weights and learning rate of matching. Shards, teachers, logits and GAN are computed once; "
-        "a trial is the trainer's own matching step, judged by quick students on val. Ends with a table, best.yaml and search.md.",
+        "a trial is one run of the matching step, measured by quick students on val. Ends with a table, best.yaml and search.md.",
         epilog="Any setting of gdd_dist.train may be given too (--matching.steps 1000, --store DIR, --seed 1 …) and holds for all trials; "
         "python -m gdd_dist.train --help lists them. "
         f"Without any of them, digits in minutes: {SMALL[1]} steps of matching a trial, measured every {SMALL[3]}.",
@@ -105,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
 def _seconds(text: str) -> float:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
     if not found:
-        raise argparse.ArgumentTypeError(f"{text} is no time; give seconds, or 30m, or 2h")
+        raise argparse.ArgumentTypeError(f"{text} is not a time; give seconds, or 30m, or 2h")
     return float(found[1]) * _UNITS[found[2]]
 
 
@@ -119,7 +119,7 @@ def check_options(o: Options) -> None:
         if getattr(o, name) < low:
             raise UserError(f"--{name.replace('_', '-')} {getattr(o, name)} is too small; give at least {low}")
     if o.time_budget is not None and o.time_budget <= 0:
-        raise UserError("--time-budget 0 leaves no time; give more")
+        raise UserError("--time-budget must be more than 0 seconds; raise it")
     if not 0 < o.cpus_per_trial < float("inf"):
         raise UserError(f"--cpus-per-trial {o.cpus_per_trial:g} is too small; give more than 0")
     if o.gpus_per_trial is not None and not 0 <= o.gpus_per_trial < float("inf"):

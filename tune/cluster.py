@@ -88,10 +88,10 @@ def temporary() -> str:
     """Where a local Ray keeps its files: not TMPDIR, since a socket's path must be short. Raises UserError where that cannot be."""
     place = os.environ.get("RAY_TMPDIR") or "/tmp"
     if not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"{place} is no directory that Ray can write to; set RAY_TMPDIR to one")
+        raise UserError(f"{place} is not a directory that Ray can write to; set RAY_TMPDIR to another one")
     if len(os.fsencode(place)) > LONGEST_PLACE:
-        cure = f"set RAY_TMPDIR to one of {LONGEST_PLACE} bytes or fewer, say /tmp"
-        raise UserError(f"{place} is too long a path for Ray's sockets; {cure}")
+        cure = f"set RAY_TMPDIR to one of {LONGEST_PLACE} bytes or fewer, such as /tmp"
+        raise UserError(f"the path {place} is too long for Ray's sockets; {cure}")
     return place
 
 
@@ -108,7 +108,7 @@ def check_address(address: str | None) -> None:
 def _reach(address: str) -> None:
     host, _, port = address.rpartition(":")
     if "://" in address or not host or not port.isdigit():
-        raise UserError(f"--address {address} is no address of a cluster; give HOST:PORT of its head, or auto")
+        raise UserError(f"--address {address} is not the address of a cluster; give HOST:PORT of its head, or auto")
     try:
         socket.create_connection((host.strip("[]"), int(port)), REACH_SECONDS).close()
     except (OSError, OverflowError) as e:
@@ -154,8 +154,8 @@ class Shrunk:
         """Say so, once each time it happens."""
         held = ranks_held(self._options)
         if held < self._ranks and not self._told:
-            then = "it goes on when nodes join, or after Ctrl-C with --resume and fewer ranks"
-            say(f"search: the cluster has come to hold {held} of the {self._ranks} ranks needed; {then}")
+            then = "the search continues when nodes join, or after Ctrl-C with --resume and fewer ranks"
+            say(f"search: the cluster has room for only {held} of the {self._ranks} ranks needed; {then}")
         self._told = held < self._ranks
 
 
@@ -170,7 +170,7 @@ def check_resources(o: Options, found: Sequence[Node]) -> int:
         raise UserError(f"no node has the {wanted} of a rank ({most}); {cure}")
     if sum(per_node) < o.ranks_per_trial:
         fewer = f"fewer than --ranks-per-trial {o.ranks_per_trial}"
-        raise UserError(f"the cluster holds {sum(per_node)} ranks of {wanted}, {fewer}; lower it, or add nodes")
+        raise UserError(f"the cluster has room for {sum(per_node)} ranks of {wanted}, {fewer}; lower it, or add nodes")
     return sum(per_node)
 
 
@@ -197,7 +197,7 @@ def check_nodes(found: Sequence[Node], out: Path, data: str) -> None:
         for node, answer in asked.items():
             _check_answer(node, answer, here, out, data)
             if not (out / f".storage-check-{token}-{node.id}").exists():
-                what = f"what node {node.host} writes to {out} does not arrive here"
+                what = f"files that node {node.host} writes to {out} do not appear on this host"
                 raise UserError(f"{what}; mount the same storage on all nodes")
     finally:
         for path in out.glob(f".storage-check-{token}*"):
@@ -208,15 +208,17 @@ def _check_answer(node: Node, answer: ray.ObjectRef, here: dict[str, str], out: 
     try:
         there = ray.get(answer, timeout=PROBE_SECONDS)
     except ray.exceptions.GetTimeoutError as e:
-        raise UserError(f"node {node.host} does not answer; look at it with `ray status`, or remove it") from e
+        raise UserError(f"node {node.host} does not respond; check it with `ray status`, or remove it") from e
     except ray.exceptions.RayTaskError as e:
         cause = e.cause if isinstance(getattr(e, "cause", None), Exception) else e
         raise UserError(_unfit(node, cause, out, data)) from e
     except RayError as e:
-        raise UserError(f"node {node.host} cannot run a trial ({_short(e)}); look at its logs, or remove it") from e
+        raise UserError(f"node {node.host} cannot run a trial ({_short(e)}); check its logs, or remove it") from e
     for name, value in here.items():
         if there.get(name) != value:
-            raise UserError(f"node {node.host} has {name} {there.get(name)} instead of {value}; make the nodes alike")
+            raise UserError(
+                f"node {node.host} has {name} {there.get(name)} instead of {value}; make the versions equal"
+            )
 
 
 def _unfit(node: Node, cause: Exception, out: Path, data: str) -> str:
@@ -225,7 +227,7 @@ def _unfit(node: Node, cause: Exception, out: Path, data: str) -> str:
     if isinstance(cause, OSError):
         return f"node {node.host} does not share the storage of {out} ({_short(cause)}); {mount}"
     if isinstance(cause, UserError):
-        remedy = "give it the network and the keys for it" if is_remote(data) else mount
+        remedy = "give it network access and credentials" if is_remote(data) else mount
         return f"node {node.host} does not see the data ({_short(cause)}); {remedy}"
     return f"node {node.host} cannot run a trial ({_short(cause)}); install the same gdd_dist there"
 

@@ -43,7 +43,7 @@ def run(command: Command) -> None:
     """A whole search, or the rest of one."""
     search, out = command.search, command.search.out
     if (out / FILE).exists() and not command.resume:
-        raise UserError(f"{out} holds a search already; --resume goes on with it, or choose another --out")
+        raise UserError(f"{out} already holds a search; continue it with --resume, or choose another --out")
     record = Record(out.resolve())
     if left(search, record):  # what is refused here leaves no trace
         cluster.check_address(search.options.address)
@@ -168,12 +168,12 @@ def _say_what_is_there(search: Search, record: Record) -> None:
     open_ = [name for name in proposed if name not in ended]
     say(
         f"search: {len(ended)} of {search.options.trials} trials have ended"
-        + (f"; going on with {', '.join(open_)} from their checkpoints" if open_ else "")
+        + (f"; continuing {', '.join(open_)} from their checkpoints" if open_ else "")
     )
     for path in sorted((record.out / "ray").glob("*/*.pkl")) + sorted((record.out / "ray").glob("*/*.json")):
         if damaged(path):
             say(
-                f"search: Ray's {path} is damaged; nothing is lost: the search goes on from trials.jsonl and its own checkpoints"
+                f"search: Ray's {path} is damaged; nothing is lost: the search continues from trials.jsonl and its own checkpoints"
             )
 
 

@@ -99,7 +99,7 @@ def run(job: Job, on_interval: OnInterval | None = None) -> dict[str, Any]:
         threading.Thread(target=_watch, args=(running, over), daemon=True).start()
         _lead(job, found[0], running, on_interval)
     except RayActorError as e:
-        raise PeerLost(f"a rank is gone ({' '.join(str(e).split())[:200]})") from e
+        raise PeerLost(f"a rank was lost ({' '.join(str(e).split())[:200]})") from e
     finally:
         over.set()
         for peer in peers:
@@ -132,7 +132,7 @@ def _watch(running: Sequence[ray.ObjectRef], over: threading.Event) -> None:
             ray.get(ended)
         except Exception as e:
             if not over.wait(2 * _LAST_WORDS):
-                say(f"search: a rank failed and rank 0 hangs: {' '.join(str(e).split())[:500]}")
+                say(f"search: a rank failed and rank 0 does not respond: {' '.join(str(e).split())[:500]}")
                 os._exit(1)
             return
 
@@ -213,7 +213,7 @@ def run_all(jobs: Sequence[Job], meanwhile: Callable[[], None] = lambda: None) -
         if isinstance(e, RayTaskError) and not isinstance(cause, PeerLost):
             raise cause from e
         what = f"a job was lost too often ({' '.join(str(cause).split())[:200]})"
-        raise UserError(f"{what}; see to its node, then --resume goes on from its checkpoint") from e
+        raise UserError(f"{what}; repair its node, then continue with --resume from its checkpoint") from e
     finally:
         for answer, group in groups.items():
             ray.cancel(answer, force=True)

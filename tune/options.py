@@ -90,7 +90,7 @@ def _check_known(name: str, trainer: set[str], actions: Mapping[str, Any]) -> No
         return
     bare = name[2:]
     if bare in _REFUSED:
-        raise UserError(f"{name} is no option of a search; give it to python -m gdd_dist.train")
+        raise UserError(f"{name} is not an option of a search; use it with python -m gdd_dist.train")
     if bare in trainer or bare.replace("-", "_") in trainer:
         return
     near = difflib.get_close_matches(name, [*actions, *(f"--{t}" for t in sorted(trainer))], n=1, cutoff=0.5)
@@ -112,7 +112,7 @@ def load(out: Path) -> Search:
     """The search in OUT. Raises UserError where there is none, or its file is damaged."""
     path = out / FILE
     if not path.exists():
-        raise UserError(f"{out} holds no search to resume ({FILE} is missing); leave out --resume to begin one")
+        raise UserError(f"{out} holds no search to resume ({FILE} is missing); leave out --resume to start one")
     try:
         tree = yaml.safe_load(path.read_bytes())
         if tree["format"] != _FORMAT:
@@ -121,7 +121,7 @@ def load(out: Path) -> Search:
         axes = tuple(space._axis(name, body, str(path)) for name, body in tree["space"].items())
         body = yaml.safe_dump(dict(tree["config"]), sort_keys=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as e:
-        raise UserError(f"{path} is damaged ({' '.join(str(e).split())}); begin anew with another --out") from e
+        raise UserError(f"{path} is damaged ({' '.join(str(e).split())}); start again with another --out") from e
     write_atomic(out / KEPT, body.encode())  # the trainer's parser reads a file
     command = configuration.parse(["--config", str(out / KEPT)])
     return Search(out, options, command.config, command.preset, axes)
@@ -134,8 +134,8 @@ def _resumed(out: Path, typed: Mapping[str, Any], rest: Sequence[str], space_fil
     if space_file is not None and space.load(space_file) != search.axes:
         changed.append("--space")
     if changed:
-        what = f"{', '.join(changed)} cannot be changed by --resume: trials would not compare"
-        raise UserError(f"{what}; begin anew with another --out")
+        what = f"{', '.join(changed)} cannot be changed by --resume, because trials could not be compared"
+        raise UserError(f"{what}; start again with another --out")
     config = _same(search, rest)
     options = dataclasses.replace(search.options, **{"time_budget": None, **typed})  # a budget is one invocation's
     check_options(options)
@@ -152,5 +152,5 @@ def _same(search: Search, rest: Sequence[str]) -> Config:
         if name == "data" and old and new:
             old, new = redact(old), redact(new)
         if old != new and (not f.metadata["where"] or name in ("data", "store")):
-            raise UserError(f"--{name} cannot be changed by --resume; begin anew with another --out")
+            raise UserError(f"--{name} cannot be changed by --resume; start again with another --out")
     return typed

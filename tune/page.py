@@ -81,7 +81,7 @@ def gained(best: Outcome, gain: Gain | None) -> str:
     else:
         text = f"Best on val is trial {best.id}: {best.val:.1f} ± {best.stderr:.1f} %."
     if gain is None:
-        return text + " It was not read on test (--final-seeds 0)."
+        return text + " It was not measured on test (--final-seeds 0)."
     r, n = gain.row, len(gain.seeds)
     row = f"{r['student']}, {r['protocol']}, {r['labels']} labels, IPC {r['ipc']}, {r['optimizer_steps']:,} steps"
     arms = f"defaults {np.mean(gain.defaults):.2f} %, GAN before matching {np.mean(gain.gan):.2f} %"
@@ -103,10 +103,10 @@ def page(search: Search, record: Record, outcomes: Sequence[Outcome], best: Outc
         f"Next: `{next_line(search)}`",
         "## Trials",
         markdown(header, lines, left=2),
-        f"Judged by {METRICS[o.metric]} (`--metric {o.metric}`); scheduler {o.scheduler}, algorithm {o.algorithm}, seed "
+        f"Trials are compared by {METRICS[o.metric]} (`--metric {o.metric}`); scheduler {o.scheduler}, algorithm {o.algorithm}, seed "
         f"{search.config.seed}. val: accuracy of {m.quick_students} quick students on the validation split, of the interval that "
-        "matching kept (kept 0: the GAN itself); their seeds are the same in all trials. `*`: the best of those that came to their end. The "
-        "best of many is flattered by its own noise on val: the gain, on test and with new seeds, is not. Test was read by nothing else.",
+        "matching kept (kept 0: the GAN itself); their seeds are the same in all trials. `*`: the best of the finished trials. The val "
+        "accuracy of the best of many trials is too high by chance. The gain is not: it uses test, for the only time, and new seeds.",
         "![Accuracy on val against each searched setting](search.png)",
         "## Gain" if gain else "",
         _gain_table(gain) if gain else "",

@@ -77,8 +77,8 @@ class Proposals:
                 self._numbers[trial] = asked.number
                 return settings
             self._study.tell(asked, state=TrialState.FAIL)
-        what = f"none of {ATTEMPTS} draws from the space can be trained"
-        raise UserError(f"{what}; look at its ranges with --print-space")
+        what = f"none of {ATTEMPTS} random settings from the space can be trained"
+        raise UserError(f"{what}; check its ranges with --print-space")
 
     def remember(self, trial: str, settings: Mapping[str, Any]) -> None:
         """A trial that was proposed by an earlier invocation, or by nobody: the defaults, if they lie within the space."""

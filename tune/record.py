@@ -106,10 +106,10 @@ def best_of(record: Record, metric: str) -> Outcome:
     """The finished trial that is best in ``metric``, the earliest of equals. Raises UserError when none has finished."""
     finished = [o for o in record.outcomes().values() if o.status == FINISHED]
     if not finished and not record.outcomes():
-        cure = "--resume goes on, give it a longer --time-budget"
-        raise UserError(f"no trial came to its end in the time there was; {cure}")
+        cure = "continue with --resume and a longer --time-budget"
+        raise UserError(f"no trial finished within --time-budget; {cure}")
     if not finished:
-        why = f"{record.out}/trials.jsonl says why, and --resume goes on where the time was too short"
+        why = f"{record.out}/trials.jsonl gives the reasons; trials that ran out of time continue with --resume"
         raise UserError(f"no trial has finished; {why}")
     return max(finished, key=lambda o: o.value(metric))
 
@@ -120,4 +120,4 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
         if isinstance(line, dict):
             yield line
         else:
-            say(f"search: line {number} of {path} is damaged; its trial goes on from its checkpoint or runs again")
+            say(f"search: line {number} of {path} is damaged; its trial continues from its checkpoint or runs again")

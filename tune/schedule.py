@@ -128,13 +128,13 @@ class Keeper(Callback):
         """Finished, stopped, diverged or failed by its own report. One that ran out of time is left for --resume."""
         last = trial.last_result or {}
         if "status" not in last and time.monotonic() >= self._until:
-            say(f"trial {trial.config['id']}: out of time at step {last.get('step', 0)}; --resume goes on with it")
+            say(f"trial {trial.config['id']}: out of time at step {last.get('step', 0)}; continue it with --resume")
             return
         self._end(trial, last.get("status", STOPPED), last.get("reason"))
 
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **_info: Any) -> None:
         """Its process or node is gone; Ray starts it again."""
-        say(f"trial {trial.config['id']}: lost its process or node; it goes on from its checkpoint elsewhere")
+        say(f"trial {trial.config['id']}: lost its process or node; it continues from its checkpoint elsewhere")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **_info: Any) -> None:
         """Lost once too often."""

@@ -24,7 +24,7 @@ def main(argv: list[str], joined: Callable[[Any], None]) -> None:
     try:
         driver.run(command)
     except KeyboardInterrupt:
-        sys.stderr.write("stopped: interrupted; the same command with --resume goes on from where it was\n")
+        sys.stderr.write("stopped: interrupted; run the same command with --resume to continue\n")
         raise SystemExit(130) from None
 
 

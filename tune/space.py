@@ -61,8 +61,8 @@ SPACE: tuple[Axis, ...] = (
     Axis("matching.lambda_mean", 0.01, 1.0, log=True, zero=0.2, why="weight of the class-mean loss"),
     Axis("matching.lambda_adv", 0.03, 3.0, log=True, zero=0.1, why="weight of the adversarial loss"),
     Axis("matching.lr", 5e-5, 2e-3, log=True, why="learning rate of the generator"),
-    Axis("matching.teachers", choices=("all", "last"), why="early snapshots too, or only each training's last"),
-    Axis("matching.views", choices=(0, 1, 2), why="cached views used; 0: all, 1: the plain image alone"),
+    Axis("matching.teachers", choices=("all", "last"), why="all snapshots, or only the last of each training"),
+    Axis("matching.views", choices=(0, 1, 2), why="number of cached views used; 0: all, 1: only the plain image"),
 )
 _WEIGHTS = ("matching.lambda_pair", "matching.lambda_mean", "matching.lambda_adv")
 
@@ -112,7 +112,7 @@ def _axis(name: str, body: Any, source: str) -> Axis:
     """One axis of a file."""
     fields = {f.name for f in dataclasses.fields(Axis)} - {"setting"}
     if not isinstance(body, dict) or not set(body) <= fields:
-        raise UserError(f"{name} in {source} must hold some of {', '.join(sorted(fields))}; --print-space shows how")
+        raise UserError(f"{name} in {source} must have some of {', '.join(sorted(fields))}; see --print-space")
     choices = body.get("choices", ())
     if not isinstance(choices, (list, tuple)):
         raise UserError(f"choices of {name} in {source} is not a list; give one")
@@ -134,15 +134,15 @@ def check(axes: Sequence[Axis], config: Config) -> None:
     for axis in axes:
         section, _, leaf = axis.setting.partition(".")
         if section != SECTION or leaf not in leaves:
-            why = "only matching.NAME can, since other settings would compute teachers, logits or GAN anew"
+            why = "only matching.NAME can, because other settings would need new teachers, logits or GAN"
             raise UserError(f"{axis.setting} cannot be searched: {why}")
         if leaf in MEASURE:
-            raise UserError(f"{axis.setting} cannot be searched: it shapes the measurement that compares the trials")
+            raise UserError(f"{axis.setting} cannot be searched: it changes the measurement that compares the trials")
         _check_range(axis)
         for value in axis.ends():
             allowed = (int, float) if axis.type is float else axis.type
             if isinstance(value, bool) or not isinstance(value, allowed):
-                raise UserError(f"{axis.setting}: {value!r} is no {axis.type.__name__}; give one")
+                raise UserError(f"{axis.setting}: {value!r} is not a valid {axis.type.__name__}; give one")
             validate(apply(config, {axis.setting: axis.type(value)}))
 
 

@@ -66,7 +66,7 @@ def trial(config: Mapping[str, Any], base: Job) -> None:
     A lost rank or node is for Ray to retry; the trial then goes on from its checkpoint.
     """
     if not Path(config["out"]).is_dir():  # a node that joined after the search had looked at all there were
-        raise gang.PeerLost(f"node {gang.here()[1]} does not see {config['out']}; mount the shared storage there")
+        raise gang.PeerLost(f"node {gang.here()[1]} cannot see {config['out']}; mount the shared storage there")
     job = job_of(base, Path(config["out"]), config["settings"])
     teller = Teller(job.config.matching.steps)
     try:

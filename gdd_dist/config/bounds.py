@@ -12,14 +12,14 @@ from sharding.errors import UserError
 from sharding.sizes import parse_size
 
 LARGEST_COUNT = 2**31 - 1
-"""Products of two counts fit 64 bits."""
+"""With this limit, the product of two counts fits in 64 bits."""
 LARGEST_SEED = 2**63 - 1
 LARGEST_FLOAT = 1e30
-"""Networks compute in float32, which ends at 3e38."""
+"""Networks compute in float32, whose largest value is 3e38."""
 
 
 def options() -> Iterator[tuple[str, type, dataclasses.Field[Any]]]:
-    """(name, type, field) of every setting: ``seed``, …, ``matching.temperature``, …"""
+    """Yield (name, type, field) of every setting: ``seed``, …, ``matching.temperature``, …"""
     for section in (None, *SECTIONS):
         owner: Any = Config if section is None else type(getattr(Config(), section))
         hints = get_type_hints(owner)
@@ -29,7 +29,7 @@ def options() -> Iterator[tuple[str, type, dataclasses.Field[Any]]]:
 
 
 def value_of(config: Config, name: str) -> Any:
-    """The value of a setting by its full name."""
+    """Return the value of a setting by its full name."""
     section, _, leaf = name.rpartition(".")
     return getattr(getattr(config, section) if section else config, leaf)
 
@@ -59,7 +59,7 @@ def _check(name: str, value: Any, meta: Mapping[str, Any]) -> None:
     if meta["choices"] and value not in meta["choices"]:
         raise UserError(f"--{name} {value} is not known; choose {', '.join(meta['choices'])}")
     if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"--{name} {value} is no finite number; give one")
+        raise UserError(f"--{name} {value} is not a finite number; give one")
     if meta["low"] is not None and value < meta["low"]:
         raise UserError(f"--{name} {value} is too small; give at least {meta['low']}")
     if meta["above"] is not None and value <= meta["above"]:

@@ -1,4 +1,4 @@
-"""Command line and files → Config: defaults < preset < --config file < command line, in whatever order they are typed."""
+"""Command line and files → Config: defaults < preset < --config file < command line, in any order on the command line."""
 
 from __future__ import annotations
 
@@ -44,22 +44,22 @@ class Command:
 
 
 def _item_type(hint: Any) -> tuple[Any, bool]:
-    """The type of a value, and whether a setting takes several."""
+    """Return the type of a value, and whether a setting takes several values."""
     args = get_args(hint)
     return (args[0], True) if hint is not None and getattr(hint, "__origin__", None) is tuple else (hint, False)
 
 
 def command_line() -> ArgumentParser:
-    """The parser, with the defaults of no preset: ``parse`` says what a command line comes to."""
+    """Return the parser with defaults that no preset changed; ``parse`` also applies presets and files."""
     parser = ArgumentParser(
         prog="gdd_dist.train",
         usage="torchrun --nproc_per_node=N -m %(prog)s [--preset NAME] [--data DIR] [--out DIR] [--SECTION.NAME VALUE ...]",
-        description="Distil a labelled image data set into a class-conditional generator. Start it with torchrun, or alone as one process.",
+        description="Distil a labelled image data set into a class-conditional generator. Start it with torchrun, or without it as one process.",
         default_env=False,
         version=__version__,
-        print_config=None,  # ours prints what --config reads back, the preset included
+        print_config=None,  # our own option also prints the preset, so that --config can read it back
     )
-    text = f"settings to start from: {', '.join(PRESETS)}; default: by the data set"
+    text = f"settings to start from: {', '.join(PRESETS)}; default: chosen by the data set"
     parser.add_argument("--preset", default=None, help=text)
     parser.add_argument("--config", default=None, help="YAML file of settings, as --print_config prints them")
     defaults = Config()
@@ -77,7 +77,7 @@ def command_line() -> ArgumentParser:
     for flag, text in _FLAGS.items():
         parser.add_argument(f"--{flag}", f"--{flag.replace('_', '-')}", dest=flag, action="store_true", help=text)
     parser.add_argument("--no-verify", action="store_true", help="do not hash the files that will be read")
-    text = "ignored (the deepspeed launcher adds it)"
+    text = "ignored (added by the deepspeed launcher)"
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=text)
     return parser
 
@@ -88,7 +88,7 @@ def _known() -> set[str]:
 
 
 def _canonical(argv: Sequence[str]) -> list[str]:
-    """Accept --deepspeed-config for --deepspeed_config, a bare --debug; refuse unknown settings with the nearest name."""
+    """Accept --deepspeed-config for --deepspeed_config, a bare --debug; refuse unknown settings and suggest the nearest name."""
     known, flags, out = _known(), {"debug"}, []
     for i, token in enumerate(argv):
         if token.startswith("--"):
@@ -112,7 +112,7 @@ def _unknown(name: str, known: set[str], where: str = "") -> str:
 
 
 def _last(argv: Sequence[str], name: str) -> str | None:
-    """The last value given for ``--name``."""
+    """Return the last value given for ``--name``."""
     value = None
     for i, token in enumerate(argv):
         if token == f"--{name}" and i + 1 < len(argv):
@@ -126,7 +126,7 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
-        if value is None and name in SECTIONS:  # an empty section
+        if value is None and name in SECTIONS:  # the section is empty
             continue
         flat |= _flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
     return flat
@@ -137,14 +137,14 @@ def _read_file(path: str) -> dict[str, Any]:
     known = {name for name, _, _ in options()} | {"preset"}
     for name in flat:
         if name in SECTIONS:
-            raise UserError(f"{name} in {path} is a section; give its settings in lines of their own below it")
+            raise UserError(f"{name} in {path} is a section; write each of its settings on its own line below it")
         if name not in known:
             raise UserError(_unknown(name, known, f" in {path}"))
     return flat
 
 
 def _as_typed(flat: Mapping[str, Any], path: str) -> list[str]:
-    """A file's settings as a command line, so that both are read, and refused, alike."""
+    """Return a file's settings as a command line, so that both are parsed and refused in the same way."""
     argv: list[str] = []
     for name, hint, _ in options():
         if name not in flat:
@@ -163,7 +163,7 @@ def _as_typed(flat: Mapping[str, Any], path: str) -> list[str]:
 
 
 def _located(path: str) -> str:
-    """A path as the shell's user means it (``~``, which shells leave alone behind ``=``), from the root; a URL as it is."""
+    """Return an absolute path, with ``~`` expanded (shells do not expand it after ``=``); a URL unchanged."""
     return path if not path or is_remote(path) else str(Path(os.path.expanduser(path)).absolute())
 
 
@@ -172,7 +172,7 @@ def _preset_of_data(data: str | None, patience: str | None) -> str:
         return "digits"
     try:
         manifest = read_manifest(_located(data), min(PATIENCE, float(patience or PATIENCE)))
-    except ValueError:  # refused as a setting, in a moment
+    except ValueError:  # parsing the settings will report the error
         return "digits"
     if manifest.name in PRESETS:
         return manifest.name
@@ -235,7 +235,7 @@ def _build(parsed: Mapping[str, Any]) -> Config:
 
 
 def with_pretrained(config: Config) -> Config:
-    """The settings of a run with such teachers: the pool is what the directory holds, one snapshot each."""
+    """Return the settings for pretrained teachers: the pool is the content of the directory, one snapshot each."""
     if config.teachers.pretrained is None:
         return config
     names = tuple(f.architecture for f in pretrained.files(config.teachers.pretrained))
@@ -244,6 +244,6 @@ def with_pretrained(config: Config) -> Config:
 
 
 def to_yaml(config: Config, preset: str) -> str:
-    """Every setting as YAML that --config reads back."""
-    tree = json.loads(json.dumps(dataclasses.asdict(config)))  # lists for tuples, as YAML has them
+    """Return every setting as YAML that --config can read."""
+    tree = json.loads(json.dumps(dataclasses.asdict(config)))  # YAML has lists instead of tuples
     return yaml.safe_dump({"preset": preset, **tree}, sort_keys=False)

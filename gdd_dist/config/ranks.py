@@ -1,4 +1,4 @@
-"""Who does what: how many of the ranks take part in a step. A pure function of settings and ranks."""
+"""How many of the ranks take part in a step: a pure function of settings and ranks."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from gdd_dist.config.settings import Config
 
 
 def parts(config: Config, step: str) -> int:
-    """Into how many equal parts gan or matching can be cut: images of a step, or groups, of which a rank takes whole micro-batches."""
+    """Return into how many equal parts a batch can be split: images in gan, groups in matching, per micro-batch."""
     batch = int(getattr(config, step).batch)
     return batch // (config.matching.group if step == "matching" else 1) // config.accumulate
 
 
 def taking_part(config: Config, step: str, world: int) -> int:
-    """How many of ``world`` ranks do ``step``, the first ones: in gan and matching the most that divide its parts, else all."""
+    """Return how many of ``world`` ranks do ``step``: in gan and matching the most that divide its parts, else all."""
     if step not in ("gan", "matching"):
         return world
     whole = parts(config, step)
@@ -20,13 +20,13 @@ def taking_part(config: Config, step: str, world: int) -> int:
 
 
 def idle(config: Config, world: int) -> str:
-    """A line that says how many ranks wait in which step, and which batch would use all; "" where none waits."""
+    """Return a message on how many ranks wait in which step, and which batch would use all; "" if none waits."""
     said = []
     for step in ("gan", "matching"):
         if (n := taking_part(config, step, world)) < world:
             unit = world * int(getattr(config, step).batch) // parts(config, step)
             batch = -(-int(getattr(config, step).batch) // unit) * unit
             said.append(
-                f"{world - n} of {world} ranks wait while the others do {step}; --{step}.batch {batch} would use all"
+                f"{world - n} of {world} ranks wait during {step}, whose batch they cannot share evenly; --{step}.batch {batch} would use all"
             )
     return "; ".join(said)

@@ -23,7 +23,7 @@ def setting(
     choices: tuple[str, ...] | None = None,
     where: bool = False,
 ) -> Any:
-    """A dataclass field with its bounds; ``where``: says only where or how fast, so it is in no fingerprint."""
+    """A dataclass field with its bounds; ``where``: changes only where or how fast, so it is in no fingerprint."""
     bounds = {"low": low, "above": above, "high": high, "below": below}
     meta = {"help": help, **bounds, "choices": choices, "where": where}
     if isinstance(default, (list, tuple)):
@@ -31,9 +31,9 @@ def setting(
     return dataclasses.field(default=default, metadata=meta)
 
 
-_SEED = "seed of this step alone; by default --seed"
+_SEED = "seed of this step only; default: --seed"
 _YEAR = 366 * 86_400.0
-"""Seconds: what waits longer has no end, and the system's clocks cannot count it."""
+"""Seconds. Longer waits make no sense, and overflow the system's clocks."""
 
 
 @dataclass(frozen=True)
@@ -42,30 +42,30 @@ class Loader:
 
     streams: int = setting(
         0,
-        "canonical streams of a global batch, which they divide; 0: the largest divisor of the batch up to 64",
+        "sample streams that form a global batch; must divide it; 0: its largest divisor up to 64",
         low=0,
     )
-    window: int = setting(16384, "samples within which a stream is shuffled", low=1)
+    window: int = setting(16384, "size of the buffer, in samples, within which a stream is shuffled", low=1)
     augment: str = setting(
         "color_crop_cutout",
         "augmentation of teachers, cached views, matching and students: color, crop, cutout joined by _; none: off",
     )
     flip: bool = setting(True, "mirror images at random; never for digits or text")
-    threads: int = setting(0, "decoding threads of a rank; 0: its share of the cores", low=0, where=True)
-    prefetch: int = setting(2, "batches read ahead, as far as they fit 256 MiB", low=1, high=64, where=True)
+    threads: int = setting(0, "decoding threads per rank; 0: its share of the cores", low=0, where=True)
+    prefetch: int = setting(2, "batches read ahead, if they fit in 256 MiB", low=1, high=64, where=True)
     resident: str = setting(
         "auto",
-        "where decoded images stay: nowhere; in a file in STORE/cache, which all ranks of a host map; on the device; auto: the fastest "
-        "that has room (a quarter of its free memory)",
+        "where decoded images are kept: none: nowhere; ram: in a file in STORE/cache, shared by all ranks of a host; device: on the GPU; "
+        "auto: the fastest of these in which they take at most a quarter of the free memory",
         choices=("auto", "none", "ram", "device"),
         where=True,
     )
 
-    cache_dir: str = setting("", "where shards of a remote --data are kept; default ~/.cache/gdd_dist/data", where=True)
-    cache_limit: str = setting("50GB", "bytes that they may take in all, as 50GB", where=True)
+    cache_dir: str = setting("", "directory for downloaded shards; default ~/.cache/gdd_dist/data", where=True)
+    cache_limit: str = setting("50GB", "largest total size of downloaded shards, such as 50GB", where=True)
     patience: float = setting(
         300.0,
-        "seconds for which the store of a remote --data may fail before the run ends",
+        "seconds for which the server of a remote --data may fail before the run ends",
         low=0,
         high=_YEAR,
         where=True,
@@ -74,34 +74,34 @@ class Loader:
 
 @dataclass(frozen=True)
 class Teachers:
-    """The pool of frozen classifiers."""
+    """The pool of teachers: classifiers trained on real images, then frozen."""
 
     seed: int | None = setting(None, _SEED, low=0)
     architectures: tuple[str, ...] = setting(
         ("convnet", "resnet10"),
         "classifiers of the pool; NAME or NAME:WIDTH of convnet resnet10 resnet18 resnet10_ap resnet18_ap resnet10_bn resnet18_bn vgg11 alexnet",
     )
-    seeds: int = setting(4, "teachers trained of each architecture", low=1)
-    snapshots: int = setting(3, "snapshots kept of each training, early ones included", low=1)
+    seeds: int = setting(4, "trainings per architecture, each with its own seed", low=1)
+    snapshots: int = setting(3, "snapshots kept from each training, including early ones; each is a teacher", low=1)
     epochs: int = setting(30, "epochs of each training", low=1)
-    batch: int = setting(128, "images a step", low=1)
+    batch: int = setting(128, "images per step", low=1)
     lr: float = setting(0.05, "peak learning rate of SGD (linear warm-up over 5 %, then cosine to 0)", above=0)
     momentum: float = setting(0.9, "momentum of SGD (Nesterov)", low=0, high=1)
     weight_decay: float = setting(5e-4, "weight decay", low=0)
     ranks_per_teacher: int = setting(
-        1, "ranks that train one teacher together, by DDP; it must divide the world size", low=1, where=True
+        1, "ranks that train one teacher together with DDP; must divide the number of ranks", low=1, where=True
     )
     accumulate: int = setting(
-        1, "micro-batches that a rank's share of a teacher's step is cut into, to save memory", low=1, where=True
+        1, "micro-batches per rank into which a teacher's batch is split, to save memory", low=1, where=True
     )
     activation_checkpointing: bool = setting(
         False,
-        "keep only what enters each block of a teacher, and compute the rest again in the backward: less memory, a third more time",
+        "store only the input of each block of a teacher, and recompute the rest in the backward pass: less memory, a third more time",
         where=True,
     )
     pretrained: str | None = setting(
         None,
-        "directory of classifiers (safetensors that name their architecture) to take instead of training",
+        "directory of classifiers (safetensors files that name their architecture) to use instead of training",
         where=True,
     )
 
@@ -117,24 +117,22 @@ class Logits:
         low=1,
         high=1024,
     )
-    batch: int = setting(256, "images a forward", low=1, where=True)
+    batch: int = setting(256, "images per forward pass", low=1, where=True)
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """The trivial generator: a Gaussian per class in principal components, what every other one must beat."""
+    """The trivial generator: a Gaussian per class in principal components. Every other generator must beat it."""
 
     seed: int | None = setting(None, _SEED, low=0)
     components: tuple[int, ...] = setting(
         (256,),
-        "numbers of principal components that are tried on val, at most 256, pixels, and images less classes",
+        "numbers of principal components to try on val; limited to 256, the pixel values, and images minus classes",
         low=1,
     )
-    spread: tuple[float, ...] = setting(
-        (0.7, 1.0), "factors of the class's own standard deviation that are tried on val", above=0
-    )
+    spread: tuple[float, ...] = setting((0.7, 1.0), "factors of each class's standard deviation to try on val", above=0)
     dtype: str = setting(
-        "float16", "how basis and covariances are stored; float16 halves the file", choices=("float16", "float32")
+        "float16", "number format of the file; float16 halves its size", choices=("float16", "float32")
     )
 
 
@@ -145,17 +143,17 @@ class Gan:
     seed: int | None = setting(None, _SEED, low=0)
     start: str = setting(
         "noise",
-        "what the generator draws before its first step: noise, or what the step gaussian draws, to which it adds a residual",
+        "images of the untrained generator: noise, or images drawn by the step gaussian, to which it adds a residual",
         choices=("noise", "gaussian"),
     )
     steps: int = setting(2000, "generator steps", low=1)
     batch: int = setting(64, "images of a global batch", low=1)
-    latent: int = setting(64, "numbers in a latent; with --gan.start gaussian those of the residual's own noise", low=1)
+    latent: int = setting(64, "dimension of the latent; with --gan.start gaussian, of the residual's own noise", low=1)
     width: int = setting(64, "channels of the generator's widest stage", low=4)
-    blocks: int = setting(2, "residual blocks a stage", low=1, high=256)
-    patch: int = setting(1, "side of the pixel patches that both networks compute on; 2 quarters the cost", low=1)
+    blocks: int = setting(2, "residual blocks per stage", low=1, high=256)
+    patch: int = setting(1, "side of the pixel patches on which both networks compute; 2 costs a quarter", low=1)
     d_width: int = setting(64, "channels of the discriminator's widest stage", low=4)
-    d_blocks: int = setting(2, "residual blocks a stage of the discriminator", low=1, high=256)
+    d_blocks: int = setting(2, "residual blocks per stage of the discriminator", low=1, high=256)
     lr: float = setting(2e-4, "learning rate of both networks at the start (Adam)", above=0)
     lr_final: float = setting(5e-5, "learning rate at the end (cosine)", low=0)
     beta1: float = setting(0.0, "Adam's first beta", low=0, below=1)
@@ -167,22 +165,20 @@ class Gan:
         "augmentation of real and generated images before the discriminator: color, crop, cutout joined by _; none: off",
     )
     augment_p: float = setting(0.5, "share of images that are augmented before the discriminator", low=0, high=1)
-    ema_images: float = setting(
-        10_000.0, "half-life of the generator's running mean, in images (shorter at the start)", above=0
-    )
+    ema_images: float = setting(10_000.0, "half-life of the generator's EMA, in images (shorter at the start)", above=0)
     grid_interval: int = setting(500, "steps between sample grids in TensorBoard", low=1, where=True)
 
 
 @dataclass(frozen=True)
 class Matching:
-    """Moving the generator until the teachers answer its images as they answer real ones."""
+    """Training the generator until the teachers' logits on its images match those on real images."""
 
     seed: int | None = setting(None, _SEED, low=0)
     steps: int = setting(600, "generator steps", low=1)
     batch: int = setting(64, "images of a global batch", low=1)
     group: int = setting(
         8,
-        "slots of a group, which share one class and one teacher; a rank takes whole groups",
+        "images per group; a group has one class and one teacher, and is never split over ranks",
         low=1,
     )
     loss: str = setting(
@@ -194,44 +190,44 @@ class Matching:
     lambda_pair: float = setting(1.0, "weight of the pair loss", low=0)
     lambda_mean: float = setting(0.1, "weight of the class-mean loss", low=0)
     lambda_adv: float = setting(
-        0.1, "weight of the adversarial loss; the discriminator trains on unless it is 0", low=0
+        0.1, "weight of the adversarial loss; the discriminator keeps training unless it is 0", low=0
     )
     lr: float = setting(1e-4, "learning rate of the generator (Adam, cosine to a tenth)", above=0)
     lr_d: float = setting(1e-4, "learning rate of the discriminator", above=0)
     gamma: float = setting(0.1, "weight of the gradient penalties", low=0)
-    ema_images: float = setting(5_000.0, "half-life of the generator's running mean, in images", above=0)
-    views: int = setting(0, "cached views used, from view 0 on; 0: all", low=0)
+    ema_images: float = setting(5_000.0, "half-life of the generator's EMA, in images", above=0)
+    views: int = setting(0, "number of cached views to use, beginning with view 0; 0: all", low=0)
     teachers: str = setting(
-        "all", "teachers used: every snapshot (all) or only each training's last", choices=("all", "last")
+        "all", "teachers to use: every snapshot (all), or only the last one of each training", choices=("all", "last")
     )
     select: str = setting(
-        "best", "keep the interval that is best on val, the GAN itself included, or the last", choices=("best", "last")
+        "best", "generator to keep: the best on val of all intervals and the GAN, or the last", choices=("best", "last")
     )
     refit: int = setting(
         0,
-        "of how many draws of the trivial generator the teachers choose one, to which it is fitted anew: a candidate beside the intervals, "
-        "under --matching.select best; 0: none",
+        "draws of the trivial generator from which the teachers choose one; the Gaussian refitted to the chosen images is one more candidate "
+        "of --matching.select best; 0: none",
         low=0,
         high=1024,
     )
     interval: int = setting(200, "steps between measurements with quick students", low=1)
-    quick_students: int = setting(4, "quick students a measurement", low=1)
+    quick_students: int = setting(4, "quick students per measurement", low=1)
     quick_student: str = setting("convnet:64", "classifier of the quick students")
     quick_steps: int = setting(200, "optimizer steps of a quick student", low=1)
-    quick_batch: int = setting(64, "images a step of a quick student, classes even, drawn anew each step", low=1)
+    quick_batch: int = setting(64, "newly drawn images per step of a quick student, balanced over classes", low=1)
 
 
 @dataclass(frozen=True)
 class Report:
-    """Students trained only on generated images, and the rows they are compared with."""
+    """Students trained only on generated images, and the baselines they are compared with."""
 
     seed: int | None = setting(None, _SEED, low=0)
-    ipc: tuple[int, ...] = setting((1,), "images per class, one or several", low=1)
-    seeds: int = setting(3, "students a row", low=1)
-    students: tuple[str, ...] = setting(("convnet",), "classifiers trained; NAME or NAME:WIDTH")
+    ipc: tuple[int, ...] = setting((1,), "images per class; one or several numbers", low=1)
+    seeds: int = setting(3, "students per row, each with its own seed", low=1)
+    students: tuple[str, ...] = setting(("convnet",), "architectures of the students; NAME or NAME:WIDTH")
     protocol: tuple[str, ...] = setting(
         ("regenerate", "fixed"),
-        "regenerate: a fresh set each epoch; fixed: one set drawn once",
+        "regenerate: new images each epoch; fixed: the same images in all epochs",
         choices=("regenerate", "fixed"),
     )
     labels: tuple[str, ...] = setting(
@@ -239,20 +235,19 @@ class Report:
     )
     baselines: tuple[str, ...] = setting(
         ("real", "equal_bytes", "gaussian", "gan", "full"),
-        "rows beside the matched generator: real images at the same budget (real), a fixed set of as many real images as fit the bytes of "
-        "the generator's file (equal_bytes), a Gaussian per class, the trivial generator (gaussian), the GAN "
-        "before matching, all real data",
+        "baselines: as many real images (real), a fixed set of real images that takes as many bytes as the generator's file (equal_bytes), the "
+        "trivial generator (gaussian), the generator before matching (gan), all real data (full)",
         choices=("real", "equal_bytes", "gaussian", "gan", "full"),
     )
     select: tuple[int, ...] = setting(
         (1,),
-        "of how many draws for each image a student is shown the one that the teachers choose, one number or several: 1 shows what is "
-        "drawn, 1 3 has each row plain and chosen",
+        "draws from which the teachers choose each image that a student sees; one or several numbers: 1: no choice; 1 3: each row once "
+        "without a choice, and once with a choice from three",
         low=1,
         high=64,
     )
-    epochs: int = setting(1000, "epochs of a student; an epoch is IPC images of each class", low=1)
-    batch: int = setting(256, "images a step at most; the step takes min(batch, IPC x classes)", low=1)
+    epochs: int = setting(1000, "epochs of a student; an epoch has IPC images per class", low=1)
+    batch: int = setting(256, "most images per step; a step uses min(batch, IPC x classes)", low=1)
     lr: float = setting(0.01, "constant learning rate of SGD", above=0)
     momentum: float = setting(0.9, "momentum of SGD", low=0, high=1)
     weight_decay: float = setting(5e-4, "weight decay", low=0)
@@ -260,7 +255,7 @@ class Report:
     full_epochs: int = setting(30, "epochs of the full-data students", low=1)
     full_lr: float = setting(0.01, "learning rate of the full-data students (constant)", above=0)
     ars: bool = setting(
-        True, "also train the fixed rows of real and matched images without augmentation, for DD-Ranking's ARS"
+        True, "also train students of the fixed rows of real and matched without augmentation, for DD-Ranking's ARS"
     )
 
 
@@ -278,55 +273,55 @@ class Config:
     until: str = setting("report", "last step to run", choices=STEPS, where=True)
     engine: str = setting(
         "ddp",
-        "who spreads generator and discriminator over ranks: torch's DDP, or DeepSpeed (ZeRO 0 to 3)",
+        "how ranks train generator and discriminator together: torch's DDP, or DeepSpeed (ZeRO 0 to 3)",
         choices=("ddp", "deepspeed"),
         where=True,
     )
     deepspeed_config: str | None = setting(
         None,
-        "JSON file for --engine deepspeed: zero_optimization, offload, communication; without it ZeRO stage 1",
+        "JSON file for --engine deepspeed: zero_optimization, offload, communication; default: ZeRO stage 1",
         where=True,
     )
     accumulate: int = setting(
-        1, "micro-batches that a rank's share of a gan or matching step is cut into, to save memory", low=1, where=True
+        1, "micro-batches per rank into which a gan or matching batch is split, to save memory", low=1, where=True
     )
-    device: str = setting("auto", "auto: CUDA where there is one", choices=("auto", "cpu", "cuda"), where=True)
+    device: str = setting("auto", "auto: CUDA if available, else CPU", choices=("auto", "cpu", "cuda"), where=True)
     compile: bool = setting(
         False,
         "compile classifiers and generator with torch.compile: the first steps take minutes, later ones less time on a GPU",
         where=True,
     )
     channels_last: bool = setting(
-        True, "on a GPU keep what generator and discriminator compute channels last (--engine ddp)", where=True
+        True, "use the channels-last memory format for generator and discriminator on a GPU (--engine ddp)", where=True
     )
     deterministic: bool = setting(
         False,
-        "on a GPU add in the same order in each run, so that an interrupted run ends with the same bits as an undisturbed one; slower, and "
-        "without --deterministic the fastest convolutions are sought. A CPU always does",
+        "use deterministic GPU kernels, so that an interrupted run ends with the same bits as an uninterrupted one; slower. Otherwise the "
+        "fastest convolutions are searched. CPUs are always deterministic",
         where=True,
     )
     timeout: float = setting(
         600.0,
-        "seconds without a sign of life after which a rank counts as gone, however busy it may be while it gives them",
+        "seconds without a heartbeat after which a rank counts as lost; a busy rank still sends heartbeats",
         above=0,
         high=_YEAR,
         where=True,
     )
     checkpoint_seconds: float = setting(
         10.0,
-        "seconds between checkpoints at least; stretched so that saving takes at most 3 %; 0: every step",
+        "least seconds between checkpoints; longer if saving would take more than 3 % of the time; 0: every step",
         low=0,
         high=_YEAR,
         where=True,
     )
-    checkpoints_kept: int = setting(3, "newest checkpoints of a loop that are kept", low=1, where=True)
-    verify: bool = setting(True, "hash every file that will be read before the first step", where=True)
+    checkpoints_kept: int = setting(3, "number of newest checkpoints kept per training loop", low=1, where=True)
+    verify: bool = setting(True, "check the sha256 of every input file before the first step", where=True)
     debug: bool = setting(False, "show tracebacks", where=True)
     seed: int = setting(0, "seed of every step", low=0)
     precision: str = setting(
         "auto",
-        "what networks compute in, over float32 weights: float32; tf32, which rounds what is multiplied on a GPU, and nothing on a CPU; bf16 or "
-        "fp16, by autocast; auto: bf16 where the hardware computes in it, else float32",
+        "number format of computation; weights stay float32: float32; tf32, which rounds factors on a GPU, but not on a CPU; bf16 or "
+        "fp16, by autocast; auto: bf16 if the hardware supports it, else float32",
         choices=("auto", "float32", "tf32", "bf16", "fp16"),
     )
     loader: Loader = dataclasses.field(default_factory=Loader)
@@ -338,14 +333,14 @@ class Config:
     report: Report = dataclasses.field(default_factory=Report)
 
     def step_seed(self, step: str) -> int:
-        """SECTION.seed where given, else ``seed``."""
+        """Return SECTION.seed if it is given, else ``seed``."""
         own = getattr(self, step).seed
         return self.seed if own is None else int(own)
 
     def streams(self, step: str) -> int:
-        """The canonical streams of a global batch of gan, or of a teacher's, which is dealt to a team at most: as many of
-        ``loader.streams`` as divide it."""
-        from gdd_dist.data.order import default_streams  # loads numpy
+        """Return the number of streams of a global batch of gan or of a teacher's batch (which one team trains):
+        ``loader.streams`` reduced to a number that divides it."""
+        from gdd_dist.data.order import default_streams  # imported here, because it loads numpy
 
         asked, batch = self.loader.streams, int(getattr(self, step).batch)
         if not asked:
@@ -353,7 +348,7 @@ class Config:
         return math.gcd(asked, batch) if step == "teachers" else asked
 
     def shaping(self, section: str) -> dict[str, Any]:
-        """The settings of one section that change numbers, for a fingerprint (without its seed)."""
+        """Return the settings of one section that change results, for a fingerprint (without its seed)."""
         values = getattr(self, section)
         return {
             f.name: getattr(values, f.name)

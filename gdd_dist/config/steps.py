@@ -1,6 +1,6 @@
-"""What a step is: its name, its inputs, the VERSION of its numbers, the settings that shape them. All others read this table.
+"""The definition of each step: name, inputs, VERSION of its results, and the settings that shape them.
 
-The table imports no step: who only asks for fingerprints, as `status` does, loads neither torch nor a step's code.
+The table imports no step, so programs that only need fingerprints, such as `status`, load neither torch nor a step's code.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING, Any
 from gdd_dist.models import pretrained
 from gdd_dist.models.names import has_batch_norm
 
-if TYPE_CHECKING:  # the settings read the names of the steps from here
+if TYPE_CHECKING:  # avoids a circular import: the settings import the names of the steps
     from gdd_dist.config.settings import Config
 
 ROWS_VERSION = 3
-"""Of the report's rows, which are kept one by one: raised when a student's numbers change."""
+"""The version of the report's rows, which are stored one by one: raised when a student's results change."""
 CUTS = ("ranks_per_teacher", "accumulate", "activation_checkpointing")
-"""Settings that say how a teacher's batch is cut, and how often it passes: with a batch norm they change numbers."""
+"""Settings for how a teacher's batch is split and recomputed: with batch normalization they change results."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a step is handed. ``directories``: of the finished steps that it reads; ``fingerprints``: of all steps;
-    ``provenance``: what its files say of their making.
+    """The inputs of a step. ``directories``: of the finished steps that it reads; ``fingerprints``: of all steps;
+    ``provenance``: the metadata of its output files.
     """
 
     directories: Mapping[str, Path]
@@ -36,10 +36,10 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Step:
-    """One step. ``version``: raised when its numbers change; ``settings``: what shapes them, as JSON holds it.
+    """One step. ``version``: raised when its results change; ``settings``: the settings that shape them, as JSON.
 
-    ``shapes``: steps whose fingerprints are part of its own, where ``needs`` (input → whether these settings need it) does not
-    say otherwise; ``reads``: further ones that it reads, whose numbers follow from those.
+    ``shapes``: steps whose fingerprints are part of its own, except those that ``needs`` (input → whether these settings need it)
+    excludes; ``reads``: further steps that it reads, which are determined by those.
     """
 
     name: str
@@ -50,15 +50,15 @@ class Step:
     needs: Mapping[str, Callable[[Config], bool]] = field(default_factory=dict)
 
     def shaped_by(self, config: Config) -> tuple[str, ...]:
-        """The steps whose fingerprints are part of its own."""
+        """Return the steps whose fingerprints are part of its own."""
         return tuple(name for name in self.shapes if name not in self.needs or self.needs[name](config))
 
     def inputs(self, config: Config) -> tuple[str, ...]:
-        """The finished steps that it reads, but for the shards."""
+        """Return the finished steps that it reads, without the shards."""
         return tuple(name for name in TABLE if name in self.shaped_by(config) + self.reads)
 
     def run(self, ctx: Any, work: Path, inputs: Inputs) -> dict[str, Any]:
-        """Compute it into ``work``; returns what its record says. All ranks call it."""
+        """Compute the step in the directory ``work``; returns its record. All ranks call it."""
         found: dict[str, Any] = importlib.import_module(f"gdd_dist.steps.{self.name}").run(ctx, work, inputs)
         return found
 
@@ -85,14 +85,14 @@ def _gaussian(config: Config) -> dict[str, Any]:
 
 def _gan(config: Config) -> dict[str, Any]:
     gan = config.shaping("gan")
-    if gan["start"] == "noise":  # fingerprints of before there was a choice
+    if gan["start"] == "noise":  # keeps the fingerprints from before this setting existed
         del gan["start"]
     return {**gan, "loader": _some(config.shaping("loader"), "streams", "window", "flip")}
 
 
 def _matching(config: Config) -> dict[str, Any]:
     matching = config.shaping("matching")
-    if not refits(config):  # fingerprints of before there was a refit
+    if not refits(config):  # keeps the fingerprints from before this setting existed
         del matching["refit"]
     return {
         **matching,
@@ -103,7 +103,7 @@ def _matching(config: Config) -> dict[str, Any]:
 
 
 def refits(config: Config) -> bool:
-    """Whether matching fits the Gaussian anew: as a candidate, where it has a choice."""
+    """Whether matching also refits the Gaussian, as one more candidate for --matching.select best."""
     return bool(config.matching.refit) and config.matching.select == "best"
 
 
@@ -113,7 +113,7 @@ def _report(config: Config) -> dict[str, Any]:
 
 
 def _student(config: Config) -> dict[str, Any]:
-    """Quick students train as the report's do."""
+    """Return the settings of the report's students that also apply to quick students."""
     return _some(config.shaping("report"), "lr", "momentum", "weight_decay")
 
 
@@ -132,5 +132,5 @@ TABLE: dict[str, Step] = {
         Step("report", 3, ("shards", "teachers", "gaussian", "gan", "matching"), _report, reads=("logits",)),
     )
 }
-"""The steps after the shards, in their order."""
+"""The steps after the shards, in order."""
 STEPS = ("shards", *TABLE)

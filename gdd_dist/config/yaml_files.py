@@ -1,4 +1,4 @@
-"""YAML that people write: UTF-8, each key once, `1e-4` a number."""
+"""Reads YAML files written by people: UTF-8, each key only once, and `1e-4` is a number."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sharding.errors import UserError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1, in which a number with an exponent needs no point (as in 1.2)."""
+    """YAML 1.1, but a number with an exponent needs no decimal point (as in YAML 1.2)."""
 
 
 _Loader.add_implicit_resolver(
@@ -22,7 +22,7 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(path: str, what: str, help: str) -> dict[Any, Any]:
-    """The mapping in a file. Raises UserError, which calls the file ``what`` and ends with ``help``, where there is none."""
+    """Return the mapping in a file. Raises UserError if there is none; it calls the file ``what`` and ends with ``help``."""
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
         _check_once(yaml.compose(text, Loader=_Loader), path, {})
@@ -37,7 +37,7 @@ def read_yaml(path: str, what: str, help: str) -> dict[Any, Any]:
 
 
 def _check_once(node: yaml.Node | None, path: str, lines: dict[str, int], prefix: str = "") -> None:
-    """YAML keeps the last of two equal keys without a word. ``lines``: full name of a key → its line."""
+    """Refuse a repeated key, of which YAML silently keeps the last. ``lines``: full name of a key → its line."""
     for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
         name, line = f"{prefix}{key.value}", key.start_mark.line + 1
         if name in lines:

@@ -1,1 +1,1 @@
-"""Order, noise, decoding, loading and augmentation of images; knows nothing of steps."""
+"""Order, noise, decoding, loading and augmentation of images; independent of the steps."""

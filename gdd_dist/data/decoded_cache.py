@@ -1,7 +1,7 @@
-"""A split decoded once: STORE/cache/<key>/<split>/images.u8, uint8 [N, H, W, C] in sample order, mapped by every rank of a host.
+"""A split decoded once: STORE/cache/<key>/<split>/images.u8, uint8 [N, H, W, C] in sample order, memory-mapped by all ranks of a host.
 
-Beside it images.json holds its size and sha256; it is written last, so that a file without one is unfinished. The key names
-the data and the versions of the decoders.
+images.json beside it holds its size and sha256. It is written last, so a file without it is unfinished. The key names the
+data and the versions of the decoders.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ FILE, NOTE = "images.u8", "images.json"
 FORMAT = "gdd-decoded/1"
 CHUNK_BYTES = 32 * 2**20
 MEMORY_SHARE, DISK_SHARE, DEVICE_SHARE = 0.25, 0.5, 0.25
-"""Of the free memory of the host, of the free disk and of the free memory of a GPU: what "auto" takes at most."""
+"""Largest shares of the host's free memory, of the free disk, and of a GPU's free memory that "auto" uses."""
 
 Fill = Callable[[np.ndarray, np.ndarray, Workers], None]
 """``fill(indices, out, workers)``: decode samples into uint8 [n, H, W, C]."""
 
 
 def fits(resident: str, size: int, cache: Path | None, device: torch.device, there: bool) -> str:
-    """Where ``size`` bytes of decoded images will stay: none, ram or device. ``there``: the file exists already."""
+    """Return where ``size`` bytes of decoded images are kept: none, ram or device. ``there``: the file exists already."""
     on_gpu = device.type == "cuda"
     if resident != "auto":
         return "ram" if resident == "device" and not on_gpu else resident
@@ -66,9 +66,9 @@ class Decoded:
         return self._note.exists()
 
     def open(self, fill: Fill, samples: int) -> np.ndarray:
-        """Map it, uint8 [samples, H, W, C]. Where it is not there, one process builds it on all cores, and the others wait for it.
+        """Map it, uint8 [samples, H, W, C]. If it is missing, one process builds it on all cores, and the others wait.
 
-        Raises OSError where it cannot be written, UserError where it is not what its note says.
+        Raises OSError when it cannot be written, UserError when its size is not that in images.json.
         """
         shape = (samples, *self._row)
         if not self.there:
@@ -76,7 +76,7 @@ class Decoded:
             with self._alone_on_this_host():
                 if not self.there:
                     lock = Lock(self._directory.with_suffix(".lock"))
-                    with holding(lock, lambda holder: None):  # another host decodes: wait for it
+                    with holding(lock, lambda holder: None):  # another host is decoding it
                         if not self.there:
                             self._build(fill, samples)
         size = int(np.prod(shape))
@@ -84,14 +84,14 @@ class Decoded:
         if found != size:
             what = f"{self.path} has {found} bytes instead of {size}"
             raise UserError(f"{what}; remove {self._directory} to decode it again")
-        # Copy on write: torch wants memory that may be written, and nobody may change the file.
+        # Copy on write, because torch wants writable memory, and the file must not change.
         return np.memmap(self.path, dtype=np.uint8, mode="c", shape=shape).view(np.ndarray)
 
     @contextmanager
     def _alone_on_this_host(self) -> Iterator[None]:
-        """One process of a host at a time, so that not all ranks ask for a lock on a disk that all hosts may share.
+        """One process of a host at a time, so that not all ranks try to lock a file on a disk that hosts may share.
 
-        Whoever comes first, since ranks run apart; the kernel takes it back from a process that ends.
+        The first process gets it, because ranks run independently; the kernel frees it when the process ends.
         """
         name = f"\0gdd_dist-{os.getuid()}-{hashlib.sha256(os.fsencode(self._directory.absolute())).hexdigest()[:32]}"
         with socket.socket(socket.AF_UNIX) as claim:
@@ -100,13 +100,13 @@ class Decoded:
                     claim.bind(name)
                     break
                 except OSError as e:
-                    if e.errno != errno.EADDRINUSE:  # no such names on this system
+                    if e.errno != errno.EADDRINUSE:  # this system has no abstract sockets
                         break
                     time.sleep(0.2)
             yield
 
     def parts(self, samples: int) -> tuple[Callable[[int], np.ndarray], range]:
-        """How it is built: part number → sample numbers, and the numbers of the parts."""
+        """Return how the file is built: a function part number → sample numbers, and the range of part numbers."""
         rows = max(1, CHUNK_BYTES // int(np.prod(self._row)))
         return (lambda part: np.arange(part * rows, min((part + 1) * rows, samples))), range(-(-samples // rows))
 
@@ -135,19 +135,19 @@ class Decoded:
         write_json(self._note, {"format": FORMAT, "bytes": size, "sha256": digest.hexdigest()})
 
     def give_up(self, fault: OSError) -> None:
-        """Say why images cannot be kept, and so are decoded each time they are read."""
+        """Report why decoded images cannot be kept, so that they are decoded at each read."""
         where = f"{self._directory} ({fault.strerror or fault})"
-        say(f"{self._split}: cannot keep decoded images in {where}; reading goes on")
+        say(f"{self._split}: cannot keep decoded images in {where}; images are decoded at each read instead")
 
 
 def key(manifest: Manifest) -> str:
-    """What shapes the decoded bytes."""
+    """Return a key of everything that determines the decoded bytes."""
     decoders = {name: version(name) for name in ("simplejpeg", "pillow")}
     return fingerprint({"format": FORMAT, "data": manifest.fingerprint, "decoders": decoders})
 
 
 def decoded_files(cache: Path, manifest: Manifest, splits: Sequence[str]) -> list[tuple[Path, int, str, Path]]:
-    """(path, bytes, sha256, directory) of each finished file of these splits, to be verified before it is read."""
+    """Return (path, bytes, sha256, directory) of each finished file of these splits, for verification before use."""
     places = [cache / key(manifest) / split for split in splits]
     found = [(place, read_json(place / NOTE)) for place in places if (place / NOTE).exists()]
     return [(place / FILE, note["bytes"], note["sha256"], place) for place, note in found]

@@ -1,4 +1,4 @@
-"""One file out of a store: whole, checked, tried again while the store errs; and a lock between the processes of a host."""
+"""Downloads one file from a store: complete, checked, with retries; and a lock between the processes of a host."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ Result = TypeVar("Result")
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0
 _SILENCE = 60.0
-"""Seconds after which a connection that brings nothing is given up, and tried again."""
+"""Seconds without data after which a connection is closed and tried again."""
 MISMATCHES = 5
-"""A file that so often arrives whole but with another sha256 is another file."""
+"""After so many complete downloads with a wrong sha256, the file itself must be different."""
 LOCAL_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class Damaged(Exception):
-    """What arrived is not what the manifest says."""
+    """The downloaded content does not match the manifest."""
 
 
 class Source:
-    """The files below a URL, by fsspec."""
+    """The files below a URL, read with fsspec."""
 
     def __init__(self, url: str, patience: float) -> None:
-        """``patience``: seconds for which a store may fail. Raises UserError where the library for the URL is missing."""
+        """``patience``: seconds for which a store may fail. Raises UserError when the library for the URL is missing."""
         self._url, self._patience = url.rstrip("/"), patience
         try:
             import fsspec
@@ -49,20 +49,20 @@ class Source:
         self._root = str(root).rstrip("/")
 
     def content(self, file: str) -> bytes:
-        """A small file's content."""
+        """Return the content of a small file."""
         return self._patiently(file, lambda: bytes(self._fs.cat_file(f"{self._root}/{file}")))
 
     def download(self, file: str, path: Path, size: int | None, sha256: str) -> None:
-        """Download to ``path``, whole and checked or not at all. The caller holds its lock."""
+        """Download to ``path``, checked and atomically. The caller holds its lock."""
         temporary = path.with_name(f".{path.name}.tmp")
 
         def once() -> None:
             self._fs.get_file(f"{self._root}/{file}", str(temporary))
             found = temporary.stat().st_size
             if size is not None and found != size:
-                raise Damaged(f"{found} bytes came instead of {size}")
+                raise Damaged(f"received {found} bytes instead of {size}")
             if sha256_file(temporary) != sha256:
-                raise Damaged("its sha256 is not the manifest's")
+                raise Damaged("its sha256 differs from the manifest")
             temporary.replace(path)
 
         try:
@@ -75,7 +75,7 @@ class Source:
         while True:
             try:
                 return call()
-            # Stores answer trouble with exceptions of many libraries; all that may pass are tried again.
+            # Stores raise exceptions of many libraries; every error that may be temporary is tried again.
             except Exception as e:
                 if isinstance(e, OSError) and e.errno in LOCAL_FAULTS:
                     raise
@@ -84,13 +84,13 @@ class Source:
                 lasting = isinstance(e, FileNotFoundError) or _forbidden(e) or _untrusted(e)
                 if late or mismatches >= MISMATCHES or lasting:
                     raise UserError(f"cannot fetch {self._url}/{file} ({_reason(e)}); {_remedy(e)}") from e
-                say(f"{self._url}/{file}: {_reason(e)}; again in {pause:.1f} s")
+                say(f"{self._url}/{file}: {_reason(e)}; trying again in {pause:.1f} s")
             time.sleep(pause * random.uniform(0.75, 1.25))
             pause = min(2 * pause, LONGEST_PAUSE)
 
 
 def _limits(url: str, patience: float) -> dict[str, Any]:
-    """What makes a store that says nothing at all an error within ``patience`` seconds; libraries wait for minutes."""
+    """Return options that make a silent store an error within ``patience`` seconds; by default, libraries wait for minutes."""
     scheme, seconds = url.partition("://")[0].lower(), max(1.0, min(patience, _SILENCE))
     if scheme.startswith("http"):
         import aiohttp
@@ -105,20 +105,20 @@ def _reason(e: Exception) -> str:
 
 
 def _forbidden(e: Exception) -> bool:
-    """As s3fs, aiohttp (by `status`) and gcsfs (by `code`, or by words alone) say it."""
+    """Whether access was refused, as reported by s3fs, aiohttp (in `status`) and gcsfs (in `code`, or only in words)."""
     codes = {getattr(e, "status", None), getattr(e, "code", None)}
     return isinstance(e, PermissionError) or bool(codes & {401, 403}) or str(e).startswith("Forbidden: ")
 
 
 def _untrusted(e: BaseException) -> bool:
-    """Whether a certificate was refused; fsspec and aiohttp wrap that in exceptions of their own."""
+    """Whether a certificate was refused; fsspec and aiohttp wrap that in their own exceptions."""
     cause = e.__cause__ or e.__context__
     return isinstance(e, ssl.SSLCertVerificationError) or (cause is not None and _untrusted(cause))
 
 
 def _remedy(e: Exception) -> str:
     if _untrusted(e):
-        cure = "check the URL, or name the authority's certificate in SSL_CERT_FILE"
+        cure = "check the URL, or set SSL_CERT_FILE to the certificate of its authority"
         return f"its certificate is not trusted here: {cure}"
     if isinstance(e, FileNotFoundError):
         return "check the URL, or copy the whole data set there"
@@ -130,7 +130,7 @@ def _remedy(e: Exception) -> str:
 
 
 def whole(path: Path, size: int | None, sha256: str | None = None) -> bool:
-    """Whether the file is there, of that size and that content, as far as they are given."""
+    """Whether the file exists, with the given size and sha256 if they are given."""
     try:
         return (size is None or path.stat().st_size == size) and (sha256 is None or sha256_file(path) == sha256)
     except FileNotFoundError:
@@ -139,9 +139,9 @@ def whole(path: Path, size: int | None, sha256: str | None = None) -> bool:
 
 @contextmanager
 def locked(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock that goes with ``path`` among the processes of this host, and say so; without ``wait`` False if it is held.
+    """Hold the lock of ``path`` among the processes of this host, and yield True; without ``wait``, yield False if it is held.
 
-    The kernel drops it when its holder dies. On a file system without locks all hold it: a file is then downloaded twice at worst.
+    The kernel frees it when its holder dies. On a file system without locks all get it; at worst, a file is downloaded twice.
     """
     descriptor = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
     try:

@@ -1,4 +1,4 @@
-"""Which shards of a remote data set are downloaded ahead: those of the batches to come, the soonest needed first."""
+"""Which shards of a remote data set are downloaded ahead: those of the next batches, in order of use."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import numpy as np
 from sharding.manifest import ShardInfo
 
 Batch = Callable[[int], np.ndarray]
-"""Step → the samples that it reads, int64."""
+"""Step → the sample numbers that it reads, int64."""
 
 
 class Ahead:
-    """A thread that looks at the batches to come and asks for the download of their shards, in the order in which they are used.
+    """A thread that requests the shards of the next batches, in the order in which they are used.
 
-    The shards asked for and not yet read take ``room`` bytes at most, or are one shard. A shard that the reader has finished
-    makes room for the next.
+    Shards that are requested but not yet read take at most ``room`` bytes, or are one shard. The next shard is requested
+    when the reader has finished one.
     """
 
     def __init__(
         self, download: Callable[[ShardInfo], None], room: int, shards: Sequence[ShardInfo], batch: Batch, steps: range
     ) -> None:
-        """``download``: begins to, and returns. ``batch(step)`` must be a pure function."""
+        """``download`` starts a download and returns at once. ``batch(step)`` must be a pure function."""
         self._download, self._room, self._shards = download, room, shards
         self._ends = np.cumsum([info.samples for info in shards])
         self._step, self._closed, self._news = steps.start, False, threading.Condition()
@@ -31,20 +31,20 @@ class Ahead:
         self._thread.start()
 
     def advance(self) -> None:
-        """The reader has read a batch more."""
+        """Record that the reader has read one more batch."""
         with self._news:
             self._step += 1
             self._news.notify()
 
     def close(self) -> None:
-        """Ask for no more: other batches will come than was thought."""
+        """Stop requesting shards, because other batches will be read than expected."""
         with self._news:
             self._closed = True
             self._news.notify()
         self._thread.join()
 
     def _follow(self, batch: Batch, steps: range) -> None:
-        # Shard → the last step that needs it as far as was looked, in the order of these steps.
+        # Shard → the last known step that needs it, in the order of these steps.
         last = dict[int, int]()
         for step in steps:
             for shard in dict.fromkeys(np.searchsorted(self._ends, batch(step), side="right").tolist()):
@@ -59,7 +59,7 @@ class Ahead:
                 return
 
     def _has_room(self, last: dict[int, int]) -> bool:
-        """Wait until the reader has left enough shards behind that the others fit; False where that is of no use any more."""
+        """Wait until the reader has finished so many shards that the others fit; return False after `close`."""
         while len(last) > 1 and sum(self._shards[shard].bytes for shard in last) > self._room:
             oldest, step = next(iter(last.items()))
             with self._news:

@@ -1,4 +1,4 @@
-"""Images of a split by sample number: memory map, index, decoding threads, recycled uint8 batches."""
+"""Reads images of a split by sample number: memory map, index, decoding threads, reused uint8 batches."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from sharding.shards import Shards, decode
 class Images:
     """Random access to a split: ``read(indices)`` → uint8 [B, C, H, W]. Safe to use from several threads.
 
-    ``resident`` says where decoded images stay: "none" nowhere, "ram" in a file below ``cache`` that all ranks of a host map,
-    "device" on ``device`` too (a CPU's own memory is that file), "auto" in the fastest of these that has room. Without ``cache``
-    nothing is kept or written.
+    ``resident`` says where decoded images are kept: "none" nowhere, "ram" in a file below ``cache`` that all ranks of a host map,
+    "device" also on ``device`` (for a CPU this is the same as ram), "auto" in the fastest of these with enough space. Without
+    ``cache`` nothing is kept or written.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Images:
         size = int(np.prod(self.shape)) * self.shards.samples
         self.resident = fits(resident, size, cache, self._device, self._decoded is not None and self._decoded.there)
         self.resident_bytes = 0 if self.resident == "none" else size
-        """Memory of the kept images once they are there; 0 where none are kept."""
+        """Bytes of the decoded images that are kept, 0 if none are."""
         self._asked, self._lock = resident, threading.Lock()
         self._ahead: Ahead | None = None
         self._kept: np.ndarray | None = None
@@ -68,11 +68,11 @@ class Images:
         return self.shards.samples
 
     def expect(self, batch: Callable[[int], np.ndarray], start: int, stop: int) -> None:
-        """Say that ``read(batch(step))`` comes for each step from ``start`` to ``stop``; ``batch`` is a pure function.
+        """Announce ``read(batch(step))`` for each step from ``start`` to ``stop``; ``batch`` is a pure function.
 
         Shards of a remote data set are then downloaded ahead, in the order in which they are needed.
         """
-        if self.resident == "none":  # else each sample is decoded once, in another order
+        if self.resident == "none":  # otherwise each sample is decoded once, in file order
             self._follow(batch, range(start, stop))
 
     def _follow(self, batch: Callable[[int], np.ndarray], steps: range) -> None:
@@ -82,10 +82,10 @@ class Images:
             self._ahead = Ahead(self._mirror.ahead, self._mirror.room, self._infos, batch, steps)
 
     def read(self, indices: np.ndarray) -> Tensor:
-        """Images by sample number, uint8 [B, C, H, W], where they are read: on the GPU if there is one.
+        """Return images by sample number, uint8 [B, C, H, W], on the GPU if there is one.
 
-        The memory of a batch is used again once nobody holds it. Raises UserError that names the shard of an image that does
-        not decode to the manifest's size, IndexError for a sample that is not there.
+        The memory of a batch is reused when no reference to it is left. Raises UserError that names the shard of an image that
+        does not decode to the manifest's size, IndexError for an unknown sample.
         """
         indices = np.asarray(indices, dtype=np.int64)
         if self._decoded is not None and self.resident != "none":
@@ -98,11 +98,11 @@ class Images:
         elif len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(self._kept):
             raise IndexError(f"a sample outside 0 … {len(self._kept) - 1}")
         else:
-            np.take(self._kept, indices, axis=0, out=out, mode="clip")  # "raise" would copy twice
+            np.take(self._kept, indices, axis=0, out=out, mode="clip")  # mode "raise" would copy twice
         return self._beside(lambda: batch.permute(0, 3, 1, 2).to(self._device, non_blocking=True))
 
     def _keep(self, decoded: Decoded) -> None:
-        """Decode the split if nobody has, and map it; where that fails under "auto" go on without."""
+        """Map the decoded split, decoding it first if necessary; if that fails under "auto", continue without it."""
         if self._kept is not None or self._on_device is not None:
             return
         with self._lock:
@@ -133,8 +133,8 @@ class Images:
         sample = 0
         try:
             for sample, payload, image in samples:  # noqa: B007
-                # No look at the header first, 2 of 25 microseconds, nor at the first byte: memory that is not at hand would be waited
-                # for with the interpreter locked. What is too large for the row is refused, not decoded.
+                # The header is not parsed first, which would take 2 of 25 microseconds. The first byte is not read either, because
+                # Python would hold the interpreter lock while a page is loaded. The decoder refuses an image too large for the row.
                 try:
                     if jpeg(payload, space, False, False, 0, 0, 1, image).shape != shape:
                         raise ValueError("a JPEG of another size than the data set's")
@@ -148,6 +148,6 @@ class Images:
             raise UserError(f"{what}; rebuild the data set with python -m sharding build") from e
 
     def _picked(self, images: Tensor, rows: Tensor) -> Tensor:
-        """The rows of ``images``, which lie on the device."""
+        """Return rows of ``images``, which are on the device."""
         rows = rows.pin_memory()
         return self._beside(lambda: images[rows.to(self._device, non_blocking=True)])

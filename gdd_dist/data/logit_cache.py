@@ -1,4 +1,4 @@
-"""Reading the cache of teacher logits: memory maps, joined to samples by (shard, row)."""
+"""Reads the cache of teacher logits: memory maps, in which a sample is found by (shard, row)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MEANS = "class-means.npy"
 
 
 def logit_file(directory: Path, teacher: int, shard: int) -> Path:
-    """Where one teacher's logits of one shard of train lie: float16 [V, n, C], rows in index order."""
+    """Return the path of one teacher's logits for one shard of train: float16 [V, n, C], rows in index order."""
     return directory / f"teacher-{teacher:03d}" / f"train-{shard:06d}.npy"
 
 
@@ -24,10 +24,10 @@ class LogitCache:
     def __init__(self, directory: Path, shard_samples: Sequence[int]) -> None:
         self._starts = np.concatenate([[0], np.cumsum(shard_samples)])
         self._directory, self._counts = directory, tuple(shard_samples)
-        # Each map holds a descriptor, and there may be more files than a process may hold.
+        # Each memory map needs a file descriptor, and there may be more files than a process may have descriptors.
         self._file = lru_cache(maxsize=256)(self._open_file)
         self.class_means: np.ndarray = self._open(directory / MEANS, None)
-        """float32 [T, V, classes, C]: mean raw logits of each class's training images."""
+        """float32 [T, V, classes, C]: mean logits of each class's training images."""
 
     def _open_file(self, teacher: int, shard: int) -> np.ndarray:
         return self._open(logit_file(self._directory, teacher, shard), self._counts[shard])
@@ -45,11 +45,11 @@ class LogitCache:
 
     @property
     def views(self) -> int:
-        """V."""
+        """The number of views V."""
         return int(self.class_means.shape[1])
 
     def take(self, teacher: int, samples: np.ndarray, views: np.ndarray) -> np.ndarray:
-        """Logits float32 [n, C] of one teacher, for pairs of sample number and view, both int64 [n]."""
+        """Return one teacher's logits, float32 [n, C], for pairs of sample number and view, both int64 [n]."""
         shards = np.searchsorted(self._starts, samples, side="right") - 1
         rows = samples - self._starts[shards]
         out = np.empty((len(samples), self.class_means.shape[-1]), dtype=np.float32)
@@ -63,11 +63,11 @@ NPY_HEADER = 128
 
 
 def bytes_needed(shard_samples: Sequence[int], teachers: int, views: int, classes: int) -> int:
-    """Bytes of all logit files and class means, headers included."""
+    """Return the bytes of all logit files and class means, with headers."""
     means = teachers * views * classes * classes * 4 + NPY_HEADER
     return teachers * sum(file_bytes(n, views, classes) for n in shard_samples) + means
 
 
 def file_bytes(samples: int, views: int, classes: int) -> int:
-    """Bytes of one logit file."""
+    """Return the bytes of one logit file."""
     return 2 * views * samples * classes + NPY_HEADER

@@ -1,7 +1,7 @@
-"""Every random number, a pure function of (seed, purpose, step, slot).
+"""Random numbers as a pure function of (seed, purpose, step, slot); a slot is a position in the global batch.
 
-All noise counts with Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The numbers of a
-slot depend on that slot alone, so a rank draws its own slots and nothing else, and any world size draws the same global batch.
+The generator is the counter-based Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The
+numbers of a slot depend only on that slot, so a rank draws only its own slots, and any number of ranks draws the same batch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _SHIFT = np.uint64(32)
 
 
 def philox(counter: np.ndarray, key: tuple[int, int] | tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """Philox-4x32-10: ``counter`` uint32 [..., 4] and a key of two 32-bit words, or uint64 [...] of such → uint32 [..., 4]."""
+    """Philox-4x32-10: ``counter`` uint32 [..., 4] and a key of two 32-bit words, or uint64 [...] of such words → uint32 [..., 4]."""
     c0, c1, c2, c3 = (counter[..., i].astype(np.uint64) for i in range(4))
     k0, k1 = (np.asarray(word, np.uint64) for word in key)
     for _ in range(10):
@@ -35,14 +35,14 @@ def _key(seed: int, purpose: str) -> tuple[int, int]:
 
 
 def _bits(seed: int, purpose: str, step: int, slots: np.ndarray, n: int) -> np.ndarray:
-    """uint32 [len(slots), n]."""
+    """Return random bits, uint32 [len(slots), n]."""
     blocks = -(-n // 4)
     found = philox(_counter(step, slots, blocks), _key(seed, purpose))
     return found.reshape(len(slots), blocks * 4)[:, :n]
 
 
 def _counter(step: int, slots: np.ndarray, blocks: int) -> np.ndarray:
-    """uint32 [len(slots), blocks, 4]: (block, slot, step low, step high + slot high)."""
+    """Return counters, uint32 [len(slots), blocks, 4]: (block, slot, step low, step high + slot high)."""
     slots = np.asarray(slots, dtype=np.uint64)
     counter = np.empty((len(slots), blocks, 4), dtype=np.uint32)
     counter[..., 0] = np.arange(blocks, dtype=np.uint32)
@@ -53,26 +53,26 @@ def _counter(step: int, slots: np.ndarray, blocks: int) -> np.ndarray:
 
 
 def uniform(seed: int, purpose: str, step: int, slots: np.ndarray, n: int) -> np.ndarray:
-    """Uniform float32 [len(slots), n] in [0, 1), on a grid of 2^-24; row i depends on ``slots[i]``, not on the others."""
+    """Return uniform float32 [len(slots), n] in [0, 1), multiples of 2^-24; row i depends only on ``slots[i]``."""
     return (_bits(seed, purpose, step, slots, n) >> np.uint32(8)).astype(np.float32) * np.float32(2**-24)
 
 
 def normal(seed: int, purpose: str, step: int, slots: np.ndarray, n: int) -> np.ndarray:
-    """Standard normal float32 [len(slots), n] by Box-Muller in float64; row i depends on ``slots[i]``, not on the others."""
+    """Return standard normal float32 [len(slots), n] by Box-Muller in float64; row i depends only on ``slots[i]``."""
     half = -(-n // 2)
     bits = _bits(seed, purpose, step, slots, 2 * half).astype(np.float64)
-    radius = np.sqrt(-2 * np.log((bits[:, :half] + 1) * 2.0**-32))  # + 1: log(0) cannot happen
+    radius = np.sqrt(-2 * np.log((bits[:, :half] + 1) * 2.0**-32))  # + 1 avoids log(0)
     angle = 2 * np.pi * 2.0**-32 * bits[:, half:]
     return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)[:, :n].astype(np.float32)
 
 
 def permutation(seed: int, purpose: str, step: int, n: int) -> np.ndarray:
-    """A permutation of range(n), int64 [n]."""
+    """Return a permutation of range(n), int64 [n]."""
     return permutations(seed, [purpose], step, n)[0]
 
 
 def permutations(seed: int, purposes: Sequence[str], step: int, n: int) -> np.ndarray:
-    """`permutation` of each purpose, int64 [len(purposes), n], for less: their keys are drawn at once."""
+    """Return `permutation` of each purpose, int64 [len(purposes), n]; faster, because their keys are drawn together."""
     keys = np.array([_key(seed, purpose) for purpose in purposes], np.uint64)
     words = philox(_counter(step, np.zeros(1), 1)[0], (keys[:, 0], keys[:, 1])).astype("<u4")
     draws = (np.random.Generator(np.random.Philox(key=four.view("<u8"))) for four in words)

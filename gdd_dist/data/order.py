@@ -1,6 +1,6 @@
-"""Who sees which sample, and when: a pure function of (seed, epoch, step).
+"""Which rank sees which sample at which step: a pure function of (seed, epoch, step).
 
-Nothing here holds state, so a position is a number, and resume is exact and free.
+There is no state, so a position is just a number, and resuming is exact and needs no stored state.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import numpy as np
 from gdd_dist.data.noise import permutation, permutations, uniform
 
 RUN = 16
-"""Steps whose samples are looked up at once: for one batch numpy's calls take longer than the work in them."""
+"""Steps whose samples are computed together, because for one batch the overhead of numpy calls dominates."""
 
 
 class Recent:
-    """`permutation`, which keeps its last results, up to ``most`` numbers in all.
+    """`permutation` with a cache of the latest results, up to ``most`` numbers in total.
 
-    A caller that takes few numbers at a time would otherwise draw the same permutation many times. Safe to use from several
-    threads. Its results are read-only, because it returns them again.
+    Without it, a caller that takes few numbers at a time would draw the same permutation many times. Thread-safe. Results are
+    read-only, because they may be returned again.
     """
 
     def __init__(self, most: int) -> None:
@@ -39,7 +39,7 @@ class Recent:
                 found = permutation(*key)
                 found.flags.writeable = False
                 self._numbers += n
-            self._kept[key] = found  # the dictionary's order is that of the last use
+            self._kept[key] = found  # the dictionary is ordered by last use
             while self._numbers > self._most:
                 self._numbers -= len(self._kept.pop(next(iter(self._kept))))
         return found
@@ -52,10 +52,10 @@ def dealt(
     n: int,
     draw: Callable[[int, str, int, int], np.ndarray] = permutation,
 ) -> np.ndarray:
-    """An endless sequence over range(n), read at ``positions``: each block of ``n`` positions holds every number once.
+    """Return an endless sequence over range(n) at ``positions``: each block of ``n`` positions has every number once.
 
-    So ``k = position // n`` is how often the number has come before. Returns int64 [len(positions)] in [0, n). ``draw``:
-    `permutation`, or a `Recent` of it.
+    So ``k = position // n`` is how often the number occurred before. Returns int64 [len(positions)] in [0, n). ``draw``:
+    `permutation`, or a `Recent`.
     """
     positions = np.asarray(positions, dtype=np.int64)
     blocks = positions // n
@@ -67,15 +67,15 @@ def dealt(
 
 
 def default_streams(batch: int) -> int:
-    """The largest divisor of the global batch up to 64."""
+    """Return the largest divisor of the global batch up to 64."""
     return max(s for s in range(1, min(batch, 64) + 1) if batch % s == 0)
 
 
 def balanced_rows(labels: np.ndarray, classes: int) -> np.ndarray | None:
-    """Repeats samples so that every class comes equally often: int64 rows into ``labels``, ascending, or None if even.
+    """Repeat samples so that all classes are equally frequent: int64 rows of ``labels``, ascending; None if they already are.
 
-    The j-th sample of a class with n of the largest class's m samples stands ⌊(j+1)m/n⌋ - ⌊jm/n⌋ times, so each class fills
-    exactly m places, and neighbours on disk stay neighbours.
+    If a class has n samples and the largest class m, its j-th sample is repeated ⌊(j+1)m/n⌋ - ⌊jm/n⌋ times, so each class has
+    exactly m rows, and neighbours on disk stay neighbours.
     """
     counts = np.bincount(labels, minlength=classes)
     present = counts[counts > 0]
@@ -92,12 +92,12 @@ def balanced_rows(labels: np.ndarray, classes: int) -> np.ndarray | None:
 
 @dataclass(frozen=True)
 class Order:
-    """Epochs over shards, cut into canonical streams (design 5.1): batch(step, rank, world) → sample indices.
+    """Epochs over shards, divided into streams that do not depend on the ranks: batch(step, rank, world) → sample indices.
 
-    The epoch's shards, shuffled and laid on a ring that starts anywhere, are cut into ``streams`` streams of equal length;
-    inside a stream samples are shuffled within windows of ``window`` samples; a global batch takes ``batch / streams`` samples from
-    each stream, one stream after another; rank r of w serves the r-th of w equal parts of it. Every sample comes once an epoch but for
-    ``remainder`` of them, others each epoch. ``shard_samples``: samples by shard.
+    The shuffled shards of an epoch form a ring with a random start, which is divided into ``streams`` streams of equal length.
+    In a stream, samples are shuffled within windows of ``window`` samples. A global batch takes ``batch / streams`` samples from
+    each stream, one stream after another; rank r of w gets the r-th of w equal parts. Every sample occurs once per epoch, except
+    ``remainder`` samples, which differ between epochs. ``shard_samples``: number of samples of each shard.
     """
 
     shard_samples: tuple[int, ...]
@@ -111,26 +111,26 @@ class Order:
         if self.batch_size % self.streams:
             raise ValueError(f"batch {self.batch_size} is not a multiple of {self.streams} streams")
         if self.steps_per_epoch < 1:
-            raise ValueError(f"batch {self.batch_size} exceeds the {self.samples} samples there are")
+            raise ValueError(f"batch {self.batch_size} exceeds the {self.samples} samples of the split")
 
     @cached_property
     def samples(self) -> int:
-        """Samples in all shards."""
+        """Number of samples in all shards."""
         return int(sum(self.shard_samples))
 
     @property
     def share(self) -> int:
-        """Samples that a global batch takes from each stream."""
+        """Number of samples that a global batch takes from each stream."""
         return self.batch_size // self.streams
 
     @property
     def steps_per_epoch(self) -> int:
-        """Global batches in an epoch, the same for every rank."""
+        """Number of global batches in an epoch, the same for every rank."""
         return self.samples // self.streams // self.share
 
     @property
     def remainder(self) -> int:
-        """Samples that one epoch leaves out: fewer than batch + streams."""
+        """Number of samples that one epoch leaves out: less than batch + streams."""
         return self.samples - self.steps_per_epoch * self.batch_size
 
     @cached_property
@@ -138,9 +138,9 @@ class Order:
         return np.concatenate([[0], np.cumsum(self.shard_samples)]).astype(np.int64)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
-        """This rank's part of global batch ``step`` (counted over all epochs): int64 [batch_size / world], stream by stream.
+        """Return this rank's part of global batch ``step`` (counted over all epochs): int64 [batch_size / world], by stream.
 
-        Raises ValueError where ``world`` does not divide the batch.
+        Raises ValueError if ``world`` does not divide the batch.
         """
         if self.batch_size % world:
             raise ValueError(f"{world} ranks do not divide a batch of {self.batch_size}")
@@ -150,18 +150,18 @@ class Order:
         first, before = divmod(rank * slots, self.share)
         streams = -(-(before + slots) // self.share)
         found: np.ndarray = self._keep(self._draw_run, (epoch, first, streams, run), 4)
-        whole = found[:, at * self.share : (at + 1) * self.share].flatten()  # a copy: what is kept is not the caller's
+        whole = found[:, at * self.share : (at + 1) * self.share].flatten()  # a copy; the original is cached
         return whole[before : before + slots]
 
     def _draw_run(self, epoch: int, stream: int, count: int, run: int) -> np.ndarray:
-        """The samples of ``count`` streams from ``stream`` on in RUN steps, fewer at the epoch's end: int64 [count, steps · share]."""
+        """Return the samples of ``count`` streams from ``stream`` on, for RUN steps or up to the epoch's end: int64 [count, steps · share]."""
         first, last = run * RUN, min((run + 1) * RUN, self.steps_per_epoch)
         shuffled = self._shuffled(epoch, stream, count, first * self.share, last * self.share)
         begins = np.arange(stream, stream + count) * (self.samples // self.streams)
         return self._to_samples(epoch, begins[:, None] + shuffled)
 
     def _shuffled(self, epoch: int, first: int, count: int, start: int, stop: int) -> np.ndarray:
-        """Places inside ``count`` streams from ``first`` on, of those from ``start`` to ``stop``: int64 [count, stop - start]."""
+        """Return the shuffled positions ``start`` to ``stop`` of ``count`` streams from ``first`` on: int64 [count, stop - start]."""
         parts, position = [], start
         while position < stop:
             window = position // self.window
@@ -173,7 +173,7 @@ class Order:
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
     def _to_samples(self, epoch: int, places: np.ndarray) -> np.ndarray:
-        """Places on the epoch's ring → sample indices."""
+        """Convert positions on the epoch's ring to sample indices."""
         ring: tuple[np.ndarray, np.ndarray, int] = self._keep(self._draw_ring, (epoch,), 2)
         shards, ends, offset = ring
         places = (places + offset) % self.samples
@@ -184,12 +184,12 @@ class Order:
 
     @cached_property
     def _recent(self) -> dict[tuple[Any, ...], Any]:
-        """The arrays that the last batches were cut from. Each order keeps its own, because a cache that all orders share would have to
-        hash an order, which may hold a million shards."""
+        """The arrays from which the last batches were taken. Each order has its own cache, because a shared cache would have to hash
+        orders, which may have a million shards."""
         return {}
 
     def _keep(self, draw: Callable[..., Any], of: tuple[int, ...], most: int) -> Any:
-        """``draw(*of)``, kept while fewer than ``most`` of its kind came after it."""
+        """Return ``draw(*of)``, cached until ``most`` newer results of its kind exist."""
         key = (draw.__name__, *of)
         value = self._recent.get(key)
         if value is None:
@@ -200,13 +200,13 @@ class Order:
         return value
 
     def _draw_windows(self, epoch: int, first: int, count: int, window: int) -> np.ndarray:
-        """The shuffle of one window in each of ``count`` streams: int64 [count, size]."""
+        """Return the shuffle of one window in each of ``count`` streams: int64 [count, size]."""
         size = min(self.window, self.samples // self.streams - window * self.window)
         purposes = [f"{self.purpose}/window/{epoch}/{stream}" for stream in range(first, first + count)]
         return permutations(self.seed, purposes, window, size)
 
     def _draw_ring(self, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """The epoch's shards in their order, the running end of each, and where the ring starts."""
+        """Return the epoch's shards in order, the cumulative end of each, and the start of the ring."""
         shards = permutation(self.seed, f"{self.purpose}/shards", epoch, len(self.shard_samples))
         ends = np.cumsum(np.asarray(self.shard_samples, dtype=np.int64)[shards])
         start = uniform(self.seed, f"{self.purpose}/start", epoch, np.zeros(1), 1)[0, 0]

@@ -1,4 +1,4 @@
-"""Between 8-bit pixels and the floats that networks see. Needs nothing but torch: a generator's file is used far from here."""
+"""Converts between 8-bit pixels and the floats of networks. Needs only torch, so that programs which only draw load little."""
 
 from __future__ import annotations
 

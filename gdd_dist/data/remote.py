@@ -1,9 +1,9 @@
 """Data sets in object stores and behind web servers: s3://…, gs://…, https://….
 
-A remote data set has a mirror in a local cache directory, named by its manifest's fingerprint: the manifest and all indexes, and those
-shards that are being read. Shards are fetched ahead, each checked against its sha256 before it is used, fetched again with growing
-pauses when it does not match or the store errs, downloaded once for all ranks of a host, and the longest unused removed when the
-cache grows over its limit.
+A remote data set has a mirror in a local cache directory, named by its manifest's fingerprint: the manifest, all indexes, and the
+shards that are being read. Shards are downloaded ahead, once for all ranks of a host, and checked by their sha256 before use. A
+failed or wrong download is repeated after growing pauses. When the cache exceeds its limit, the least recently used shards are
+removed.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from sharding.progress import duration
 from sharding.sizes import parse_size
 
 DOWNLOADS = 2
-"""Downloads ahead at a time, of one rank."""
+"""Number of simultaneous downloads ahead per rank."""
 INDEX_DOWNLOADS = 16
 
 
 @dataclass(frozen=True)
 class Cache:
-    """Where mirrors lie, how many bytes their shards may take, and for how many seconds a store may fail."""
+    """The directory of mirrors, the largest total bytes of their shards, and the seconds for which a store may fail."""
 
     directory: Path
     limit: int
@@ -42,9 +42,9 @@ class Cache:
 
     @staticmethod
     def of(directory: str, limit: str, patience: float) -> Cache:
-        """From settings; without a directory, the user's own cache. Raises UserError where there is neither."""
+        """Create it from settings; the default directory is the user's cache. Raises UserError if there is neither."""
         home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        if not directory and home.startswith("~"):  # a container's user without an entry in passwd
+        if not directory and home.startswith("~"):  # in a container, the user may have no passwd entry
             cure = "give --loader.cache_dir, or set HOME"
             raise UserError(f"there is no home directory for shards of a remote --data; {cure}")
         return Cache(Path(directory or f"{home}/gdd_dist/data"), parse_size(limit), patience)
@@ -52,7 +52,7 @@ class Cache:
 
 @dataclass(frozen=True)
 class Asked:
-    """A request for a manifest. ``patience`` is not compared: callers that would wait longer or shorter get the same manifest."""
+    """A request for a manifest. ``patience`` is not compared, so callers with different patience get the same manifest."""
 
     data: str
     patience: float = field(compare=False)
@@ -60,13 +60,13 @@ class Asked:
 
 @cache
 def remote_manifest(asked: Asked) -> Manifest:
-    """The manifest of a URL, fetched once."""
+    """Return the manifest of a URL, downloaded once."""
     return parse_manifest(Source(asked.data, asked.patience).content(FILE), f"{asked.data}/{FILE}")
 
 
 @cache
 def open_data(data: str, cache: Cache) -> Path:
-    """The directory of a data set; of a remote one its mirror, with manifest and indexes, which is then known to `mirror_of`."""
+    """Return a data set's directory; for a remote one, its mirror with manifest and indexes, which `mirror_of` then finds."""
     if not is_remote(data):
         return Path(data)
     mirror = Mirror(data, read_manifest(data, cache.patience), cache)
@@ -78,7 +78,7 @@ _mirrors: dict[Path, Mirror] = {}
 
 
 def mirror_of(directory: Path) -> Mirror | None:
-    """The mirror that this process opened in ``directory``, if it is one."""
+    """Return the mirror that this process opened in ``directory``, or None."""
     return _mirrors.get(directory)
 
 
@@ -92,9 +92,9 @@ class Mirror:
         shards = [info for split in manifest.splits.values() for info in split.shards]
         largest = max(info.bytes for info in shards)
         if largest > cache.limit:
-            raise UserError(f"--loader.cache_limit is smaller than a shard of {url} ({largest} bytes); give more")
+            raise UserError(f"--loader.cache_limit is smaller than a shard of {url} ({largest} bytes); raise it")
         self.open_shards = max(1, cache.limit // largest)
-        """Shards that a process may hold open: what is open stays on the disk even when it is removed."""
+        """Largest number of open shards in a process, because an open file keeps its disk space after it is removed."""
         for split in manifest.splits:
             (self.directory / split).mkdir(parents=True, exist_ok=True)
         write_atomic(self.directory / FILE, manifest.to_bytes())
@@ -116,25 +116,25 @@ class Mirror:
                 self._source.download(info.index_file, path, None, info.index_sha256)
 
     def open(self, info: ShardInfo) -> BinaryIO:
-        """A shard, open for reading, downloaded if it is not there. Raises UserError when the store cannot give it whole."""
+        """Return a shard opened for reading, downloaded if missing. Raises UserError when it cannot be downloaded intact."""
         path = self.directory / info.file
         while True:
             if whole(path, info.bytes):
                 try:
                     stream = path.open("rb")
-                    os.utime(path)  # for the next removal: used just now
+                    os.utime(path)  # marks the shard as used now, for the next removal
                     return stream
-                except FileNotFoundError:  # removed between the two
+                except FileNotFoundError:  # removed after it was checked
                     continue
             self._fetch(info, wait=True)
 
     @property
     def room(self) -> int:
-        """Bytes of shards that a rank may have downloaded ahead: half of the cache is for those that are in use."""
+        """Return the bytes of shards that a rank may download ahead; half of the cache is for shards in use."""
         return self._cache.limit // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
     def ahead(self, info: ShardInfo) -> None:
-        """Download a shard in the background, after those asked for before; what another rank is downloading is left to it."""
+        """Download a shard in the background, after earlier requests, unless another rank is downloading it."""
         with self._telling:
             self._asked += info.bytes
         self._wanted.put(info)
@@ -144,7 +144,7 @@ class Mirror:
             thread.start()
 
     def _tell(self, size: int) -> None:
-        """``size`` bytes more are here. Every LINE_SECONDS, from one process of a host: how far the download is, and how fast."""
+        """Count ``size`` more bytes. One process of a host prints progress and speed every LINE_SECONDS."""
         with self._telling:
             self._here += size
             passed = time.monotonic() - self._told
@@ -162,7 +162,7 @@ class Mirror:
                     self._fetch(info, wait=False)
                 self._tell(info.bytes)
             except (UserError, OSError) as e:
-                say(f"{info.file} could not be fetched ahead ({e}); it will be fetched when it is needed")
+                say(f"{info.file} could not be downloaded ahead ({e}); it will be downloaded when it is needed")
 
     def _fetch(self, info: ShardInfo, wait: bool) -> None:
         path = self.directory / info.file
@@ -172,7 +172,7 @@ class Mirror:
                 self._source.download(info.file, path, info.bytes, info.sha256)
 
     def _make_room(self, size: int) -> None:
-        """Remove shards, of any mirror, that were not used for longest, until ``size`` more bytes fit the limit."""
+        """Remove the least recently used shards of all mirrors until ``size`` more bytes fit the limit."""
         with locked(self._cache.directory / "room"):
             found = []
             for path in self._cache.directory.glob("*/*/*.tar"):
@@ -188,18 +188,18 @@ class Mirror:
                 total -= bytes_
 
     def check(self, info: ShardInfo) -> None:
-        """Hash what an earlier run left of a shard; what is not as it should be is fetched again, now or when it is needed."""
+        """Check the files of a shard from an earlier run; a wrong file is downloaded again, now or when it is needed."""
         tar, index = self.directory / info.file, self.directory / info.index_file
         if not whole(index, None, info.index_sha256):
-            say(f"{index} was altered; fetching it again")
+            say(f"{index} was altered; downloading it again")
             self._source.download(info.index_file, index, None, info.index_sha256)
         if tar.exists() and not whole(tar, info.bytes, info.sha256):
-            say(f"{tar} was altered; it will be fetched again")
+            say(f"{tar} was altered; it will be downloaded again")
             tar.unlink(missing_ok=True)
 
 
 def _from_own_place(shards: list[ShardInfo]) -> list[ShardInfo]:
-    """All shards, each rank of a host beginning at another: together they download each index once, and none waits long."""
+    """Return all shards; each rank of a host begins at a different one, so that together they download each index once."""
     rank, size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     first = len(shards) * rank // max(size, rank + 1)
     return [*shards[first:], *shards[:first]]

@@ -1,4 +1,4 @@
-"""Batches on their way to a GPU: in one copy, beside what the GPU computes, while nobody but the thread that reads ahead waits."""
+"""Copies batches to a GPU: in one copy, in parallel to computation; only the thread that reads ahead waits for it."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from torch import Tensor
 
 Batch = TypeVar("Batch")
 ALIGNED = 16
-"""Bytes: where a tensor begins in the buffer that is copied."""
+"""Alignment in bytes of each tensor in the buffer that is copied."""
 
 
 class Beside:
-    """Works on a stream of its own, where ``device`` is a GPU."""
+    """Runs work on its own CUDA stream if ``device`` is a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, work: Callable[[], Tensor]) -> Tensor:
-        """What ``work`` gives, a tensor on the device, when it is done."""
+        """Return the result of ``work``, a tensor on the device, after it is complete."""
         if self._stream is None:
             return work()
         with torch.cuda.stream(self._stream):
             found = work()
         self._stream.synchronize()
-        # It was allocated on our stream: its memory must wait for those who read it on theirs.
+        # It was allocated on our stream, so its memory must not be reused before the caller's stream has read it.
         found.record_stream(torch.cuda.current_stream(self._device))
         return found
 
@@ -40,7 +40,7 @@ class Sender:
         self._device, self._beside = device, Beside(device)
 
     def __call__(self, batch: Batch) -> Batch:
-        """The same with its tensors on the device: those that lie in memory go in one copy, and who calls waits for it."""
+        """Return the batch with its tensors on the device; those in host memory go in one copy, for which the caller waits."""
         here = [t for t in _tensors(batch) if t.device.type == "cpu"]
         if self._device.type == "cpu" or not here:
             return batch
@@ -51,7 +51,7 @@ class Sender:
 
 
 def packed(tensors: Sequence[Tensor], pinned: bool) -> Tensor:
-    """The bytes of tensors in memory, one after another: uint8, in page-locked memory if ``pinned``."""
+    """Return the bytes of tensors, one after another: uint8, in page-locked memory if ``pinned``."""
     starts = _starts(tensors)
     buffer = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=pinned)
     for tensor, part in zip(tensors, unpacked(buffer, tensors), strict=True):
@@ -60,7 +60,7 @@ def packed(tensors: Sequence[Tensor], pinned: bool) -> Tensor:
 
 
 def unpacked(buffer: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Views of what ``packed(tensors)`` made, wherever it lies now: of their dtypes and shapes."""
+    """Return views with the dtypes and shapes of ``tensors`` into the result of ``packed(tensors)``, on any device."""
     return [
         buffer[start : start + t.nbytes].view(t.dtype).view(t.shape)
         for t, start in zip(tensors, _starts(tensors), strict=False)
@@ -68,7 +68,7 @@ def unpacked(buffer: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _starts(tensors: Sequence[Tensor]) -> list[int]:
-    """Where each begins in the buffer, and where the last one ends."""
+    """Return the start of each tensor in the buffer, and the end of the last one."""
     return [0, *accumulate(-(-t.nbytes // ALIGNED) * ALIGNED for t in tensors)]
 
 
@@ -81,7 +81,7 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
 
 
 def _mapped(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """``batch`` with each tensor changed, in the order of ``_tensors``."""
+    """Return ``batch`` with ``change`` applied to each tensor, in the order of ``_tensors``."""
     if isinstance(batch, Tensor):
         return change(batch)
     if not isinstance(batch, tuple):

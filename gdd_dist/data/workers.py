@@ -1,4 +1,4 @@
-"""Batches: the memory they are read into, the threads that fill it, and reading ahead of the steps that use them."""
+"""Batches: the memory into which they are read, the threads that fill it, and reading ahead."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ Batch = TypeVar("Batch")
 Task = TypeVar("Task")
 
 PREFETCH_BYTES = 256 * 2**20
-"""Batches read ahead take no more memory than this, but for one, which is always read ahead."""
+"""Most memory for batches read ahead; one batch is always read ahead."""
 READERS = 2
-"""Batches that are read at a time, each by its part of the decoding threads. That is faster than all threads on one batch after
-another, because they then wait less for each other and for the interpreter."""
+"""Number of batches read at a time, each by a part of the decoding threads. This is faster than all threads on one batch,
+because threads wait less for each other and for the interpreter."""
 FEW = 32
-"""For so few images it takes longer to wake other threads than to decode them."""
+"""For so few images, waking other threads takes longer than decoding."""
 
 
 class Workers:
-    """Decodes on ``threads`` threads: the threads that ask for batches, and helpers. The helpers are shared out between those that ask."""
+    """Decodes on ``threads`` threads: the callers' threads, and helper threads that are divided between the callers."""
 
     def __init__(self, threads: int) -> None:
         self._threads, self._callers, self._working = threads, 0, 0
@@ -37,11 +37,11 @@ class Workers:
         self._pool = ThreadPoolExecutor(max(1, threads - 1), thread_name_prefix="decode")
 
     def share(self, work: Callable[[Iterator[Task]], None], tasks: list[Task]) -> None:
-        """``work(tasks)`` on this thread and its helpers, of which each takes what no other has taken, one by one.
+        """Run ``work(tasks)`` on this thread and its helpers; each takes the next free task, one at a time.
 
-        Raises what ``work`` raises, when no thread works on these tasks any more.
+        Raises what ``work`` raises, after all threads have stopped working on these tasks.
         """
-        # A list's iterator gives each task to one thread; one that the system delays holds up no other.
+        # A shared list iterator gives each task to one thread, so a slow thread does not delay the others.
         left = iter(tasks)
         with self._counting:
             self._callers += 1
@@ -68,29 +68,29 @@ class Workers:
 
 
 class Buffers:
-    """Memory for batches, handed out again once the last view of it is gone."""
+    """Memory for batches, reused after the last view of it is freed."""
 
     def __init__(self) -> None:
         self._free: deque[np.ndarray] = deque(maxlen=8)
 
     def take(self, shape: tuple[int, ...]) -> tuple[Tensor, np.ndarray]:
-        """uint8 [shape], its content undefined, as a tensor and as an array over the same bytes."""
+        """Return uninitialized uint8 [shape], as a tensor and as an array over the same bytes."""
         size = int(np.prod(shape))
         memory = None
         while self._free and (memory is None or len(memory) < size):
-            memory = self._free.popleft()  # too small: batches grew, so let it go
+            memory = self._free.popleft()  # if it is too small, because batches grew, it is freed
         if memory is None or len(memory) < size:
             memory = np.empty(size, dtype=np.uint8)
         out = memory[:size].reshape(shape)
-        weakref.finalize(out, self._free.append, memory)  # the tensor, and every view of it, holds ``out``
+        weakref.finalize(out, self._free.append, memory)  # the tensor and all its views keep ``out`` alive
         return torch.from_numpy(out), out
 
 
 class PinnedBuffers:
-    """Page-locked memory for batches; torch hands it out again once copies from it are done."""
+    """Page-locked memory for batches; torch reuses it after copies from it are complete."""
 
     def take(self, shape: tuple[int, ...]) -> tuple[Tensor, np.ndarray]:
-        """As Buffers.take."""
+        """Like Buffers.take."""
         batch = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
         return batch, batch.numpy()
 
@@ -98,9 +98,9 @@ class PinnedBuffers:
 def prefetch(
     read: Callable[[int], Batch], start: int, stop: int, ahead: int, limit: int = PREFETCH_BYTES
 ) -> Iterator[Batch]:
-    """``read(step)`` for each step from ``start`` to ``stop``, some of them computed beforehand, up to READERS at a time.
+    """Yield ``read(step)`` for each step from ``start`` to ``stop``, read ahead by threads, up to READERS at a time.
 
-    Up to ``ahead`` batches, and of these as many as ``limit`` bytes hold, but at least one.
+    At most ``ahead`` batches and at most ``limit`` bytes are read ahead, but at least one batch.
     """
     pool = ThreadPoolExecutor(READERS, thread_name_prefix="prefetch", initializer=_on_the_callers_device())
     try:
@@ -121,14 +121,14 @@ def prefetch(
 
 
 def _on_the_callers_device() -> Callable[[], None]:
-    """What a thread calls first. A new thread is on GPU 0, and would open a context there, whichever GPU this rank has."""
+    """Return an initializer of threads: without it, a new thread would use GPU 0 and create a context there."""
     if not torch.cuda.is_initialized():
         return lambda: None
     return partial(torch.cuda.set_device, torch.cuda.current_device())
 
 
 def _bytes(batch: Any) -> int:
-    """Memory of the arrays and tensors of a batch."""
+    """Return the bytes of the arrays and tensors of a batch."""
     if isinstance(batch, (Tensor, np.ndarray)):
         return int(batch.nbytes)
     return sum(_bytes(part) for part in batch) if isinstance(batch, (tuple, list)) else 0

@@ -1,1 +1,1 @@
-"""--dry-run: what a run would do and need."""
+"""--dry-run: what a run would do, and what resources it would need."""

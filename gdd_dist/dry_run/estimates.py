@@ -1,6 +1,6 @@
-"""What each step would take, from settings and what an interrupted run kept; and files as it leaves them, made up.
+"""What each step would need, from the settings and what an interrupted run kept; and made-up files like its outputs.
 
-`ESTIMATES` holds one entry for each step of the table; the rest of the dry run knows none by name.
+`ESTIMATES` holds one entry for each step of the table; the rest of the dry run names no step.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ HASH = "0" * 64
 
 
 class Estimate(NamedTuple):
-    """What is left of a step. ``resumes``: a part of it is done; ``steps``: optimizer steps; ``images``: forwards; ``cost``: of it all."""
+    """What is left of a step. ``resumes``: a part is done; ``steps``: optimizer steps; ``images``: images forwarded; ``cost``: in total."""
 
     resumes: bool
     steps: int
@@ -47,7 +47,7 @@ class Estimate(NamedTuple):
 
 
 def make_up_teachers(trial: Trial, directory: Path) -> None:
-    """One network an architecture, which all its teachers share. Last snapshots come first, architectures in turn."""
+    """Write one network for each architecture, shared by its teachers. Last snapshots come first, architectures in turn."""
     ctx, records, first = trial.ctx, list[dict[str, Any]](), dict[str, Path]()
     for number, (last, name) in enumerate(trial.pool):
         path = directory / f"teacher-{number:03d}.safetensors"
@@ -62,7 +62,7 @@ def make_up_teachers(trial: Trial, directory: Path) -> None:
 
 
 def estimate_teachers(trial: Trial, work: Path) -> Estimate:
-    """Each training forwards a batch a step, and val for each snapshot; pretrained teachers are measured on val alone."""
+    """Each training forwards a batch per step, and val for each snapshot; pretrained teachers are only measured on val."""
     ctx, t, val, one_of = trial.ctx, trial.ctx.config.teachers, len(trial.ctx.images("val")), teacher_pool.Training
     if t.pretrained:
         trainings = [one_of(i, name, i, 0, (1,)) for i, name in enumerate(t.architectures)]
@@ -73,7 +73,7 @@ def estimate_teachers(trial: Trial, work: Path) -> Estimate:
     left = [(one, steps_done(ctx, path.with_suffix(""))) for one, path in paths.items() if not path.exists()]
 
     def step_of(name: str) -> Training:
-        one, unit = one_of(0, name, 0, 1, (1,)), 2 * t.accumulate  # a single image has no batch statistics
+        one, unit = one_of(0, name, 0, 1, (1,)), 2 * t.accumulate  # batch normalization needs two images
         return trial.training(
             "teachers", t.ranks_per_teacher, lambda small: teachers.Pupil(small, one, work, SILENT, 0), unit
         )
@@ -91,7 +91,7 @@ def estimate_teachers(trial: Trial, work: Path) -> Estimate:
 
 
 def make_up_logits(trial: Trial, directory: Path) -> None:
-    """Zeros that take no disk."""
+    """Write sparse files of zeros, which take no space on disk."""
     views, classes, create, listed = trial.ctx.config.logits.views, trial.ctx.classes, np.lib.format.open_memmap, []
     for i, (s, n) in product(range(len(trial.pool)), enumerate(trial.shards)):
         path = logit_file(directory, i, s)
@@ -103,7 +103,7 @@ def make_up_logits(trial: Trial, directory: Path) -> None:
 
 
 def estimate_logits(trial: Trial, work: Path) -> Estimate:
-    """Each file takes every view of a shard's samples."""
+    """Each file needs every view of a shard's samples."""
     ctx, views, most = trial.ctx, trial.ctx.config.logits.views, max(trial.shards)
     files = list(product(range(len(trial.pool)), enumerate(trial.shards)))
     todo = [n for i, (s, n) in files if not logit_file(work, i, s).exists()]
@@ -111,13 +111,13 @@ def estimate_logits(trial: Trial, work: Path) -> Estimate:
     batch = min(ctx.config.logits.batch, most)
     costs = [trial.cost(images // len(names), batch, answering, name) for name in names]
     cost = Cost.peak(costs, sum(c.seconds for c in costs) / ctx.world.size)
-    copies = 3  # of a file: as it is filled, as a file in memory, as the bytes of that file
+    copies = 3  # of each file: the array, the file in memory, and the bytes of that file
     cost = replace(cost, memory=cost.memory + copies * 2 * views * most * ctx.classes)
     return Estimate(len(todo) < len(files), 0, images, cost)
 
 
 def make_up_gaussian(trial: Trial, directory: Path) -> None:
-    """The largest candidate, all numbers zero."""
+    """Write the largest candidate, with all numbers zero."""
     ctx, k = trial.ctx, max(gaussian.components(trial.ctx))
     net = LinearGenerator(
         classes=ctx.classes,
@@ -132,7 +132,7 @@ def make_up_gaussian(trial: Trial, directory: Path) -> None:
 
 
 def estimate_gaussian(trial: Trial, work: Path) -> Estimate:
-    """Each candidate is measured with quick students; to read train twice costs next to nothing beside them."""
+    """Each candidate is measured with quick students; the cost of reading train twice is small and left out."""
     ctx, total = trial.ctx, gaussian.candidates(trial.ctx)
     left = total - len(list((work / CHECKPOINTS).glob("candidate-*.json")))
     parts, each = _measurement(trial, "gaussian", NOTHING)
@@ -142,7 +142,7 @@ def estimate_gaussian(trial: Trial, work: Path) -> Estimate:
 
 
 def _measurement(trial: Trial, step: str, beside: Cost) -> tuple[list[Cost], int]:
-    """The parts of what one quick student of ``step``'s generator costs; images that all of a measurement's students forward."""
+    """Return the costs of one quick student of ``step``'s generator, and the images that all students of a measurement forward."""
     m, name = trial.ctx.config.matching, trial.ctx.config.matching.quick_student
     trained, fresh, answered = quick_students.forwards(trial.ctx)
     parts = [
@@ -154,7 +154,7 @@ def _measurement(trial: Trial, step: str, beside: Cost) -> tuple[list[Cost], int
 
 
 def make_up_gan(trial: Trial, directory: Path) -> None:
-    """Both networks after a step, so that there is a state of the optimizer."""
+    """Write both networks after one step, so that the optimizers have a state."""
     ctx, ranks = trial.ctx, trial.ctx.world.size
     trainee = gan.GanTraining(smaller(ctx, "gan", ctx.config.accumulate * ranks, ranks), directory, trial.inputs)
     trainee.train(0, trainee.read(0))
@@ -165,7 +165,7 @@ def make_up_gan(trial: Trial, directory: Path) -> None:
 
 
 def estimate_gan(trial: Trial, work: Path) -> Estimate:
-    """Training steps, and grids of samples."""
+    """The cost is that of training steps and of grids of samples."""
     ctx, g, grid = trial.ctx, trial.ctx.config.gan, sample_grid.forwards(trial.ctx)
     start, unit = steps_done(ctx, work / CHECKPOINTS), ctx.config.accumulate
     step = trial.training("gan", ctx.world.size, lambda small: gan.GanTraining(small, work, trial.inputs), unit)
@@ -176,12 +176,12 @@ def estimate_gan(trial: Trial, work: Path) -> Estimate:
 
 
 def make_up_matching(trial: Trial, directory: Path) -> None:
-    """The gan's generator."""
+    """Write a generator like that of gan."""
     (directory / GENERATOR).hardlink_to(trial.directories["gan"] / GENERATOR)
 
 
 def estimate_matching(trial: Trial, work: Path) -> Estimate:
-    """Training steps, and measurements with quick students, each with a grid of samples."""
+    """The cost is that of training steps, and of measurements with quick students, each with a grid of samples."""
     ctx, m = trial.ctx, trial.ctx.config.matching
     start, step = steps_done(ctx, work / CHECKPOINTS), _matching_step(trial, work)
     parts, students_of_all = _measurement(trial, "gan", step.cost)
@@ -195,7 +195,7 @@ def estimate_matching(trial: Trial, work: Path) -> Estimate:
 
 
 def _refit(trial: Trial, work: Path) -> Estimate:
-    """The Gaussian of what teachers choose: its draws, the last teachers' answers to them, and one measurement."""
+    """For the Gaussian generator: draw images, compute the last teachers' predictions for them, and measure once."""
     ctx, done = trial.ctx, (work / CHECKPOINTS / "refit.json").exists()
     if done or not refits(ctx.config):
         return Estimate(done, 0, 0, NOTHING)
@@ -215,7 +215,7 @@ def _refit(trial: Trial, work: Path) -> Estimate:
 
 
 def _matching_step(trial: Trial, work: Path) -> Training:
-    """Groups take the teachers in turn: so a small batch has all architectures, as the whole one."""
+    """Groups use the teachers in turn, so that a small batch has all architectures, like the full batch."""
     config, dirs = trial.ctx.config, trial.directories
     used = [i for i, (last, _) in enumerate(trial.pool) if last or config.matching.teachers == "all"]
 
@@ -232,12 +232,12 @@ def _matching_step(trial: Trial, work: Path) -> Training:
 
 
 def make_up_report(trial: Trial, directory: Path) -> None:
-    """One file of the size of all."""
+    """Write one file as large as all files of a report."""
     (directory / "report").write_bytes(bytes(report.bytes_needed(trial.ctx)))
 
 
 def estimate_report(trial: Trial, work: Path) -> Estimate:
-    """Students that no earlier run has trained; the pictures draw a few images from both generators."""
+    """The cost is that of students that no earlier run has trained; drawing the images of the pictures is left out."""
     ctx, t, test = trial.ctx, trial.ctx.config.teachers, len(trial.ctx.images("test"))
     jobs = rows.jobs(ctx.config, ctx.manifest, ctx.precision, {"data": trial.fps["shards"], **trial.fps})
     known = student_results.cached(ctx, jobs)
@@ -253,7 +253,7 @@ def estimate_report(trial: Trial, work: Path) -> Estimate:
 
 
 def _student(trial: Trial, job: rows.Job, test: int) -> list[Cost]:
-    """The parts of what a student costs; the frozen networks that it learns from stay beside it."""
+    """Return the costs of a student; the frozen networks that it learns from stay in memory."""
     b, row, draw = job.budget, job.row, NOTHING
     answered = (b.images_seen if row.labels == "soft" else 0) + rows.images_chosen(job)
     label = trial.cost(answered, soft_labels.BATCH, labelling)
@@ -276,19 +276,19 @@ ESTIMATES: dict[str, tuple[Callable[[Trial, Path], None], Callable[[Trial, Path]
     "matching": (make_up_matching, estimate_matching),
     "report": (make_up_report, estimate_report),
 }
-"""Step → what writes into a directory files like those that it leaves: names, formats and sizes are true, values made up; and
-what estimates what is left of a step that works in a directory.
+"""Step → (function that writes files like the step's outputs into a directory: true names, formats and sizes, but made-up values;
+function that estimates what is left of the step, given its working directory).
 """
 
 
 def steps_done(ctx: Context, directory: Path) -> int:
-    """The step that a checkpoint lets a loop go on from."""
+    """Return the step from which a loop would continue."""
     found = ctx.checkpoints(directory).load()
     return 0 if found is None else found[0]
 
 
 def makespan(seconds: Sequence[float], ranks: int) -> float:
-    """When the last rank is done, if each takes the longest job left as soon as it is free."""
+    """Return the time at which the last rank finishes, if each free rank takes the longest job left."""
     busy = [0.0] * ranks
     for job in sorted(seconds, reverse=True):
         heapq.heapreplace(busy, busy[0] + job)

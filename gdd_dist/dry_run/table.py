@@ -1,6 +1,6 @@
 """--dry-run: what a run would do and need, step by step, without doing it and without writing to OUT or STORE.
 
-Counts follow from settings, manifest and what is finished already; seconds and memory are measured, on all ranks at once.
+Counts follow from the settings, the manifest and finished steps; seconds and memory are measured on all ranks at once.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from sharding.progress import duration
 from sharding.sizes import size
 
 RECORD_BYTES, ENTRY_BYTES = 800, 125
-"""Of a step's contents.json, and of a file in it."""
-COLUMNS = ("step", "status", "optimizer steps", "images forwarded", "to write", "memory a rank", "time")
+"""Bytes of a step's contents.json, and of one file's entry in it."""
+COLUMNS = ("step", "status", "optimizer steps", "images forwarded", "to write", "memory per rank", "time")
 
 
 @dataclass(frozen=True)
 class Line:
-    """A step's line of the table. ``memory``: a rank's peak in bytes; ``on_gpu``: the part of it that a GPU would hold."""
+    """A step's row of the table. ``memory``: a rank's peak in bytes; ``on_gpu``: the part of it that a GPU would hold."""
 
     step: str
     status: str
@@ -49,7 +49,7 @@ class Line:
 
 
 def show(world: World, config: Config) -> None:
-    """Print the table. All ranks call it; raises UserError as the run would."""
+    """Print the table. All ranks call it; raises the same UserErrors as the run."""
     out = Path(config.out or ".")
     with tempfile.TemporaryDirectory(prefix="gdd-dry-run-") as scratch:
         data, built = data_or_digits(config, out, Path(scratch))
@@ -65,7 +65,7 @@ def show(world: World, config: Config) -> None:
 
 
 def estimated(trial: Trial) -> list[Line]:
-    """The lines of all steps up to --until."""
+    """Return the rows of all steps up to --until."""
     ctx, fps = trial.ctx, trial.fps
     wanted = STEPS[1 : STEPS.index(ctx.config.until) + 1]
     todo = ctx.world.broadcast([s for s in wanted if not ctx.store.finished(s, fps[s])])
@@ -76,7 +76,7 @@ def estimated(trial: Trial) -> list[Line]:
 
 
 def _line(trial: Trial, step: str) -> Line:
-    """The line of a step that has to run. On a CPU, files that are mapped fill memory too: images, shards, what it reads."""
+    """Return the row of a step that has to run. On a CPU, memory-mapped files (images, shards, inputs) count as memory."""
     ctx, written, mapped = trial.ctx, sizes(trial.directories[step]), trial.meter.files
     resumes, steps, images, cost = ESTIMATES[step][1](trial, ctx.store.partial(step, trial.fps[step]))
     for name, split in ctx.manifest.splits.items():
@@ -88,12 +88,12 @@ def _line(trial: Trial, step: str) -> Line:
 
 
 def sizes(directory: Path) -> list[int]:
-    """Bytes of each file below."""
+    """Return the size in bytes of each file below a directory."""
     return [f.stat().st_size for f in directory.rglob("*") if f.is_file()]
 
 
 def table(lines: list[Line]) -> str:
-    """The lines as plain text."""
+    """Return the rows as plain text."""
     sums = {name: sum(getattr(o, name) for o in lines) for name in ("steps", "images", "bytes", "seconds")}
     total = Line("total", "", memory=max(o.memory for o in lines), **sums)
     cells = [
@@ -104,7 +104,7 @@ def table(lines: list[Line]) -> str:
 
 
 def notes(trial: Trial, lines: list[Line]) -> str:
-    """How to read the table, and what a GPU would need."""
+    """Return the notes below the table: how it was measured, and what a GPU would need."""
     ctx, most = trial.ctx, max(lines, key=lambda line: line.on_gpu)
     if all(line.status == "reused" for line in lines):
         return "Every step is finished: a run would reuse them all."
@@ -113,8 +113,8 @@ def notes(trial: Trial, lines: list[Line]) -> str:
     if waits := idle(ctx.config, ctx.world.size):
         text += f"\n{waits}."
     if trial.meter.extrapolated:
-        text += "\nBatches too large or slow to try here were continued from two smaller ones."
+        text += "\nBatches too large or too slow to try here were extrapolated from two smaller batches."
     if ctx.device.type == "cpu" and most.on_gpu > 0:
         need = f"{size(most.on_gpu + CUDA_CONTEXT)} of GPU memory in {ctx.precision}"
-        text += f"\nOn GPUs a rank would need about {need} ({most.step}; {size(CUDA_CONTEXT)} of it for CUDA itself)."
+        text += f"\nOn a GPU, a rank would need about {need} (step {most.step}; {size(CUDA_CONTEXT)} of it for CUDA itself)."
     return text

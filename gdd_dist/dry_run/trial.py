@@ -1,4 +1,4 @@
-"""A trial of a step: its own code on made-up inputs and a few real images, measured by a Meter. All ranks call it alike.
+"""Runs a step's own code on made-up inputs and a few real images, measured by a Meter. All ranks must call it in the same order.
 
 Nothing is read from finished steps.
 """
@@ -34,11 +34,11 @@ from gdd_dist.training.skipped_steps import Skips
 
 SILENT = Monitor(None, "dry-run", 1, active=False)
 Work = Callable[[Tensor, Tensor], object]
-"""What is done with augmented images, float [n, C, H, W], and their labels, int64 [n]."""
+"""The work to measure, given augmented images, float [n, C, H, W], and their labels, int64 [n]."""
 
 
 class Training(NamedTuple):
-    """One step of a trainee. ``forwards``: of its whole batch, on all its ranks; ``settling``: those before the first step."""
+    """One step of a trainee. ``forwards``: of its full batch, on all its ranks; ``settling``: forwards before the first step."""
 
     cost: Cost = NOTHING
     forwards: int = 0
@@ -46,8 +46,8 @@ class Training(NamedTuple):
 
 
 class Trial:
-    """What the estimates of all steps share. ``directories``: of each step's made-up files; ``shards``: samples of each of train's;
-    ``pool``: of each teacher whether it is its training's last snapshot, and its architecture.
+    """What the estimates of all steps share. ``directories``: with each step's made-up files; ``shards``: samples of each train shard;
+    ``pool``: for each teacher, whether it is the last snapshot of its training, and its architecture.
     """
 
     def __init__(self, ctx: Context, meter: Meter, fps: Mapping[str, str], scratch: Path) -> None:
@@ -59,7 +59,7 @@ class Trial:
 
     @property
     def inputs(self) -> Inputs:
-        """The made-up files as a step's inputs."""
+        """Return the made-up files as a step's inputs."""
         return Inputs(self.directories, self.fps, {})
 
     def training(
@@ -70,17 +70,17 @@ class Trial:
         unit: int,
         arrange: Callable[[Any], Any] = lambda batch: batch,
     ) -> Training:
-        """A step of the trainee that ``build`` makes, which ``ranks`` train together.
+        """Measure one training step of the trainee that ``build`` makes, trained by ``ranks`` ranks together.
 
-        Where some of them would wait, those that work have larger shares; here all try such a share. Batches smaller than the whole are
-        multiples of ``unit`` on each. ``arrange``: changes what was read before it is trained on.
+        If some ranks would wait, the others have larger shares of the batch; here all ranks try such a share. Smaller batches are
+        multiples of ``unit`` on each rank. ``arrange`` changes the batch that was read before the training step.
         """
         batch, counted = int(getattr(self.ctx.config, section).batch), (1, 0, 0)
         working = taking_part(self.ctx.config, section, ranks)
 
         def prepare(n: int) -> Callable[[], object]:
             opened.close()
-            gc.collect()  # the memory of the trainee before is not this one's
+            gc.collect()  # frees the memory of the previous trainee before measuring
             ctx = smaller(self.ctx, section, n * ranks, ranks)
             trainee = build(ctx)
             opened.callback(trainee.close)
@@ -101,7 +101,7 @@ class Trial:
         return Training(cost, forwards * batch // n, settling * working)
 
     def cost(self, images: int, batch: int, make: Callable[..., Work], *names: str) -> Cost:
-        """All the seconds that work on ``images`` in batches takes, and the peak of one: measured once, for many times."""
+        """Return the total seconds for ``images`` in batches, and the peak memory of one batch; equal work is measured once."""
         if not images:
             return NOTHING
         ctx, train, batch = self.ctx, self.ctx.images("train"), min(batch, images)
@@ -119,14 +119,14 @@ class Trial:
 
 
 def smaller(ctx: Context, section: str, batch: int, ranks: int) -> Context:
-    """A context of its own whose ``section`` has this global batch, its count of forwards at 0."""
+    """Return a copy of the context whose ``section`` has this global batch, and whose count of forwards is 0."""
     own = replace(getattr(ctx.config, section), batch=batch)
-    loader = replace(ctx.config.loader, streams=ranks)  # which divide any batch
+    loader = replace(ctx.config.loader, streams=ranks)  # this number divides any batch here
     return replace(ctx, config=replace(ctx.config, loader=loader, **{section: own}), forwards=0)
 
 
 def answering(trial: Trial, name: str) -> Work:
-    """A classifier's answer: what caching logits takes, and measuring on a split, all but the augmentation."""
+    """A classifier's forward: the work of caching logits, and of measuring on a split except for the augmentation."""
     ctx, net = trial.ctx, trial.ctx.classifier(name, 0, "dry-run").eval()
 
     def work(images: Tensor, _: Tensor) -> object:
@@ -146,11 +146,11 @@ def studying(trial: Trial, name: str) -> Work:
 def labelling(trial: Trial) -> Work:
     """Soft labels."""
     frozen = Frozen(trial.ctx, trial.directories)
-    assert frozen.teachers  # now they are loaded
+    assert frozen.teachers  # reading them loads the networks
     return lambda images, _: frozen.soft_labels(images, trial.ctx.config.report.label_temperature)
 
 
 def drawing(trial: Trial, train_on: str) -> Work:
-    """Drawing from the generator of these rows; gan's and matching's are alike."""
+    """Drawing from the generator of the rows ``train_on``; those of gan and matching cost the same."""
     ctx, net = trial.ctx, Frozen(trial.ctx, trial.directories).generator(train_on)
     return lambda _, labels: draw(ctx, net, labels.cpu().numpy(), 0, "dry-run", 0, batch=len(labels))

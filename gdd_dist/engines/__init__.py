@@ -1,1 +1,1 @@
-"""Who carries a network over ranks: DDP, or DeepSpeed."""
+"""How a network is trained on several ranks: DDP, or DeepSpeed."""

@@ -1,4 +1,4 @@
-"""--engine: which engine carries a network."""
+"""--engine: builds the engine that trains a network."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def build_engine(
     optimizer: torch.optim.Adam,
     example: tuple[Tensor, ...],
 ) -> Engine:
-    """The engine that this run's settings ask for. ``example``: inputs of the right shapes."""
+    """Return the engine chosen by the settings. ``example``: inputs of the right shapes."""
     if config.engine == "ddp":
         return DDPEngine(net, optimizer, world, precision, example, config.accumulate)
     given = deepspeed_config.read(config.deepspeed_config)

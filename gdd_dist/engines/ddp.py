@@ -1,6 +1,7 @@
-"""DDP behind the small interface that steps use; DeepSpeed stands behind the same one. An engine owns backward and step.
+"""DDP behind the small engine interface, like DeepSpeed. An engine does the backward pass and the optimizer step.
 
-Losses know no engine: the gradient of a loss with respect to the *images* is taken outside (`Adversaries.generator_backward`).
+Losses are independent of engines: the gradient of a loss with respect to the *images* is computed outside the engine
+(`Adversaries.generator_backward`).
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from gdd_dist.runtime.world import World
 class DDPEngine:
     """torch's DDP over the world, or over a team; the bare network when there is one rank. ``example``: inputs of the right shapes.
 
-    DDP changes the order of its buckets after its first backward. gloo then sums in another order, so from three ranks on a resumed
-    run would differ in its last bits from an undisturbed one. Two backwards with a loss of zero, before the first step, settle the
-    order for both.
+    DDP reorders its buckets after its first backward pass, and gloo then sums in another order. With three or more ranks, a resumed run
+    would therefore differ from an uninterrupted one in its last bits. Two backward passes with a loss of zero before the first step
+    fix the order for both.
     ``loss_scale``: whether fp16 scales the loss.
     """
 
@@ -45,19 +46,19 @@ class DDPEngine:
         self._wrapped: nn.Module | None = module
         if world.size > 1:
             devices = [world.device.index] if world.device.type == "cuda" else None
-            # Only a batch norm's buffers change; others, as a generator's linear part, are alike on all ranks and stay so.
+            # Only buffers of batch normalization change; others, such as a generator's linear part, are equal on all ranks.
             changing = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
             self._wrapped = DistributedDataParallel(
                 module, device_ids=devices, process_group=world.group, broadcast_buffers=changing
             )
-            module.eval()  # or a batch norm would note what it sees
-            for _ in range(2):  # the buckets are ordered as the second forward begins
+            module.eval()  # otherwise batch normalization would update its statistics
+            for _ in range(2):  # the buckets are reordered when the second forward begins
                 (self._forward(*example).sum() * 0).backward()
             module.train()
             self._optimizer.zero_grad(set_to_none=True)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """Forward under autocast; float32 out. Gradients of all micro-batches but a step's last stay on this rank."""
+        """Forward under autocast; float32 out. Only the last micro-batch of a step reduces gradients over ranks."""
         waits = self._done < self.accumulate - 1 and isinstance(self._wrapped, DistributedDataParallel)
         with self._wrapped.no_sync() if waits else contextlib.nullcontext():  # type: ignore[union-attr, operator]
             return self._forward(*inputs)
@@ -69,19 +70,19 @@ class DDPEngine:
         return out.float()
 
     def backward(self, loss: Tensor) -> None:
-        """Mean gradients over ranks and micro-batches."""
+        """Compute gradients, as means over ranks and micro-batches."""
         loss = poisoned(loss)
         self._scaler.scale(loss / self.accumulate if self.accumulate > 1 else loss).backward()
         self._done += 1
 
     def step(self, lr: float) -> Tensor:
-        """Step, then clear gradients. A loss scale that is still being sought skips steps too; that is no fault."""
+        """Step, then clear gradients. fp16 also skips steps while it searches for its loss scale; these are not faults."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        moved = all_finite(self.module.parameters())  # means over ranks: all find the same
+        moved = all_finite(self.module.parameters())  # gradients are means over ranks, so all ranks agree
         if self._scaler.is_enabled():
-            scale = self._scaler._get_scale_async()  # get_scale() would wait
-            assert scale is not None  # there was a backward
+            scale = self._scaler._get_scale_async()  # get_scale() would wait for the device
+            assert scale is not None  # set by the backward pass
             moved = moved | (scale > 1)
             self._scaler.step(self._optimizer)
             self._scaler.update()
@@ -92,15 +93,15 @@ class DDPEngine:
         return moved
 
     def gathered(self) -> contextlib.AbstractContextManager[Sequence[Tensor]]:
-        """The weights as they are."""
+        """Yield the weights, which are complete on every rank."""
         return contextlib.nullcontext(list(self.module.parameters()))
 
     def weights(self) -> dict[str, Tensor]:
-        """Copies on the CPU."""
+        """Return copies on the CPU."""
         return cpu_state(self.module)
 
     def state_dict(self) -> dict[str, Any]:
-        """Network, optimizer, loss scale."""
+        """Return the state of network, optimizer and loss scale."""
         return {
             "module": self.module.state_dict(),
             "optimizer": self._optimizer.state_dict(),
@@ -108,12 +109,12 @@ class DDPEngine:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What ``state_dict`` gave."""
+        """Load the result of ``state_dict``."""
         self.module.load_state_dict(state["module"])
-        fused = {"fused": self._optimizer.defaults["fused"]}  # ours, whatever wrote the state
+        fused = {"fused": self._optimizer.defaults["fused"]}  # this run's choice, not that of the saved state
         groups = [{**group, **fused} for group in state["optimizer"]["param_groups"]]
         self._optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
-        # A fused step wants moments that lie in memory as their weight does.
+        # A fused step needs moments in the same memory format as their weight.
         for weight, kept in self._optimizer.state.items():
             for name, value in kept.items():
                 if value.shape == weight.shape and value.stride() != weight.stride():
@@ -121,5 +122,5 @@ class DDPEngine:
         self._scaler.load_state_dict(state["scaler"])
 
     def close(self) -> None:
-        """Drop the wrapper, whose reducer holds the process group."""
+        """Delete the wrapper, because its reducer keeps the process group alive."""
         self._wrapped = None

@@ -1,6 +1,6 @@
-"""--deepspeed-config: a JSON file that may say where things live and how they travel, and nothing else.
+"""--deepspeed-config: a JSON file that may set only placement, sharding and communication.
 
-The engine is in no fingerprint, so whatever changes numbers has a setting of ours and is refused here.
+The engine is in no fingerprint, so options that change results are refused here; they have settings of their own.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ STAGES = (0, 1, 2, 3)
 
 
 def read(path: str | None) -> dict[str, Any]:
-    """The checked file; nothing for None. Raises UserError that names what may not stand there, and what to set instead."""
+    """Return the checked file, {} for None. Raises UserError naming an option that is not allowed, and what to set instead."""
     if path is None:
         return {}
     try:
@@ -74,10 +74,10 @@ def read(path: str | None) -> dict[str, Any]:
     except ValueError as e:
         raise UserError(f"--deepspeed-config {path} is not JSON ({e}); give a JSON file") from e
     if not isinstance(given, dict):
-        raise UserError(f'--deepspeed-config {path} is no JSON object; give {{"zero_optimization": {{"stage": 2}}}}')
+        raise UserError(f'--deepspeed-config {path} is not a JSON object; give {{"zero_optimization": {{"stage": 2}}}}')
     for key in given:
         if key not in ALLOWED:
-            raise UserError(f"{key} may not stand in {path}; {INSTEAD.get(key) or _near(key, ALLOWED)}")
+            raise UserError(f"{key} is not allowed in {path}; {INSTEAD.get(key) or _near(key, ALLOWED)}")
     if given.get("communication_data_type", "fp32") != "fp32":
         raise UserError(f"communication_data_type in {path} would round gradients; leave it out")
     _check_zero(given.get("zero_optimization", {}), path)
@@ -86,10 +86,10 @@ def read(path: str | None) -> dict[str, Any]:
 
 def _check_zero(zero: Any, path: str) -> None:
     if not isinstance(zero, dict):
-        raise UserError(f'zero_optimization in {path} is no JSON object; give {{"stage": 2}}')
+        raise UserError(f'zero_optimization in {path} is not a JSON object; give {{"stage": 2}}')
     for key in zero:
         if key not in ZERO_ALLOWED:
-            raise UserError(f"zero_optimization.{key} may not stand in {path}; {_near(key, ZERO_ALLOWED)}")
+            raise UserError(f"zero_optimization.{key} is not allowed in {path}; {_near(key, ZERO_ALLOWED)}")
     if zero.get("stage", 1) not in STAGES or isinstance(zero.get("stage"), bool):
         raise UserError(f"zero_optimization.stage {zero['stage']} in {path} is not known; give 0, 1, 2 or 3")
     for key in ("offload_param", "offload_optimizer"):
@@ -99,4 +99,4 @@ def _check_zero(zero: Any, path: str) -> None:
 
 def _near(key: str, known: set[str]) -> str:
     near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.75)
-    return f"did you mean {near[0]}?" if near else "leave it out: only where things live and how they travel may"
+    return f"did you mean {near[0]}?" if near else "leave it out: only placement and communication may be set"

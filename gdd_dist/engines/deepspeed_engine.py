@@ -1,10 +1,9 @@
 """DeepSpeed's ZeRO stages 0 to 3 behind the engine interface: one ``deepspeed.initialize`` per network, float32 weights.
 
-What DeepSpeed gets silently wrong is kept out here: it clips gradients unless told not to; its own forward knows no double
-backward, so forwards go through the bare module; ZeRO 3 takes weights away after a first backward of a forward, so they are
-gathered for a second one; its optimizer state does not exist before the first step, so an engine
-begins with a step of nothing. States that leave this file are whole, in torch's own layout: any engine on any number of
-ranks can go on from them.
+This file works around silent errors of DeepSpeed: it clips gradients by default; its own forward does not support a second
+derivative, so forwards use the bare module; ZeRO 3 frees weights after the first backward pass of a forward, so they are
+gathered for a second one; its optimizer state does not exist before the first step, so an engine begins with a step that
+changes nothing. Saved states are complete and in torch's own layout, so any engine on any number of ranks can load them.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ from sharding.errors import UserError
 
 ALIGNED = 1024
 BUCKET = 25 * 2**20 // 4
-"""Float32 numbers in a bucket of torch's DDP, 25 MiB."""
+"""Float32 numbers in a gradient bucket, as many as in torch's DDP (25 MiB)."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def import_deepspeed(device: torch.device) -> Any:
-    """The deepspeed package, told which accelerator to use. Raises UserError where it is missing or told another."""
+    """Import deepspeed for this device's accelerator. Raises UserError when it is missing or set to another accelerator."""
     wanted = "cpu" if device.type == "cpu" else "cuda"
     if os.environ.setdefault("DS_ACCELERATOR", wanted) != wanted:
         raise UserError(
@@ -48,18 +47,18 @@ def import_deepspeed(device: torch.device) -> Any:
         ) from e
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module=r"torch\.distributed"
-    )  # torch's words to DeepSpeed
-    # Shared-memory collectives serve inference alone, and would be compiled as the process group is joined.
+    )  # torch's warnings about DeepSpeed
+    # Shared-memory collectives are only for inference, and would be compiled when the process group is created.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
 def engine_config(given: Mapping[str, Any], numel: int, accumulate: int) -> dict[str, Any]:
-    """The configuration of one network of ``numel`` weights, from what the user's file says.
+    """Return the configuration for one network of ``numel`` weights, from the user's file.
 
-    Buckets, by default 500 million numbers whatever the network, are as large as DDP's, and no larger than the network (rounded up:
-    NCCL's alignment). A bucket of the network's size would hold all the gradients that ZeRO 2 and 3 are there not to keep.
-    ZeRO 3 reduces gradients in the order of the backward, not beside it: beside a second backward nobody has tried it on a GPU.
+    DeepSpeed's default bucket of 500 million numbers would hold all gradients, which ZeRO 2 and 3 are meant to avoid. So buckets are
+    as large as DDP's, but not larger than the network (rounded up for NCCL's alignment). ZeRO 3 does not overlap communication with
+    the backward pass, because this is untested on a GPU together with a second backward pass.
     """
     bucket = min(BUCKET, -(-numel // ALIGNED) * ALIGNED)
     asked = given.get("zero_optimization", {})
@@ -74,9 +73,9 @@ def engine_config(given: Mapping[str, Any], numel: int, accumulate: int) -> dict
     return {
         **given,
         "zero_optimization": zero,
-        "train_micro_batch_size_per_gpu": 1,  # a mere number to DeepSpeed: our losses are means already
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed does not use it: our losses are already means
         "gradient_accumulation_steps": accumulate,
-        "gradient_clipping": 0.0,  # 1.0 unless said
+        "gradient_clipping": 0.0,  # the default would be 1.0
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
@@ -96,12 +95,12 @@ class DeepSpeedEngine:
         accumulate: int = 1,
     ) -> None:
         deepspeed = import_deepspeed(world.device)
-        if not dist.is_initialized():  # one process alone, without a launcher
-            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
+        if not dist.is_initialized():  # a single process without a launcher
+            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed requires it
             dist.init_process_group(backend(world.device), store=dist.HashStore(), rank=0, world_size=1)
         self.module, self._world, self._precision = module, world, precision
         self._parameters: list[Any] = list(module.parameters())  # DeepSpeed adds attributes to them
-        self._shapes = [p.shape for p in self._parameters]  # under ZeRO 3 theirs are gone
+        self._shapes = [p.shape for p in self._parameters]  # ZeRO 3 removes the shapes of the parameters
         numel = sum(p.numel() for p in self._parameters)
         self._defaults = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         config = engine_config(given, numel, accumulate)
@@ -116,14 +115,14 @@ class DeepSpeedEngine:
 
     @property
     def _inner(self) -> torch.optim.Optimizer:
-        """torch's optimizer, over flat partitions from stage 1 on."""
+        """Return torch's optimizer, which has flat partitions from stage 1 on."""
         inner: torch.optim.Optimizer = (
             getattr(self._optimizer, "optimizer", self._optimizer) if self._stage else self._optimizer
         )
         return inner
 
     def _step_of_nothing(self, example: tuple[Tensor, ...]) -> None:
-        """Make the optimizer's state, all zero, without moving a weight."""
+        """Create the optimizer's state, all zero, without changing a weight."""
         for _ in range(self._accumulate):
             self.backward(self(*example).sum() * 0)
         self.step(0.0)
@@ -146,10 +145,10 @@ class DeepSpeedEngine:
         self._went_back = True
 
     def backward(self, loss: Tensor) -> None:
-        """Mean gradients over ranks and micro-batches."""
+        """Compute gradients, as means over ranks and micro-batches."""
         if self._done:
-            self._engine.step()  # tells DeepSpeed of the micro-batch before; the last one's is told by ``step``
-        # What DeepSpeed's own forward would do: without it ZeRO 3 forgets all micro-batches but the last.
+            self._engine.step()  # ends the previous micro-batch; ``step`` ends the last one
+        # DeepSpeed's own forward would do this. Without it, ZeRO 3 keeps only the last micro-batch.
         getattr(self._optimizer, "clear_backward_seen_flag", lambda: None)()
         with self.gathered() if self._went_back else nullcontext():
             self._engine.backward(self._scale.scale(poisoned(loss)))
@@ -158,7 +157,7 @@ class DeepSpeedEngine:
     def step(self, lr: float) -> Tensor:
         """Step, then clear gradients. From stage 1 on DeepSpeed itself skips a step whose gradients are not finite on any rank.
 
-        A loss scale that is still being sought skips steps too; that is no fault.
+        fp16 also skips steps while it searches for its loss scale; these are not faults.
         """
         sought = self._scale.sought
         for group in self._optimizer.param_groups:
@@ -171,10 +170,10 @@ class DeepSpeedEngine:
         moved = not self._scale.overflow
         self._scale.update()
         self._done = 0
-        return torch.tensor(moved or sought)  # DeepSpeed has waited for the device already
+        return torch.tensor(moved or sought)  # no extra wait, because DeepSpeed has already waited for the device
 
     def gathered(self) -> AbstractContextManager[Sequence[Tensor]]:
-        """All weights, whole, to be read inside the context. All ranks enter it."""
+        """Yield all weights, complete, for reading inside the context. All ranks enter it."""
         return self._gathered(None) if self._stage == 3 else nullcontext(self._parameters)
 
     @contextmanager
@@ -185,19 +184,19 @@ class DeepSpeedEngine:
             yield self._parameters
 
     def weights(self) -> dict[str, Tensor]:
-        """Whole weights and buffers on the CPU. All ranks call it."""
+        """Return complete weights and buffers on the CPU. All ranks call it."""
         with self.gathered():
             return cpu_state(self.module)
 
     def state_dict(self) -> dict[str, Any]:
-        """Network, optimizer, loss scale in the layout of DDPEngine. All ranks call it; whole on rank 0, less on the others."""
+        """Return network, optimizer and loss scale in DDPEngine's layout. All ranks call it; it is complete only on rank 0."""
         state = {i: self._moments(i) for i in range(len(self._parameters))}
         groups = [{**d, "params": list(state)} for d in self._defaults]
         optimizer = {"state": state if self._world.is_main else {}, "param_groups": groups}
         return {"module": self.weights(), "optimizer": optimizer, "scaler": self._scale.state_dict()}
 
     def _moments(self, i: int) -> dict[str, Tensor]:
-        """Whole optimizer state of weight ``i`` on the CPU."""
+        """Return the complete optimizer state of weight ``i`` on the CPU."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         parameter, inner = self._parameters[i], self._inner.state
@@ -208,12 +207,12 @@ class DeepSpeedEngine:
         return found
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What ``state_dict`` gave on rank 0, or DDPEngine's. All ranks call it with the same."""
+        """Load rank 0's result of ``state_dict``, or DDPEngine's. All ranks call it with the same state."""
         with self._gathered(0) if self._stage == 3 else nullcontext(), torch.no_grad():
             self.module.load_state_dict(state["module"])
         if self._stage:
             self._optimizer.refresh_fp32_params()
-        moments = state["optimizer"]["state"]  # empty before a first step under DDP
+        moments = state["optimizer"]["state"]  # empty if DDP saved it before the first step
         for i, shape in enumerate(self._shapes):
             for key in MOMENTS:
                 whole = moments[i][key] if moments else torch.zeros(shape)
@@ -222,18 +221,18 @@ class DeepSpeedEngine:
         self._scale.load_state_dict(state["scaler"])
 
     def _set_moment(self, parameter: Any, key: str, whole: Tensor) -> None:
-        """This rank's part of a weight's optimizer state."""
+        """Set this rank's part of a weight's optimizer state."""
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         if self._stage == 0:
             self._inner.state[parameter][key].copy_(whole)
         elif self._stage < 3:
             safe_set_full_optimizer_state(parameter, whole, key)
-        else:  # DeepSpeed's own setter of the whole cannot deal with a last part that is padded
+        else:  # DeepSpeed's own setter fails on a padded last part
             n = parameter.ds_tensor.numel()
             part = whole.flatten()[self._world.rank * n : (self._world.rank + 1) * n]
             safe_set_local_optimizer_state(parameter, nn.functional.pad(part, (0, n - len(part))), key)
 
     def close(self) -> None:
-        """Drop the hooks that hold on to the process group."""
+        """Remove the hooks that keep the process group alive."""
         self._engine.destroy()

@@ -1,4 +1,4 @@
-"""The loss scale of fp16 where torch's GradScaler cannot reach the gradients: DeepSpeed keeps and reduces them itself."""
+"""The loss scale of fp16 for DeepSpeed, whose gradients torch's GradScaler cannot reach."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ FIRST, BACKOFF, GROWTH, INTERVAL = 2.0**16, 0.5, 2.0, 2000
 
 
 class LossScale:
-    """Scales losses, unscales each gradient as it arrives; halves when a step overflowed, doubles after many good ones.
+    """Scales losses and unscales each gradient; halves after an overflow, doubles after many finite steps.
 
-    Its state has the layout of torch.amp.GradScaler's, so that DDP and DeepSpeed go on from each other's.
+    Its state has the layout of torch.amp.GradScaler, so that DDP and DeepSpeed can load each other's checkpoints.
     """
 
     def __init__(self, enabled: bool) -> None:
@@ -23,15 +23,15 @@ class LossScale:
         self._scale, self._good = (FIRST, 0) if enabled else (1.0, 0)
 
     def scale(self, loss: Tensor) -> Tensor:
-        """The loss to be sent back."""
+        """Return the scaled loss for the backward pass."""
         return loss * self._scale if self.enabled else loss
 
     def unscale(self, gradient: Tensor) -> Tensor:
-        """A weight's gradient in float32, before it is reduced; what overflowed stays infinite."""
+        """Return a weight's gradient in float32 before reduction; overflows stay infinite."""
         return gradient / self._scale
 
     def drop_overflow(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Without an optimizer that looks for itself: clear the gradients when one of the reduced ones is not finite."""
+        """Clear the gradients if a reduced one is not finite, for an optimizer that does not check this itself."""
         parameters = list(parameters)
         self.overflow = not bool(all_finite(parameters))
         if self.overflow:
@@ -40,11 +40,11 @@ class LossScale:
 
     @property
     def sought(self) -> bool:
-        """Whether an overflow may be the scale's, which is above 1, and no fault of the numbers."""
+        """Whether an overflow may come from the scale, which is above 1, and not from the training itself."""
         return self.enabled and self._scale > 1
 
     def update(self) -> None:
-        """After a step."""
+        """Update the scale after a step."""
         if self.enabled and self.overflow:
             self._scale, self._good = self._scale * BACKOFF, 0
         elif self.enabled:
@@ -54,7 +54,7 @@ class LossScale:
         self.overflow = False
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch.amp.GradScaler says it; empty where there is no scaling."""
+        """Return the state in torch.amp.GradScaler's layout; empty without scaling."""
         if not self.enabled:
             return {}
         return {
@@ -66,6 +66,6 @@ class LossScale:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What ``state_dict`` or GradScaler gave."""
+        """Load the state of ``state_dict`` or GradScaler."""
         if self.enabled and state:
             self._scale, self._good = float(state["scale"]), int(state["_growth_tracker"])

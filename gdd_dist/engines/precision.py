@@ -1,4 +1,4 @@
-"""The precision that networks compute in, over float32 weights."""
+"""The precision of computation; weights stay float32."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """Autocast over float32 weights: bf16, fp16, or nothing for float32 and tf32."""
+    """Return autocast to bf16 or fp16, or a context that does nothing for float32 and tf32."""
     if precision not in AUTOCAST:
         return contextlib.nullcontext()
     return torch.autocast(device.type, AUTOCAST[precision])
 
 
 def cast_once(net: Network, precision: str) -> Network:
-    """A network that is not trained, its convolutions and linear layers in the dtype of ``precision``: the same numbers under
-    `autocast`, which would cast these weights at each forward anew. Returns ``net``, changed.
+    """Convert convolutions and linear layers of an untrained ``net`` to the dtype of ``precision``. The results under `autocast` are the
+    same, but it would convert these weights at each forward. Returns ``net``, changed.
     """
     if precision in AUTOCAST:
         for module in net.modules():
@@ -31,7 +31,7 @@ def cast_once(net: Network, precision: str) -> Network:
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """``auto`` → bf16 where the hardware computes in it, else float32."""
+    """Resolve ``auto``: bf16 if the hardware supports it, else float32."""
     if precision != "auto":
         return precision
     if device.type == "cuda":

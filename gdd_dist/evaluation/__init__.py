@@ -1,1 +1,1 @@
-"""Students: which are trained, on what, and how well they do."""
+"""Students: which ones are trained, on what, and their accuracy."""

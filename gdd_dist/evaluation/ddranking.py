@@ -1,9 +1,9 @@
-"""DD-Ranking's scores (NUS-HPC-AI-Lab/DD-Ranking): how much of an accuracy is owed to the images, not to labels or augmentation.
+"""DD-Ranking's scores (NUS-HPC-AI-Lab/DD-Ranking): how much of an accuracy comes from the images, not from labels or augmentation.
 
 Accuracies as fractions. LRS, label-robust score: HLR = full - synthetic, both with hard labels; IOR = synthetic - random real
 images of the same number, both with the row's labels and training; alpha = w IOR - (1 - w) HLR, w = 1/2. ARS,
 augmentation-robust score: beta = g (synthetic - random real, both augmented) + (1 - g) (the same, both plain), g = 1/2. Both
-are brought from [-1, 1] to [0, 1] by (e^x - e^-1) / (e - e^-1).
+are mapped from [-1, 1] to [0, 1] by (e^x - e^-1) / (e - e^-1).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ WEIGHT = GAMMA = 0.5
 
 
 def score(x: float) -> float:
-    """From [-1, 1] to [0, 1]."""
+    """Map [-1, 1] to [0, 1]."""
     return (math.exp(x) - math.exp(-1)) / (math.e - math.exp(-1))
 
 
 def lrs(full_hard: float, synthetic_hard: float, synthetic: float, random_real: float, weight: float = WEIGHT) -> float:
-    """The label-robust score of accuracies in percent."""
+    """Return the label-robust score of accuracies in percent."""
     hlr, ior = (full_hard - synthetic_hard) / 100, (synthetic - random_real) / 100
     return score(weight * ior - (1 - weight) * hlr)
 
@@ -29,13 +29,13 @@ def lrs(full_hard: float, synthetic_hard: float, synthetic: float, random_real: 
 def ars(
     synthetic: float, random_real: float, synthetic_plain: float, random_real_plain: float, gamma: float = GAMMA
 ) -> float:
-    """The augmentation-robust score of accuracies in percent; ``plain``: trained without augmentation."""
+    """Return the augmentation-robust score of accuracies in percent; ``plain``: trained without augmentation."""
     augmented, plain = (synthetic - random_real) / 100, (synthetic_plain - random_real_plain) / 100
     return score(gamma * augmented + (1 - gamma) * plain)
 
 
 def with_scores(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Fill in ``lrs`` and ``ars`` of the generators' rows where all they need was measured; drop the rows without augmentation."""
+    """Fill in ``lrs`` and ``ars`` of the generators' rows if everything needed was measured; drop rows without augmentation."""
 
     def key(r: Mapping[str, Any], **changed: Any) -> tuple[Any, ...]:
         names = ("train_on", "student", "protocol", "labels", "ipc")

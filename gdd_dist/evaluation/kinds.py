@@ -1,4 +1,4 @@
-"""What the report's rows train on. Imports little: tables are printed without torch."""
+"""What the report's rows train on. Imports little, because tables are printed without torch."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 GENERATORS = {"gaussian": "gaussian", "gan": "gan", "matched": "matching"}
 """What a row trains on → the step whose generator draws it."""
 BASELINES = ("real", "equal_bytes", "gaussian", "gan", "full")
-"""What rows beside the matched generator's may train on, in the order of the table. ``equal_bytes``: a fixed set of as many
-real images, as they are stored, as fit the bytes of the matched generator's file; each epoch draws from it.
+"""What baseline rows may train on, in the order of the table. ``equal_bytes``: a fixed set of stored real images that together
+take as many bytes as the matched generator's file; each epoch draws from it.
 """
 
 
 def kind_of(r: Mapping[str, Any]) -> str:
-    """What a row of metrics.json trains on, in words: `matched`, or `matched, best of 3`."""
+    """Return what a row of metrics.json trains on as text: `matched`, or `matched, best of 3`."""
     return str(r["train_on"]) + (f", best of {r['select']}" if "select" in r else "")

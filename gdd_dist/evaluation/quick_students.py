@@ -1,4 +1,4 @@
-"""Quick students: how good a generator is, measured on val, never on test."""
+"""Quick students: they measure how good a generator is, on val, never on test."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ READINGS = 5
 
 @dataclass(frozen=True)
 class Measurement:
-    """What quick students say of a generator. Accuracies in percent; ``stderr``: of ``val`` over students.
+    """The quick students' results for a generator. Accuracies in percent; ``stderr``: of ``val`` over students.
 
-    ``gap``: accuracy on fresh generated images minus accuracy on val. It grows when the generator writes the class into the
-    image as a pattern that only those who saw such images can read.
+    ``gap``: accuracy on fresh generated images minus accuracy on val. It grows when the generator encodes the class as a pattern
+    that only students trained on such images recognize.
     """
 
     step: int
@@ -42,30 +42,30 @@ class Measurement:
     gap: float
 
     def scalars(self) -> dict[str, float]:
-        """By their names in TensorBoard."""
+        """Return the values by their names in TensorBoard."""
         return {"val_accuracy": self.val, "val_stderr": self.stderr, "shortcut_gap": self.gap}
 
     def as_dict(self) -> dict[str, Any]:
-        """Fit for JSON and checkpoints."""
+        """Return the values for JSON and checkpoints."""
         return dataclasses.asdict(self)
 
 
 def best(history: Sequence[Mapping[str, Any]], select: str) -> Mapping[str, Any] | None:
-    """The interval whose generator is kept: the first that is best on val, or the last; None without measurements."""
+    """Return the interval whose generator is kept: the first with the best val, or the last; None without measurements."""
     if not history:
         return None
     return history[-1] if select == "last" else max(history, key=lambda h: h["val"])
 
 
 INTERVAL = "matching"
-"""The name of a candidate that is one of matching's own intervals."""
+"""The name of a candidate that is an interval of matching."""
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """What matching chooses its generator from, each with its measurement.
+    """The candidates from which matching chooses its generator, with their measurements.
 
-    ``history``: its own intervals by step, first the GAN at step 0; ``others``: those that it does not train, by name.
+    ``history``: its intervals by step, first the GAN at step 0; ``others``: candidates that it does not train, by name.
     """
 
     history: Sequence[Mapping[str, Any]] = ()
@@ -73,11 +73,11 @@ class Candidates:
 
     @classmethod
     def of(cls, meta: Mapping[str, Any]) -> Candidates:
-        """Of a generator's file, by its metadata."""
+        """Read the candidates from the metadata of a generator's file."""
         return cls(meta.get("history", []), meta.get("others", {}))
 
     def kept(self, select: str) -> tuple[str, Mapping[str, Any]] | None:
-        """Name and measurement of what is kept: the best on val, an interval before others, or the last interval.
+        """Return name and measurement of the candidate that is kept: the best on val (intervals first), or the last interval.
 
         None without measurements.
         """
@@ -89,10 +89,10 @@ class Candidates:
 
 
 def measure(ctx: Context, generator: ImageGenerator, step: int) -> Measurement:
-    """Train the quick students, dealt to ranks, on fresh draws; the same random streams at every interval. All ranks call it."""
+    """Train the quick students on fresh draws; ranks share them; random numbers are equal at all intervals. All ranks call it."""
     m = ctx.config.matching
     mine: list[list[float]] = []
-    # A rank takes the next student as soon as it is free, so how many rank 0 trains is known only at the end.
+    # A free rank takes the next student, so the number that rank 0 trains is known only at the end.
     monitor = ctx.passing("matching: quick students", -(-m.quick_students // ctx.world.size) * m.quick_steps)
 
     def tick(steps: int) -> None:
@@ -102,7 +102,7 @@ def measure(ctx: Context, generator: ImageGenerator, step: int) -> Measurement:
         for j in ctx.world.queue(m.quick_students):
             mine.append([j, *student(ctx, generator, j, tick)])
     except Diverged as e:
-        raise UserError(f"matching: of a quick student {e}; lower --report.lr") from e
+        raise UserError(f"matching: quick student: {e}; lower --report.lr") from e
     monitor.close()
     results = sorted(r for rank in ctx.world.gather(mine) for r in rank)
     val, fresh = np.array([r[1] for r in results]), np.array([r[2] for r in results])
@@ -111,7 +111,7 @@ def measure(ctx: Context, generator: ImageGenerator, step: int) -> Measurement:
 
 
 def measure_once(ctx: Context, path: Path, build: Callable[[], ImageGenerator]) -> Measurement:
-    """``measure`` of what ``build`` gives, kept in ``path`` so that an interrupted step does neither again. All ranks call it."""
+    """``measure`` the result of ``build``; kept in ``path``, so that an interrupted step repeats neither. All ranks call it."""
     kept = ctx.world.broadcast(read_json(path) if ctx.world.is_main and path.exists() else None)
     if kept is not None:
         ctx.resumed = True
@@ -123,7 +123,7 @@ def measure_once(ctx: Context, path: Path, build: Callable[[], ImageGenerator]) 
 
 
 def student(ctx: Context, generator: ImageGenerator, j: int, tick: Callable[[int], None]) -> tuple[float, float]:
-    """(accuracy on val, accuracy on fresh generated images) of quick student ``j``, in percent; ``tick``: steps done."""
+    """Return (accuracy on val, on fresh generated images) of quick student ``j`` in percent; ``tick``: reports steps done."""
     m, r, seed = ctx.config.matching, ctx.config.report, ctx.config.step_seed("matching")
     net = ctx.classifier(m.quick_student, seed, f"quick/{j}")
     optimizer = sgd(net, r.lr, r.momentum, r.weight_decay)
@@ -156,14 +156,14 @@ def student(ctx: Context, generator: ImageGenerator, j: int, tick: Callable[[int
 
 
 def measured_after(steps: int) -> set[int]:
-    """After which steps a quick student is measured: five times in its last fifth, the end included, since at a constant
-    learning rate one reading is noisy.
+    """Return the steps after which a quick student is measured: five in its last fifth, including the last step, because a
+    single measurement is noisy at a constant learning rate.
     """
     return {steps - round(k * steps / 25) for k in range(READINGS)}
 
 
 def forwards(ctx: Context) -> tuple[int, int, int]:
-    """Images that one quick student forwards: trained on, drawn, and answered when it is measured."""
+    """Return the numbers of images for one quick student: trained on, drawn, and forwarded when it is measured."""
     m = ctx.config.matching
     trained = m.quick_steps * m.quick_batch
     return trained, trained + FRESH_IMAGES, len(measured_after(m.quick_steps)) * len(ctx.images("val")) + FRESH_IMAGES

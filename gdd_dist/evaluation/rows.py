@@ -1,4 +1,4 @@
-"""The report's rows: what students train on, at which budget, under which fingerprint. Pure functions.
+"""The report's rows: what students train on, their budgets and fingerprints. Pure functions.
 
 A row is a student architecture trained on one kind of images by one protocol with one kind of labels; it has a student
 for each student seed. N: training images, C: classes, IPC: images per class of an epoch.
@@ -25,10 +25,10 @@ from sharding.manifest import Manifest
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table. ``protocol`` and ``ipc`` are None where all real training data is used (``train_on`` full).
+    """A row of the table. ``protocol`` and ``ipc`` are None if all real training data is used (``train_on`` full).
 
-    A row that is not ``augmented`` stands in no table: DD-Ranking's ARS is made from it. ``select``: of so many draws for each
-    place the student sees the one to whose class the teachers give the largest share; 1: what is drawn.
+    A row that is not ``augmented`` is in no table, and is only used for DD-Ranking's ARS. ``select``: for each image, the student
+    sees the one of so many draws with the highest teacher probability of its class; 1: no choice.
     """
 
     train_on: str
@@ -41,7 +41,7 @@ class Row:
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """Steps whose output the row reads, beside the data."""
+        """The steps whose output the row reads, besides the data."""
         soft = ("teachers",) if self.labels == "soft" or self.select > 1 else ()
         step = "matching" if self.train_on == "equal_bytes" else GENERATORS.get(self.train_on)
         return soft + ((step,) if step else ())
@@ -49,10 +49,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Budget:
-    """What training one student takes. ``batch``: images a step, but for the last of an epoch, which may be smaller.
+    """The budget of training one student. ``batch``: images per step; the last step of an epoch may have fewer.
 
-    ``distinct_images_seen`` of a full row is an upper bound: its order leaves out a few images an epoch, others each time. So is that
-    of chosen real images.
+    ``distinct_images_seen`` is an upper bound for a full row, whose order leaves out a few different images in each epoch, and for
+    chosen real images.
     """
 
     epochs: int
@@ -64,7 +64,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Job:
-    """One student: row × student seed, with the fingerprint of everything that shapes its accuracy."""
+    """One student: row × student seed, with the fingerprint of everything that determines its accuracy."""
 
     row: Row
     seed: int
@@ -73,7 +73,7 @@ class Job:
 
 
 def plan(config: Config) -> list[Row]:
-    """All rows, in the order of the table."""
+    """Return all rows, in the order of the table."""
     r = config.report
     kinds = [*(k for k in BASELINES if k in r.baselines and k != "full"), "matched"]
     rows = []
@@ -85,17 +85,17 @@ def plan(config: Config) -> list[Row]:
             every = [
                 Row(kind, student, p, y, ipc, select=n) for p, y in pairs for kind in kinds for n in selected(r, kind)
             ]
-            rows += [r for r in every if (r.train_on, r.protocol) != ("equal_bytes", "fixed")]  # fixed as it is
+            rows += [r for r in every if (r.train_on, r.protocol) != ("equal_bytes", "fixed")]  # always fixed
     return rows + unaugmented(config, rows)
 
 
 def selected(report: Report, kind: str) -> list[int]:
-    """Of how many draws the rows of a kind show one, in the order of the table. A fixed set of real images is no draw."""
+    """Return the values of ``select`` for the rows of a kind, in table order. A fixed set of real images has no draws to choose."""
     return [1] if kind == "equal_bytes" else list(dict.fromkeys(report.select))
 
 
 def unaugmented(config: Config, rows: Sequence[Row]) -> list[Row]:
-    """The fixed rows of real and matched images once more, without augmentation, if the ARS is asked for and has a meaning."""
+    """Return the fixed rows of real and matched without augmentation, if the ARS is requested and defined."""
     loader = config.loader
     if not config.report.ars or "real" not in config.report.baselines or (loader.augment == "none" and not loader.flip):
         return []
@@ -107,7 +107,7 @@ def unaugmented(config: Config, rows: Sequence[Row]) -> list[Row]:
 
 
 def full_order(config: Config, shard_samples: Sequence[int], seed: int) -> Order:
-    """The order in which a full-data student sees train."""
+    """Return the order in which a full-data student sees train."""
     batch = min(config.report.batch, sum(shard_samples))
     purpose = f"report/full/{seed}"
     streams = default_streams(batch)
@@ -115,7 +115,7 @@ def full_order(config: Config, shard_samples: Sequence[int], seed: int) -> Order
 
 
 def budget(config: Config, manifest: Manifest, row: Row) -> Budget:
-    """The budget of each of a row's students."""
+    """Return the budget of each of a row's students."""
     r, train = config.report, manifest.splits["train"]
     if row.ipc is None:
         order = full_order(config, [s.samples for s in train.shards], 0)
@@ -132,13 +132,13 @@ def budget(config: Config, manifest: Manifest, row: Row) -> Budget:
 
 
 def step_bounds(images: int, batch: int, epochs: int) -> np.ndarray:
-    """Where steps begin and end in the sequence of all images a student sees, int64 [steps + 1]: the last batch of an epoch is kept."""
+    """Return the bounds of steps in the sequence of all images a student sees, int64 [steps + 1]; an epoch's last batch may be small."""
     starts = np.arange(0, images, batch) + np.arange(epochs)[:, None] * images
     return np.append(starts.ravel(), epochs * images)
 
 
 def shaping(config: Config, row: Row, spent: Budget) -> dict[str, Any]:
-    """The settings that shape a row's numbers."""
+    """Return the settings that determine a row's results."""
     r, loader = config.report, config.loader
     full = row.ipc is None
     augment, flip = (loader.augment, loader.flip) if row.augmented else ("none", False)
@@ -160,7 +160,7 @@ def shaping(config: Config, row: Row, spent: Budget) -> dict[str, Any]:
 def row_fingerprint(
     config: Config, row: Row, spent: Budget, seed: int, precision: str, fingerprints: Mapping[str, str]
 ) -> str:
-    """The fingerprint of one student: settings, seeds, and exactly what it reads. ``fingerprints``: of "data" and the steps."""
+    """Return the fingerprint of one student: settings, seeds, and what it reads. ``fingerprints``: of "data" and the steps."""
     return fingerprint(
         {
             "version": ROWS_VERSION,
@@ -174,7 +174,7 @@ def row_fingerprint(
 
 
 def jobs(config: Config, manifest: Manifest, precision: str, fingerprints: Mapping[str, str]) -> list[Job]:
-    """All students of all rows, in the order of the table."""
+    """Return all students of all rows, in the order of the table."""
     found = []
     for row in plan(config):
         spent = budget(config, manifest, row)
@@ -185,7 +185,7 @@ def jobs(config: Config, manifest: Manifest, precision: str, fingerprints: Mappi
 
 
 def images_labelled(job: Job) -> int:
-    """Images that the teachers label: all that a soft student sees, or its set once where each epoch sees the same images."""
+    """Return the images that teachers label: all images of a student with soft labels, or its set once if epochs are equal."""
     if job.row.labels != "soft":
         return 0
     same = job.row.protocol == "fixed" and not job.row.augmented
@@ -193,7 +193,7 @@ def images_labelled(job: Job) -> int:
 
 
 def images_chosen(job: Job) -> int:
-    """Images that the teachers choose among, several for each that is seen first."""
+    """Return the number of draws among which the teachers choose."""
     if job.row.select == 1:
         return 0
     shown = job.budget.images_seen if job.row.protocol == "regenerate" else job.budget.images_seen // job.budget.epochs
@@ -201,18 +201,18 @@ def images_chosen(job: Job) -> int:
 
 
 def images_answered(job: Job) -> int:
-    """Images that each of the last teachers answers for a job: to label them, and to choose among them."""
+    """Return the number of images that each last teacher forwards for a job, to label them and to choose among them."""
     return images_labelled(job) + images_chosen(job)
 
 
 def images_forwarded(job: Job, last_teachers: int, test: int) -> int:
-    """Images that go through a network when a job runs: student, choice and soft labels, generator, and the test set at the end."""
+    """Return the images forwarded by a job: by student, teachers (choice and soft labels) and generator, and the test set."""
     drawn = job.budget.distinct_images_seen * job.row.select if job.row.train_on in GENERATORS else 0
     return job.budget.images_seen + images_answered(job) * last_teachers + drawn + test
 
 
 def result(row: Row, spent: Budget, seeds: Sequence[int], measured: Sequence[StudentResult]) -> dict[str, Any]:
-    """A row as it stands in metrics.json, its shares and scores not yet known. Accuracies in percent; std with ddof 1."""
+    """Return a row of metrics.json, still without shares and scores. Accuracies in percent; std with ddof 1."""
     accuracies = [m.accuracy for m in measured]
     return {
         "train_on": row.train_on,
@@ -238,9 +238,9 @@ def result(row: Row, spent: Budget, seeds: Sequence[int], measured: Sequence[Stu
 
 
 def with_ceiling_shares(results: Sequence[Mapping[str, Any]], classes: int) -> list[dict[str, Any]]:
-    """Fill in ceiling_share = (mean - 100/C) / (ceiling - 100/C): how far from chance to the ceiling a row gets.
+    """Fill in ceiling_share = (mean - 100/C) / (ceiling - 100/C): a row's position between chance and ceiling.
 
-    The ceiling is the hard ``real`` ``regenerate`` row of the same student and IPC; None where it is absent or at chance.
+    The ceiling is the hard ``real`` ``regenerate`` row of the same student and IPC; None if it is missing or at chance.
     """
     chance = 100.0 / classes
     ceilings = {
@@ -257,7 +257,7 @@ def with_ceiling_shares(results: Sequence[Mapping[str, Any]], classes: int) -> l
 
 
 def check(config: Config, manifest: Manifest) -> None:
-    """Raise UserError where the report's settings do not fit the data set: known before the first step runs."""
+    """Raise UserError if the report's settings do not fit the data set; called before the first step runs."""
     r = config.report
     for name in r.students:
         parse_student(name)
@@ -274,7 +274,7 @@ def check(config: Config, manifest: Manifest) -> None:
 
 
 def _check_class_sizes(config: Config, manifest: Manifest) -> None:
-    """A fixed real set needs IPC images of each class, a fresh one each epoch at least one to repeat."""
+    """Raise UserError if a class has too few images: a fixed real set needs IPC of them, a new set per epoch at least one."""
     counts = manifest.splits["train"].class_counts
     c = int(np.argmin(counts))
     have, name = counts[c], manifest.classes[c]

@@ -1,7 +1,7 @@
-"""Every student of the report once, whoever trains it: kept results, dealt work, rows.
+"""Trains every student of the report once: stored results, work shared between ranks, rows.
 
-STORE/report/rows/<fingerprint>.json holds one student's result, so a killed report goes on by student, and rows whose inputs
-did not change are never trained again.
+STORE/report/rows/<fingerprint>.json holds one student's result, so a killed report continues with the missing students, and
+rows with unchanged inputs are never trained again.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from sharding.errors import UserError
 
 
 def record_path(ctx: Context, job: Job) -> Path:
-    """Where one student's result is kept: STORE/report/rows/<fingerprint>.json."""
+    """Return the path of one student's result: STORE/report/rows/<fingerprint>.json."""
     return ctx.store.root / "report" / "rows" / f"{job.fingerprint}.json"
 
 
 def save_record(path: Path, job: Job, measured: StudentResult, matrix: np.ndarray) -> None:
-    """Write one student's result and its confusion matrix, whole or not at all."""
+    """Write one student's result and its confusion matrix atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     body = {
         "format": "gdd-row/1",
@@ -55,7 +55,7 @@ def save_record(path: Path, job: Job, measured: StudentResult, matrix: np.ndarra
 
 
 def load_record(path: Path, job: Job) -> StudentResult | None:
-    """One student's result, or None when there is none; a damaged file is named and trained anew."""
+    """Return one student's result, or None if there is none; a damaged file is reported and counts as missing."""
     if not path.exists():
         return None
     try:
@@ -67,19 +67,19 @@ def load_record(path: Path, job: Job) -> StudentResult | None:
             )
     except (UserError, AttributeError, KeyError, TypeError):
         pass
-    say(f"report: {path} is damaged; this student is trained anew")
+    say(f"report: {path} is damaged; this student is trained again")
     return None
 
 
 def cached(ctx: Context, students: list[Job]) -> dict[str, StudentResult]:
-    """Results that are there already, by fingerprint (rank 0 looks, all hear it)."""
+    """Return the existing results, by fingerprint (rank 0 reads them, and sends them to all ranks)."""
     found = {j.fingerprint: load_record(record_path(ctx, j), j) for j in students} if ctx.world.is_main else {}
     told = ctx.world.broadcast({fp: m for fp, m in found.items() if m is not None})
     return {fp: StudentResult(*m) for fp, m in told.items()}
 
 
 def confusions(ctx: Context, students: list[Job]) -> dict[Row, np.ndarray]:
-    """The confusion matrices of finished students, summed over each row's: int64 [C, C]."""
+    """Return the confusion matrices of finished students, summed over the students of each row: int64 [C, C]."""
     found: dict[Row, np.ndarray] = {}
     for job in students:
         matrix = unpack(read_json(record_path(ctx, job))["confusion"])
@@ -88,7 +88,7 @@ def confusions(ctx: Context, students: list[Job]) -> dict[Row, np.ndarray]:
 
 
 def costs(ctx: Context, students: list[Job], teachers: Path | None) -> dict[str, float]:
-    """A job's cost by fingerprint, in images × weights, good enough to start the costly ones first."""
+    """Return each job's approximate cost by fingerprint, in images × weights, to start the expensive ones first."""
 
     def weights(name: str) -> int:
         m = ctx.manifest
@@ -108,9 +108,9 @@ def costs(ctx: Context, students: list[Job], teachers: Path | None) -> dict[str,
 def evaluate(
     ctx: Context, dirs: Mapping[str, Path], fingerprints: Mapping[str, str], monitor: Monitor
 ) -> list[dict[str, Any]]:
-    """Train the students that no earlier run has trained, dealt to the ranks; returns all rows. All ranks call it.
+    """Train the students that no earlier run has trained; ranks share them; returns all rows. All ranks call it.
 
-    ``dirs``: of the finished steps "teachers", "gan", "matching" as far as rows read them; ``fingerprints``: theirs and "data"'s.
+    ``dirs``: of the finished steps that rows read ("teachers", "gan", "matching"); ``fingerprints``: of these and of "data".
     """
     students = jobs(ctx.config, ctx.manifest, ctx.precision, fingerprints)
     known = cached(ctx, students)
@@ -133,8 +133,8 @@ def evaluate(
 
 
 def with_bytes(ctx: Context, dirs: Mapping[str, Path], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Fill in ``bytes``: what must be kept to train such a student. A generator's file, or real images as they are stored; and the
-    teachers, where they label or choose.
+    """Fill in ``bytes``: the size of everything needed to train such a student: a generator's file, or stored real images; and
+    the teachers, if they label or choose.
     """
     shards = ctx.images("train").shards
     mean = shards.payload_bytes / shards.samples
@@ -155,7 +155,7 @@ def with_bytes(ctx: Context, dirs: Mapping[str, Path], results: list[dict[str, A
 
 
 def train_once(ctx: Context, frozen: Frozen, job: Job) -> StudentResult:
-    """Train one student and keep its result; where another run on this store is at it, wait and take its."""
+    """Train one student and store its result; if another run on this store is training it, wait and use that result."""
     path = record_path(ctx, job)
 
     def busy(_holder: Mapping[str, Any]) -> None:
@@ -170,7 +170,7 @@ def train_once(ctx: Context, frozen: Frozen, job: Job) -> StudentResult:
 
 
 def summarise(students: list[Job], measured: Mapping[str, StudentResult]) -> list[dict[str, Any]]:
-    """One result a row, in the order of the table."""
+    """Return one result per row, in the order of the table."""
     by_row: dict[Row, list[Job]] = {}
     for job in students:
         by_row.setdefault(job.row, []).append(job)
@@ -182,7 +182,7 @@ def summarise(students: list[Job], measured: Mapping[str, StudentResult]) -> lis
 
 
 def log_accuracies(monitor: Monitor, results: list[dict[str, Any]]) -> None:
-    """Each row's mean accuracy to TensorBoard, over IPC where there is one."""
+    """Log each row's mean accuracy to TensorBoard, over IPC if the row has one."""
     for r in results:
         name = "/".join(("accuracy", r["student"], kind_of(r), r["protocol"] or "all", r["labels"]))
         monitor.scalars(r["ipc"] or 0, {name: r["mean"]})

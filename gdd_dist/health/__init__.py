@@ -1,1 +1,1 @@
-"""What `doctor` tries on this machine."""
+"""The checks that `doctor` makes on this machine."""

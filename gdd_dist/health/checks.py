@@ -1,4 +1,4 @@
-"""What the doctor looks at: versions, devices, disks, ports. Each check finds one thing out and says how to mend it."""
+"""The doctor's checks of versions, devices, disks and ports. Each returns a Finding, with a fix if something is wrong."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def python() -> Finding:
     """The interpreter."""
     detail = f"{platform.python_version()} ({sys.executable})"
     if tuple(map(int, platform.python_version_tuple()[:2])) < OLDEST_PYTHON:
-        return Finding("python", FAIL, detail, "install Python 3.11 or newer and call make env PYTHON=/path/to/it")
+        return Finding("python", FAIL, detail, "install Python 3.11 or newer and run make env PYTHON=/path/to/it")
     return Finding("python", OK, detail)
 
 
 def packages() -> list[Finding]:
-    """Every requirement of the installed package: there, and new enough. One line for the base, one for each extra."""
+    """Every requirement of the package is installed and new enough. One finding for the base, one for each extra."""
     from packaging.requirements import Requirement
 
     found, faults = dict[str, int](), dict[str, dict[str, str]]()
@@ -49,7 +49,7 @@ def packages() -> list[Finding]:
             faults.setdefault(group, {})[f"{requirement.name} is missing"] = text.partition(";")[0].strip()
             continue
         if not requirement.specifier.contains(have, prereleases=True):
-            fault = f"{requirement.name} is {have}, needed is {requirement.specifier}"
+            fault = f"{requirement.name} is {have}, but {requirement.specifier} is needed"
             faults.setdefault(group, {})[fault] = text.partition(";")[0].strip()
     return [_package_finding(group, count, faults.get(group, {})) for group, count in found.items()]
 
@@ -58,14 +58,14 @@ def _package_finding(group: str, count: int, faults: dict[str, str]) -> Finding:
     """``faults``: what is wrong → the requirement, as pip takes it."""
     name = "packages" if group == "base" else f"extra {group}"
     if not faults:
-        return Finding(name, OK, f"{count} of {count} there and new enough")
+        return Finding(name, OK, f"{count} of {count} installed and new enough")
     wanted = " ".join(f"'{text}'" for text in faults.values())
     fix = f"python -m pip install --upgrade {wanted}"
     return Finding(name, FAIL if group == "base" else WARN, "; ".join(faults), fix)
 
 
 def torch_pair() -> Finding:
-    """torch and torchvision belong together: the compiled part of torchvision loads."""
+    """torch and torchvision match: the compiled part of torchvision can be loaded."""
     detail = f"torch {metadata.version('torch')}, torchvision {metadata.version('torchvision')}"
     try:
         import torchvision.ops
@@ -93,16 +93,16 @@ def devices() -> Finding:
         return Finding("devices", OK, f"CUDA_VISIBLE_DEVICES hides all GPUs; {detail}")
     if Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi"):
         why = "this torch was built without CUDA"
-        fix = "python -m pip install --upgrade --force-reinstall torch torchvision (the default builds hold CUDA)"
+        fix = "python -m pip install --upgrade --force-reinstall torch torchvision (the default builds include CUDA)"
         if torch.version.cuda is not None:
-            why = "the driver and this torch do not agree"
-            fix = f"run nvidia-smi, and update the driver to one that knows CUDA {torch.version.cuda}"
+            why = "the driver does not support this torch's CUDA version"
+            fix = f"run nvidia-smi, and update the driver to one that supports CUDA {torch.version.cuda}"
         return Finding("devices", FAIL, f"there is an NVIDIA GPU, but {why}; {detail}", fix)
     return Finding("devices", OK, detail)
 
 
 def disk(directory: Path, name: str = "disk") -> Finding:
-    """Write, flush, rename, link and remove in a directory, as runs do; and how much room is left."""
+    """Write, flush, rename, link and remove files in a directory, as runs do, and report the free space."""
     probe = directory / f".doctor-{os.getpid()}"
     made = not directory.exists()
     try:
@@ -126,7 +126,7 @@ def disk(directory: Path, name: str = "disk") -> Finding:
     if free < NO_SPACE:
         return Finding(name, FAIL, detail, "free some space, or point --out and --store to a larger disk")
     if free < LOW_SPACE:
-        return Finding(name, WARN, detail, "check with gdd_dist.train --dry-run whether that is enough")
+        return Finding(name, WARN, detail, "check with gdd_dist.train --dry-run whether the free space is enough")
     return Finding(name, OK, detail)
 
 
@@ -143,15 +143,15 @@ def _disk_fix(reason: str, directory: Path) -> str:
 
 
 def port(number: int, what: str, remedy: str) -> Finding:
-    """Whether a TCP port is free on this host. ``remedy`` may hold {free}: the next one that is."""
+    """Whether a TCP port is free on this host. ``remedy`` may contain {free}, which becomes the next free port."""
     if _is_free(number):
         return Finding(f"port {number}", OK, f"free ({what})")
     other = next((n for n in range(number + 1, number + 200) if _is_free(n)), number + 200)
-    return Finding(f"port {number}", WARN, f"taken, but {what} uses it", remedy.format(free=other))
+    return Finding(f"port {number}", WARN, f"used by another program, but {what} needs it", remedy.format(free=other))
 
 
 def ports() -> list[Finding]:
-    """The two ports that programs take unless told otherwise."""
+    """Check the two ports that programs use by default."""
     return [
         port(RENDEZVOUS_PORT, "torchrun over several nodes", "give torchrun --rdzv_endpoint=HOST:{free} on all nodes"),
         port(TENSORBOARD_PORT, "TensorBoard", "tensorboard --logdir runs --host 127.0.0.1 --port {free}"),
@@ -159,7 +159,7 @@ def ports() -> list[Finding]:
 
 
 def host_name() -> Finding:
-    """Whether this host's own name, by which ranks and torchrun meet, resolves: they would hang otherwise."""
+    """Whether this host's own name resolves; ranks and torchrun use it to connect, and would hang otherwise."""
     name = socket.gethostname()
     try:
         address = str(socket.getaddrinfo(name, None)[0][4][0])
@@ -181,7 +181,7 @@ def _is_free(number: int) -> bool:
 
 
 def descriptors() -> Finding:
-    """Open files a process may have: shards and logit files are mapped."""
+    """How many files a process may open; shards and logit files stay open while they are memory-mapped."""
     import resource
 
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -191,12 +191,12 @@ def descriptors() -> Finding:
 
 
 def ports_and_disks(directories: list[Path]) -> list[Finding]:
-    """Ports, the directories named, and the directory for temporary files."""
+    """Check the ports, the given directories, and the directory for temporary files."""
     return [*map(disk, directories), disk(Path(tempfile.gettempdir()), "temporary"), *ports()]
 
 
 def data_set(directory: Path) -> Finding:
-    """A data set's manifest is there and agrees with its files' sizes."""
+    """A data set has a manifest, and its files have the sizes in the manifest."""
     from sharding.manifest import Manifest
 
     try:
@@ -208,6 +208,6 @@ def data_set(directory: Path) -> Finding:
         for shard in split.shards:
             path = directory / shard.file
             if not path.exists() or path.stat().st_size != shard.bytes:
-                return Finding("data", FAIL, f"{path} is missing or torn", "build the data set again, or copy it again")
+                return Finding("data", FAIL, f"{path} is missing or truncated", "build or copy the data set again")
     splits = ", ".join(f"{name} {split.samples:,}" for name, split in manifest.splits.items())
     return Finding("data", OK, f"{manifest.name}: {splits} (python -m sharding verify checks every byte)")

@@ -1,4 +1,4 @@
-"""What a check found."""
+"""The result of a check."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ OK, WARN, FAIL = "ok", "warn", "FAIL"
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor's page. ``state``: ok, warn (something optional will not work) or FAIL; ``fix``: what to do."""
+    """The result of one check. ``state``: ok, warn (something optional will not work) or FAIL; ``fix``: what to do."""
 
     name: str
     state: str

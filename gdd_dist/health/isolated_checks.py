@@ -1,4 +1,4 @@
-"""What the doctor tries in processes of its own: gloo, the compiler, DeepSpeed, Ray. None may hang or end the doctor."""
+"""Checks that run in their own processes (gloo, compiler, DeepSpeed, Ray), so that they cannot hang or end the doctor."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from gdd_dist.health.finding import FAIL, OK, WARN, Finding
 
 PATIENCE = 90.0
 """Seconds."""
-HUNG = "no answer in"
+HUNG = "no response within"
 
 
 def call(script: str, env: Mapping[str, str] | None = None, seconds: float = PATIENCE) -> str | None:
-    """Run Python in a process of its own; None when it ends well, else its last line, or that it hung."""
+    """Run Python code in its own process. Returns None on success, else its last line of output, or that it hung."""
     process = subprocess.Popen(
         [sys.executable, "-c", script],
         env={**os.environ, **(env or {})},
@@ -35,7 +35,7 @@ def call(script: str, env: Mapping[str, str] | None = None, seconds: float = PAT
     try:
         _, said = process.communicate(timeout=seconds)
     except BaseException as e:
-        os.killpg(process.pid, signal.SIGKILL)  # with what it started: a compiler would go on for minutes
+        os.killpg(process.pid, signal.SIGKILL)  # also kills its children: a compiler could run for minutes
         process.wait()
         if isinstance(e, subprocess.TimeoutExpired):
             return f"{HUNG} {seconds:.0f} s"
@@ -45,8 +45,8 @@ def call(script: str, env: Mapping[str, str] | None = None, seconds: float = PAT
 
 
 def remedy(fault: str, fix: str) -> str:
-    """What to do about a fault: of what was merely late, first that."""
-    return f"if the machine is busy try again when it is not, else {fix}" if HUNG in fault else fix
+    """Return the advice for a fault; after a timeout, the first advice is to try again later."""
+    return f"if the machine is busy, try again later; else {fix}" if HUNG in fault else fix
 
 
 GLOO = """
@@ -61,26 +61,26 @@ assert os.waitpid(pid, 0)[1] == 0
 
 
 def backends() -> Finding:
-    """gloo by two processes that add their numbers; NCCL's presence."""
+    """Two processes add numbers through gloo; NCCL is only looked for."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         number = s.getsockname()[1]
     nccl = "NCCL is built in" if torch.distributed.is_nccl_available() else "no NCCL"
     fault = call(GLOO.format(port=number))
     if fault:
-        fix = "export GLOO_SOCKET_IFNAME=lo (one host) or the interface that joins the nodes; let this host's own name resolve"
+        fix = "export GLOO_SOCKET_IFNAME=lo (one host) or the network interface between the nodes; make this host's name resolve"
         return Finding("backends", FAIL, f"gloo: {fault}; {nccl}", remedy(fault, fix))
     if torch.cuda.is_available() and not torch.distributed.is_nccl_available():
         return Finding("backends", FAIL, "gloo works; no NCCL", "install the default (CUDA) build of torch")
-    return Finding("backends", OK, f"gloo: 2 processes agree; {nccl}")
+    return Finding("backends", OK, f"gloo: works between 2 processes; {nccl}")
 
 
 def compiler() -> Finding:
-    """A C++ compiler that compiles and links a shared library, and ninja: DeepSpeed builds its operations on first use."""
+    """A C++ compiler can build a shared library, and ninja exists: DeepSpeed builds its operations on first use."""
     name = os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), "c++")
     fix = "apt install g++ (or dnf install gcc-c++), or set CXX; only --engine deepspeed needs it"
     if not shutil.which(name):
-        return Finding("compiler", WARN, f"no C++ compiler ({name} is not there)", fix)
+        return Finding("compiler", WARN, f"no C++ compiler ({name} is not installed)", fix)
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "x.cpp"
         source.write_text("#include <vector>\nint answer() { return std::vector<int>{42}[0]; }\n")
@@ -89,15 +89,15 @@ def compiler() -> Finding:
     if done.returncode:
         return Finding("compiler", WARN, f"{name} fails: {done.stderr.strip().splitlines()[-1:]}", fix)
     if not shutil.which("ninja"):
-        return Finding("compiler", WARN, f"{name} works, ninja is not on PATH", "activate .venv, whose bin holds ninja")
-    return Finding("compiler", OK, f"{name} compiles, ninja is there")
+        return Finding("compiler", WARN, f"{name} works, ninja is not on PATH", "activate .venv, which contains ninja")
+    return Finding("compiler", OK, f"{name} compiles, ninja is installed")
 
 
 REINSTALL = "python -m pip install --force-reinstall --no-deps deepspeed"
 
 
 def deepspeed(build: bool) -> Finding:
-    """DeepSpeed imports; with ``build`` its operation for this machine is built and loaded."""
+    """DeepSpeed can be imported; with ``build``, its operation for this machine can be built and loaded."""
     try:
         version = metadata.version("deepspeed")
     except metadata.PackageNotFoundError:
@@ -124,7 +124,7 @@ ray.shutdown()
 
 
 def ray(start: bool) -> Finding:
-    """Ray is there; with ``start`` it starts here and runs a task."""
+    """Ray is installed; with ``start``, it starts here and runs a task."""
     try:
         version = metadata.version("ray")
     except metadata.PackageNotFoundError:
@@ -132,6 +132,6 @@ def ray(start: bool) -> Finding:
         return Finding("ray", WARN, "not installed", fix)
     fault = call(RAY) if start else None
     if fault:
-        fix = "ray stop --force (leftovers of another), see that /tmp and /dev/shm have room, and try again"
+        fix = "ray stop --force (ends an old Ray), make sure that /tmp and /dev/shm have free space, and try again"
         return Finding("ray", WARN, f"{version}: {fault}", remedy(fault, fix))
     return Finding("ray", OK, f"{version}{': starts and runs a task' if start else ' (--deep starts it)'}")

@@ -1,4 +1,4 @@
-"""How fast this machine is: decoding images, training steps of torch."""
+"""Measures the speed of this machine: decoding images, and training steps of torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOOP_STEPS, LOOP_ROUNDS = 20, 3
 
 
 def jpeg_speed() -> Finding:
-    """Images decoded per second, as the loader does it: on one thread, and on all cores."""
+    """Measure images per second with the loader's decoder, on one thread and on all cores."""
     import simplejpeg
 
     noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
@@ -37,28 +37,28 @@ def jpeg_speed() -> Finding:
         every = sum(pool.map(work, range(threads))) / JPEG_SECONDS
     detail = f"{one:,.0f} images/s on one thread, {every:,.0f} on {threads} ({JPEG_SIDE}×{JPEG_SIDE})"
     if one < SLOW_JPEG:
-        fix = "is the machine busy? else python -m pip install --force-reinstall simplejpeg"
+        fix = "try again if the machine is busy; else python -m pip install --force-reinstall simplejpeg"
         return Finding("jpeg", WARN, detail, fix)
     return Finding("jpeg", OK, detail)
 
 
 def torch_speed() -> Finding:
-    """Seconds of a fixed loop of training steps. A wall time says little without it: machines differ by a factor of two."""
+    """Time a fixed loop of training steps. Quote it with every wall time, because machines differ by a factor of two."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)  # what the others of this machine do then matters least
+    torch.set_num_threads(1)  # one thread is least disturbed by other processes
     try:
         detail = (
-            f"{LOOP_STEPS} training steps, always the same: {_loop_time(torch.device('cpu')):.2f} s on one CPU thread"
+            f"{LOOP_STEPS} steps of a fixed training loop: {_loop_time(torch.device('cpu')):.2f} s on one CPU thread"
         )
     finally:
         torch.set_num_threads(before)
     if torch.cuda.is_available():
         detail += f", {_loop_time(torch.device('cuda')):.3f} s on the GPU"
-    return Finding("speed", OK, f"{detail}; quote it beside a wall time")
+    return Finding("speed", OK, f"{detail}; quote this with any wall time")
 
 
 def _loop_time(device: torch.device) -> float:
-    """Seconds of LOOP_STEPS steps of two convolutions of width 32 on 16 images of 32×32 in float32: the best of some rounds."""
+    """Return the seconds of LOOP_STEPS steps of two convolutions of width 32 on 16 float32 images of 32×32: the best round."""
     images = torch.zeros(16, 3, 32, 32, device=device)
     kernels = [torch.full((32, c, 3, 3), 0.01, device=device, requires_grad=True) for c in (3, 32)]
 
@@ -73,5 +73,5 @@ def _loop_time(device: torch.device) -> float:
             torch.cuda.synchronize(device)
         return time.monotonic() - begin
 
-    steps(2)  # memory is allocated, kernels are chosen
+    steps(2)  # warm-up: allocates memory and chooses kernels
     return min(steps(LOOP_STEPS) for _ in range(LOOP_ROUNDS))

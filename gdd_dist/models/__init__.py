@@ -1,1 +1,1 @@
-"""Networks: classifiers, generator, discriminator; no batch statistics where losses must not depend on ranks."""
+"""Networks: classifiers, generator, discriminator; without batch statistics if losses must not depend on ranks."""

@@ -1,7 +1,7 @@
 """The classifiers that serve as teachers and students, as the dataset-distillation literature builds them.
 
-None but those named `_bn` keeps batch statistics: a sample's logits do not depend on its batch mates. Each takes float images in [-1, 1] and
-normalises them itself, so a file of weights is self-contained. Shapes: B batch, C image channels, K classes.
+Only those named `_bn` use batch statistics, so with the others a sample's logits do not depend on its batch. Each takes float images in
+[-1, 1] and normalises them itself, so a file of weights is self-contained. Shapes: B batch, C image channels, K classes.
 """
 
 import difflib
@@ -18,19 +18,19 @@ from sharding.errors import UserError
 
 WIDEST = 65_536
 CONSTANT = 1e-6
-"""A channel whose standard deviation is not above this is the same everywhere, up to rounding."""
+"""A channel with at most this standard deviation is constant, up to rounding."""
 _GROUP_CHANNELS = 8
 """Channels that share a group norm in the ResNets."""
 
 
 Norm = Callable[[int], nn.Module]
-"""Channels → their norm."""
+"""Number of channels → normalization layer."""
 
 
 class Classifier(nn.Module):
     """Normalise, extract features, classify: [B, C, H, W] float in [-1, 1] -> logits [B, K].
 
-    ``recompute``: of the activations a backward needs, keep those between stages alone and compute the others again.
+    ``recompute``: keep only the activations between stages for the backward pass, and recompute the others.
     """
 
     mean: Tensor
@@ -49,7 +49,7 @@ class Classifier(nn.Module):
         if not (self.recompute and torch.is_grad_enabled()):
             logits: Tensor = self.body(x)
             return logits
-        *early, last = _stages(self.body)  # the last would be computed again at once
+        *early, last = _stages(self.body)  # recomputing the last stage would save nothing
         for stage in early:
             x = checkpoint(stage, x, use_reentrant=False, preserve_rng_state=False)
         logits = last(x)
@@ -57,7 +57,7 @@ class Classifier(nn.Module):
 
 
 def _stages(body: nn.Module) -> list[nn.Sequential]:
-    """The layers of a body in their order, cut before each convolution and each residual block."""
+    """Return the layers of a body in order, split before each convolution and each residual block."""
     stages: list[list[nn.Module]] = [[]]
     for layer in body.children():
         if isinstance(layer, (nn.Conv2d, _ResidualBlock)) and stages[-1]:
@@ -67,7 +67,7 @@ def _stages(body: nn.Module) -> list[nn.Sequential]:
 
 
 def _instance_norm(width: int) -> nn.Module:
-    # GroupNorm(C, C) is instance norm with affine parameters, which torch runs fast in bfloat16 too.
+    # GroupNorm(C, C) is instance norm with affine parameters, and is fast in bfloat16, too.
     return nn.GroupNorm(width, width)
 
 
@@ -76,13 +76,13 @@ def _group_norm(width: int) -> nn.Module:
 
 
 def _conv_norm_relu(inputs: int, width: int, kernel: int = 3) -> list[nn.Module]:
-    # No bias: the norm that follows would cancel it.
+    # No bias, because the following normalization would cancel it.
     conv = nn.Conv2d(inputs, width, kernel, padding=kernel // 2, bias=False)
     return [conv, _instance_norm(width), nn.ReLU(inplace=True)]
 
 
 class Halve(nn.Module):
-    """``nn.AvgPool2d(2)``. On a CPU in float32 by sums of neighbours, up to rounding the same for a fraction of the time."""
+    """``nn.AvgPool2d(2)``. In float32 on a CPU it sums neighbours, which is the same up to rounding and much faster."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] → [B, C, H // 2, W // 2]."""
@@ -161,7 +161,7 @@ def vgg11(*, channels: int, size: int, classes: int, width: int = 64) -> nn.Modu
         for multiple in multiples:
             layers += _conv_norm_relu(inputs, width * multiple)
             inputs = width * multiple
-        if side >= 4:  # instance norm of a single pixel would be zero
+        if side >= 4:  # instance norm of a single pixel is zero
             layers.append(nn.MaxPool2d(2))
             side //= 2
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
@@ -193,24 +193,24 @@ CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {
 
 
 def parse_classifier(name: str) -> tuple[str, int | None]:
-    """Split NAME or NAME:WIDTH; UserError for an unknown architecture or a width that is no positive number."""
+    """Split NAME or NAME:WIDTH; UserError for an unknown architecture or an invalid width."""
     base, colon, width = name.partition(":")
     if base not in CLASSIFIERS:
         near = difflib.get_close_matches(base, CLASSIFIERS, n=1, cutoff=0.0)[0]
         raise UserError(f"unknown classifier '{name}'; did you mean '{near}'? known: {', '.join(CLASSIFIERS)}")
     if colon and not (width.isascii() and width.isdigit() and len(width) < 6 and 0 < int(width) <= WIDEST):
         raise UserError(
-            f"classifier '{name}' has no valid width; write {base} or {base}:WIDTH, say {base}:64, at most {WIDEST}"
+            f"classifier '{name}' has no valid width; write {base} or {base}:WIDTH, for example {base}:64, at most {WIDEST}"
         )
     return base, int(width) if colon else None
 
 
 def _torchvision(name: str, channels: int, classes: int) -> nn.Module:
-    """A network of torchvision's, for three channels; UserError for a name that it does not have."""
-    from torchvision import models  # those who use none of its networks need not have it
+    """Return a torchvision network, which needs three channels; UserError for an unknown name."""
+    from torchvision import models  # imported here, because torchvision is only needed for its networks
 
     if channels != 3:
-        raise UserError(f"{name} takes images of 3 channels, these have {channels}; give one of our own classifiers")
+        raise UserError(f"{name} needs images of 3 channels, but these have {channels}; give another classifier")
     try:
         net: nn.Module = models.get_model(name.removeprefix(TORCHVISION), weights=None, num_classes=classes)
     except ValueError as e:
@@ -221,14 +221,14 @@ def _torchvision(name: str, channels: int, classes: int) -> nn.Module:
 
 
 def parse_student(name: str) -> tuple[str, int | None]:
-    """As parse_classifier; UserError, too, for a batch norm: the last batch of a student may be a single image."""
+    """Like parse_classifier, but also UserError for batch normalization: the last batch of a student may be a single image."""
     if has_batch_norm(name):
-        raise UserError(f"classifier '{name}' only serves as a teacher; a student needs one without batch norm")
+        raise UserError(f"classifier '{name}' can only be a teacher; a student must not have batch normalization")
     return parse_classifier(name)
 
 
 def divisors(std: Sequence[float]) -> list[float]:
-    """What channels are divided by: their standard deviations, 1 for a channel that is the same everywhere."""
+    """Return the divisors of channels: their standard deviations, or 1 for a constant channel."""
     return [s if s > CONSTANT else 1.0 for s in std]
 
 
@@ -237,7 +237,7 @@ def build_classifier(
 ) -> Classifier:
     """A freshly initialised classifier (torch's global generator) for images [B, channels, size, size] in [-1, 1].
 
-    `name` is one of CLASSIFIERS, with `:WIDTH` if the usual width does not suit; `mean` and `std` are per channel, of
+    `name` is one of CLASSIFIERS, with `:WIDTH` for another than the usual width; `mean` and `std` are per channel, of
     pixels in [-1, 1]; 0 (a constant channel) counts as std 1.
     Raises UserError for an unknown name, fewer than 8 pixels, or statistics that do not fit.
     """

@@ -1,8 +1,8 @@
-"""Layers of a network whose gradient is differentiated again, as gradient penalties do: torch's numbers, fewer operations.
+"""Layers for networks whose gradient is differentiated again by gradient penalties: torch's results with fewer operations.
 
-torch derives the second derivative of a convolution as forward convolutions whose kernels are as large as the image, one for
+torch computes the second derivative of a convolution by forward convolutions with kernels as large as the image, one for
 each group. But a convolution is linear in images and in weights, so a derivative of any order is one of three maps: the
-convolution, and its gradients in either. torch has fast kernels for all three, and here no others are used.
+convolution, and its gradients in either argument. torch has fast kernels for these, and only they are used here.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from torch.autograd import Function
 
 
 class Conv2d(nn.Conv2d):
-    """nn.Conv2d, with a cheap second derivative. Pads with zeros, as many as numbers say."""
+    """nn.Conv2d with a cheap second derivative. Only numeric zero padding is supported."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, inputs, H, W] float -> [B, outputs, H', W'], in the dtype of autocast where that is on."""
         inputs: tuple[Tensor | None, ...] = x, self.weight, self.bias
         device = x.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)  # cast out here, where autograd takes the gradients back
+            dtype = torch.get_autocast_dtype(device)  # cast here, so that autograd also casts the gradients back
             inputs = tuple(None if t is None else t.to(dtype) for t in inputs)
         y: Tensor = _Convolution.apply(*inputs, _Geometry(self.stride, self.padding, self.dilation, self.groups))
         return y
 
 
 class WholeMapConv2d(nn.Conv2d):
-    """A depthwise nn.Conv2d without bias whose kernel covers the map, as a product and a sum: [B, C, H, W] -> [B, C, 1, 1]."""
+    """A depthwise nn.Conv2d without bias whose kernel covers the whole map, as product and sum: [B, C, H, W] -> [B, C, 1, 1]."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """The weighted sum of each channel's map."""
+        """Return the weighted sum of each channel's map."""
         return (x * self.weight[:, 0]).sum((2, 3), keepdim=True)
 
 
 def leaky_relu(x: Tensor, slope: float) -> Tensor:
-    """F.leaky_relu, slope above 0. Keeps its result for the backward, as the next convolution does, instead of ``x``."""
+    """F.leaky_relu, slope above 0. For the backward pass it keeps its result, which the next convolution keeps anyway, not ``x``."""
     y: Tensor = _LeakyReLU.apply(x, slope)
     return y
 
@@ -65,7 +65,7 @@ class _Convolution(Function):
 
 
 class _Gradients(Function):
-    """(gradient of y, x, weight) -> gradients of x, weight and bias; None for those that are not ``asked`` for.
+    """(gradient of y, x, weight) -> gradients of x, weight and bias; None for those not in ``asked``.
 
     Linear in each of its three arguments.
     """
@@ -95,7 +95,7 @@ class _Gradients(Function):
         if y_asked and bias2 is not None:
             terms.append(bias2[:, None, None].expand_as(of_y))
         asked = x_asked and weight2 is not None, weight_asked and x2 is not None, False
-        # Where one is None, what it stands in for gives the shape, and no numbers.
+        # If one is None, the corresponding input only gives the shape.
         pair = x if x2 is None else x2, weight if weight2 is None else weight2
         of_x, of_weight, _ = _Gradients.apply(of_y, *pair, ctx.geometry, asked) if any(asked) else (None,) * 3
         return sum(terms[1:], terms[0]) if terms else None, of_x, of_weight, None, None
@@ -117,7 +117,7 @@ class _LeakyReLU(Function):
 
 
 class _LeakyGradient(Function):
-    """Gradient of y -> gradient of x: a product with slopes that ``y`` chooses. It does not change with ``y``."""
+    """Gradient of y -> gradient of x: a product with slopes chosen by the sign of ``y``; its derivative in ``y`` is zero."""
 
     @staticmethod
     def forward(ctx: Any, of_y: Tensor, y: Tensor, slope: float) -> Tensor:
@@ -132,9 +132,9 @@ class _LeakyGradient(Function):
 
 
 def _asked_for(ctx: Any) -> tuple[bool, bool, bool]:
-    """Which of a node's first three inputs need their gradient in the backward that is under way.
+    """Return which of a node's first three inputs need a gradient in the current backward pass.
 
-    ``needs_input_grad`` alone would say that weights always do, and a penalty's first gradient asks for the images' only.
+    ``needs_input_grad`` is always true for weights, but the first gradient of a penalty needs only that of the images.
     """
     asked = [node is not None and _runs(node) for node, _ in ctx.next_functions]
     return asked[0], asked[1], len(asked) > 2 and asked[2]
@@ -143,5 +143,5 @@ def _asked_for(ctx: Any) -> tuple[bool, bool, bool]:
 def _runs(node: Any) -> bool:
     try:
         return torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # how torch says that ``node`` is a leaf that autograd.grad was called with
+    except RuntimeError:  # torch raises this if ``node`` is a leaf that was passed to autograd.grad
         return True

@@ -15,8 +15,8 @@ from gdd_dist.models.residual import ResidualStage, scaled_conv, side_widths
 class Discriminator(nn.Module):
     """Scores images of a class: [B, C, size, size] float in [-1, 1], labels [B] int64 -> [B] float, higher for real.
 
-    The generator's stages mirrored: pixels enter in patches of `patch` squared, features of the smallest map are projected
-    on the class embedding. Raises UserError for a size that is not `patch` times 4, 5, 6 or 7 times a power of two.
+    The stages are the generator's in reverse order: pixels enter in patches of `patch` x `patch`, and features of the smallest
+    map are projected on the class embedding. Raises UserError for a size that is not `patch` times 4, 5, 6 or 7 times a power of two.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Discriminator(nn.Module):
             "expansion": expansion,
             "patch": patch,
         }
-        """Arguments that rebuild this discriminator, fit for JSON: Discriminator(**arch)."""
+        """JSON-compatible arguments that rebuild this discriminator: Discriminator(**arch)."""
         by_side = side_widths(size, width, patch)
         base, widths = min(by_side), list(by_side.values())[::-1]
         depth = blocks * len(widths)
@@ -52,7 +52,7 @@ class Discriminator(nn.Module):
         self.stages = nn.ModuleList(ResidualStage(w, blocks, depth, group_size, expansion, Conv2d) for w in widths)
         pairs = zip(widths[:-1], widths[1:], strict=True)
         self.changes = nn.ModuleList(scaled_conv(a, b, 1, kind=Conv2d) if a != b else nn.Identity() for a, b in pairs)
-        # Depthwise over the whole smallest map, then across channels: a learned pooling.
+        # A learned pooling: depthwise over the whole smallest map, then across channels.
         self.pool = scaled_conv(widths[-1], widths[-1], base, groups=widths[-1], kind=WholeMapConv2d)
         self.features = nn.Linear(widths[-1], embedding, bias=False)
         nn.init.normal_(self.features.weight, std=widths[-1] ** -0.5)

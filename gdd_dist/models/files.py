@@ -1,4 +1,4 @@
-"""Networks on disk: safetensors files whose metadata says what they are, so that a file rebuilds its network."""
+"""Networks on disk: safetensors files whose metadata describe the architecture, so that a file rebuilds its network."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gdd_dist.storage.json_files import read_json
 from sharding.errors import UserError
 from sharding.files import write_atomic
 
-if TYPE_CHECKING:  # who only draws needs neither
+if TYPE_CHECKING:  # not needed for drawing images
     from gdd_dist.models.classifiers import Classifier
     from gdd_dist.models.discriminator import Discriminator
     from gdd_dist.models.generator import ImageGenerator
@@ -33,11 +33,11 @@ FAMILIES = {
     "gaussian": "gaussian.LinearGenerator",
     "residual": "residual_generator.ResidualGenerator",
 }
-"""Kinds of generator, by the name that their files give, and where in `models` each is; a file without a name is of the first."""
+"""Kinds of generator by the name in their files, and their class in `models`; a file without a name is of the first kind."""
 
 
 def save_network(path: Path, net: nn.Module | dict[str, Tensor], meta: Mapping[str, Any]) -> None:
-    """Write weights (a network's, or whole ones on the CPU) and metadata (JSON values) as safetensors, whole or not at all."""
+    """Write weights (of a network, or complete on the CPU) and metadata (JSON values) as safetensors, atomically."""
     weights = cpu_state(net) if isinstance(net, nn.Module) else net
     write_atomic(path, save(weights, metadata={k: json.dumps(v, sort_keys=True) for k, v in meta.items()}))
 
@@ -46,26 +46,26 @@ AGAIN = "remove its directory to compute it again"
 
 
 def read_network(path: Path, remedy: str = AGAIN) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(weights on the CPU, metadata). Raises UserError, which ends with ``remedy``, naming a file that is missing or none of ours."""
+    """Return (weights on the CPU, metadata). Raises UserError naming a missing or invalid file; it ends with ``remedy``."""
     try:
         with safe_open(path, framework="pt") as f:
             meta = {k: json.loads(v) for k, v in (f.metadata() or {}).items()}
         return load_file(path), meta
     except (OSError, SafetensorError, ValueError) as e:
-        raise UserError(f"cannot read {path} as a network of ours ({e}); {remedy}") from e
+        raise UserError(f"cannot read {path} as a network file of gdd_dist ({e}); {remedy}") from e
 
 
 def generator_meta(net: ImageGenerator) -> dict[str, Any]:
-    """What the metadata of a generator's file says of the network."""
+    """Return the entries about the network in the metadata of a generator's file."""
     family = next(name for name, place in FAMILIES.items() if place.endswith(f".{type(net).__name__}"))
     return {"format": "gdd-generator/1", "arch": net.arch, **({} if family == "r3gan" else {"family": family})}
 
 
 def load_generator_network(path: Path, remedy: str = AGAIN) -> tuple[ImageGenerator, dict[str, Any]]:
-    """The generator of a ``generator.safetensors`` and its metadata. ``remedy``: as of `read_network`."""
+    """Return the generator of a ``generator.safetensors`` and its metadata. ``remedy``: see `read_network`."""
     weights, meta = read_network(path, remedy)
     if meta.get("format") != "gdd-generator/1":
-        raise UserError(f"{path} is no generator of ours; give the generator.safetensors of a gan or matching step")
+        raise UserError(f"{path} is not a generator of gdd_dist; give the generator.safetensors of gan or matching")
     family = meta.get("family", "r3gan")
     if family not in FAMILIES:
         raise UserError(f"{path} holds a generator of kind {family}, which this version does not know; update gdd_dist")
@@ -79,7 +79,7 @@ def load_generator_network(path: Path, remedy: str = AGAIN) -> tuple[ImageGenera
 
 
 def load_discriminator_network(path: Path) -> Discriminator:
-    """The discriminator of a ``discriminator.safetensors``."""
+    """Return the discriminator of a ``discriminator.safetensors``."""
     from gdd_dist.models.discriminator import Discriminator
 
     weights, meta = read_network(path)
@@ -90,7 +90,7 @@ def load_discriminator_network(path: Path) -> Discriminator:
 
 @dataclass(frozen=True)
 class Teacher:
-    """A trained teacher: its place in the pool, file, architecture, whether it is its training's last snapshot, val accuracy in percent."""
+    """A trained teacher: index in the pool, file, architecture, whether it is the last snapshot of its training, val accuracy in percent."""
 
     index: int
     path: Path
@@ -99,22 +99,22 @@ class Teacher:
     val_accuracy: float
 
     def weights(self) -> dict[str, Tensor]:
-        """Weights on the CPU."""
+        """Return the weights on the CPU."""
         return read_network(self.path)[0]
 
     def load(self, channels: int, size: int, classes: int) -> Classifier:
-        """The network on the CPU, frozen, in evaluation mode; mean and std come with the weights."""
+        """Return the network on the CPU, frozen, in evaluation mode; mean and std are among the weights."""
         from gdd_dist.models.classifiers import build_classifier
 
         shape = {"channels": channels, "size": size, "classes": classes}
-        with torch.device("meta"):  # no time, and no random numbers, for weights that are replaced at once
+        with torch.device("meta"):  # the initial weights are replaced, so they need no memory and no random numbers
             net = build_classifier(self.architecture, **shape, mean=[0.0] * channels, std=[1.0] * channels)
         net.load_state_dict(self.weights(), assign=True)
         return net.eval().requires_grad_(False)
 
 
 def read_teachers(directory: Path) -> list[Teacher]:
-    """The pool of a finished teachers step, in file order."""
+    """Return the pool of a finished teachers step, in file order."""
     records = read_json(directory / TEACHERS)["teachers"]
     return [
         Teacher(i, directory / r["file"], r["architecture"], r["last"], r["val_accuracy"])
@@ -123,5 +123,5 @@ def read_teachers(directory: Path) -> list[Teacher]:
 
 
 def cpu_state(net: nn.Module) -> dict[str, Tensor]:
-    """Weights and buffers, contiguous copies on the CPU."""
+    """Return weights and buffers as contiguous copies on the CPU."""
     return {k: v.detach().cpu().contiguous().clone() for k, v in net.state_dict().items()}

@@ -1,6 +1,6 @@
 """The class-conditional generator: R3GAN's residual design (Huang et al. 2024), scaled down to small budgets.
 
-No normalisation layer anywhere: an image depends on its own latent and label alone. Shapes: B batch, C image channels.
+There is no normalisation layer, so an image depends only on its own latent and label. Shapes: B batch, C image channels.
 """
 
 from collections.abc import Mapping
@@ -13,18 +13,18 @@ from torch import Tensor, nn
 from gdd_dist.models.residual import ResidualStage, scaled_conv, side_widths
 
 CPU_DRAWS = 64
-"""Images drawn at once on a CPU: 2.7 times as fast as 500 for a residual generator of 32 pixels, and the same bits there."""
+"""Images drawn at once on a CPU: 2.7 times as fast as 500 for a residual generator of 32 pixels, with the same bits."""
 
 
 def draws_at_once(device: torch.device, most: int) -> int:
-    """How many images a generator draws in one forward on ``device``."""
+    """Return how many images a generator draws in one forward on ``device``, at most ``most``."""
     return min(CPU_DRAWS, most) if device.type == "cpu" else most
 
 
 class ImageGenerator(nn.Module):
-    """What every generator is: latents [B, latent] float, labels [B] int64 -> [B, channels, size, size] float in [-1, 1].
+    """The base of all generators: latents [B, latent] float, labels [B] int64 -> [B, channels, size, size] float in [-1, 1].
 
-    ``arch``: the arguments that rebuild it, fit for JSON: ``type(net)(**net.arch)``; ``shape``: latent, classes, channels, size.
+    ``arch``: JSON-compatible arguments that rebuild it: ``type(net)(**net.arch)``; ``shape``: latent, classes, channels, size.
     """
 
     def __init__(self, arch: dict[str, Any], shape: Mapping[str, int]) -> None:
@@ -38,9 +38,9 @@ class Generator(ImageGenerator):
     """Draws images: latents [B, latent] float, labels [B] int64 -> [B, C, size, size] float in [-1, 1].
 
     A learned basis of 4x4 (up to 7x7) is modulated by a linear map of latent and class embedding; each doubling of the side
-    has `blocks` residual blocks. `width` is the number of channels up to 16 positions a side; above, it halves with each
-    doubling. The last layer paints `patch` x `patch` pixels at each position: with patch 2 the costliest resolution is
-    left out, which suits smooth images. Raises UserError for a size that is not `patch` times 4, 5, 6 or 7 times a power of
+    has `blocks` residual blocks. `width` is the number of channels up to 16 x 16 positions; above, it halves with each
+    doubling. The last layer outputs `patch` x `patch` pixels at each position: patch 2 leaves out the most expensive
+    resolution, which suits smooth images. Raises UserError for a size that is not `patch` times 4, 5, 6 or 7 times a power of
     two.
     """
 
@@ -95,9 +95,9 @@ class Generator(ImageGenerator):
 
 
 def doubled(x: Tensor) -> Tensor:
-    """Bilinear, [B, C, S, S] -> [B, C, 2S, 2S]: F.interpolate's numbers as products with one matrix from both sides.
+    """Bilinear, [B, C, S, S] -> [B, C, 2S, 2S]: F.interpolate's result, as products with one matrix on both sides.
 
-    Faster on a CPU, and no backward by atomic additions, whose order differs from run to run on a GPU.
+    This is faster on a CPU. On a GPU its backward pass needs no atomic additions, whose order differs between runs.
     """
     unit = torch.eye(x.shape[-1], device=x.device)[None]
     matrix = F.interpolate(unit, scale_factor=2, mode="linear", align_corners=False)[0].to(x.dtype)

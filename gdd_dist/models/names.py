@@ -1,10 +1,10 @@
-"""What a classifier's name says, without building it (and without torch)."""
+"""Properties of a classifier that follow from its name, without building it (and without torch)."""
 
 TORCHVISION = "torchvision:"
-"""Before the names of torchvision's networks, which only serve as teachers that somebody else trained."""
+"""Prefix of torchvision's networks, which can only be pretrained teachers."""
 _BATCH_NORM = "_bn"
 
 
 def has_batch_norm(name: str) -> bool:
-    """Whether what a classifier learns depends on how its batches are cut."""
+    """Whether a classifier has batch normalization, so that its training depends on how batches are split."""
     return name.partition(":")[0].endswith(_BATCH_NORM)

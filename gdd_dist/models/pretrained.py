@@ -1,9 +1,9 @@
-"""Teachers that somebody else trained: a directory of safetensors files, each naming its architecture in its metadata.
+"""Pretrained teachers: a directory of safetensors files, each naming its architecture in its metadata.
 
 ``save_file(state_dict, "DIR/a.safetensors", metadata={"architecture": "torchvision:resnet18"})``. Architectures are our own
 (`convnet`, `resnet18:32` …) or torchvision's (`torchvision:NAME`). ``mean`` and ``std`` in the metadata (JSON lists, of pixels in
-[0, 1], one number a channel) say what the network expects; without them it gets the data set's.
-This module says what such files are, without torch; pretrained_networks.py makes networks of them.
+[0, 1], one number per channel) give the normalization that the network expects; the default is that of the data set.
+This module reads the files' metadata without torch; pretrained_networks.py builds the networks.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from safetensors import SafetensorError, safe_open
 from sharding.errors import UserError
 from sharding.files import sha256_file
 
-HOW = 'save it with metadata={"architecture": "torchvision:resnet18"} or the like'
+HOW = 'save it with metadata={"architecture": "torchvision:resnet18"}, with its own architecture'
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A file of a classifier. ``mean``, ``std``: of pixels in [0, 1], None for the data set's own."""
+    """A file of a classifier. ``mean``, ``std``: of pixels in [0, 1], None for those of the data set."""
 
     path: Path
     architecture: str
@@ -33,7 +33,7 @@ class Pretrained:
 
 
 def files(directory: str) -> list[Pretrained]:
-    """All classifiers of a directory, by name. Raises UserError where there is none, or one does not say what it is."""
+    """Return all classifiers of a directory, by name. Raises UserError if there is none, or a file names no architecture."""
     paths = sorted(Path(directory).glob("*.safetensors"))
     if not paths:
         raise UserError(f"--teachers.pretrained {directory} holds no .safetensors file; {HOW}")
@@ -45,7 +45,7 @@ def _described(path: Path) -> Pretrained:
         with safe_open(path, framework="numpy") as f:
             meta = f.metadata() or {}
     except (OSError, SafetensorError) as e:
-        raise UserError(f"cannot read {path} ({e}); give whole safetensors files") from e
+        raise UserError(f"cannot read {path} ({e}); give complete safetensors files") from e
     values = {k: _value(meta[k]) for k in ("architecture", "mean", "std") if k in meta}
     if not isinstance(values.get("architecture"), str):
         raise UserError(f"{path} does not name its architecture; {HOW}")
@@ -66,5 +66,5 @@ def _hash(path: Path, _size: int, _time: int) -> str:
 
 
 def hashes(directory: str) -> list[str]:
-    """sha256 of each file, in the order of ``files``: what a pool of them is known by, wherever it lies."""
+    """Return the sha256 of each file, in the order of ``files``; they identify the pool, independent of its path."""
     return [_hash(f.path, f.path.stat().st_size, f.path.stat().st_mtime_ns) for f in files(directory)]

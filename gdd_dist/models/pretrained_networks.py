@@ -1,4 +1,4 @@
-"""The networks of teachers that somebody else trained."""
+"""Builds the networks of pretrained teachers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sharding.manifest import Manifest
 
 
 def load(file: Pretrained, manifest: Manifest) -> Classifier:
-    """The network, with weights. Raises UserError where architecture, channels or class count do not fit."""
+    """Return the network with its weights. Raises UserError if architecture, channels or class count do not fit."""
     mean, std = file.mean or manifest.mean, file.std or manifest.std
     try:
         net = build_classifier(
@@ -29,7 +29,7 @@ def load(file: Pretrained, manifest: Manifest) -> Classifier:
     found = {"mean": expected["mean"], "std": expected["std"], **found}
     for name, want in expected.items():
         if name not in found:
-            raise UserError(f"{file.path} lacks {name}: it is no {file.architecture}; correct its metadata")
+            raise UserError(f"{file.path} lacks {name}, so it is not a {file.architecture}; correct its metadata")
         if found[name].shape != want.shape:
             raise UserError(_mismatch(file, name, found[name], want, manifest))
     if extra := sorted(found.keys() - expected.keys()):
@@ -39,7 +39,7 @@ def load(file: Pretrained, manifest: Manifest) -> Classifier:
 
 
 def _named(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights under our names: a plain network's are those of a classifier's body."""
+    """Return weights under our names: those of a plain network become those of a classifier's body."""
     if any(name.startswith("body.") for name in state):
         return state
     return {f"body.{name}": value for name, value in state.items()}
@@ -48,6 +48,6 @@ def _named(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _mismatch(file: Pretrained, name: str, found: Tensor, want: Tensor, manifest: Manifest) -> str:
     classes = len(manifest.classes)
     if want.shape[:1] == (classes,) and found.shape[1:] == want.shape[1:]:
-        return f"{file.path} knows {found.shape[0]} classes, {manifest.name} has {classes}; give classifiers of this data set"
+        return f"{file.path} has {found.shape[0]} classes, but {manifest.name} has {classes}; give classifiers trained on this data set"
     shapes = f"{tuple(found.shape)} instead of {tuple(want.shape)}"
     return f"{file.path}: {name} is {shapes}; give a {file.architecture} for {manifest.channels} × {manifest.height} × {manifest.width} images"

@@ -1,4 +1,4 @@
-"""What generator and discriminator share: R3GAN's residual block without normalisation, and the plan of widths."""
+"""Shared by generator and discriminator: R3GAN's residual block without normalisation, and the widths of stages."""
 
 from torch import Tensor, nn
 
@@ -11,17 +11,17 @@ _SMALLEST = 4
 
 
 def side_widths(size: int, width: int, patch: int) -> dict[int, int]:
-    """Channels by positions a side, from a base of 4 to 7 doubled up to size / patch.
+    """Return side → channels for the sides of feature maps, from a base of 4 to 7, doubled up to size / patch.
 
-    `width` up to 16 a side, then halved with each doubling, 16 at least. Raises UserError for a size or patch that does not end
-    at 4, 5, 6 or 7 times a power of two.
+    There are `width` channels up to side 16, then half as many with each doubling, but at least 16. Raises UserError if size / patch
+    is not 4, 5, 6 or 7 times a power of two.
     """
     side = size // patch
     doublings = side.bit_length() - _SMALLEST.bit_length()
     if size % patch or side < _SMALLEST or side % (1 << doublings):
         raise UserError(
-            f"images of {size} pixels in patches of {patch} do not suit the GAN, whose sides are 4, 5, 6 or 7 times a power of "
-            "two; set --image-size when building the shards, or another patch"
+            f"images of {size} pixels in patches of {patch} do not fit the GAN: size / patch must be 4, 5, 6 or 7 times a power of "
+            "two; set --image-size when building the shards, or another --gan.patch"
         )
     sides = [side >> level for level in range(doublings, -1, -1)]
     return {s: max(min(width, 16), width >> max(0, (s - 1).bit_length() - 4)) for s in sides}
@@ -46,7 +46,7 @@ def scaled_conv(
 
 
 class _ResidualBlock(nn.Module):
-    """x + conv1(act(conv3(act(conv1(x))))): widened and grouped in the middle, the last convolution starts at zero.
+    """x + conv1(act(conv3(act(conv1(x))))): the middle is wider and grouped; the last convolution is zero at first.
 
     The others are scaled by depth^(-1/4), so that the sum over blocks keeps its variance (Fixup, as in R3GAN).
     """
@@ -81,6 +81,6 @@ class ResidualStage(nn.Sequential):
     ) -> None:
         if width * expansion % group_size and width * expansion > group_size:
             raise UserError(
-                f"GAN width {width} times expansion {expansion} is no multiple of group size {group_size}; change one"
+                f"GAN width {width} times expansion {expansion} is not a multiple of the group size {group_size}; change the width"
             )
         super().__init__(*(_ResidualBlock(width, depth, group_size, expansion, kind) for _ in range(blocks)))

@@ -1,8 +1,8 @@
-"""A generator that starts at the trivial one: linear image + residual, and the residual is zero at first.
+"""A generator that starts as the trivial one: linear image + residual, and the residual is zero at first.
 
-The residual network sees the linear image and noise of its own. It sees neither the linear latent nor the class: a class that
-is written into the image as a pattern would need one of them (docs/method.md, "The shortcut").
-Shapes: B batch, K latent of the linear part, E numbers of the residual's own noise, C image channels.
+The residual network gets the linear image and its own noise. It gets neither the linear latent nor the class, because it could
+use them to encode the class as a pattern in the image (docs/method.md, "The shortcut").
+Shapes: B batch, K latent of the linear part, E dimension of the residual's noise, C image channels.
 """
 
 from typing import Any
@@ -18,9 +18,9 @@ from gdd_dist.models.residual import ResidualStage, scaled_conv, side_widths
 class ResidualGenerator(ImageGenerator):
     """Latents [B, K + E] float, labels [B] int64 -> [B, C, size, size] float in [-1, 1].
 
-    ``linear``: the arguments of the linear part, whose numbers are buffers and are never trained. ``noise`` is E. The residual
-    is an hourglass of R3GAN's blocks on patches of ``patch`` pixels: down to 4 to 7 positions a side, where the noise comes in,
-    and up again, with the features of the way down added on the way up. Gradients pass the clamp to [-1, 1] as if there were none.
+    ``linear``: the arguments of the linear part, whose weights are buffers and never trained. ``noise`` is E. The residual is a
+    U-Net of R3GAN's blocks on patches of ``patch`` pixels: down to a side of 4 to 7, where the noise is added, and up again, with
+    the features of the downward path added. The clamp to [-1, 1] is ignored in the backward pass (straight-through).
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class ResidualGenerator(ImageGenerator):
         return image + (image.clamp(-1, 1) - image).detach()
 
     def _residual(self, image: Tensor, noise: Tensor) -> Tensor:
-        """What is added to linear images [B, C, size, size]; noise [B, E]."""
+        """Return the residual for linear images [B, C, size, size] and noise [B, E]."""
         x = self.from_image(F.pixel_unshuffle(image, self.arch["patch"]))
         passed = []
         for level in reversed(range(len(self.down))):
@@ -87,7 +87,7 @@ class ResidualGenerator(ImageGenerator):
 
 
 def started_at(linear: LinearGenerator, **arguments: Any) -> ResidualGenerator:
-    """A generator that draws what ``linear`` draws until it is trained; weights come from torch's global generator."""
+    """Return a generator that draws the same images as ``linear`` until it is trained; weights use torch's global RNG."""
     net = ResidualGenerator(linear=linear.arch, **arguments)
     net.linear.load_state_dict(linear.state_dict())
     return net

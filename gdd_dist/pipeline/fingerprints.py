@@ -1,4 +1,4 @@
-"""The fingerprint of each step, from settings, inputs and versions alone: known before anything runs."""
+"""The fingerprint of each step; it needs only settings, inputs and versions, so it is known before anything runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sharding.manifest import Manifest
 
 
 def fingerprints(config: Config, manifest: Manifest, precision: str) -> dict[str, str]:
-    """STEP → fingerprint, in the order of the steps. ``shards`` is the data set's own."""
+    """Return STEP → fingerprint, in the order of the steps. That of ``shards`` is the data set's fingerprint."""
     found = {"shards": manifest.fingerprint}
     for step in TABLE.values():
         own = {"step": step.name, "version": step.version, "settings": step.settings(config)}

@@ -1,4 +1,4 @@
-"""What a run needs of memory at the very least, counted before anything is allocated: refused where there is not as much."""
+"""Refuses a run that would not fit in memory: its minimum is counted before anything is allocated."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from sharding.errors import UserError
 from sharding.manifest import Manifest
 
 _SGD, _ADAM, _RUNNING_MEAN = 3, 4, 1
-"""Numbers kept for each weight: itself, its gradient, the optimizer's moments; the running mean's copy."""
+"""Numbers kept for each weight: the weight, its gradient and the optimizer's moments; the copy for the EMA."""
 
 
 def check_memory(config: Config, manifest: Manifest, world: int, device: torch.device) -> None:
-    """Raise UserError for the first setting whose network or batch alone does not fit the memory of a rank's device."""
+    """Raise UserError for the first setting whose network or batch does not fit in the memory of a rank's device."""
     have = all_memory(device)
-    # Networks on the meta device load torch._dynamo, which takes as long to load as torch: those of usual widths fit anyway.
+    # Building on the meta device imports torch._dynamo, which takes as long as importing torch; usual widths fit anyway.
     counted = () if usual(config, manifest) else networks(config, manifest, world)
     for names, need in (*counted, *batches(config, manifest, world)):
         if need > have:
-            what = f"{names} asks for {need / 1e9:,.1f} GB of memory at least"
-            raise UserError(f"{what}, and there are {have / 1e9:,.1f} GB; lower it")
+            what = f"{names} needs at least {need / 1e9:,.1f} GB of memory"
+            raise UserError(f"{what}, but only {have / 1e9:,.1f} GB are available; lower it")
 
 
 def usual(config: Config, manifest: Manifest) -> bool:
-    """Whether no network of these settings takes more than a gigabyte in training, by their widths and depths alone."""
+    """Whether widths and depths show that no network of these settings needs more than a gigabyte in training."""
     g, m, r = config.gan, config.matching, config.report
     names = (*config.teachers.architectures, m.quick_student, *r.students)
     widths = [parse_classifier(name)[1] or 0 for name in names if not name.startswith(TORCHVISION)]
@@ -43,9 +43,9 @@ def usual(config: Config, manifest: Manifest) -> bool:
 
 
 def networks(config: Config, manifest: Manifest, world: int) -> Iterator[tuple[str, float]]:
-    """(the settings that shape it, bytes) of each network in training."""
+    """Yield (the settings that determine its size, bytes) for each network in training."""
     g, classes, m, size = config.gan, len(manifest.classes), manifest, manifest.height
-    # ZeRO may cut all but the generator's running mean into as many parts as there are ranks.
+    # ZeRO may distribute everything except the generator's EMA over the ranks.
     share = world if config.engine == "deepspeed" else 1
     shape = {"classes": classes, "channels": m.channels, "size": size, "patch": g.patch}
     generator = _numbers(lambda: Generator(**shape, latent=g.latent, width=g.width, blocks=g.blocks))
@@ -65,16 +65,16 @@ def networks(config: Config, manifest: Manifest, world: int) -> Iterator[tuple[s
 
 
 def _numbers(build: Callable[[], nn.Module]) -> float:
-    """Parameters of a network, without a place for any."""
+    """Return the number of parameters of a network, without allocating them."""
     try:
         with torch.device("meta"):
             return sum(p.numel() for p in build().parameters())
-    except RuntimeError:  # more than 64 bits can count
+    except RuntimeError:  # the number exceeds 64 bits
         return float("inf")
 
 
 def batches(config: Config, manifest: Manifest, world: int) -> Iterator[tuple[str, float]]:
-    """(setting, bytes) of a rank's share of the float images, or latents, of a step."""
+    """Yield (setting, bytes) for a rank's share of the float images, or latents, of a training step."""
     t, g, m, r = config.teachers, config.gan, config.matching, config.report
     of_gan, of_matching = (taking_part(config, step, world) * config.accumulate for step in ("gan", "matching"))
     pixels = 4 * manifest.channels * manifest.height * manifest.width
@@ -84,4 +84,4 @@ def batches(config: Config, manifest: Manifest, world: int) -> Iterator[tuple[st
     yield f"--matching.batch {m.batch}", m.batch / of_matching * (pixels + 4 * g.latent)
     yield f"--matching.quick_batch {m.quick_batch}", m.quick_batch * pixels
     ipc = max(r.ipc)
-    yield f"--report.ipc {ipc}", ipc * len(manifest.classes) * pixels / 4  # a fixed set is kept as bytes
+    yield f"--report.ipc {ipc}", ipc * len(manifest.classes) * pixels / 4  # a fixed set is stored as uint8

@@ -1,4 +1,4 @@
-"""Whether settings, data set and ranks fit together: every fault that can be known is said before the first step."""
+"""Checks that settings, data set and ranks fit together, and reports errors before the first step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sharding.manifest import Manifest
 
 
 def check(config: Config, manifest: Manifest, world: int, device: torch.device) -> None:
-    """Raise UserError for the first thing that does not fit."""
+    """Raise UserError for the first fault."""
     check_engine(config, device)
     for split in ("train", "val", "test"):
         if split not in manifest.splits:
@@ -26,8 +26,8 @@ def check(config: Config, manifest: Manifest, world: int, device: torch.device) 
         cure = "build the data set with --image-size to make them square"
         raise UserError(f"images are {manifest.height}x{manifest.width}; {cure}")
     if len(manifest.classes) < 2:
-        what = f"{manifest.name} has one class alone, and there is nothing to tell apart"
-        raise UserError(f"{what}; build it with two or more")
+        what = f"{manifest.name} has only one class, so there is nothing to classify"
+        raise UserError(f"{what}; build it with two or more classes")
     side_widths(manifest.height, config.gan.width, config.gan.patch)
     for name in () if config.teachers.pretrained else config.teachers.architectures:
         parse_classifier(name)
@@ -42,7 +42,7 @@ def check(config: Config, manifest: Manifest, world: int, device: torch.device) 
 
 
 def check_ranks(config: Config, world: int) -> None:
-    """Micro-batches must cut the batches of gan and matching evenly; DeepSpeed needs all ranks there, under DDP some may wait."""
+    """Micro-batches must divide the batches of gan and matching; DeepSpeed needs all ranks, while some may wait with DDP."""
     gan, streams, groups = config.gan.batch, config.streams("gan"), config.matching.batch // config.matching.group
     if gan % streams:
         raise UserError(f"--loader.streams {streams} does not divide --gan.batch {gan}; change one of them")
@@ -52,12 +52,12 @@ def check_ranks(config: Config, world: int) -> None:
             what = f"--accumulate {config.accumulate} does not divide the {whole} {of}"
             raise UserError(f"{what}; use {_divisors(whole)}")
         if config.engine == "deepspeed" and whole // config.accumulate % world:
-            cure = f"use {_divisors(whole // config.accumulate)} ranks, or --engine ddp, where some wait"
+            cure = f"use {_divisors(whole // config.accumulate)} ranks, or --engine ddp, which lets some ranks wait"
             raise UserError(f"{world} ranks do not divide the {whole} {of}; {cure}")
 
 
 def check_teams(config: Config, world: int) -> None:
-    """Teams divide the ranks, a team's ranks the streams of a teacher's batch, micro-batches a rank's share of it."""
+    """Teams must divide the ranks, a team's ranks the streams of its batch, and micro-batches a rank's share of the batch."""
     t, streams = config.teachers, config.streams("teachers")
     team, share = f"--teachers.ranks_per_teacher {t.ranks_per_teacher}", t.batch // t.ranks_per_teacher
     if world % t.ranks_per_teacher:
@@ -66,14 +66,14 @@ def check_teams(config: Config, world: int) -> None:
         what = f"{team} does not divide the {streams} streams of --teachers.batch {t.batch}"
         raise UserError(f"{what}; use {_divisors(streams)}")
     if share % t.accumulate:
-        what = f"--teachers.accumulate {t.accumulate} does not divide a rank's {share} images of a teacher's step"
+        what = f"--teachers.accumulate {t.accumulate} does not divide a rank's {share} images of a teacher's batch"
         raise UserError(f"{what}; use {_divisors(share)}")
     if share == t.accumulate and any(has_batch_norm(name) for name in t.architectures):
-        raise UserError("a micro-batch of one image has no batch statistics; lower --teachers.accumulate")
+        raise UserError("batch normalization needs micro-batches of two or more images; lower --teachers.accumulate")
 
 
 def check_engine(config: Config, device: torch.device) -> None:
-    """DeepSpeed must be there, and its file must hold nothing that changes numbers."""
+    """DeepSpeed must be installed, and its file must set nothing that changes results."""
     if config.engine == "deepspeed":
         import_deepspeed(device)
         deepspeed_config.read(config.deepspeed_config)

@@ -1,4 +1,4 @@
-"""A run: one step after another, each reused where it is finished, else computed under its lock."""
+"""A run: one step after another; a finished step is reused, any other is computed under its lock."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from sharding.redact import redact
 
 
 def run_lock(world: World, out: Path) -> AbstractContextManager[None]:
-    """Rank 0 holds OUT; a second job on it is refused. Of a holder on another host, a minute shows whether it lives."""
+    """Rank 0 locks OUT, so that a second job is refused. For a holder on another host, wait a minute for signs of life."""
     lock, told = Lock(out / "run.lock"), False
 
     def busy(holder: Mapping[str, Any]) -> None:
@@ -47,21 +47,21 @@ def run_lock(world: World, out: Path) -> AbstractContextManager[None]:
             raise in_use(out, holder)
         if not told:
             who = f"process {holder['pid']} on {holder['host']}"
-            say(f"{out} was held by {who}; waiting whether it gives a sign of life")
+            say(f"{out} is locked by {who}; waiting a minute to see whether that process is still running")
         told = True
 
     return holding(lock, busy) if world.is_main else nullcontext()
 
 
 def find_disks(ctx: Context) -> Disks:
-    """Who shares rank 0's disk. Raises UserError where hosts have different data."""
+    """Find out which ranks share rank 0's disk. Raises UserError if hosts have different data."""
     known = ctx.world.gather(ctx.manifest.fingerprint)
     if other := [r for r, fp in enumerate(known) if fp != known[0]]:
         where = f"hosts (ranks 0 and {other[0]})"
         raise UserError(f"{ctx.data} differs between {where}; copy the same data set to all of them")
     disks = Disks(ctx.world, ctx.store.root)
     if ctx.world.is_main and not disks.shared:
-        say(f"{len(disks.apart)} ranks do not see {ctx.store.root} of rank 0: finished files are sent to their hosts")
+        say(f"{len(disks.apart)} ranks cannot see {ctx.store.root} of rank 0: finished files are sent to their hosts")
     return disks
 
 
@@ -74,7 +74,7 @@ def run(
     shards: tuple[str, float] = ("reused", 0.0),
     on_interval: OnInterval | None = None,
 ) -> None:
-    """All steps up to --until. ``shards``: status and seconds of the data set so far; ``on_interval``: matching's listener."""
+    """Run all steps up to --until. ``shards``: status and seconds of the data set; ``on_interval``: called by matching."""
     manifest = Manifest.load(data)
     precision = agreed_precision(config, world)
     check(config, manifest, world.size, world.device)
@@ -83,8 +83,8 @@ def run(
     ctx = Context(config, world, data, manifest, store, out, precision, on_interval=on_interval)
     ctx.disks = find_disks(ctx)
     if constant := [str(c) for c, s in enumerate(manifest.std) if 2 * s <= CONSTANT]:
-        same = f"channel {', '.join(constant)} is the same everywhere in train"
-        world.say(f"data: {same}; its standard deviation counts as 1")
+        same = f"channel {', '.join(constant)} is constant in train"
+        world.say(f"data: {same}; its standard deviation is set to 1")
     fps = fingerprints(config, manifest, precision)
     if world.is_main:
         write_config(out, configuration.to_yaml(config, preset))
@@ -111,10 +111,10 @@ def run(
 
 
 def write_config(out: Path, text: str) -> None:
-    """OUT/config.yaml, and the same in TensorBoard; without keys that stand in URLs."""
+    """Write OUT/config.yaml, and the same text to TensorBoard, without the secrets of URLs."""
     path, text = out / "config.yaml", redact(text)
     if not path.exists() or path.read_text("utf-8", "replace") != text:
-        from gdd_dist.runtime.tensorboard_layout import write_layout  # loads TensorBoard, which only rank 0 writes
+        from gdd_dist.runtime.tensorboard_layout import write_layout  # imported here: only rank 0 needs TensorBoard
 
         write_text(out / "tensorboard" / "config", "config", text)
         write_layout(out / "tensorboard" / "overview")
@@ -122,7 +122,7 @@ def write_config(out: Path, text: str) -> None:
 
 
 def record(fp: str, status: str, seconds: float, images: int) -> dict[str, Any]:
-    """A step's line in steps.json."""
+    """Return a step's entry in steps.json."""
     return {"fingerprint": fp, "status": status, "seconds": round(seconds, 2), "images_processed": images}
 
 
@@ -157,16 +157,16 @@ def step_lock(ctx: Context, step: str, fp: str) -> AbstractContextManager[None]:
         ctx.world.check_stop()
         if not told:
             who = f"process {holder['pid']} on {holder['host']}"
-            say(f"{step}: waiting for {who}, which computes it since {holder['since']}")
+            say(f"{step}: waiting for {who}, which has been computing it since {holder['since']}")
         told = True
 
     return holding(Lock(ctx.store.root / step / f"{fp}.lock"), busy)
 
 
 def compute(ctx: Context, step: str, fps: Mapping[str, str]) -> None:
-    """Let the step work in its .partial directory; rank 0 renames it when all are done."""
+    """Run the step in its .partial directory, which rank 0 renames when all ranks are done."""
     work = ctx.store.partial(step, fps[step])
-    (work / CHECKPOINTS).mkdir(parents=True, exist_ok=True)  # by every rank: hosts may have disks of their own
+    (work / CHECKPOINTS).mkdir(parents=True, exist_ok=True)  # on every rank, because hosts may have their own disks
     if ctx.world.is_main:
         clean(work)
     ctx.world.barrier()
@@ -185,7 +185,7 @@ def compute(ctx: Context, step: str, fps: Mapping[str, str]) -> None:
 
 
 def provenance(ctx: Context, fps: Mapping[str, str]) -> dict[str, Any]:
-    """What made a file: fingerprints, settings that shaped it, commit, versions."""
+    """Return what a file was made from: fingerprints, settings, commit, versions."""
     return {
         "fingerprints": dict(fps),
         "data": ctx.manifest.name,
@@ -198,7 +198,7 @@ def provenance(ctx: Context, fps: Mapping[str, str]) -> dict[str, Any]:
 
 
 def finish(ctx: Context, fps: Mapping[str, str]) -> None:
-    """The table, and where the pictures are."""
+    """Print the table of results, and the paths of report, generator and TensorBoard."""
     directory = ctx.store.path("report", fps["report"])
     results = read_json(directory / "metrics.json")["results"]
     latest = ctx.out / "report" / "latest"

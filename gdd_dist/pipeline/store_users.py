@@ -1,7 +1,7 @@
-"""Who uses a store: STORE/users lists every OUT that ran on it, so that pruning knows what is still wanted.
+"""Who uses a store: STORE/users lists every OUT that ran on it, so that pruning knows what is still needed.
 
-What a run wants: what its OUT's ``latest`` links show and what that was made from, what its settings plan (a killed run goes on
-from a ``.partial`` directory), and whatever a live lock is being written under.
+A run needs the targets of its OUT's ``latest`` links and everything they were made from, the steps that its settings plan (a
+killed run continues from a ``.partial`` directory), and every directory whose lock is held.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _DIRECTORY = re.compile(r"([0-9a-f]{16})(\..+)?")
 
 
 def note_user(store: Path, out: Path) -> None:
-    """Add OUT to STORE/users, once. One short append: runs that start together do not lose each other's line."""
+    """Add OUT to STORE/users, once. It is one short append, so runs that start together keep each other's entries."""
     line = str(out.resolve())
     if line in users(store):
         return
@@ -42,26 +42,26 @@ def note_user(store: Path, out: Path) -> None:
 
 
 def users(store: Path) -> list[str]:
-    """The absolute paths of all OUTs that ever used the store, in the order they came."""
+    """Return the absolute paths of all OUTs that ever used the store, in order of first use."""
     path = store / FILE
     return list(dict.fromkeys(os.fsdecode(path.read_bytes()).splitlines())) if path.exists() else []
 
 
 def store_of(out: Path, config: Config) -> Path:
-    """Where the run keeps its finished steps."""
+    """Return the directory in which the run keeps its finished steps."""
     return Path(config.store) if config.store else out
 
 
 def read_run(out: Path) -> Config:
-    """The settings that OUT was last started with. Raises UserError for a directory that is no run."""
+    """Return the settings that OUT was last started with. Raises UserError for a directory that is not a run."""
     if not (out / "config.yaml").exists():
-        raise UserError(f"{out} is no run (config.yaml is missing); give the --out of a gdd_dist.train")
-    # OUT may have been moved since: what it says of itself counts for less than where it lies.
+        raise UserError(f"{out} is not a run (config.yaml is missing); give the --out of a gdd_dist.train")
+    # OUT may have been moved since, so its present path replaces the recorded one.
     return configuration.parse(["--config", str(out / "config.yaml"), "--out", str(out)]).config
 
 
 def planned(out: Path, config: Config, precision: str) -> dict[str, str] | None:
-    """STEP → fingerprint as the run's settings plan it; None where its data set is not there."""
+    """Return STEP → fingerprint as planned by the run's settings; None if its data set is missing."""
     try:
         manifest = manifest_of(out, config)
     except UserError:
@@ -70,7 +70,7 @@ def planned(out: Path, config: Config, precision: str) -> dict[str, str] | None:
 
 
 def plans_of(out: Path) -> list[dict[str, str]]:
-    """Every plan that OUT's settings may mean; none where they or the data set cannot be read here."""
+    """Return every possible plan of OUT's settings; empty if the settings or the data set cannot be read here."""
     try:
         config = read_run(out)
     except UserError:
@@ -80,7 +80,7 @@ def plans_of(out: Path) -> list[dict[str, str]]:
 
 
 def linked(out: Path, store: Path) -> set[tuple[str, str]]:
-    """(step, fingerprint) of all that OUT's ``latest`` links show, and of what that was made from."""
+    """Return (step, fingerprint) of the targets of OUT's ``latest`` links, and of everything they were made from."""
     found = set()
     for step in STEPS[1:]:
         target = (out / step / "latest").resolve()
@@ -95,7 +95,7 @@ def linked(out: Path, store: Path) -> set[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What of a store is wanted: (step, fingerprint); OUTs listed that are there no more; OUTs whose settings or data are not."""
+    """What is needed of a store, as (step, fingerprint); listed OUTs that no longer exist; OUTs without settings or data."""
 
     steps: frozenset[tuple[str, str]]
     gone: tuple[str, ...]
@@ -103,7 +103,7 @@ class Wanted:
 
 
 def wanted(store: Path, out: Path) -> Wanted:
-    """What any listed OUT, or ``out``, needs."""
+    """Return what any listed OUT, or ``out``, needs."""
     steps, gone, unplanned = set(), [], []
     for name in dict.fromkeys([str(out.resolve()), *users(store)]):
         user = Path(name)
@@ -127,16 +127,16 @@ class Directory:
 
     @property
     def lock(self) -> Lock:
-        """The lock under which the step writes it."""
+        """Return the lock that is held while the step writes the directory."""
         return Lock(self.path.with_name(f"{self.fingerprint}.lock"))
 
     def bytes(self) -> int:
-        """Its size on disk."""
+        """Return its size on disk in bytes."""
         return sum(p.stat().st_size for p in self.path.rglob("*") if p.is_file())
 
 
 def directories(store: Path) -> Iterator[Directory]:
-    """All of them."""
+    """Yield all step directories of a store."""
     for step in STEPS[1:]:
         for path in sorted((store / step).glob("*")):
             match = _DIRECTORY.fullmatch(path.name)
@@ -145,19 +145,19 @@ def directories(store: Path) -> Iterator[Directory]:
 
 
 def unused(store: Path, out: Path) -> tuple[list[Directory], Wanted]:
-    """Directories that nobody needs, and what is needed. Raises UserError where it is not known who uses the store."""
+    """Return the directories that no run needs, and what is needed. Raises UserError if the store's users are unknown."""
     if not (store / FILE).exists() and store.resolve() != out.resolve():
         what = f"{store / FILE} is missing, so it is not known which other runs use {store}"
         raise UserError(f"{what}; run gdd_dist.train once for each of them")
     found = wanted(store, out)
     idle = [d for d in directories(store) if (d.step, d.fingerprint) not in found.steps and not d.lock.holder()]
-    if found.unplanned:  # what such a run would go on from is not known
+    if found.unplanned:  # it is unknown which unfinished directory such a run would continue
         idle = [d for d in idle if d.path.suffix != ".partial"]
     return idle, found
 
 
 def remove(store: Path, out: Path, directory: Directory) -> bool:
-    """Remove one, unless somebody has come to need it since it was listed. Out of sight first, so that none sees half of it."""
+    """Remove a directory unless a run needs it by now. It is renamed first, so that no run sees it half removed."""
     lock = directory.lock
     if lock.try_acquire() is not None:
         return False

@@ -1,4 +1,4 @@
-"""Hashing every file that a run will read, before it reads any, the ranks sharing the work."""
+"""Hashes every file that a run will read before it reads any; the ranks share the work."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sharding.shards import verify_shard
 def verify_inputs(ctx: Context, steps: Mapping[str, str], splits: Sequence[str] = SPLITS) -> None:
     """Check the shards of ``splits`` and the files of those of ``steps`` (step → fingerprint) that are finished.
 
-    Raises UserError that names the first file that is not as it was written. All ranks call it.
+    Raises UserError naming the first file that changed since it was written. All ranks call it.
     """
     shards = [info for name in splits if name in ctx.manifest.splits for info in ctx.manifest.splits[name].shards]
     done = [(step, fp) for step, fp in steps.items() if ctx.store.finished(step, fp)]
@@ -23,12 +23,12 @@ def verify_inputs(ctx: Context, steps: Mapping[str, str], splits: Sequence[str] 
     if ctx.config.loader.resident != "none":
         files += decoded_files(ctx.store.root / CACHE, ctx.manifest, splits)
     if (mirror := mirror_of(ctx.data)) is not None:
-        # Each host has its own; what is not there yet is checked as it arrives.
+        # Each host has its own files; a missing file is checked when it is downloaded.
         for info in shards[ctx.world.local_rank :: ctx.world.local_size]:
             mirror.check(info)
         shards = []
     world = ctx.world
-    # Where hosts have their own disks, each looks after its own.
+    # Hosts with their own disks check their own files.
     first, every = (world.rank, world.size) if ctx.disks.shared else (world.local_rank, world.local_size)
     mine = range(first, len(shards) + len(files), every)
     monitor = ctx.passing("verify", len(mine), unit="file")

@@ -1,1 +1,1 @@
-"""What a user takes away: a generator that draws, and the card of an exported set."""
+"""The product: a generator that draws images, and the card of an exported set."""

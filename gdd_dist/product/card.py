@@ -1,4 +1,4 @@
-"""The card of an exported set: DEST/README.md, as the Hugging Face hub and a reader expect it, and its sample grid."""
+"""The card of an exported set: DEST/README.md in the format of the Hugging Face hub, and its grid of samples."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000
 
 @dataclass(frozen=True)
 class Drawn:
-    """How a set is drawn. ``total``: its images; ``ipc``: images of each class, None where a total was asked for."""
+    """How a set is drawn. ``total``: number of images; ``ipc``: images per class, None if a total was requested."""
 
     total: int
     ipc: int | None
@@ -36,7 +36,7 @@ class Drawn:
 
 
 def card(generator: Sampler, drawn: Drawn, run: Path) -> str:
-    """The card as Markdown with a YAML head. ``run``: figures come from its report, where it is a run directory that has one."""
+    """Return the card as Markdown with a YAML head. ``run``: a run directory, whose report gives the figures if it has one."""
     channels, height, width = generator.image_shape
     size = f"{drawn.ipc} of each of " if drawn.ipc else "of "
     size += f"{len(generator.classes)} classes"
@@ -44,14 +44,14 @@ def card(generator: Sampler, drawn: Drawn, run: Path) -> str:
         f"---\n{yaml.safe_dump(head(generator, drawn), sort_keys=False, allow_unicode=True)}---",
         f"# {generator.data_name}, distilled: {drawn.total:,} images, {size}",
         f"Images of {height}×{width} with {'1 channel' if channels == 1 else f'{channels} channels'}, drawn from a generator that was "
-        f"distilled from {generator.data_name}. A classifier trained on them stands in for one trained on the real images.",
+        f"distilled from {generator.data_name}. They are meant for training a classifier in place of the real images.",
         "![Samples: a row for each class](samples.png)",
         "## Use",
         usage(drawn),
         "## How it was made",
         "By generative dataset distillation with standardized self-knowledge distillation (gdd_dist): a pool of classifiers is "
-        "trained on the real data, a conditional GAN is trained, then the generator is moved until the classifiers answer its "
-        "images with the same standardized logit distribution as real images of the same class. The run's report shows the "
+        "trained on the real data, a conditional GAN is trained, then the generator is trained until the classifiers' standardized "
+        "logits on its images have the same distribution as on real images of the same class. The run's report shows the "
         "nearest real neighbours of random samples.",
         labels(drawn),
         drawing(drawn),
@@ -60,7 +60,7 @@ def card(generator: Sampler, drawn: Drawn, run: Path) -> str:
         "## Classes",
         ", ".join(f"{i} {name}" for i, name in enumerate(generator.classes)),
         "## Licence",
-        f"{drawn.licence}. The set derives from {generator.data_name}; the terms of that data set apply to what is made from it.",
+        f"{drawn.licence}. The set is derived from {generator.data_name}, so the terms of that data set apply.",
         "## Provenance",
         provenance(generator.meta.get("provenance", {})),
     ]
@@ -68,7 +68,7 @@ def card(generator: Sampler, drawn: Drawn, run: Path) -> str:
 
 
 def head(generator: Sampler, drawn: Drawn) -> dict[str, Any]:
-    """The YAML head: licence, what it is for, and which files are the data."""
+    """Return the YAML head: licence, task, and data files."""
     found: dict[str, Any] = {
         "license": drawn.licence,
         "pretty_name": f"{generator.data_name} distilled",
@@ -83,7 +83,7 @@ def head(generator: Sampler, drawn: Drawn) -> dict[str, Any]:
 
 
 def usage(drawn: Drawn) -> str:
-    """How to read it, by format."""
+    """Return the text on how to read the set in its format."""
     if drawn.format == "webdataset":
         soft = ', row["soft.npy"]' if drawn.soft else ""
         text = f"""import glob
@@ -108,33 +108,33 @@ data = np.load("DEST/train.npz")         # images uint8 [N, channels, height, wi
 
 
 def labels(drawn: Drawn) -> str:
-    """What the labels are."""
-    soft = ", and beside it the mean of the teachers' softmax on the image as it stands (float32, one number a class)"
+    """Return the text about the labels."""
+    soft = ", and beside it the mean of the teachers' softmax on the unaugmented image (float32, one number per class)"
     return f"Labels: the class that each image was drawn for{soft if drawn.soft else ''}."
 
 
 def drawing(drawn: Drawn) -> str:
-    """Seed and truncation."""
+    """Return the text about seed and truncation."""
     cut = "no truncation" if drawn.truncation is None else f"latents cut at ± {drawn.truncation:g}"
     return f"Drawn with seed {drawn.seed}, {cut}."
 
 
 def figures(run: Path) -> str:
-    """The headline and the table of the run's report, if it has one."""
+    """Return headline and table of the run's report, if it has one."""
     if not (run / REPORT).exists():
         return "Not measured: the set was drawn from a generator without a report beside it."
     results = read_json(run / REPORT)["results"]
     note = (
-        "Accuracy on the real test set of students trained on fresh draws of this generator, not on this very set: `fixed` rows "
-        "of the same IPC come nearest to training on it."
+        "Accuracy on the real test set of students trained on fresh draws of this generator, not on this set itself; `fixed` rows "
+        "of the same IPC are most similar to training on it."
     )
     return f"{headline(results)}\n\n{markdown_table(results)}\n\n{note}"
 
 
 def provenance(made: Mapping[str, Any]) -> str:
-    """Fingerprints and versions."""
+    """Return the text about fingerprints and versions."""
     if not made:
-        return "The generator's file does not say."
+        return "The generator's file has no provenance."
     lines = [f"- {name}: `{fp}`" for name, fp in made["fingerprints"].items() if name != "report"]
     lines += [f"- {name} {number}" for name, number in made.get("versions", {}).items()]
     lines += [f"- commit: `{made['commit']}`"] if made.get("commit") else []
@@ -142,7 +142,7 @@ def provenance(made: Mapping[str, Any]) -> str:
 
 
 def sample_picture(generator: Sampler, drawn: Drawn) -> bytes:
-    """A PNG: a row for each class (of up to 20, spread evenly), images of the set itself where it has as many."""
+    """Return a PNG with a row for each class (up to 20, evenly chosen), with images of the set if it has enough."""
     count = min(len(generator.classes), GRID_CLASSES)
     chosen = np.arange(count) * len(generator.classes) // count
     columns = max(1, min(GRID_COLUMNS, drawn.total // len(generator.classes)))

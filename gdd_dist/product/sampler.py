@@ -1,6 +1,6 @@
-"""The generator in a user's own code: ``gdd_dist.load_generator(OUT or FILE)``.
+"""The generator for a user's own code: ``gdd_dist.load_generator(OUT or FILE)``.
 
-From a single ``generator.safetensors`` this needs nothing but torch, numpy and safetensors. Shapes: N images, K classes, C H W.
+With a single ``generator.safetensors`` this needs only torch, numpy and safetensors. Shapes: N images, K classes, C H W.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ Labels = Sequence[int] | np.ndarray | Tensor
 
 
 def load_generator(path: str | Path, device: str | torch.device = "auto") -> Sampler:
-    """The distilled generator of a run directory (OUT), of a finished step's directory, or of one ``generator.safetensors``.
+    """Load the distilled generator of a run directory (OUT), a finished step's directory, or a ``generator.safetensors``.
 
-    From a run directory every file that is read is checked against its sha256, and soft labels are to be had.
-    ``device``: "auto" is CUDA where there is one. Raises UserError (one line: what is wrong; what to do).
+    With a run directory, the sha256 of every file that is read is checked, and soft labels are available.
+    ``device``: "auto" is CUDA if there is a GPU. Raises UserError (one line: what is wrong; what to do).
     """
     path = Path(path).expanduser()
     target = usable_device(device)
@@ -51,7 +51,7 @@ def load_generator(path: str | Path, device: str | torch.device = "auto") -> Sam
 
 
 def usable_device(device: str | torch.device) -> torch.device:
-    """The device of that name, "auto": CUDA where there is one. Raises UserError for one that is not here."""
+    """Return the device of that name; "auto": CUDA if there is a GPU. Raises UserError if it is not available."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -59,11 +59,11 @@ def usable_device(device: str | torch.device) -> torch.device:
         return torch.device(device)
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         known = str(e).strip().splitlines()[0]
-        raise UserError(f"device {device} is none that torch can use here ({known}); give auto, cpu or cuda") from None
+        raise UserError(f"device {device} is not available to torch here ({known}); give auto, cpu or cuda") from None
 
 
 def verify(directory: Path, *names: str) -> None:
-    """Raise UserError where files of a finished step are not as they were written."""
+    """Raise UserError if files of a finished step changed since they were written."""
     from gdd_dist.storage.store import CONTENTS, verify_file
 
     files = read_json(directory / CONTENTS)["files"]
@@ -76,9 +76,9 @@ def verify(directory: Path, *names: str) -> None:
 
 
 class Sampler:
-    """Draws images of chosen classes. The same call gives the same images on one machine, whatever was drawn before.
+    """Draws images of chosen classes. On one machine, equal calls return equal images, whatever was drawn before.
 
-    ``classes``: names, class number by place. ``image_shape``: (C, H, W). ``meta``: the file's metadata: architecture,
+    ``classes``: names, in the order of class numbers. ``image_shape``: (C, H, W). ``meta``: the file's metadata: architecture,
     classes, provenance (data, settings, fingerprints, versions). ``network``: the torch module itself, frozen.
     """
 
@@ -91,7 +91,7 @@ class Sampler:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names, as they can be printed."""
+        """Class names in printable form."""
         return tuple(map(printable, self.meta.get("classes") or map(str, range(self.network.classes))))
 
     @property
@@ -107,10 +107,10 @@ class Sampler:
 
     @torch.no_grad()
     def sample(self, labels: Labels, seed: int = 0, truncation: float | None = None) -> Tensor:
-        """uint8 images [N, C, H, W] on the device, image i a function of (labels[i], seed, i).
+        """Return uint8 images [N, C, H, W] on the device; image i is a function of (labels[i], seed, i).
 
-        ``labels``: class numbers [N]. ``truncation``: each latent number is drawn from the normal distribution cut at
-        ± this (Brock et al. 2019), 0.5 to 2 are usual: images of the same seed move towards the typical, and differ less.
+        ``labels``: class numbers [N]. ``truncation``: latents are drawn from the normal distribution truncated at ± this value
+        (Brock et al. 2019), usually 0.5 to 2: images of the same seed become more typical, and less varied.
         """
         numbers = _numbers(labels, len(self.classes))
         return self._draw(numbers, seed, "sample/z", np.arange(len(numbers)), truncation)
@@ -124,11 +124,11 @@ class Sampler:
         transform: Callable[[Tensor], Any] | None = None,
         select: int = 1,
     ) -> DistilledSet:
-        """A torch Dataset of ``ipc`` images of each class, drawn at once and kept in memory on the CPU.
+        """Return a torch Dataset of ``ipc`` images per class, drawn at once and kept in memory on the CPU.
 
-        Items: (uint8 [C, H, W], or what ``transform`` makes of it; class number, or float32 [K] with ``soft_labels``).
-        A larger ``ipc`` with the same seed holds the smaller set (within one level of 255). ``select``: as of `stream`. Soft labels
-        and a choice need a run directory.
+        Items: (uint8 [C, H, W], or the result of ``transform``; class number, or float32 [K] with ``soft_labels``).
+        A larger ``ipc`` with the same seed contains the smaller set (within one level of 255). ``select``: see `stream`. Soft
+        labels and ``select`` > 1 need a run directory.
         """
         if ipc < 1:
             raise UserError(f"ipc {ipc} is too small; give at least 1")
@@ -142,9 +142,9 @@ class Sampler:
     def balanced(
         self, total: int, seed: int = 0, truncation: float | None = None, first: int = 0, select: int = 1
     ) -> tuple[Tensor, np.ndarray]:
-        """``total`` images, uint8 [N, C, H, W] on the device, and their labels 0, 1, …, K-1, 0, 1, …, int64 [N].
+        """Return ``total`` images, uint8 [N, C, H, W] on the device, and their labels 0, 1, …, K-1, 0, 1, …, int64 [N].
 
-        ``first``: number of the first image, so that a large set can be drawn part by part.
+        ``first``: number of the first image, so that a large set can be drawn in parts.
         """
         places = np.arange(first, first + total)
         labels = places % len(self.classes)
@@ -158,18 +158,18 @@ class Sampler:
         truncation: float | None = None,
         select: int = 1,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Endless fresh batches on the device: uint8 [B, C, H, W] with int64 [B], or float32 [B, K] with ``soft_labels``.
+        """Yield new batches without end, on the device: uint8 [B, C, H, W] with int64 [B], or float32 [B, K] with ``soft_labels``.
 
-        Classes come evenly: each once, in random order, before any comes again. In a worker of a torch DataLoader the stream
-        gives each n-th batch, so that the n workers give all of them, none twice. ``select``: of so many draws for each image the
-        run's teachers choose one, as the report's chosen rows show them: it teaches more, and takes as many times as long.
+        Classes are balanced: each occurs once, in random order, before any occurs again. In a torch DataLoader with n workers,
+        each worker yields every n-th batch, so that no batch occurs twice. ``select``: the run's teachers choose each image from
+        so many draws, as in the report's rows with a choice; this teaches more, but drawing takes ``select`` times as long.
         """
         if batch_size < 1:
             raise UserError(f"batch_size {batch_size} is too small; give at least 1")
         if select < 1:
             raise UserError(_SELECT.format(select))
         if soft_labels or select > 1:
-            self._load_teachers()  # now, not at the first batch
+            self._load_teachers()  # loaded now, so that errors occur before the first batch
         return self._stream(batch_size, seed, soft_labels, truncation, select)
 
     def _stream(
@@ -189,10 +189,10 @@ class Sampler:
 
     @torch.no_grad()
     def soft_labels(self, images: Tensor, temperature: float | None = None) -> Tensor:
-        """Mean over the run's teachers (last snapshots) of softmax(logits / temperature): float32 [N, K] on the device.
+        """Return the mean over the run's teachers (last snapshots) of softmax(logits / temperature): float32 [N, K] on the device.
 
-        ``images``: uint8 [N, C, H, W], or float in [-1, 1], say after your augmentation, as the report labels them.
-        ``temperature``: by default the run's ``report.label_temperature``. Raises UserError without a run directory.
+        ``images``: uint8 [N, C, H, W], or float in [-1, 1], for example after augmentation, as in the report.
+        ``temperature``: default: the run's ``report.label_temperature``. Raises UserError without a run directory.
         """
         from gdd_dist.training.soft_labels import soft_labels
 
@@ -206,7 +206,7 @@ class Sampler:
         """The run's ``report.label_temperature``. Raises UserError without a run directory."""
         if self._out is None:
             raise UserError(_NO_RUN)
-        import yaml  # who draws from a single file need not have it
+        import yaml  # imported here, because drawing from a single file does not need it
 
         report = yaml.safe_load((self._out / "config.yaml").read_bytes()).get("report") or {}
         return float(report.get("label_temperature", 1.0))
@@ -228,7 +228,7 @@ class Sampler:
         select: int = 1,
     ) -> Tensor:
         if truncation is not None and not truncation > 0:
-            raise UserError(f"truncation {truncation} is not positive; give more than 0, say 1.0, or None for no cut")
+            raise UserError(f"truncation {truncation} is not positive; give more than 0, such as 1.0, or None")
         if select < 1:
             raise UserError(_SELECT.format(select))
         parts = [torch.empty(0, *self.image_shape, dtype=torch.uint8, device=self.device)]
@@ -250,13 +250,13 @@ class Sampler:
 
     @property
     def _precision(self) -> str:
-        """The run's, in which its report's students are labelled."""
+        """The precision of the run, which labels its report's students in it."""
         return str(self.meta.get("provenance", {}).get("precision", "float32"))
 
 
 _GIVE = f"give a run directory (OUT) or a {GENERATOR}"
 _SELECT = "select {} is too small; give at least 1, or 3 for the best of three draws"
-_NO_RUN = "soft labels and a choice need the run's teachers; give load_generator the run directory (OUT) instead of a single file"
+_NO_RUN = "soft labels and select > 1 need the run's teachers; give load_generator the run directory (OUT) instead of a single file"
 
 
 class DistilledSet(Dataset[tuple[Any, Any]]):
@@ -281,7 +281,7 @@ class DistilledSet(Dataset[tuple[Any, Any]]):
 
 
 def truncated(z: Tensor, limit: float | None) -> Tensor:
-    """Standard normal numbers → the normal distribution cut at ± ``limit``, each by its rank, so that they move smoothly."""
+    """Map standard normal numbers to the normal distribution truncated at ± ``limit``, by quantiles, so that they move smoothly."""
     if limit is None or math.isinf(limit):
         return z
     low = torch.special.ndtr(torch.tensor(-limit, dtype=torch.float64))
@@ -290,23 +290,23 @@ def truncated(z: Tensor, limit: float | None) -> Tensor:
 
 
 def load_teachers(step: Path, net: ImageGenerator, device: torch.device) -> list[Classifier]:
-    """The last snapshots of the pool that a finished matching step was made with, frozen. Raises UserError where it is gone."""
+    """Return the last snapshots of the teachers of a finished matching step, frozen. Raises UserError if they are missing."""
     from gdd_dist.storage.store import CONTENTS, Store
 
     fp = read_json(step / CONTENTS)["provenance"]["fingerprints"]["teachers"]
     store = Store(step.parent.parent)
     if not store.finished("teachers", fp):
-        raise UserError(f"{store.path('teachers', fp)} is gone; run the same gdd_dist.train again to compute it anew")
+        raise UserError(f"{store.path('teachers', fp)} is missing; run the same gdd_dist.train again to compute it")
     chosen = [t for t in read_teachers(store.path("teachers", fp)) if t.last]
     verify(store.path("teachers", fp), *(t.path.name for t in chosen))
     return [t.load(net.channels, net.size, net.classes).to(device) for t in chosen]
 
 
 def _numbers(labels: Labels, classes: int) -> np.ndarray:
-    """Class numbers int64 [N]. Raises UserError for what is none."""
+    """Return class numbers, int64 [N]. Raises UserError for other values."""
     array = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
     if array.ndim != 1 or (len(array) and not np.issubdtype(array.dtype, np.integer)):
         raise UserError(f"labels are {array.dtype} {array.shape}; give a list of class numbers 0 … {classes - 1}")
     if len(array) and (array.min() < 0 or array.max() >= classes):
-        raise UserError(f"labels reach from {array.min()} to {array.max()}; this generator knows 0 … {classes - 1}")
+        raise UserError(f"labels are from {array.min()} to {array.max()}; give class numbers 0 … {classes - 1}")
     return array.astype(np.int64)

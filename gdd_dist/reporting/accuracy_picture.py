@@ -1,4 +1,4 @@
-"""accuracy.svg: accuracy between chance, floor and ceiling, drawn small enough for a telephone. It follows the reader's light or dark mode."""
+"""accuracy.svg: accuracy between chance, floor and ceiling, small enough for a telephone. It follows the reader's light or dark mode."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ STYLE = """
 
 
 def picture(shown: Mapping[str, Result], chance: float) -> str:
-    """SVG of rows by label: bars from chance (percent) to the mean, ± standard deviation, a dot for each student.
+    """Return an SVG of rows by label: bars from chance (percent) to the mean, ± standard deviation, a dot for each student.
 
-    Dashed lines stand at floor and ceiling.
+    Dashed lines mark floor and ceiling.
     """
     low = min(chance, *(min(r["accuracies"]) for r in shown.values()))
     high = min(100.0, 1.0 + max(max(*r["accuracies"], r["mean"] + (r["std"] or 0.0)) for r in shown.values()))
@@ -47,7 +47,7 @@ def picture(shown: Mapping[str, Result], chance: float) -> str:
 
 
 def _row(label: str, r: Result, top: int, x: Callable[[float], float], ends: Sequence[float]) -> list[str]:
-    """A row's label and figure, its bar below them, dashes across it at ``ends``."""
+    """Return a row's label and accuracy, with its bar below, and dashed lines at ``ends``."""
     weight, color = (' class="b"' if r["train_on"] == "matched" else ""), COLORS[r["train_on"]]
     begin, end, y = x(-math.inf), x(r["mean"]), top + 24
     spread = [x(r["mean"] - r["std"]), x(r["mean"] + r["std"])] if r["std"] is not None else [end, end]

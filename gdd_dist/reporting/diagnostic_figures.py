@@ -1,4 +1,4 @@
-"""The report's pictures of evidence: accuracy by class, confusion, teacher answers, nearest neighbours."""
+"""The report's diagnostic pictures: accuracy by class, confusion matrices, teacher logits, nearest neighbours."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gdd_dist.reporting.training_figures import COLORS, DPI, mosaic, short
 
 KINDS = ("real", "gan", "matched")
 WORDS = {"real": "real", "gan": "GAN", "matched": "matched"}
-# Where matching kept the GAN itself the two are equal: one must not hide the other, nor real images both.
+# If matching kept the GAN itself, both are equal, so the marks must not hide each other.
 MARKS: dict[str, dict[str, Any]] = {
     "real": {"marker": "|", "s": 260, "zorder": 4, "linewidths": 2.2},
     "gan": {"marker": "o", "s": 130, "zorder": 2},
@@ -26,7 +26,7 @@ MOST_CLASSES, MOST_NAMES = 24, 24
 
 
 def gallery(evidence: Evidence, names: Sequence[str]) -> dict[str, Figure]:
-    """File name → figure."""
+    """Return file name → figure."""
     return {
         "classes.png": classes_figure(evidence.matrices, names),
         "confusion.png": confusion_figure(evidence.matrices, names),
@@ -36,7 +36,7 @@ def gallery(evidence: Evidence, names: Sequence[str]) -> dict[str, Figure]:
 
 
 def classes_figure(matrices: Mapping[str, np.ndarray], names: Sequence[str]) -> Figure:
-    """Accuracy by class as dots on a line each, sorted by what matching changed."""
+    """Draw accuracy by class as dots, one line per class, sorted by the change through matching."""
     scores = {kind: by_class(matrices[kind]) for kind in KINDS if kind in matrices}
     before = scores.get("gan", scores.get("real", scores["matched"]))
     chosen = extremes(scores["matched"] - before, MOST_CLASSES)
@@ -59,7 +59,7 @@ def classes_figure(matrices: Mapping[str, np.ndarray], names: Sequence[str]) -> 
 
 
 def confusion_figure(matrices: Mapping[str, np.ndarray], names: Sequence[str]) -> Figure:
-    """Who is taken for whom: before matching, after it, and what changed. Shares of each true class, in percent."""
+    """Draw confusion matrices before and after matching, and their difference. Shares of each true class, in percent."""
     shares = {kind: 100 * m / np.maximum(m.sum(1, keepdims=True), 1) for kind, m in matrices.items()}
     panels = [(WORDS[k], shares[k]) for k in ("gan", "matched") if k in shares]
     size = 4.6 * (len(panels) + ("gan" in shares))
@@ -80,7 +80,7 @@ def confusion_figure(matrices: Mapping[str, np.ndarray], names: Sequence[str]) -
 
 def _name_axes(axis: Axes, title: str, names: Sequence[str]) -> None:
     axis.set_title(title, loc="left", fontsize=10)
-    axis.set_xlabel("taken for")
+    axis.set_xlabel("predicted class")
     axis.set_ylabel("true class")
     if len(names) <= MOST_NAMES:
         words = [short(n) for n in names]
@@ -89,7 +89,7 @@ def _name_axes(axis: Axes, title: str, names: Sequence[str]) -> None:
 
 
 def answers_figure(answers: Mapping[str, Answers]) -> Figure:
-    """Densities of a teacher's standardized logits, real against generated: matching is to lay the curves on each other."""
+    """Draw densities of a teacher's standardized logits, real and generated; matching should make the curves equal."""
     figure = Figure(figsize=(11, 3.6), dpi=DPI, layout="constrained")
     own, others = figure.subplots(1, 2)
     for axis, title, attribute in (
@@ -112,7 +112,7 @@ def answers_figure(answers: Mapping[str, Answers]) -> Figure:
 
 
 def neighbours_figure(near: Near, names: Sequence[str]) -> Figure:
-    """Random samples beside their nearest training images; and the distances, generated against held-out real images."""
+    """Draw random samples beside their nearest training images, and the distances of generated and held-out real images."""
     rows, columns, height = near.shown.shape[:3]
     figure = Figure(figsize=(10, max(3.4, 0.6 + 0.5 * rows)), dpi=max(DPI, height * 2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(2, 3))

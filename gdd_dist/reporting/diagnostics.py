@@ -1,6 +1,6 @@
-"""What the report shows beside its rows: who is taken for whom, how teachers answer, whether the generator memorises.
+"""Diagnostics of the report besides its rows: confusion matrices, teacher logits, and whether the generator memorises.
 
-Shapes: C classes, n images, k neighbours, D numbers an image.
+Shapes: C classes, n images, k neighbours, D values per image.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from gdd_dist.training.drawing import draw
 from gdd_dist.training.losses import standardize
 
 ANSWERS = 500
-"""Images a teacher answers of each generator, and answers it gave to real ones."""
+"""Number of images of each generator, and of real ones, whose teacher logits are shown."""
 NEAR, NEIGHBOURS = 200, 3
 NEAR_SIDE = 32
-"""Larger images are averaged down to this side before distances are taken."""
+"""Larger images are averaged down to this side before distances are computed."""
 TRAIN_CHUNK, TRAIN_MOST = 1024, 100_000
 CLOSE = 1.0
-"""Percentile of held-out images' distances below which a generated image counts as close to a training image."""
+"""Percentile of held-out images' distances below which a generated image is close to a training image."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Near:
-    """Nearest training images. Distances: root mean square over pixels, in levels of 255.
+    """Nearest training images. Distances are root mean squares over pixels, in levels of 255.
 
     ``generated``, ``held_out``: distance to the nearest, float [n]. ``shown``: uint8 [m, 1 + k, H, W, C], a generated image and
     its k nearest, of the classes ``labels`` int64 [m, 1 + k].
@@ -59,13 +59,13 @@ class Near:
 
     @property
     def close_share(self) -> float:
-        """Percent of generated images nearer to a training image than the nearest CLOSE percent of held-out ones."""
+        """Percentage of generated images that are closer to a training image than the closest CLOSE percent of held-out ones."""
         return 100.0 * float((self.generated < np.percentile(self.held_out, CLOSE)).mean())
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """All of it. ``matrices``: what a row trained on → confusion on test int64 [C, C], summed over seeds; ``row``: which rows."""
+    """All diagnostics. ``matrices``: what a row trained on → confusion on test int64 [C, C], summed over seeds; ``row``: the matched row."""
 
     row: Row
     matrices: dict[str, np.ndarray]
@@ -74,7 +74,7 @@ class Evidence:
 
 
 def collect(ctx: Context, dirs: Mapping[str, Path], matrices: Mapping[Row, np.ndarray]) -> Evidence:
-    """On rank 0, after all students are trained. ``matrices``: by row."""
+    """Compute the diagnostics on rank 0, after all students are trained. ``matrices``: by row."""
     row, chosen = first_group(matrices)
     generators = {
         kind: ctx.watch(load_generator_network(dirs[step] / GENERATOR)[0]).eval()
@@ -84,12 +84,12 @@ def collect(ctx: Context, dirs: Mapping[str, Path], matrices: Mapping[Row, np.nd
 
 
 def forwards(ctx: Context) -> int:
-    """Images that ``collect`` forwards through a network."""
+    """Return the number of images that ``collect`` forwards through a network."""
     return 4 * ANSWERS + NEAR
 
 
 def first_group(matrices: Mapping[Row, np.ndarray]) -> tuple[Row, dict[str, np.ndarray]]:
-    """The first matched row, and the matrices of those that share its student and budget: real, gan, matched."""
+    """Return the first matched row, and the matrices of the rows with its student and budget: real, gan, matched."""
     first = next(r for r in matrices if r.train_on == "matched")
     return first, {r.train_on: m for r, m in matrices.items() if replace(r, train_on="matched") == first}
 
@@ -98,7 +98,7 @@ def first_group(matrices: Mapping[Row, np.ndarray]) -> tuple[Row, dict[str, np.n
 def teacher_answers(
     ctx: Context, dirs: Mapping[str, Path], generators: Mapping[str, ImageGenerator]
 ) -> dict[str, Answers]:
-    """How the best last teacher answers real (from the cache), the GAN's and the matched images of the same classes."""
+    """Return the logits of the best last teacher on real images (cached), the GAN's and the matched ones, of the same classes."""
     best = max((t for t in read_teachers(dirs["teachers"]) if t.last), key=lambda t: t.val_accuracy)
     images, seed = ctx.images("train"), ctx.config.step_seed("report")
     order = permutation(seed, "report/answers", 0, len(images))
@@ -122,7 +122,7 @@ def _logits(ctx: Context, net: Classifier, images: Tensor) -> np.ndarray:
 
 
 def split_answers(logits: np.ndarray, labels: np.ndarray) -> Answers:
-    """Standardized logits float32 [n, C] of the own class, and of the others."""
+    """Split standardized logits float32 [n, C] into those of the own class and of the others."""
     values = standardize(torch.from_numpy(logits)).numpy()
     own = np.zeros(values.shape, dtype=bool)
     own[np.arange(len(labels)), labels] = True
@@ -130,7 +130,7 @@ def split_answers(logits: np.ndarray, labels: np.ndarray) -> Answers:
 
 
 def nearest_real(ctx: Context, generator: ImageGenerator) -> Near:
-    """Do random samples lie closer to training images than held-out real images (val) do?"""
+    """Compare distances to training images: of random samples, and of held-out real images (val)."""
     train, val, seed = ctx.images("train"), ctx.images("val"), ctx.config.step_seed("report")
     labels = np.arange(NEAR) % ctx.classes
     drawn = draw(ctx, generator, labels, seed, "report/near", 0)
@@ -158,12 +158,12 @@ def nearest_real(ctx: Context, generator: ImageGenerator) -> Near:
 
 
 def _spread(n: int, most: int) -> np.ndarray:
-    """All of 0 … n - 1, or ``most`` of them evenly spread, int64."""
+    """Return all of 0 … n - 1, or ``most`` of them evenly spread, int64."""
     return np.arange(n) if n <= most else np.arange(most) * n // most
 
 
 def flat(images: Tensor, device: torch.device) -> Tensor:
-    """uint8 [n, C, H, W] → float32 [n, D] in ± 127.5, larger sides than NEAR_SIDE averaged down to it."""
+    """Convert uint8 [n, C, H, W] to float32 [n, D] in ± 127.5; sides above NEAR_SIDE are averaged down to it."""
     x = images.to(device).float() - 127.5
     if x.shape[-1] > NEAR_SIDE:
         x = F.interpolate(x, size=(NEAR_SIDE, NEAR_SIDE), mode="area")
@@ -172,10 +172,10 @@ def flat(images: Tensor, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def nearest(queries: Tensor, chunks: Iterator[Tensor], k: int) -> tuple[np.ndarray, np.ndarray]:
-    """(distance, place) of the k nearest of all chunks' rows, each [n, k], nearest first; distance: root mean square.
+    """Return (distance, index) of the k nearest of all chunks' rows, each [n, k], nearest first; distance: root mean square.
 
-    By matrix products, in float32 whatever the run allows (TF32 would blur a copy away), exact to about a tenth of a level of 255 (pixels
-    are centred for that).
+    Computed by matrix products, always in float32 (TF32 is too coarse to find copies), exact to about a tenth of a level of 255
+    (for which pixels are centred).
     """
     allowed = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -199,7 +199,7 @@ def _nearest(queries: Tensor, chunks: Iterator[Tensor], k: int) -> tuple[np.ndar
 
 
 def summary(near: Near) -> dict[str, float]:
-    """For metrics.json: medians in levels of 255, and the share of close samples in percent."""
+    """Return the entries of metrics.json: medians in levels of 255, and the share of close samples in percent."""
     return {
         "median_generated": float(np.median(near.generated)),
         "median_held_out": float(np.median(near.held_out)),
@@ -208,7 +208,7 @@ def summary(near: Near) -> dict[str, float]:
 
 
 def extremes(change: np.ndarray, most: int) -> Sequence[int]:
-    """Classes in the order of ``change``, [C]: all, or the lowest and the highest where there are more than ``most``."""
+    """Return classes sorted by ``change``, [C]: all, or the lowest and the highest if there are more than ``most``."""
     order = np.argsort(np.nan_to_num(change), kind="stable").tolist()
     half = most // 2
     chosen: Sequence[int] = order if len(order) <= most else [*order[:half], *order[-half:]]

@@ -1,4 +1,4 @@
-"""report.html: report.md and its pictures in one file that needs no network, on a wide and on a narrow screen."""
+"""report.html: report.md and its pictures in one file that needs no network, for wide and narrow screens."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ NAME_SPACE = ' xmlns="http://www.w3.org/2000/svg"'
 
 
 def html(text: str, pictures: Mapping[str, bytes]) -> str:
-    """The page of a Markdown text. ``pictures``: file name → PNG or SVG, put in place of ``![…](name)``.
+    """Convert a Markdown text to a page. ``pictures``: file name → PNG or SVG, which replaces ``![…](name)``.
 
-    Raises KeyError for a picture that is not there.
+    Raises KeyError for a missing picture.
     """
     body = markdown.markdown(text, extensions=["tables", "fenced_code", "toc"], output_format="html")
     body = re.sub(r'src="([\w.-]+\.png)"', lambda m: f'src="{data_uri(pictures[m[1]])}"', body)
@@ -67,24 +67,24 @@ def html(text: str, pictures: Mapping[str, bytes]) -> str:
 
 
 def inline(svg: bytes) -> str:
-    """A drawing as a part of the page, so that it follows the page's colours; in HTML it needs no name space."""
+    """Return an SVG as a part of the page, so that it follows the page's colours; in HTML it needs no namespace."""
     drawing = svg.decode().replace(NAME_SPACE, "")
     return f"<figure>{drawing}</figure>"
 
 
 def data_uri(png: bytes) -> str:
-    """A picture as text."""
+    """Return a PNG as a data URI."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def _table(match: re.Match[str]) -> str:
-    """A wide table scrolls by itself instead of the page; one of two columns wraps."""
+    """Let a wide table scroll instead of the page; a table of two columns wraps."""
     columns = match[1].partition("</tr>")[0].count("<th")
     return f'<div class="scroll{" names" if columns <= 2 else ""}"><table>{match[1]}</table></div>'
 
 
 def _with_contents(body: str) -> str:
-    """Links to the sections, under the first paragraphs."""
+    """Add links to the sections after the first paragraphs."""
     sections = re.findall(r'<h2 id="([^"]+)">(.*?)</h2>', body)
     links = " ".join(f'<a href="#{name}">{title}</a>' for name, title in sections)
     head, mark, rest = body.partition("<h2")

@@ -1,4 +1,4 @@
-"""metrics.json: what was measured, and what made it. It names no path, host or user."""
+"""metrics.json: the results and their provenance. It contains no path, host or user."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FORMAT = "gdd-report/1"
 
 
 def hardware(ctx: Context) -> dict[str, Any]:
-    """What computed the rows: devices, cores of rank 0's host, ranks."""
+    """Return the hardware that computed the rows: devices, cores of rank 0's host, ranks."""
     cuda = ctx.device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(ctx.device) if cuda else "cpu",
@@ -37,9 +37,9 @@ def _cpu() -> str:
 
 
 def shortcut_gap(candidates: Candidates, select: str) -> dict[str, Any] | None:
-    """Quick students' accuracy on fresh generated images minus on val, in points: of the GAN (step 0) and of what is kept.
+    """Return quick students' accuracy on fresh generated images minus on val, in points, of the GAN and the kept generator.
 
-    ``selected_step``: None where another generator than an interval's is kept, which ``selected`` names.
+    ``selected_step`` is None if the kept generator is not from an interval; ``selected`` then names it.
     """
     found = candidates.kept(select)
     if found is None:
@@ -57,7 +57,7 @@ def document(
     results: Sequence[Mapping[str, Any]],
     more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """metrics.json. ``fingerprints``: of "data" and the steps; ``candidates``: matching's, measured on val; ``more``: what else was measured."""
+    """metrics.json. ``fingerprints``: of "data" and the steps; ``candidates``: matching's, measured on val; ``more``: further entries."""
     return {
         "format": FORMAT,
         "fingerprints": {

@@ -1,4 +1,4 @@
-"""report.md: the page a reader opens first. report.html is the same page (see html.py)."""
+"""report.md: the page that a reader opens first. report.html is the same page (see html_page.py)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def page(
     costs: Mapping[str, Mapping[str, Any]],
     evidence: Evidence,
 ) -> str:
-    """The page as Markdown. ``metrics``: metrics.json's content; ``costs``: by step, of the invocation that computed it."""
+    """Return the page as Markdown. ``metrics``: the content of metrics.json; ``costs``: by step, when it was computed."""
     m, found = ctx.manifest, differences(first_screen(metrics["results"]))
     shape = f"{m.height}×{m.width}, {m.channels} {'channel' if m.channels == 1 else 'channels'}"
     sizes = ", ".join(f"{name} {split.samples:,}" for name, split in m.splits.items())
@@ -48,14 +48,14 @@ def page(
         "## Classes",
         _classes(ctx, evidence),
         "![Accuracy by class](classes.png)",
-        "![Who is taken for whom](confusion.png)",
+        "![Confusion matrices](confusion.png)",
         "## Training",
         "![Curves](curves.png)",
         _matching(ctx, candidates),
-        "## How a teacher answers",
+        "## Teacher logits",
         "The standardized logits of the best last teacher, for real training images, for the GAN's and for the matched generator's "
-        "images of the same classes: matching lays the generated curves on the real one. Dotted: means.",
-        "![Teacher answers](answers.png)",
+        "images of the same classes: matching should make the generated curves equal to the real one. Dotted lines: means.",
+        "![Teacher logits](answers.png)",
         "## Does it memorise?",
         _near(metrics["nearest"]),
         "![Nearest real neighbours](neighbours.png)",
@@ -70,33 +70,33 @@ def page(
 
 
 def word(name: str) -> str:
-    """A name in running text: HTML in it stays text."""
+    """Escape a name for running text, so that HTML in it is shown as text."""
     return name.replace("&", "&amp;").replace("<", "&lt;")
 
 
 def _verified(metrics: Mapping[str, Any]) -> str:
     if metrics["verified"]:
-        return "Every file that was read was hashed first."
-    return "**The files that were read were not hashed (`--no-verify`).**"
+        return "The sha256 of every input file was checked first."
+    return "**The sha256 of input files was not checked (`--no-verify`).**"
 
 
 def _legend(ctx: Context, results: Sequence[Mapping[str, Any]]) -> str:
     r = ctx.config.report
     text = (
         f"Accuracy on `test` after the last step, mean ± standard deviation over {r.seeds} student "
-        f"{'seed' if r.seeds == 1 else 'seeds'} (ddof 1), in percent. `regenerate` trains on a fresh set of IPC images per class "
-        "each epoch, `fixed` on one set drawn once. `real` at the same budget: under `regenerate` with hard labels it is the "
-        "ceiling, which no generator that only imitates can pass; under `fixed` it is the floor to beat. `gan` is the generator "
-        "before matching, `full` all real data on its own budget. `soft` labels are the mean of the teachers' answers. Ceiling "
-        "share: how far from chance to the ceiling of the same student and IPC a row gets. The students of one seed share initial "
-        "weights, order, latents and augmentation, whatever they train on."
+        f"{'seed' if r.seeds == 1 else 'seeds'} (ddof 1), in percent. `regenerate` trains on a new set of IPC images per class "
+        "each epoch, `fixed` on the same set in all epochs. `real` has the same budget: with `regenerate` and hard labels it is the "
+        "ceiling, which a generator that only imitates cannot exceed; with `fixed` it is the floor to beat. `gan` is the generator "
+        "before matching, `full` all real data with its own budget. `soft` labels are the mean of the teachers' softmax. Ceiling "
+        "share: the position of a row between chance and the ceiling of the same student and IPC. The students of one seed share "
+        "initial weights, order, latents and augmentation, whatever they train on."
     )
     if any(differs(one) for one in results):
-        text += " Balanced: the mean of the classes' accuracies, each class counting alike, since `test` holds unequally many of each."
+        text += " Balanced: the mean of the classes' accuracies, because the classes of `test` have different sizes."
     if any(one.get("lrs") is not None for one in results):
         text += (
             " LRS and ARS are DD-Ranking's label-robust and augmentation-robust scores (0 to 1, w = γ = 1/2): how much of an accuracy "
-            "is owed to the images, not to soft labels (LRS) or augmentation (ARS). Images as good as random real ones of the same "
+            "comes from the images, not from soft labels (LRS) or augmentation (ARS). Images as good as random real ones of the same "
             f"number, and no worse than all real data, would score {_neutral():.3f}."
         )
     return text
@@ -107,7 +107,7 @@ def _neutral() -> float:
 
 
 def _classes(ctx: Context, evidence: Evidence) -> str:
-    """Accuracy by class as a table, where they are few enough to read."""
+    """Return accuracy by class as a table, if there are few enough classes."""
     row, matrices = evidence.row, evidence.matrices
     text = (
         f"On `test`, students {row.student} on {row.ipc} {'image' if row.ipc == 1 else 'images'} per class, {row.protocol}, "
@@ -125,14 +125,14 @@ def _percent(value: float) -> str:
     return NONE if np.isnan(value) else f"{value:.1f}"
 
 
-NAMES = {"gaussian": "the Gaussian of each class", "refit": "the Gaussian refitted to what teachers choose"}
+NAMES = {"gaussian": "the Gaussian of each class", "refit": "the Gaussian refitted to draws that the teachers chose"}
 """Candidates that matching does not train."""
 
 
 def _matching(ctx: Context, candidates: Candidates) -> str:
     m, found = ctx.config.matching, candidates.kept(ctx.config.matching.select)
     if found is None:
-        return "The generator's file holds no measurements."
+        return "The generator's file contains no measurements."
     name, kept = found
 
     def line(what: str, one: Mapping[str, Any]) -> list[str]:
@@ -144,8 +144,8 @@ def _matching(ctx: Context, candidates: Candidates) -> str:
     text = (
         f"Quick students ({m.quick_students} × {m.quick_student}, {m.quick_steps:,} steps of {m.quick_batch}) on fresh draws, "
         f"measured on `val`; step 0 is the GAN itself. `matching.select: {m.select}` kept {what}. The shortcut gap "
-        "is their accuracy on fresh generated images minus that on `val`, in points: it grows when the generator writes the class "
-        "into the image as a pattern that only those who saw such images can read."
+        "is their accuracy on fresh generated images minus that on `val`, in points: it grows when the generator encodes the class "
+        "as a pattern that only students trained on such images recognize."
     )
     header = ("generator", "val accuracy %", "standard error", "shortcut gap", "")
     return text + "\n\n" + markdown(header, lines)
@@ -155,9 +155,9 @@ def _near(near: Mapping[str, float]) -> str:
     return (
         f"The median distance from a generated image to the nearest training image is {near['median_generated']:.1f} levels (of 255, "
         f"root mean square over pixels); from a held-out real image (val) it is {near['median_held_out']:.1f}. "
-        f"**{near['close_share']:.1f} %** of generated images lie closer to a training image than the closest 1 % of held-out ones: "
-        "far more than 1 % means that training images are copied, or that images are smoother than real ones. Distances are those of "
-        f"pixels, images larger than {NEAR_SIDE} averaged down to it; a shifted or recoloured copy is not seen."
+        f"**{near['close_share']:.1f} %** of generated images are closer to a training image than the closest 1 % of held-out ones: "
+        "far more than 1 % means that training images are copied, or that images are smoother than real ones. Distances are between "
+        f"pixels, after larger images are averaged down to {NEAR_SIDE} pixels; a shifted or recoloured copy is not found."
     )
 
 
@@ -173,8 +173,8 @@ def _costs(costs: Mapping[str, Mapping[str, Any]]) -> str:
         for name, c in costs.items()
     ]
     total = sum(c["seconds"] or 0 for c in costs.values())
-    text = markdown(("step", "status", "seconds", "images through a network", "ranks"), lines, left=2)
+    text = markdown(("step", "status", "seconds", "images forwarded", "ranks"), lines, left=2)
     return (
-        f"{text}\n\n{total:,.0f} seconds in all. Status: in the invocation that wrote this page; seconds and images: when the step was "
-        "computed (of a resumed step, since it was last resumed)."
+        f"{text}\n\n{total:,.0f} seconds in total. Status: in the run that wrote this page; seconds and images: when the step was "
+        "computed (for a resumed step, since it was last resumed)."
     )

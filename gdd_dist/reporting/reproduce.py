@@ -1,4 +1,4 @@
-"""How to get a report's figures again: settings as a file that --config reads, the command, fingerprints, versions."""
+"""How to reproduce a report: settings as a file for --config, the command, fingerprints, versions."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from gdd_dist.training.context import Context
 
 
 def reproduce(ctx: Context, metrics: Mapping[str, Any]) -> str:
-    """The command and every setting that shapes numbers; those that say where or how fast are left out."""
+    """Return the command and every setting that changes results; those that change only where or how fast are left out."""
     commit = f"git checkout {metrics['commit']}\n" if metrics["commit"] else ""
     ranks = metrics["hardware"]["ranks"]
     start = "python" if ranks == 1 else f"torchrun --nproc_per_node={ranks}"
     return (
-        f"With the data set whose fingerprint stands below (`python -m sharding info DATA` prints it) and the settings in `settings.yaml`:\n\n"
+        f"Use the data set whose fingerprint is below (`python -m sharding info DATA` prints it) and the settings in `settings.yaml`:\n\n"
         f"```sh\n{commit}{start} -m gdd_dist.train --config settings.yaml --data DATA --out OUT\n```\n\n"
         f"```yaml\n{settings_yaml(ctx)}\n```\n\n"
-        "The same numbers, bit for bit, on the same kind of CPU with the same number of ranks and threads; elsewhere up to the order of sums."
+        "The results are equal bit for bit on the same kind of CPU with the same number of ranks and threads; elsewhere up to rounding."
     )
 
 
 def settings_yaml(ctx: Context) -> str:
-    """Every setting that shapes numbers, as YAML that --config reads."""
+    """Return every setting that changes results, as YAML for --config."""
     lines = [f"seed: {ctx.config.seed}", f"precision: {ctx.precision}"]
     for section in SECTIONS:
         lines.append(f"{section}:")
@@ -41,12 +41,12 @@ def _yaml(value: Any) -> str:
 
 
 def provenance_table(fingerprints: Mapping[str, str], metrics: Mapping[str, Any], changed: bool) -> str:
-    """Fingerprints, commit, hardware, versions."""
+    """Return a table of fingerprints, commit, hardware and versions."""
     h, v = metrics["hardware"], metrics["versions"]
     device = "" if h["device"] == "cpu" else f"{h['device']}; "
     lines = [[name, f"`{fp}`"] for name, fp in fingerprints.items()]
     lines += [
-        ["commit", f"`{metrics['commit']}`{', changed since' if changed else ''}" if metrics["commit"] else NONE],
+        ["commit", f"`{metrics['commit']}`{', then changed' if changed else ''}" if metrics["commit"] else NONE],
         ["hardware", f"{device}{h['cpu']}, {h['cores']} cores, {h['ranks']} {'rank' if h['ranks'] == 1 else 'ranks'}"],
         ["versions", ", ".join(f"{name} {number}" for name, number in v.items())],
     ]

@@ -1,4 +1,4 @@
-"""The table of rows, as plain text and as Markdown, and the sentence that sums it up."""
+"""The table of rows, as plain text and as Markdown, and its summary in one sentence."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BALANCED_TOLERANCE = 1e-6
 
 
 def accuracy(mean: float, std: float | None) -> str:
-    """Mean ± standard deviation, in percent."""
+    """Return mean ± standard deviation, in percent."""
     return f"{mean:.1f}" if std is None else f"{mean:.1f} ± {std:.1f}"
 
 
@@ -33,16 +33,16 @@ CELLS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "LRS": lambda r: _number(r.get("lrs"), ".3f"),
     "ARS": lambda r: _number(r.get("ars"), ".3f"),
 }
-"""A column's name → what it shows of a row."""
+"""Name of a column → function of a row that gives its text."""
 WORDS = ("train on", "student", "protocol", "labels")
-"""Aligned to the left; the others hold numbers."""
+"""Columns aligned to the left; the others contain numbers."""
 BUDGET = ("steps", "batch", "images seen", "distinct", "MB")
 RESULT = ("accuracy %", "ceiling share")
 SCORES = ("balanced %", "LRS", "ARS")
-"""Only in Markdown, where a row has them."""
+"""Columns only in Markdown, if a row has values for them."""
 ON_TERMINAL = (*WORDS, "IPC", *BUDGET, *RESULT)
 IN_MARKDOWN = (*WORDS, "IPC", *RESULT, *SCORES, *BUDGET)
-"""Figures first, so that a narrow screen shows them."""
+"""Accuracies come first, so that a narrow screen shows them."""
 
 
 def _number(value: float | None, form: str) -> str:
@@ -50,7 +50,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as plain text for a terminal; a blank line parts budgets."""
+    """Return the rows as plain text for a terminal; blank lines separate budgets."""
     header, rule, *body = ruled(ON_TERMINAL, [[CELLS[c](r) for c in ON_TERMINAL] for r in results], len(WORDS))
     out, last = [header, rule], None
     for r, line in zip(results, body, strict=True):
@@ -61,13 +61,13 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def ruled(header: Sequence[str], lines: Sequence[Sequence[str]], left: int) -> list[str]:
-    """``aligned`` under a header and a rule."""
+    """Return ``aligned`` lines below a header and a rule."""
     rule = ["-" * width for width in _widths([header, *lines])]
     return aligned([header, rule, *lines], left)
 
 
 def aligned(lines: Sequence[Sequence[str]], left: int) -> list[str]:
-    """Lines of plain text whose cells stand below each other; the first ``left`` columns are aligned to the left."""
+    """Return lines of plain text in columns; the first ``left`` columns are aligned to the left, others to the right."""
     widths = _widths(lines)
 
     def one(line: Sequence[str]) -> str:
@@ -82,9 +82,9 @@ def _widths(lines: Sequence[Sequence[str]]) -> list[int]:
 
 
 def markdown(header: Sequence[str], lines: Iterable[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table; the first ``left`` columns are aligned to the left, the others to the right.
+    """Return a Markdown table; the first ``left`` columns are aligned to the left, the others to the right.
 
-    A name that holds HTML or a bar stays a name.
+    HTML and vertical bars in cells are escaped.
     """
     rule = ["---" if i < left else "---:" for i in range(len(header))]
     escaped = [[c.replace("<", "&lt;").replace("|", "\\|") for c in line] for line in lines]
@@ -92,7 +92,7 @@ def markdown(header: Sequence[str], lines: Iterable[Sequence[str]], left: int = 
 
 
 def markdown_table(results: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as Markdown, with the columns that these rows have a use for."""
+    """Return the rows as Markdown, without columns that these rows do not need."""
     unused = {name for name in SCORES if all(CELLS[name](r) == NONE for r in results)}
     if not any(differs(r) for r in results):
         unused.add("balanced %")
@@ -101,13 +101,13 @@ def markdown_table(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def differs(r: Mapping[str, Any]) -> bool:
-    """Whether classes of unequal size in test make balanced accuracy another figure."""
+    """Whether balanced accuracy differs from accuracy, because the classes of test have different sizes."""
     balanced = r.get("balanced_mean")
     return balanced is not None and abs(balanced - r["mean"]) > BALANCED_TOLERANCE
 
 
 def headline(results: Sequence[Mapping[str, Any]]) -> str:
-    """One or two sentences about the first matched row and its neighbours."""
+    """Return one or two sentences about the first matched row and the rows to compare it with."""
     first = next((r for r in results if r["train_on"] == "matched"), None)
     if first is None:
         return "No student was trained on the matched generator."

@@ -28,28 +28,28 @@ CYCLE = ("#3d6fa5", "#c8553d", "#4c9f70", "#8a6fb0", "#b08a3d", "#8a8f98")
 DPI = 120
 LONGEST_NAME = 24
 SHORT_BAR = 25.0
-"""Percent up to which a bar is too short for its label."""
+"""Accuracy in percent up to which a bar is too short for its label."""
 
 Curves = dict[str, tuple[list[int], list[float]]]
 """Tag → (steps, values)."""
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as a PNG file."""
+    """Return the figure as PNG bytes."""
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()
 
 
 def pixels(figure: Figure) -> np.ndarray:
-    """The figure as uint8 [H, W, 3]."""
+    """Return the figure as uint8 [H, W, 3]."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def mosaic(images: np.ndarray, gap: int = 1) -> np.ndarray:
-    """uint8 images [rows, columns, H, W, C] → one picture [H', W', C] with white lines of ``gap`` pixels between them."""
+    """Join uint8 images [rows, columns, H, W, C] to a picture [H', W', C] with white lines of ``gap`` pixels between them."""
     rows, columns, height, width, channels = images.shape
     out = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, channels), 255, dtype=np.uint8)
     for r in range(rows):
@@ -60,12 +60,12 @@ def mosaic(images: np.ndarray, gap: int = 1) -> np.ndarray:
 
 
 def short(name: str) -> str:
-    """A class name that fits an axis; a dollar sign in it begins no formula."""
+    """Shorten a class name for an axis; dollar signs are escaped, so that they do not begin a formula."""
     return (name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…").replace("$", r"\$")
 
 
 def samples_figure(panels: Mapping[str, np.ndarray], names: Sequence[str]) -> Figure:
-    """Panels side by side, title → uint8 images [classes, columns, H, W, C]; a row for each class."""
+    """Draw panels side by side, title → uint8 images [classes, columns, H, W, C]; a row for each class."""
     first = next(iter(panels.values()))
     rows, columns, height = first.shape[:3]
     names = [short(n) for n in names]
@@ -89,14 +89,14 @@ def samples_figure(panels: Mapping[str, np.ndarray], names: Sequence[str]) -> Fi
 
 
 def read_curves(directory: Path) -> Curves:
-    """All scalars of one step's event files; nothing where there are none (a step that another run computed)."""
+    """Return all scalars of one step's event files; empty if there are none (another run computed the step)."""
     if not directory.is_dir():
         return {}
     events = EventAccumulator(str(directory), size_guidance={"scalars": 0, "images": 1, "histograms": 1, "tensors": 1})
     events.Reload()
     found: Curves = {}
     for tag in events.Tags()["scalars"]:
-        points = {e.step: e.value for e in events.Scalars(tag)}  # of a step logged twice the later counts
+        points = {e.step: e.value for e in events.Scalars(tag)}  # if a step was logged twice, the later value counts
         found[tag] = (sorted(points), [points[s] for s in sorted(points)])
     return found
 
@@ -108,13 +108,13 @@ def curves_figure(
     kept: int | None,
     results: Sequence[Mapping[str, Any]],
 ) -> Figure:
-    """What happened in each step, on one page. ``curves``: by step; ``kept``: matching's selected interval."""
+    """Draw the curves of all steps on one page. ``curves``: by step; ``kept``: matching's selected interval."""
     figure = Figure(figsize=(15, 8), dpi=DPI, layout="constrained")
     grid = figure.subplots(2, 3)
     _teachers(grid[0, 0], teachers)
     _losses(grid[0, 1], "GAN: losses", curves.get("gan", {}), ("gan/loss_g", "gan/loss_d"))
     tags = ("matching/loss", "matching/pair", "matching/mean", "matching/adv")
-    _losses(grid[0, 2], "Matching: loss and its parts, unweighted", curves.get("matching", {}), tags)
+    _losses(grid[0, 2], "Matching: loss and its terms, unweighted", curves.get("matching", {}), tags)
     _history(grid[1, 0], history, kept)
     _gap(grid[1, 1], history, kept)
     _accuracies(grid[1, 2], results)
@@ -135,7 +135,7 @@ def _titled(axis: Axes, title: str, x: str, y: str, drawn: bool, why: str = "") 
 
 
 def _teachers(axis: Axes, teachers: Sequence[Mapping[str, Any]]) -> None:
-    """Each training's snapshots, joined."""
+    """Draw the snapshots of each training as a line."""
     names = list(dict.fromkeys(t["architecture"] for t in teachers))
     for i, name in enumerate(names):
         for seed in sorted({t["seed"] for t in teachers if t["architecture"] == name}):
@@ -154,7 +154,7 @@ def _teachers(axis: Axes, teachers: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _losses(axis: Axes, title: str, curves: Curves, tags: Sequence[str]) -> None:
-    """Scalars as they were logged, with a running mean over the last tenth above a faint trace."""
+    """Draw logged scalars as faint lines, with running means over a tenth of the steps on top."""
     drawn = [t for t in tags if t in curves]
     for i, tag in enumerate(drawn):
         steps, values = curves[tag]
@@ -165,7 +165,7 @@ def _losses(axis: Axes, title: str, curves: Curves, tags: Sequence[str]) -> None
         late = np.concatenate([curves[t][1][len(curves[t][1]) // 20 :] for t in drawn])
         low, high = np.quantile(late, [0.002, 0.998])
         pad = 0.08 * (high - low) or 0.1
-        axis.set_ylim(low - pad, high + 3 * pad)  # the legend's place; looking for the best one is slow
+        axis.set_ylim(low - pad, high + 3 * pad)  # space for the legend, because searching for the best place is slow
         axis.legend(frameon=False, fontsize=9, loc="upper right", ncols=4)
     _titled(axis, title, "step", "loss", bool(drawn), "no curve here: the step was computed by another run")
 
@@ -206,7 +206,7 @@ def _mark(axis: Axes, kept: int) -> None:
 
 
 def _accuracies(axis: Axes, results: Sequence[Mapping[str, Any]]) -> None:
-    """The rows of the first student and IPC as bars, grouped by protocol and labels; all real data as a line."""
+    """Draw the rows of the first student and IPC as bars, by protocol and labels; all real data as a line."""
     rows = [r for r in results if r["ipc"] is not None]
     rows = [r for r in rows if (r["student"], r["ipc"]) == (rows[0]["student"], rows[0]["ipc"])]
     groups = list(dict.fromkeys((r["protocol"], r["labels"]) for r in rows))

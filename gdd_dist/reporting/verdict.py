@@ -1,4 +1,4 @@
-"""Did it work? The answer on the report's first screen: differences of paired students with their noise.
+"""The answer to "did it work?" on the report's first screen: differences of paired students with their noise.
 
 A pair is two students of one seed: they share initial weights, order, latents and augmentation, whatever they train on.
 """
@@ -15,8 +15,8 @@ from gdd_dist.evaluation.kinds import kind_of
 from gdd_dist.reporting.tables import markdown
 
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-"""Student's t beyond which a difference is shown (two-sided, 5 %), for 1, 2, … degrees of freedom; for more than 10 that of 10, which
-is stricter."""
+"""Student's t above which a difference is significant (two-sided, 5 %), for 1, 2, … degrees of freedom; above 10 degrees, the
+stricter value of 10 is used."""
 FLOOR, CEILING = "real, drawn once (the floor)", "real, drawn anew (the ceiling)"
 TRIVIAL = "gaussian (the trivial generator)"
 NAMES = {
@@ -27,14 +27,14 @@ NAMES = {
     CEILING: "real images drawn anew each epoch (the ceiling)",
 }
 RIVALS = ("gan", TRIVIAL)
-"""What matching has to beat to have worked."""
+"""Generators that matching must beat to have worked."""
 
 Result = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of paired students, in points of accuracy. ``stderr``: of the mean; None with a single pair."""
+    """A difference of paired students, in points of accuracy. ``stderr``: of the mean; None with a single pair."""
 
     mean: float
     stderr: float | None
@@ -42,7 +42,7 @@ class Difference:
 
     @property
     def shown(self) -> bool:
-        """Whether noise of students alone would give a mean as far from 0 in less than 5 % of such comparisons."""
+        """Whether the noise of students would give a mean so far from 0 in less than 5 % of such comparisons."""
         if self.stderr is None:
             return False
         return abs(self.mean) > T_95[min(self.pairs - 1, len(T_95)) - 1] * self.stderr
@@ -52,7 +52,7 @@ class Difference:
 
 
 def difference(ours: Result, other: Result) -> Difference:
-    """``ours`` minus ``other``, over the student seeds that both rows have. Raises ValueError where they share none."""
+    """Return ``ours`` minus ``other``, over the student seeds of both rows. Raises ValueError if they share none."""
     theirs = dict(zip(other["seeds"], other["accuracies"], strict=True))
     pairs = [a - theirs[seed] for seed, a in zip(ours["seeds"], ours["accuracies"], strict=True) if seed in theirs]
     if not pairs:
@@ -62,7 +62,7 @@ def difference(ours: Result, other: Result) -> Difference:
 
 
 def first_screen(results: Sequence[Result]) -> dict[str, Result]:
-    """Label → row: the first matched row and those beside it, the floor first, the ceiling last."""
+    """Return label → row: the first matched row and its rivals, the floor first, the ceiling last."""
     first = next(r for r in results if r["train_on"] == "matched")
     floor, middle, ceiling = dict[str, Result](), dict[str, Result](), dict[str, Result]()
     for r in results:
@@ -79,13 +79,13 @@ def first_screen(results: Sequence[Result]) -> dict[str, Result]:
 
 
 def differences(shown: Mapping[str, Result]) -> dict[str, Difference]:
-    """The first matched row minus each other."""
+    """Return the differences of the first matched row to each other row."""
     label, ours = next((label, r) for label, r in shown.items() if r["train_on"] == "matched")
     return {other: difference(ours, r) for other, r in shown.items() if other != label}
 
 
 def answer(found: Mapping[str, Difference]) -> str:
-    """Did it work: is the matched generator better than the GAN and than the trivial generator?"""
+    """Return the verdict: is the matched generator better than the GAN and the trivial generator?"""
     rivals = {NAMES[name]: found[name] for name in RIVALS if name in found}
     better = [name for name, d in rivals.items() if d.shown and d.mean > 0]
     worse = [name for name, d in rivals.items() if d.shown and d.mean < 0]
@@ -97,16 +97,16 @@ def answer(found: Mapping[str, Difference]) -> str:
 
 
 def comparison(found: Mapping[str, Difference]) -> str:
-    """The differences as a Markdown table, and what they mean."""
+    """Return the differences as a Markdown table, with a note on their meaning."""
     lines = [[NAMES.get(name, name), str(d), said(d)] for name, d in found.items()]
     pairs = max((d.pairs for d in found.values()), default=0)
     note = (
         f"Difference: mean ± standard error over {pairs} {'pair' if pairs == 1 else 'pairs'} of students with the same seed. "
-        "*Shown*: beyond the noise of students (paired t-test, two-sided, 5 %). The noise of training another generator is not in it."
+        "*Shown*: beyond the noise of students (paired t-test, two-sided, 5 %). It does not include the noise of training another generator."
     )
     return f"{markdown(('matched against', 'points', 'a difference is'), lines)}\n\n{note}"
 
 
 def said(d: Difference) -> str:
-    """Whether a difference is shown, and which way."""
+    """Return whether a difference is significant, and its direction."""
     return ("shown" if d.mean > 0 else "shown: worse") if d.shown else "not shown"

@@ -1,1 +1,1 @@
-"""Processes: ranks, signals, locks, progress, and how a program ends."""
+"""Processes: ranks, signals, locks, progress, and exit statuses."""

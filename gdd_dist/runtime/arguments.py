@@ -1,4 +1,4 @@
-"""What the small programs' command lines share."""
+"""What the command lines of the small programs share."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from sharding import arguments
 
 
 class Parser(arguments.Parser):
-    """With ``--version``, and ``~`` wherever a path may stand."""
+    """A parser with ``--version`` that expands ``~`` in every value."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.add_argument("--version", action="version", version=f"gdd_dist {__version__}")
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """As argparse; ``~`` is the home directory behind ``=`` too, where shells leave it alone."""
+        """Parse as argparse does; ``~`` is also expanded after ``=``, where shells do not expand it."""
         given = sys.argv[1:] if args is None else args
         split = [a.partition("=") if a.startswith("--") else ("", "", a) for a in given]
         return super().parse_args([name + eq + os.path.expanduser(value) for name, eq, value in split], namespace)

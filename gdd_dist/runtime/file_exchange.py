@@ -1,7 +1,7 @@
-"""Hosts that do not share a disk: what a step left on one of them is sent to the others through the process group.
+"""Hosts that do not share a disk: the files of a step are sent from one host to the others through the process group.
 
-Whether a disk is shared is found out at the start, not configured: rank 0 writes a file of a name never seen before, the others
-look for it. Every file that arrives is checked by its sha256 before it gets its name.
+Whether a disk is shared is detected at the start, not configured: rank 0 writes a file with a new random name, and the others
+look for it. The sha256 of every received file is checked before the file gets its final name.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ PATIENCE = 3.0
 
 
 class Disks:
-    """Who shares rank 0's disk. Without a world, or where all do, everything here does nothing.
+    """Which ranks share rank 0's disk. Without a world, or if all ranks share it, the methods do nothing.
 
-    One rank looks after each disk: rank 0, and the first rank of each host that lacks rank 0's. Files go between these alone, in
-    few messages; the others wait in a barrier, which is no collective.
+    One rank is responsible for each disk: rank 0, and the first rank of each host that does not see rank 0's disk. Only these
+    ranks send files, in few messages; the others wait in a barrier through the store, which is not a collective.
     """
 
     def __init__(self, world: World | None = None, root: Path = Path()) -> None:
@@ -51,7 +51,7 @@ class Disks:
         return not self.apart
 
     def among(self, world: World) -> Disks:
-        """The same disks, as far as ``world``, this one's first ranks, uses them. All ranks of this one call it."""
+        """Return the disks that ``world``, a part of this world with its first ranks, uses. All ranks of this world call it."""
         fewer = copy.copy(self)
         fewer._world, fewer.apart = world, frozenset(r for r in self.apart if r < world.size)
         fewer._keepers = [r for r in self._keepers if r < world.size]
@@ -59,8 +59,8 @@ class Disks:
         return fewer
 
     def share(self, directory: Path, patterns: Sequence[str]) -> None:
-        """Afterwards every host has each file below ``directory`` that any host has, the longest of each name: some are only ever
-        appended to. All ranks call it.
+        """Give every host each file below ``directory`` that any host has. Of files with one name the longest is sent, because some
+        files are only appended to. All ranks call it.
         """
         if self._world is None or self._hosts is None:
             return
@@ -74,7 +74,7 @@ class Disks:
         self._world.barrier()
 
     def mirror(self, directory: Path, patterns: Sequence[str]) -> None:
-        """Afterwards every host has rank 0's files below ``directory``, and rank 0's version of each. All ranks call it."""
+        """Give every host rank 0's version of each file below ``directory``. All ranks call it."""
         if self._world is None or self._hosts is None:
             return
         if self._hosts.rank >= 0:
@@ -86,19 +86,19 @@ class Disks:
         self._world.barrier()
 
     def bring(self, store: Store, step: str, fp: str) -> None:
-        """A step that is finished on rank 0's host becomes finished on every host."""
+        """Send a step that is finished on rank 0's host to every other host."""
         if self._world is None or self._hosts is None:
             return
         partial, whole = store.partial(step, fp), store.path(step, fp)
         if self._hosts.rank > 0 and partial.exists():
             shutil.rmtree(partial / CHECKPOINTS, ignore_errors=True)
             if not whole.exists():
-                os.rename(partial, whole)  # without its list of contents it does not count as finished
+                os.rename(partial, whole)  # without its list of contents, the step is not finished
         self._world.barrier()
         self.mirror(whole, ["*"])
 
     def _send(self, path: Path, source: int, size: int, lacks: Sequence[bool]) -> None:
-        """One file of ``size`` bytes, in pieces, from host ``source`` to those that lack it; one rank of each host listens."""
+        """Send one file of ``size`` bytes, in pieces, from host ``source`` to one rank of each host that lacks it."""
         hosts = self._hosts
         assert hosts is not None
         here, writes = hosts.rank == source, lacks[hosts.rank]
@@ -123,14 +123,14 @@ class Disks:
             if found.digest() != sha256.numpy().tobytes():
                 temporary.unlink()
                 raise UserError(
-                    f"{path} was damaged on its way from rank {self._keepers[source]}; run the same command again"
+                    f"{path} was damaged while it was sent from rank {self._keepers[source]}; run the same command again"
                 )
             os.replace(temporary, path)
             fsync_dir(path.parent)
 
 
 def _listed(directory: Path, patterns: Sequence[str], about: Callable[[Path], Any]) -> dict[str, Any]:
-    """Files below ``directory`` by name, and what is said of each."""
+    """Return file name → ``about(path)`` for the files below ``directory``."""
     return {str(p.relative_to(directory)): about(p) for p in _files(directory, patterns)}
 
 
@@ -140,7 +140,7 @@ def _files(directory: Path, patterns: Sequence[str]) -> Iterator[Path]:
 
 
 def _who_sees(world: World, root: Path) -> list[Any]:
-    """By rank, whether it sees a file that rank 0 writes into ``root``."""
+    """Return for each rank whether it sees a file that rank 0 writes into ``root``."""
     root.mkdir(parents=True, exist_ok=True)
     name = world.broadcast(f".shared-{uuid.uuid4().hex}" if world.is_main else None)
     if world.is_main:

@@ -1,4 +1,4 @@
-"""Process groups: the interface they listen on, means over them."""
+"""Process groups: their network interface, and means over their ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 @contextmanager
 def on_loopback(wanted: bool) -> Iterator[None]:
-    """Ranks that are all on this host listen on loopback alone, unless the user has chosen an interface."""
+    """If all ranks are on this host, listen only on loopback, unless the user has chosen an interface."""
     name = "GLOO_SOCKET_IFNAME"
     up = False
     with suppress(OSError, ValueError):
@@ -30,7 +30,7 @@ def on_loopback(wanted: bool) -> Iterator[None]:
 
 
 def mean_over_ranks(values: Mapping[str, torch.Tensor], size: int, group: Any = None) -> dict[str, float]:
-    """The means of scalar tensors over the ``size`` ranks of ``group`` (None: all there are), which all join."""
+    """Return the means of scalar tensors over the ``size`` ranks of ``group`` (None: all ranks). All of them call it."""
     stacked = torch.stack([v.detach().float() for v in values.values()])
     if size > 1:
         dist.all_reduce(stacked, group=group)

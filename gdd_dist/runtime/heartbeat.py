@@ -1,8 +1,8 @@
-"""Signs of life: a rank that is busy for hours is there, one that is stopped or lost is missed after ``timeout`` seconds.
+"""Heartbeats: a rank may be busy for hours, but one that is stopped or lost is noticed after ``timeout`` seconds.
 
-Each rank has a thread that says at short intervals that the rank lives, and at which step it is. Rank 0 watches all ranks,
-the others watch rank 0. A rank counts the seconds of silence itself, and only while it is running: clocks of two hosts are
-never compared, and when a whole job was suspended no rank is missed. The same thread passes on that the job is to stop.
+A thread of each rank sends a heartbeat with the current step at short intervals. Rank 0 watches all ranks, and the others
+watch rank 0. Each rank counts the seconds without a heartbeat itself, and only while it is running, so clocks of two hosts are
+never compared, and no rank is reported after a whole job was suspended. The same thread passes on a request to stop.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from gdd_dist.runtime.process_identity import born, local, me
 from gdd_dist.runtime.signals import asked, end_with
 
 PEER_GRACE = 5.0
-"""Seconds that the main thread has to leave by itself when another rank has failed."""
+"""Seconds in which the main thread can exit by itself after another rank has failed."""
 
 
-END = "see what stopped it, then run the same command again: it goes on from the last checkpoint"
+END = "find out what stopped it, then run the same command again to continue from the last checkpoint"
 
 
 class Watch:
-    """How long each of ``ranks`` has given no sign; ``step`` is the longest time that one look may add."""
+    """How long each of ``ranks`` has sent no heartbeat; ``step`` is the longest time that one look may add."""
 
     def __init__(self, ranks: Iterable[int], step: float) -> None:
         self._seen: dict[int, bytes | None] = dict.fromkeys(ranks)
@@ -36,7 +36,7 @@ class Watch:
         self._step = step
 
     def look(self, beats: Mapping[int, bytes | None], passed: float) -> dict[int, float]:
-        """``beats`` as they stand now (None: never yet) and the seconds since the last look → age of each rank in seconds."""
+        """Take the latest ``beats`` (None: none yet) and the seconds since the last look; return each rank's age in seconds."""
         for rank, last in self._seen.items():
             same = beats.get(rank) == last
             self._ages[rank] = self._ages[rank] + min(passed, self._step) if same else 0.0
@@ -45,10 +45,10 @@ class Watch:
 
 
 class Pulse:
-    """Gives this rank's signs of life and watches those of others. ``where``: the step that this rank is at.
+    """Sends this rank's heartbeats and watches those of others. ``where``: returns the step of this rank.
 
-    ``claim``: whether this rank may report a fault. It is asked through the connection of this thread, because the main thread
-    may be waiting in its own.
+    ``claim``: returns whether this rank may report a fault. It uses this thread's connection, because the main thread may be
+    waiting in its own connection.
     """
 
     def __init__(
@@ -64,21 +64,21 @@ class Pulse:
         threading.Thread(target=self._guard, daemon=True, name="guard").start()
 
     def quiet(self) -> None:
-        """This rank reports a fault itself: its signs go on, but it acts on nobody's silence."""
+        """This rank reports a fault itself: it still sends heartbeats, but no longer reacts to missing ones."""
         self._quiet.set()
 
     def close(self) -> None:
-        """This rank leaves in good order."""
+        """Stop the thread, because this rank ends normally."""
         self._quiet.set()
         self._stop.set()
 
     def beat(self, store: Any) -> None:
-        """Give a sign of life now, through this connection."""
+        """Send a heartbeat now, through this connection."""
         store.set(f"beat/{self._rank}", json.dumps({**me(), "n": self._beats + 1, "step": self._where()}))
         self._beats += 1
 
     def read(self, ranks: Iterable[int]) -> dict[int, bytes | None]:
-        """The last sign of each rank, None of one that never gave any."""
+        """Return the last heartbeat of each rank, None if it never sent one."""
         ranks = list(ranks)
         self._known |= {r for r in ranks if r not in self._known and self._store.check([f"beat/{r}"])}
         here = [r for r in ranks if r in self._known]
@@ -107,8 +107,8 @@ class Pulse:
             (self._stop if asked.heard.is_set() else asked.heard).wait(self.interval)
 
     def _pass_on(self, told: bool) -> bool:
-        """Tell the others that the job is to stop, or hear it from them."""
-        number = asked.number  # read once: a signal that comes while the store is asked is passed on by the next call
+        """Tell the others that the job must stop, or learn it from them."""
+        number = asked.number  # read once; a signal during the store access is passed on by the next call
         if number and not told:
             self._store.set("stop", str(number))
         elif not number and self._store.check(["stop"]):
@@ -116,13 +116,13 @@ class Pulse:
         return bool(number)
 
     def _miss(self, rank: int, beat: bytes | None) -> None:
-        what = f"error: {describe(rank, beat)} has given no sign of life for {self._timeout:g} s; {END}"
+        what = f"error: {describe(rank, beat)} has sent no heartbeat for {self._timeout:g} s; {END}"
         mine = self._claim(self._store)
         _kill_if_here(beat)
         end_with(2, what if mine else f"stopped: rank {self._rank}, because another rank failed")
 
     def _guard(self) -> None:
-        """Leave when the store itself no longer answers: its host is gone without a word, or cut off."""
+        """Exit when the store no longer responds, because its host or the connection to it was lost."""
         age, beats = 0.0, -1
         while not self._stop.wait(self.interval):
             age, beats = (age + self.interval if beats == self._beats else 0.0), self._beats
@@ -134,34 +134,34 @@ class Pulse:
 
 
 def lives(beat: bytes | None) -> bool | None:
-    """Whether the process that gave this sign of life is there; None where it can not be looked up: on another host."""
+    """Whether the process that sent this heartbeat still exists; None on another host, where it cannot be looked up."""
     last = json.loads(beat) if beat else {}
     return born(last["pid"]) == last["born"] if local(last) else None
 
 
 def _kill_if_here(beat: bytes | None) -> None:
-    """End a process of this host that has stood still for too long: torchrun would wait 30 s before it does."""
+    """Kill a process of this host that hung for too long; torchrun would wait another 30 s."""
     if beat and lives(beat):
         with suppress(OSError):
             os.kill(json.loads(beat)["pid"], signal.SIGKILL)
 
 
 def _first_here() -> bool:
-    """True for the first rank of this job on this host that asks: for when the ranks cannot ask each other."""
+    """Return True for the first rank of this job on this host that calls it; used when ranks cannot communicate."""
     name = f"\0gdd_dist-{os.environ.get('MASTER_ADDR')}-{os.environ.get('MASTER_PORT')}"
     try:
         _claim.bind(name)
     except OSError:
         return False
-    return True  # the name is free again when this process has left
+    return True  # the socket name is free again after this process ends
 
 
 _claim = socket.socket(socket.AF_UNIX)
 
 
 def describe(rank: int, beat: bytes | None) -> str:
-    """Rank, process, host and step, as far as its last sign of life says."""
+    """Return rank, process, host and step, as known from its last heartbeat."""
     if beat is None:
-        return f"rank {rank}, which never came,"
+        return f"rank {rank}, which never joined,"
     last = json.loads(beat)
     return f"rank {rank} (process {last['pid']} on {last['host']}, in step {last['step']})"

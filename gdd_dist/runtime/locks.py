@@ -1,4 +1,4 @@
-"""Lock files that name their holder, with a heartbeat: they work where flock does not, and a dead holder does not keep them."""
+"""Lock files that name their holder and have a heartbeat: they work without flock, and a dead holder's lock is taken over."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from sharding.errors import UserError
 HEARTBEAT = 5.0
 DEAD_AFTER = 60.0
 LEFT_BEHIND = 3600.0
-"""Seconds after which a temporary file belongs to nobody."""
+"""Age in seconds from which a temporary file is treated as abandoned."""
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _UNREADABLE = {"host": "an unknown host", "pid": "?", "born": None, "since": "an unknown time", "id": "unreadable"}
 
 
 class Lock:
-    """One holder at a time, who touches the file every few seconds.
+    """A lock with one holder at a time, which touches the file every few seconds.
 
-    A lock whose holder is dead is taken over. A holder of this host is dead when its process is gone; one of another host when the
-    file was not touched for a minute, by the clock of the file system. Of several that want to take over, the one that creates
-    the marker named after the dead holder's id does. A holder that finds its lock taken over, say after its host was
-    suspended, ends at once: two jobs must not write one directory.
+    A lock whose holder is dead is taken over. A holder on this host is dead when its process does not exist; one on another host
+    when the file was not touched for a minute, by the clock of the file system. If several processes want to take it over, the
+    one that creates the marker named after the dead holder's id does. A holder that finds its lock taken over, for example
+    after its host was suspended, exits at once, because two jobs must not write into one directory.
     """
 
     def __init__(self, path: Path) -> None:
@@ -40,10 +40,10 @@ class Lock:
         self._stop = threading.Event()
         self._touched: float | None = None
         self.moved = False
-        """Whether the holder's heartbeat was seen to move."""
+        """Whether the file's time was seen to change, so that the holder is alive."""
 
     def try_acquire(self) -> dict[str, Any] | None:
-        """None when acquired, else the holder {host, pid, since, id, local}; local: its process can be looked up here."""
+        """Return None if acquired, else the holder {host, pid, since, id, local}; local: its process can be looked up here."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(f".tmp-{self._id}")
         temporary.write_text(json.dumps({**me(), "since": time.strftime("%Y-%m-%d %H:%M:%S"), "id": self._id}))
@@ -51,7 +51,7 @@ class Lock:
         try:
             while not self._create(self.path, temporary):
                 holder = self._read(self.path)
-                if holder is None:  # given back just now
+                if holder is None:  # it was released just now
                     continue
                 if not self._dead(self.path, holder, now) or not self._take_over(temporary, holder, now):
                     return {**holder, "local": local(holder)}
@@ -65,13 +65,13 @@ class Lock:
         return None
 
     def holder(self) -> dict[str, Any] | None:
-        """The living holder {host, pid, since, id}, None if there is none; takes and writes nothing, so this host's clock must do."""
+        """Return the living holder {host, pid, since, id}, or None. Writes nothing, so ages are measured by this host's clock."""
         holder = self._read(self.path)
         return None if holder is None or self._dead(self.path, holder, time.time()) else holder
 
     @staticmethod
     def _create(path: Path, temporary: Path) -> bool:
-        """Make ``path`` hold what ``temporary`` does, unless it exists."""
+        """Make ``path`` a link to the content of ``temporary``, unless it exists."""
         try:
             os.link(temporary, path)
         except FileExistsError:
@@ -92,7 +92,7 @@ class Lock:
         if not self._create(marker, temporary):
             taker = self._read(marker)
             if taker is not None and self._dead(marker, taker, now):
-                marker.unlink(missing_ok=True)  # it died as it took over
+                marker.unlink(missing_ok=True)  # its owner died while taking over
             return False
         try:
             if self._read(self.path) != holder:
@@ -103,14 +103,14 @@ class Lock:
         return True
 
     def _sweep_markers(self, now: float) -> None:
-        """Remove what takers left who died just after they took over."""
+        """Remove the markers of processes that died just after they took over."""
         for marker in self.path.parent.glob(f"{self.path.name}.*.dead"):
             taker = self._read(marker)
             if taker is not None and self._dead(marker, taker, now):
                 marker.unlink(missing_ok=True)
 
     def release(self) -> None:
-        """Give the lock back."""
+        """Release the lock."""
         self._stop.set()
         _held.discard(self)
         holder = self._read(self.path)
@@ -119,7 +119,7 @@ class Lock:
 
     @staticmethod
     def _read(path: Path) -> dict[str, Any] | None:
-        """Who holds a lock, None if nobody does; of one that a crash of its host left empty, its age alone counts."""
+        """Return the holder, or None. A lock file emptied by a crash of its host has an unknown holder, judged only by its age."""
         try:
             text = path.read_text(errors="replace")
         except FileNotFoundError:
@@ -130,11 +130,11 @@ class Lock:
             return dict(_UNREADABLE)
 
     def _dead(self, path: Path, holder: Mapping[str, Any], now: float) -> bool:
-        """Whether the holder of ``path`` is gone."""
+        """Whether the holder of ``path`` is dead."""
         if local(holder):
             return born(holder["pid"]) != holder["born"]
         try:
-            with path.open("rb") as stream:  # opened, so that a network file system looks again
+            with path.open("rb") as stream:  # opening makes a network file system refresh the time
                 touched = os.fstat(stream.fileno()).st_mtime
         except FileNotFoundError:
             return False
@@ -147,8 +147,8 @@ class Lock:
             with suppress(OSError):
                 holder = self._read(self.path)
                 if holder and holder["id"] != self._id and not self._stop.is_set():
-                    who = f"process {holder['pid']} on {holder['host']} while this process stood still"
-                    end_with(2, f"error: {self.path} was taken over by {who}; leave it to that one")
+                    who = f"process {holder['pid']} on {holder['host']} while this process was suspended"
+                    end_with(2, f"error: {self.path} was taken over by {who}; let that process continue")
                 os.utime(self.path)
 
 
@@ -164,7 +164,7 @@ at_end(_release_all)
 
 
 def _sweep(directory: Path, now: float) -> None:
-    """Remove temporary files that killed processes left long ago; younger ones may belong to another job."""
+    """Remove old temporary files of killed processes; newer ones may belong to another job."""
     for path in (*directory.glob(".tmp-*"), *directory.glob(".*.tmp")):
         with suppress(OSError):
             if now - path.lstat().st_mtime > LEFT_BEHIND:
@@ -173,7 +173,7 @@ def _sweep(directory: Path, now: float) -> None:
 
 @contextmanager
 def holding(lock: Lock, busy: Callable[[Mapping[str, Any]], None]) -> Iterator[None]:
-    """Hold ``lock``; while another holds it, call ``busy(holder)``, which raises or returns to wait on."""
+    """Hold ``lock``. While another process holds it, ``busy(holder)`` is called, which raises, or returns to keep waiting."""
     while (holder := lock.try_acquire()) is not None:
         busy(holder)
         time.sleep(0.5)
@@ -184,6 +184,6 @@ def holding(lock: Lock, busy: Callable[[Mapping[str, Any]], None]) -> Iterator[N
 
 
 def in_use(out: Path, holder: Mapping[str, Any]) -> UserError:
-    """What to say of a run directory that another job holds."""
+    """Return the error for a run directory that another job holds."""
     who = f"process {holder['pid']} on {holder['host']} since {holder['since']}"
     return UserError(f"{out} is in use by {who}; wait for it, or choose another --out")

@@ -1,4 +1,4 @@
-"""How much memory there is, how much this process or its device takes, and how much the tensors of a piece of code."""
+"""Measures the memory of the host or GPU, of this process, and of the tensors that a function creates."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 CUDA_CONTEXT = 600 * 2**20
-"""What a CUDA process takes beside its tensors: context, cuBLAS and cuDNN handles."""
+"""Bytes that a CUDA process needs besides its tensors: context, cuBLAS and cuDNN handles."""
 
 
 def tensors_of(step: Callable[[], object]) -> int:
-    """Bytes of all tensors that a step makes, at their peak."""
+    """Return the peak bytes of all tensors that a step creates."""
     with _Tensors() as found:
         step()
     return found.peak
 
 
 class _Tensors(TorchDispatchMode):
-    """Follows storages from the operation that makes them to their end."""
+    """Tracks storages from the operation that creates them until they are freed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,22 +58,22 @@ class _Tensors(TorchDispatchMode):
 
 
 def reset_peak(device: torch.device) -> None:
-    """Give back what is free, and start the peak from what is left."""
+    """Return unused memory to the system, and restart the peak at the current use."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         return
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone; it keeps freed memory otherwise
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has it, and keeps freed memory without it
     if trim is not None:
         trim(0)
-    with suppress(OSError):  # elsewhere the peak is that of the process since its start
+    with suppress(OSError):  # without this file, the peak is since the start of the process
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes at the peak since ``reset_peak``: what this process allocated, or tensors of the CUDA device and its context.
+    """Return peak bytes since ``reset_peak``: allocated by this process, or tensors of the CUDA device and its context.
 
-    Pages of files (libraries, shards) are left out: the kernel drops and reads them again as it likes.
+    Pages of files (libraries, shards) are left out, because the kernel can drop them and read them again.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) + CUDA_CONTEXT
@@ -84,18 +84,18 @@ def peak_memory(device: torch.device) -> int:
 
 
 def file_pages(device: torch.device) -> int:
-    """Bytes of files in this process's resident set; 0 where unknown, or where memory is a CUDA device's."""
+    """Return bytes of files in this process's resident set; 0 if unknown, or for a CUDA device."""
     return 0 if device.type == "cuda" else _kernel("RssFile")
 
 
 def free_memory() -> int:
-    """Bytes of memory that this host can still give, the page cache that it may drop included."""
+    """Return bytes of memory available on this host, including the page cache that the kernel can drop."""
     free = _kernel("MemAvailable", "/proc/meminfo")
     return free or os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def all_memory(device: torch.device) -> int:
-    """Bytes of a GPU, else of this host or of the container it is."""
+    """Return total bytes of a GPU, else of this host or container."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -105,7 +105,7 @@ def all_memory(device: torch.device) -> int:
 
 
 def _kernel(name: str, file: str = "/proc/self/status") -> int:
-    """Bytes that the kernel's file says of ``name``, 0 where it says nothing."""
+    """Return the bytes of entry ``name`` in a file of the kernel, 0 if it is missing."""
     with suppress(OSError):
         for line in Path(file).read_text().splitlines():
             if line.startswith(f"{name}:"):

@@ -1,4 +1,4 @@
-"""Who a process is, for locks and heartbeats: looked up by others, it is not taken for another that got its number."""
+"""Identifies a process for locks and heartbeats, so that another process that reuses its pid is not mistaken for it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sharding.errors import UserError
 
 
 def me() -> dict[str, Any]:
-    """This process, {host, space, pid, born}, so that others can look it up. ``space``: where its number means something."""
+    """Return this process as {host, space, pid, born}, so that others can look it up. ``space``: where its pid is valid."""
     return {
         "host": socket.gethostname(),
         "space": _space(),
@@ -23,7 +23,7 @@ def me() -> dict[str, Any]:
 
 
 def _space() -> str | None:
-    """This boot of this machine and this container's process numbers: hosts and containers may share a name."""
+    """Return ids of this boot and of this pid namespace, because hosts and containers may have the same name."""
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
@@ -31,14 +31,14 @@ def _space() -> str | None:
 
 
 def local(holder: Mapping[str, Any]) -> bool:
-    """Whether that process can be looked up from this one."""
+    """Whether the process can be looked up from this one."""
     return holder.get("born") is not None and holder.get("space") is not None and holder["space"] == _space()
 
 
 def born(pid: int) -> int | None:
-    """When a process began, in clock ticks since boot, so that a reused number is not taken for its former owner.
+    """Return the start time of a process, in clock ticks since boot, which tells it from an earlier process with its pid.
 
-    None for one that has ended, even if its parent has not looked (in containers the first process often never does).
+    None if it has ended, even if its parent has not collected it (the first process of a container often never does).
     """
     with suppress(OSError):
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -47,13 +47,13 @@ def born(pid: int) -> int | None:
 
 
 def place() -> tuple[int, int, int, int]:
-    """(rank, size, local rank, local size) as the launcher has set them; one process alone without. Raises UserError."""
-    # deepspeed's launcher has a name of its own for the last
+    """Return (rank, size, local rank, local size) as set by the launcher, or one single process. Raises UserError."""
+    # deepspeed's launcher has its own name for the local size
     local_size = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in os.environ else "LOCAL_SIZE"
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", local_size: "1"}
     given = {name: os.environ.get(name) or default for name, default in defaults.items()}
     rank, size, local, here = (int(v) if v.isdecimal() else -1 for v in given.values())
     if not (0 <= rank < size and local >= 0 and here >= 1):
         words = ", ".join(f"{name}={value}" for name, value in given.items())
-        raise UserError(f"{words} in the environment do not fit; start with torchrun, or unset them")
+        raise UserError(f"{words} in the environment are not valid; start with torchrun, or unset them")
     return rank, size, local, here

@@ -1,4 +1,4 @@
-"""How ranks meet: the store that they share, and which of them reports a fault from before the meeting."""
+"""How ranks find each other: the store that they share, and which rank reports a fault before they have joined."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ from sharding.errors import UserError
 _POLL = 0.002
 _A_YEAR = datetime.timedelta(days=365)
 _SOON, _LATER = datetime.timedelta(seconds=30), datetime.timedelta(seconds=120)
-"""How long rank 0, which hosts the store, and the others try to tell of a fault that came before they met."""
+"""How long rank 0, which hosts the store, and the other ranks try to report a fault from before the rendezvous."""
 _AGAIN = datetime.timedelta(seconds=5)
-"""How long one try to reach the store a second time takes, where its host may have left since."""
+"""Timeout of one attempt to open a second connection to the store, whose host may have exited."""
 _RESOLVE = 60.0
-"""Seconds within which the name of rank 0's host must come to resolve: in a new cluster it does so late."""
+"""Seconds to wait until the name of rank 0's host resolves; in a new cluster this takes a while."""
 _ECHO = 60.0
-"""Seconds that the others give rank 0 to say who is missing."""
+"""Seconds that the other ranks wait for rank 0 to report who is missing."""
 
 
 def meet(rank: int, size: int, timeout: float) -> Any:
-    """A store that the ranks of this attempt share, and none of an attempt before it (torchrun's own outlives a restart).
+    """Return a store for the ranks of this attempt only (torchrun's own store survives a restart).
 
-    Each rank says a fresh word; what rank 0 says is of this attempt if it repeats that word. Nobody leaves the meeting before
-    all are there: rank 0, which may host the store, leaves the job when a rank fails that has not come. Raises UserError
-    when one does not come within ``timeout`` seconds, PeerError when one failed.
+    Each rank writes a random word; a reply of rank 0 that repeats it belongs to this attempt. No rank returns before all have
+    joined, because rank 0, which may host the store, exits when a rank fails before joining. Raises UserError when a rank
+    does not join within ``timeout`` seconds, PeerError when one failed.
     """
     store = _store(rank, size, timeout)
     try:
         return dist.PrefixStore(_meet(store, rank, size, timeout), store)
-    except dist.DistError as e:  # rank 0 hosted it, and has left
-        raise PeerError("the store is gone") from e
+    except dist.DistError as e:  # rank 0 hosted it, and has exited
+        raise PeerError("the connection to the store was lost") from e
 
 
 def second_connection(store: Any) -> Any:
-    """Another connection to the store that `meet` returned, for a thread of its own: one that waits holds its connection.
+    """Return another connection to the store of `meet`, for another thread, because a waiting thread blocks its connection.
 
-    Raises PeerError where the store's host has left. The first connection tells that at once, a new one would be tried for long.
+    Raises PeerError if the store's host has exited. The first connection shows that at once; a new one would retry for long.
     """
-    store.set_timeout(_AGAIN)  # its copy takes this over
+    store.set_timeout(_AGAIN)  # the copy inherits this timeout
     other = None
     try:
         while other is None:
@@ -55,14 +55,14 @@ def second_connection(store: Any) -> Any:
             with suppress(dist.DistError):
                 other = store.clone()
     except dist.DistError as e:
-        raise PeerError("the store is gone") from e
+        raise PeerError("the connection to the store was lost") from e
     for connection in (store, other):
-        connection.set_timeout(_A_YEAR)  # from here on it is heartbeats that tell who is gone
+        connection.set_timeout(_A_YEAR)  # from here on, heartbeats show which rank is lost
     return other
 
 
 def _meet(store: Any, rank: int, size: int, timeout: float) -> str:
-    """The name of this attempt, once all ranks are there."""
+    """Return the name of this attempt after all ranks have joined."""
     word, wait = uuid.uuid4().hex[:16], _POLL
     deadline = time.monotonic() + timeout + (0 if rank == 0 else _ECHO)
     store.set(f"hello/{rank}", word)
@@ -81,27 +81,29 @@ def _meet(store: Any, rank: int, size: int, timeout: float) -> str:
         time.sleep(wait)
         wait = min(wait * 1.5, 0.1)
     who = "rank " + ", ".join(map(str, missing))
-    raise UserError(f"{who} of {size} did not come within {timeout:g} s; see that all are started, or raise --timeout")
+    raise UserError(
+        f"{who} of {size} did not join within {timeout:g} s; check that all are running, or raise --timeout"
+    )
 
 
 def _store(rank: int, size: int, timeout: float) -> Any:
-    """torchrun's store; without torchrun rank 0 hosts one, and does not return before all have reached it."""
+    """Return torchrun's store; without torchrun, rank 0 hosts one, and returns after all ranks have connected."""
     limit = datetime.timedelta(seconds=timeout + (0 if rank == 0 else _ECHO))
     _check_address(timeout)
     try:
         store, _, _ = next(iter(dist.rendezvous("env://", timeout=limit)))
     except dist.DistError as e:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        why = "see that all are started, or raise --timeout"
-        raise UserError(f"{size} ranks did not meet at {where} within {timeout:g} s; {why}") from e
+        why = "check that all are running, or raise --timeout"
+        raise UserError(f"{size} ranks did not connect at {where} within {timeout:g} s; {why}") from e
     return store
 
 
 def _check_address(timeout: float) -> None:
-    """Raise UserError where MASTER_ADDR and MASTER_PORT are not set or lead nowhere: torch would try for ``timeout`` seconds."""
+    """Raise UserError if MASTER_ADDR and MASTER_PORT are missing or wrong, because torch would retry for ``timeout`` seconds."""
     if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
         cure = "set them to rank 0's host and a free port, or start with torchrun"
-        raise UserError(f"RANK and WORLD_SIZE are set but {' and '.join(missing)} not; {cure}")
+        raise UserError(f"RANK and WORLD_SIZE are set, but not {' and '.join(missing)}; {cure}")
     host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     if not (port.isdigit() and 0 < int(port) < 65536):
         raise UserError(f"MASTER_PORT is {port!r}; set it to the number of a free port of {host}")
@@ -112,13 +114,13 @@ def _check_address(timeout: float) -> None:
             return
         except (OSError, UnicodeError) as e:
             if time.monotonic() > deadline:
-                cure = "see that it is rank 0's host, or add it to /etc/hosts"
+                cure = "check that it is rank 0's host, or add it to /etc/hosts"
                 raise UserError(f"MASTER_ADDR {host} does not resolve on this host ({e}); {cure}") from None
         time.sleep(1.0)
 
 
 def _call(store: Any, word: str, size: int) -> list[int]:
-    """Rank 0 repeats all words it hears; returns the ranks that have not answered to it."""
+    """Let rank 0 repeat all words it has received; returns the ranks that have not confirmed this."""
     there = [r for r in range(1, size) if store.check([f"hello/{r}"])]
     words = [w.decode() for w in store.multi_get([f"hello/{r}" for r in there])] if there else []
     store.set("session", json.dumps([word, words]))
@@ -130,7 +132,7 @@ def _call(store: Any, word: str, size: int) -> list[int]:
 
 
 def _answer(store: Any, word: str) -> str:
-    """The name of the attempt, "" while rank 0 has not repeated this rank's word or has not heard of all ranks."""
+    """Return the name of the attempt, "" while rank 0 has not repeated this rank's word, or not all ranks have joined."""
     if not store.check(["session"]):
         return ""
     session, words = json.loads(store.get("session"))
@@ -141,16 +143,16 @@ def _answer(store: Any, word: str) -> str:
 
 
 def failed_early() -> str:
-    """The key of a fault before the ranks have met, in this attempt."""
+    """Return the key of a fault before the ranks have joined, in this attempt."""
     return f"failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
 
 
 def claim_before_joining() -> bool:
-    """True for the first of the ranks that fail before they join the others (wrong settings, no data on this host)."""
+    """Return True for the first rank that fails before joining (wrong settings, no data on this host)."""
     try:
         _check_address(0.0)
         limit = _SOON if os.environ.get("RANK", "0") == "0" else _LATER
         store, _, _ = next(iter(dist.rendezvous("env://", timeout=limit)))
         return bool(store.add(failed_early(), 1) == 1)
-    except (RuntimeError, UserError):  # no store within reach
+    except (RuntimeError, UserError):  # the store cannot be reached
         return os.environ.get("RANK", "0") == "0"

@@ -1,6 +1,6 @@
-"""Signals to this process: asked to stop (SIGTERM, SIGUSR1: preemption), interrupted (SIGINT), its torchrun gone.
+"""Signals to this process: a request to stop (SIGTERM, SIGUSR1: preemption), an interrupt (SIGINT), the end of its torchrun.
 
-A handler of Python waits while the main thread is inside a collective, and torchrun kills after 30 s: so a thread listens.
+A thread listens for them, because Python's own handlers cannot run while the main thread is inside a collective.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from contextlib import suppress
 from typing import NoReturn
 
 GRACE = 15.0
-"""Seconds that ranks have to agree to stop; launchers must give the job more (torchrun, SLURM, Kubernetes: 30 s)."""
+"""Seconds in which ranks must agree to stop; launchers must allow the job more (torchrun, SLURM, Kubernetes: 30 s)."""
 LONGEST_GRACE = 25.0
-_LATE_SIGNAL = "at once, on another signal after the time to agree; the last checkpoint is whole"
+_LATE_SIGNAL = "at once, by another signal after the time to agree; the last checkpoint is intact"
 
 
 class Preempted(Exception):
-    """This job was asked to stop; what it had done is saved."""
+    """This job was asked to stop, and its progress is saved."""
 
 
 class PeerError(Exception):
@@ -31,9 +31,9 @@ class PeerError(Exception):
 
 
 class Asked:
-    """Whether this job was asked to stop. ``number``: the signal, 0 while none came; ``heard``: set when one did.
+    """Whether this job was asked to stop. ``number``: the signal, 0 if there was none; ``heard``: an event, set by a signal.
 
-    ``patient``: there is something to save, so that a signal does not end this process at once. ``ranks``: of the job.
+    ``patient``: there is progress to save, so a signal must not end this process at once. ``ranks``: number of ranks of the job.
     """
 
     def __init__(self) -> None:
@@ -42,13 +42,13 @@ class Asked:
         self.wake: Callable[[], object] = lambda: None
 
     def note(self, number: int) -> None:
-        """A signal came, here or to another rank."""
+        """Record a signal, received here or by another rank."""
         self.number = self.number or number
         self.heard.set()
         self.wake()
 
     def allow(self, seconds: float) -> None:
-        """Ranks that take a step together get twice as long as it took to agree, before they are asked to stop."""
+        """Let ranks that train together take twice ``seconds``, the time of a step, to agree to stop."""
         if not self.number:
             self.grace = max(self.grace, min(2 * seconds, LONGEST_GRACE))
 
@@ -59,7 +59,7 @@ class Asked:
 
     @property
     def status(self) -> int:
-        """The exit status of a process that a signal ended."""
+        """Return the exit status of a process ended by the signal."""
         return 128 + self.number
 
 
@@ -68,31 +68,31 @@ _at_end: list[Callable[[], None]] = []
 
 
 def at_end(action: Callable[[], None]) -> None:
-    """Call ``action`` before this process leaves through `end_with`; it has two seconds."""
+    """Call ``action`` before this process exits through `end_with`; it may take two seconds."""
     _at_end.append(action)
 
 
 def end_with(status: int, line: str = "") -> NoReturn:
-    """Say ``line`` and leave at once, from any thread: no interpreter teardown in which gloo's threads could abort."""
+    """Print ``line`` and exit at once, from any thread, without an interpreter shutdown, in which gloo's threads could abort."""
     if line:
         with suppress(OSError):
             os.write(2, f"{line}\n".encode(errors="backslashreplace"))
     last = threading.Thread(target=_clean, daemon=True)
     last.start()
-    last.join(2.0)  # a file system that hangs, or a pipe that nobody reads, must not keep us
+    last.join(2.0)  # a hanging file system or an unread pipe must not block the exit
     os._exit(status)
 
 
 def _clean() -> None:
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # nobody reads it any more; run_program has said so where it matters
+        with suppress(OSError, ValueError):  # the reader has ended; run_program has reported it if it matters
             stream.flush()
     for action in _at_end:
         action()
 
 
 def listen(rank: str) -> None:
-    """From now on the signals are heard, and this rank ends with its torchrun. Call it once, from the main thread."""
+    """Start to handle the signals, and to exit when torchrun ends. Call it once, from the main thread."""
     told, tell = os.pipe()
     os.set_blocking(tell, False)
     threading.Thread(target=_hear, args=(told, rank), daemon=True, name="signals").start()
@@ -105,34 +105,34 @@ def listen(rank: str) -> None:
 
 
 def _handler(_number: int, _frame: object) -> None:
-    """Nothing: the thread that listens acts on the signal. Python only needs a handler to be there."""
+    """Do nothing: the listening thread handles the signal, but Python needs a handler for it."""
 
 
 def _hear(told: int, rank: str) -> None:
-    """Note the first signal; leave when the ranks do not agree to stop in time.
+    """Record the first signal; exit if the ranks do not agree to stop in time.
 
-    What comes within that time is the same preemption: launchers repeat a signal, pass it on, and send it to every rank.
+    Further signals in that time belong to the same preemption: launchers repeat a signal and send it to every rank.
     """
     deadline, interrupted, late = float("inf"), False, False
     while True:
         wait = None if deadline == float("inf") else max(0.0, deadline - time.monotonic())
         if not select.select([told], [], [], wait)[0]:
             if interrupted:
-                end_with(130, f"stopped: rank {rank}, interrupted; the same command goes on from the last checkpoint")
+                end_with(130, f"stopped: rank {rank}, interrupted; run the same command again to continue")
             if not asked.agreed:
                 what = "the ranks did not agree" if asked.ranks > 1 else "no step ended"
                 why = f"asked to by {asked.name}, without saving: {what} within {asked.grace:.0f} s"
-                end_with(asked.status, f"stopped: rank {rank}, {why}; the last checkpoint is whole")
+                end_with(asked.status, f"stopped: rank {rank}, {why}; the last checkpoint is intact")
             deadline, late = float("inf"), True
             continue
         number = os.read(told, 1)[0]
-        if number == 0 and deadline == float("inf") and not late:  # another rank was asked
+        if number == 0 and deadline == float("inf") and not late:  # another rank received the signal
             deadline = time.monotonic() + asked.grace
-        elif number == signal.SIGINT:  # the main thread hears it too, unless it is inside a collective
+        elif number == signal.SIGINT:  # the main thread also gets it, unless it is inside a collective
             interrupted, deadline = True, time.monotonic() + 2.0
         elif number in (signal.SIGTERM, signal.SIGUSR1) and signal.getsignal(number) is _handler:
             if not asked.patient:
-                end_with(128 + number, f"stopped: rank {rank}, by {signal.Signals(number).name}; nothing had begun")
+                end_with(128 + number, f"stopped: rank {rank}, by {signal.Signals(number).name}; nothing was started")
             if late:
                 end_with(128 + number, f"stopped: rank {rank}, {_LATE_SIGNAL}")
             if not asked.number:

@@ -1,4 +1,4 @@
-"""Large teachers: the ranks are cut into teams of consecutive ranks, each of which trains one teacher at a time, together."""
+"""Large teachers: the ranks are divided into teams of consecutive ranks, and each team trains one teacher at a time."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from gdd_dist.runtime.world import World
 
 
 class Team:
-    """This rank's team; ``rank`` counts within it. Its leader, rank 0, takes jobs, and reads and writes all files: members may
-    stand on a host whose disk holds none of them. Teams run apart from each other; in a team all calls are made by all alike.
+    """This rank's team; ``rank`` is the rank in the team. Its leader, rank 0, takes jobs and reads and writes all files, because
+    members may run on a host without these files. Teams run independently; all ranks of a team make the same calls.
     """
 
     def __init__(self, world: World, size: int) -> None:
@@ -36,12 +36,12 @@ class Team:
         return self.rank == 0
 
     def say(self, line: str) -> None:
-        """A line for the user, from the leader; none when it is empty."""
+        """Print a line for the user, from the leader; an empty line is not printed."""
         if line and self.is_main:
             say(line)
 
     def queue(self, jobs: int) -> Iterator[int]:
-        """Job numbers 0 … jobs - 1, each given to exactly one team, to whichever is free next. All ranks of all teams call it."""
+        """Yield job numbers 0 … jobs - 1, each to one team, the next free one. All ranks of all teams call it."""
         take = self._world.counter()
         while True:
             self._voted = None
@@ -53,7 +53,7 @@ class Team:
             yield taken
 
     def vote(self, save: bool = False) -> Vote:
-        """As `World.vote`, of this team's ranks."""
+        """Like `World.vote`, for this team's ranks."""
         now = time.monotonic()
         if self._voted is not None and self.size > 1:
             asked.allow(now - self._voted)
@@ -61,15 +61,15 @@ class Team:
         return Vote(asked.number, save and self.is_main, self.size, self.group)
 
     def mean(self, values: Mapping[str, Tensor]) -> dict[str, float]:
-        """As `World.mean`, over this team."""
+        """Like `World.mean`, over this team's ranks."""
         return mean_over_ranks(values, self.size, self.group)
 
     def broadcast(self, value: Any = None) -> Any:
-        """The leader's ``value`` (anything JSON holds), on every rank."""
+        """Return the leader's ``value`` (anything that JSON can hold) on every rank."""
         return json.loads(self.send(json.dumps(value).encode()))
 
     def send(self, data: bytes) -> bytes:
-        """The leader's ``data`` (not empty), on every rank."""
+        """Return the leader's ``data`` (not empty) on every rank."""
         if self.size == 1:
             return data
         leader = self._world.rank - self.rank

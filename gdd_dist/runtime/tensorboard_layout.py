@@ -1,4 +1,4 @@
-"""What TensorBoard needs to tell at one glance whether a run is healthy: units, a page of the curves that matter, hparams."""
+"""What TensorBoard needs to show at a glance whether a run is healthy: units, a page with the main curves, hparams."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch.utils.tensorboard.summary import hparams as hparams_summaries
 
 UNITS = {
     "loss": "loss minimised, no unit",
-    "loss_g": "generator's adversarial loss, no unit; falls and rises against loss_d, neither should run to 0 or away",
+    "loss_g": "generator's adversarial loss, no unit; balances loss_d; neither should fall to 0 or diverge",
     "loss_d": "discriminator's loss without penalties, no unit; ln 2 = 0.69 means that it cannot tell real from generated",
-    "pair": "standardized KL of teacher answers, generated against real, no unit, unweighted",
-    "mean": "squared distance of mean logits, logits squared, unweighted; may be negative (its bias is taken off)",
+    "pair": "standardized KL of the teachers' logits, generated against real, no unit, unweighted",
+    "mean": "squared distance of mean logits, logits squared, unweighted; may be negative (its bias is subtracted)",
     "adv": "generator's adversarial loss in matching, no unit, unweighted",
     "lr": "learning rate",
     "gamma": "weight of the gradient penalties",
     "images_per_second": "images per second since this invocation began, all ranks together",
     "val_accuracy": "percent of val; matching: mean of quick students trained on fresh draws; teachers: over the pool",
     "val_stderr": "percentage points, standard error over quick students",
-    "shortcut_gap": "percentage points: accuracy on fresh generated images minus on val; grows when the class is written as a pattern",
+    "shortcut_gap": "percentage points: accuracy on fresh generated images minus on val; grows when images encode their class as a pattern",
     "accuracy": "percent of test, mean over student seeds, over IPC",
 }
 
-# Charts of TensorBoard's "Custom scalars" page, the order in which one looks: regular expressions of tags.
+# Charts of TensorBoard's "Custom scalars" page in reading order, with regular expressions of their tags.
 LAYOUT: dict[str, dict[str, list[str]]] = {
     "Is it healthy?": {
         "1 teachers learn (loss falls)": [r"teachers/loss/.*"],
@@ -36,7 +36,7 @@ LAYOUT: dict[str, dict[str, list[str]]] = {
         "5 no shortcut (gap in points stays flat)": [r"matching/shortcut_gap"],
         "6 speed (images per second, a curve for each step)": [r".*/images_per_second"],
     },
-    "What came of it: accuracy on test, % over IPC": {
+    "Results: accuracy on test, % over IPC": {
         f"{protocol}, {labels} labels": [rf"report/accuracy/.*/{protocol}/{labels}"]
         for protocol in ("regenerate", "fixed")
         for labels in ("hard", "soft")
@@ -45,24 +45,24 @@ LAYOUT: dict[str, dict[str, list[str]]] = {
 
 
 def scalar(tag: str, value: float) -> Summary:
-    """A point whose tag says what it is and in which unit: STEP/NAME or STEP/NAME/…"""
+    """Return a point of tag STEP/NAME or STEP/NAME/…, with a description that gives meaning and unit."""
     name = tag.split("/")[1] if "/" in tag else tag
-    plugin = SummaryMetadata.PluginData(plugin_name="scalars")  # without it readers warn of each tag
+    plugin = SummaryMetadata.PluginData(plugin_name="scalars")  # without it, readers print a warning for each tag
     metadata = SummaryMetadata(summary_description=UNITS.get(name, ""), plugin_data=plugin)
     return Summary(value=[Summary.Value(tag=tag, simple_value=float(value), metadata=metadata)])
 
 
 def write_layout(directory: Path) -> None:
-    """The page of charts, in place of an earlier one."""
+    """Write the page of charts, replacing an earlier one."""
     with SummaryWriter(str(directory), purge_step=0) as writer:
         lines = {page: {n: ("Multiline", tags) for n, tags in charts.items()} for page, charts in LAYOUT.items()}
         writer.add_custom_scalars(lines)
 
 
 def hparams(settings: Mapping[str, Any], results: Mapping[str, float]) -> tuple[Summary, ...]:
-    """The run's line in TensorBoard's HPARAMS page, for its own directory (add_hparams makes one of its own each call).
+    """Return the run's row in TensorBoard's HPARAMS page, for the run's directory (add_hparams would create a new directory).
 
-    ``settings``: flat; what is neither number nor text becomes text. ``results``: by the tag of the scalar that holds it.
+    ``settings``: flat; values that are neither numbers nor text become text. ``results``: by the tag of their scalar.
     """
     flat = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in settings.items() if v is not None}
     found: tuple[Summary, ...] = hparams_summaries(flat, dict(results))

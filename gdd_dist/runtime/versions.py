@@ -1,4 +1,4 @@
-"""Which versions, and which commit of this project, computed something."""
+"""The library versions and the commit of this project that computed a result."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ PACKAGES = ("gdd_dist", "torch", "torchvision", "numpy")
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and the libraries that shape numbers."""
+    """Return the versions of Python and of the libraries that influence results."""
     return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
 
 def _version(name: str) -> str:
     try:
         return version(name)
-    except PackageNotFoundError:  # a copy of the tree that nobody installed
+    except PackageNotFoundError:  # a copy of the source tree that is not installed
         if name != "gdd_dist":
             raise
         return __version__
@@ -29,15 +29,15 @@ def _version(name: str) -> str:
 
 @cache
 def commit() -> str | None:
-    """The commit of the checkout this file is tracked in; None if there is none."""
+    """Return the commit of the checkout in which this file is tracked, or None."""
     here = Path(__file__)
-    if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:  # installed, maybe inside another checkout
+    if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:  # installed, maybe in another checkout
         return None
     return _git(here.parent, "rev-parse", "--verify", "HEAD")
 
 
 def changed() -> bool:
-    """Whether tracked files differ from that commit."""
+    """Whether tracked files differ from the commit."""
     return bool(commit() and _git(Path(__file__).parent, "status", "--porcelain", "--untracked-files=no"))
 
 

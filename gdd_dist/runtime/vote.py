@@ -1,4 +1,4 @@
-"""How ranks that take a step together agree whether to save after it, and whether to stop."""
+"""How ranks that train together agree after each step whether to save, and whether to stop."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from gdd_dist.runtime.signals import Preempted, asked
 
 
 class Vote:
-    """One all-reduce of two numbers. It begins before a step and is read after it, so that it runs while the step does.
+    """One all-reduce of two numbers. It begins before a step and is read after it, so that both run at the same time.
 
-    All ranks of ``group`` (None: all there are) get the same answer at the same step, whenever the signal reached each of them.
+    All ranks of ``group`` (None: all ranks) get the same result at the same step, no matter when the signal reached them.
     """
 
     def __init__(self, number: int, word: int, size: int, group: Any = None) -> None:
@@ -24,11 +24,11 @@ class Vote:
             self._work = dist.all_reduce(self._flags, op=dist.ReduceOp.MAX, group=group, async_op=True)
 
     def result(self) -> tuple[bool, int]:
-        """(whether to save and stop now, the largest word: whether to save)."""
+        """Return (whether to save and stop now, the largest vote: whether to save)."""
         if self._work is not None:
             self._work.wait()
         number, word = self._flags.tolist()
-        if self._work is None:  # nobody to agree with: a signal that came in this step counts at once
+        if self._work is None:  # a single rank: a signal during this step is effective at once
             number = asked.number
         asked.agreed = number > 0
         if number:
@@ -36,9 +36,9 @@ class Vote:
         return asked.agreed, word
 
     def obey(self, save: Callable[[], None], sound: Callable[[], bool] = lambda: True) -> None:
-        """Call ``save`` where that was wanted and what there is to save is ``sound`` (asked then alone), or where the job is to stop.
+        """Call ``save`` if saving was requested and the state is ``sound`` (called only then), or if the job must stop.
 
-        Then, in the latter case, raise Preempted.
+        If the job must stop, raise Preempted afterwards.
         """
         stop, wanted = self.result()
         if stop or (wanted and sound()):

@@ -1,5 +1,5 @@
-"""Ranks: who we are, who does what, how we agree. Agreement goes through the rendezvous store as JSON, so ranks that run
-apart for minutes never stand in a collective, and nothing is unpickled.
+"""The ranks of a run: their numbers, devices, work and communication. They communicate through the rendezvous store as JSON,
+so that ranks that work independently for minutes do not wait in a collective, and nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from gdd_dist.runtime.vote import Vote
 
 _POLL = 0.002
 _COLLECTIVE = 1800.0
-"""Seconds that a collective may take, or more with a longer --timeout. A rank that is gone is noticed by its heartbeat; this limit
-ends a collective that hangs for another reason."""
+"""Seconds that a collective may take, or more with a longer --timeout. Heartbeats notice a lost rank; this limit ends a
+collective that hangs for another reason."""
 
 _LATER = 5.0
-"""Seconds by which the word to stop may reach a rank later than another."""
+"""Seconds by which the request to stop may reach one rank later than another."""
 
 _SILENT = 10
-"""Signs of life that a rank of another host misses before it counts as gone when a connection broke."""
+"""Heartbeats that a rank of another host must miss before it is treated as lost, after a connection broke."""
 
 
 class World:
-    """All ranks of this run. ``size`` 1 without torchrun: then nothing here waits for anybody. Several must `join` first."""
+    """All ranks of this run. Without torchrun ``size`` is 1, and nothing here waits. Several ranks must `join` first."""
 
     def __init__(self, device: str = "auto", timeout: float = 600.0, deterministic: bool = False) -> None:
         self.rank, self.size, self.local_rank, self.local_size = place()
         self.timeout = timeout
         self._limit = datetime.timedelta(seconds=max(_COLLECTIVE, timeout))
-        self.group: Any = None  # of collectives: torch's default, all ranks
+        self.group: Any = None  # for collectives; None is torch's default group of all ranks
         self.device = pick_device(device, self.local_rank, self.local_size)
         self.step = "start"
         self.on_preempted: Callable[[], None] = lambda: None
@@ -57,10 +57,10 @@ class World:
         choose_kernels(deterministic)
 
     def join(self) -> World:
-        """Meet the other ranks, then form the process group with them; returns this world.
+        """Join the other ranks, then form the process group with them; returns this world.
 
-        Whoever reports faults must know this world before: a rank that fails from here on tells the others through it.
-        Nobody leaves before all have formed the group: a later fault is then seen in the store, not as a broken connection.
+        The code that reports faults must know this world first, because a rank that fails from here on informs the others
+        through it. No rank returns before all are in the group, so later faults appear in the store, not as broken connections.
         """
         if self.size == 1:
             return self
@@ -76,7 +76,7 @@ class World:
         return self
 
     def cut(self, size: int) -> Any:
-        """Cut the ranks into groups of ``size`` (it divides them) consecutive ones; this rank's process group. All ranks call it."""
+        """Split the ranks into groups of ``size`` consecutive ranks; return this rank's process group. All ranks call it."""
         groups = [self._form(range(r, r + size)) for r in range(0, self.size, size)]
         return groups[self.rank // size]
 
@@ -85,40 +85,40 @@ class World:
             return dist.new_group(list(ranks), timeout=self._limit)
 
     def part(self, ranks: Sequence[int]) -> World:
-        """Some ranks as a world of their own, numbered from 0, for what they alone do; on the others its ``rank`` is -1.
+        """Return a world of only ``ranks``, numbered from 0, for work that only they do; on the others its ``rank`` is -1.
 
-        All ranks call it. The others wait for them in `gather`, where they hear of a fault, and of a job that is to stop.
+        All ranks call it. The others wait for them in `gather`, where they learn of faults and of requests to stop.
         """
         self._round += 1
         part = copy.copy(self)
         part.rank, part.size = (ranks.index(self.rank) if self.rank in ranks else -1), len(ranks)
         part.group, part._scope, part._round = self._form(ranks), f"{self._scope}part/{self._round}/", 0
         if part.rank < 0:
-            asked.allow(LONGEST_GRACE)  # as long as a step of the others may take, which this rank does not see
+            asked.allow(LONGEST_GRACE)  # the longest time of a step of the others, which this rank does not measure
         return part
 
     @property
     def threads(self) -> int:
-        """CPU threads of this rank: its share of the cores it may use; fewer where OMP_NUM_THREADS says so."""
+        """Return the number of CPU threads of this rank: its share of the usable cores, or fewer if OMP_NUM_THREADS is lower."""
         share = max(1, len(os.sched_getaffinity(0)) // self.local_size)
         asked = os.environ.get("OMP_NUM_THREADS", "")
         if "TORCHELASTIC_RUN_ID" in os.environ or not asked.isdigit() or int(asked) == 0:
-            return share  # torchrun itself sets it to 1 where the user has set nothing
+            return share  # torchrun sets it to 1 if the user has not set it
         return min(share, int(asked))
 
     def enter(self, step: str) -> None:
-        """From now on this rank is at ``step``: the others name that step if they miss this rank."""
+        """Record that this rank is in ``step``; the others name that step if this rank is lost."""
         self.step = step
         if self._pulse is not None:
             self._pulse.beat(self._store)
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which writes what is written once."""
+        """Whether this is rank 0, which writes everything that is written once."""
         return self.rank == 0
 
     def gather(self, value: Any = None) -> list[Any]:
-        """Every rank's ``value`` (anything JSON holds), in rank order, on every rank. Also a barrier."""
+        """Return every rank's ``value`` (anything that JSON can hold), in rank order, on every rank. Also a barrier."""
         if self.size == 1:
             return [value]
         self._round += 1
@@ -132,14 +132,14 @@ class World:
         return result
 
     def _wait(self, key: str) -> bytes:
-        """Poll, so that a peer's failure is seen at once and a busy peer may take as long as it needs.
+        """Poll, so that a peer's failure is noticed at once and a busy peer may take as long as it needs.
 
-        Who waits for long polls seldom: hundreds of ranks ask one host.
+        Long waits poll less often, because hundreds of ranks may ask one host.
         """
         wait, begin = _POLL, time.monotonic()
         while True:
-            # This rank has given its value, so the others may be able to complete the gather: it may stop only where one of
-            # them has left without giving its own.
+            # This rank has written its value, so the others may still complete the gather: it may stop only if one of them
+            # has left without writing its own.
             hopeless = self.stopping and self._store.check(["leaving"])
             if self._store.check([key]):
                 value: bytes = self._store.get(key)
@@ -155,22 +155,22 @@ class World:
         self.gather()
 
     def broadcast(self, value: Any = None) -> Any:
-        """Rank 0's ``value`` (anything JSON holds), on every rank."""
+        """Return rank 0's ``value`` (anything that JSON can hold) on every rank."""
         return self.gather(value if self.is_main else None)[0]
 
     def sum(self, value: int) -> int:
-        """The sum of ``value`` over ranks."""
+        """Return the sum of ``value`` over ranks."""
         return int(sum(self.gather(value)))
 
     def queue(self, jobs: int) -> Iterator[int]:
-        """Job numbers 0 … jobs - 1, each given to exactly one rank, to whoever is free next. All ranks must call it alike."""
+        """Yield job numbers 0 … jobs - 1, each to one rank, the next free one. All ranks must call it in the same order."""
         take = self.counter()
         while (taken := take()) < jobs:
             self.check_stop()
             yield taken
 
     def counter(self) -> Callable[[], int]:
-        """Counts from 0, over all ranks together: no two calls get the same number. All ranks must ask for it alike."""
+        """Return a counter from 0 that all ranks share: no two calls get the same number. All ranks call it in the same order."""
         self._round += 1
         key, alone = f"{self._scope}queue/{self._round}", itertools.count()
 
@@ -182,33 +182,33 @@ class World:
 
     @property
     def stopping(self) -> bool:
-        """Whether this rank knows that the job was asked to stop; in a step that ranks take together, ask `vote` instead."""
+        """Whether this rank knows that the job was asked to stop; in steps that ranks train together, use `vote` instead."""
         return bool(asked.number)
 
     def check_stop(self) -> None:
-        """Raise Preempted when the job was asked to stop: where ranks run apart, and have saved what they want to keep."""
+        """Raise Preempted if the job was asked to stop; for ranks that work independently and have saved their progress."""
         if self.stopping:
             asked.agreed = True
             self._leave()
             raise Preempted
 
     def _leave(self) -> None:
-        """Tell those who wait for this rank that it will not come."""
+        """Tell the ranks that wait for this rank that it stops."""
         if self._store is not None:
-            with suppress(RuntimeError):  # the store's host is gone
+            with suppress(RuntimeError):  # the store's host was lost
                 self._store.set("leaving", str(self.rank))
 
     def vote(self, save: bool = False) -> Vote:
-        """Begin to ask, at the start of a step that ranks take together: is any asked to stop, does rank 0 want to ``save``?"""
+        """Begin a vote at the start of a joint training step: was any rank asked to stop, does rank 0 want to ``save``?"""
         now = time.monotonic()
         asked.allow(now - self._voted)
         self._voted = now
         return Vote(asked.number, save and self.is_main, self.size, self.group)
 
     def settle(self) -> bool:
-        """After Preempted: wait until all ranks have saved, let rank 0 call ``on_preempted``, leave together.
+        """After Preempted: wait until all ranks have saved, let rank 0 call ``on_preempted``, and exit together.
 
-        False when a rank does not come within the time to agree: then rank 0 has not called it.
+        Return False if a rank does not arrive in time; rank 0 has then not called it.
         """
         if self.size == 1:
             self.on_preempted()
@@ -220,46 +220,46 @@ class World:
         if self.is_main:
             self.on_preempted()
             self._store.add("noted", 1)
-            self._all_at("gone", self.size - 1, add=0)  # rank 0 goes last: it may host the store
+            self._all_at("gone", self.size - 1, add=0)  # rank 0 exits last, because it may host the store
             return True
         noted = self._all_at("noted", 1, add=0)
         return noted and self._all_at("gone", 0)
 
     def _all_at(self, key: str, wanted: int, add: int = 1) -> bool:
-        """Add to a count and wait for it to reach ``wanted``, as long as ranks have to agree to stop."""
+        """Add to a counter and wait until it reaches ``wanted``, within the time that ranks have to agree to stop."""
         deadline = time.monotonic() + asked.grace + _LATER
         try:
             here = self._store.add(key, add)
             while here < wanted and not self.failed() and time.monotonic() < deadline:
                 time.sleep(0.02)
                 here = self._store.add(key, 0)
-        except RuntimeError:  # the store's host is gone
+        except RuntimeError:  # the store's host was lost
             return False
         return bool(here >= wanted)
 
     def mean(self, values: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        """The means over ranks of scalar tensors (one all-reduce, which all ranks must join)."""
+        """Return the means over ranks of scalar tensors, by one all-reduce. All ranks call it."""
         return mean_over_ranks(values, self.size, self.group)
 
     def add(self, values: torch.Tensor) -> torch.Tensor:
-        """A contiguous tensor becomes its sum over ranks, on all of them."""
+        """Replace a contiguous tensor by its sum over ranks, on all ranks."""
         if self.size > 1:
             dist.all_reduce(values, group=self.group)
         return values
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum over ranks of a tensor on the CPU, on rank 0; ranks that run apart meet in a barrier first."""
+        """Return the sum over ranks of a CPU tensor, on rank 0; a barrier first waits for ranks that work independently."""
         if self.size > 1:
             dist.reduce(values, group=self.group, group_dst=0)
         return values
 
     def say(self, line: str) -> None:
-        """A line for the user, from rank 0; none when it is empty."""
+        """Print a line for the user, from rank 0; an empty line is not printed."""
         if line and self.is_main:
             say(line)
 
     def failed(self) -> bool:
-        """Whether a rank has failed, or the store's host is gone."""
+        """Whether a rank has failed, or the store's host was lost."""
         try:
             return self._store is not None and bool(self._store.check(["failed"]))
         except RuntimeError:
@@ -270,14 +270,14 @@ class World:
             raise PeerError("another rank failed")
 
     def quiet(self) -> None:
-        """This rank reports a fault itself: nobody else's is reported from now on."""
+        """This rank reports a fault itself, so it no longer reports faults of others."""
         if self._pulse is not None:
             self._pulse.quiet()
 
     def silent(self) -> str:
-        """Who is gone, "" if nobody is: after a connection broke, whose it was.
+        """Return the lost ranks, "" if there are none: after a connection broke, this finds whose connection it was.
 
-        A process of this host can be looked up, however slow it is; one of another host gets time for several signs of life.
+        A process of this host can be looked up, even if it is slow; one of another host gets time for several heartbeats.
         """
         if self._pulse is None:
             return ""
@@ -296,16 +296,16 @@ class World:
         return ", ".join(describe(r, now[r]) for r in gone)
 
     def claim_failure(self, store: Any = None) -> bool:
-        """True for the first rank that fails: it reports; all others only say that they stopped. ``store``: another connection."""
+        """Return True for the first failing rank, which reports the fault; the others only print that they stopped."""
         if self._store is None:
             return self.size == 1 or claim_before_joining()
         try:
             return bool((store or self._store).add("failed", 1) == 1)
-        except RuntimeError:  # the store's host is gone: somebody else has failed before us
+        except RuntimeError:  # the store's host was lost, so another rank failed first
             return False
 
     def close(self) -> None:
-        """Leave together: barrier, then destroy the group (gloo aborts at exit otherwise, now and then)."""
+        """Exit together: barrier, then destroy the group (without this, gloo sometimes aborts at exit)."""
         if self.size > 1:
             self.barrier()
             assert self._pulse is not None
@@ -314,7 +314,7 @@ class World:
             self._leave_store()
 
     def _leave_store(self) -> None:
-        """Rank 0 goes last: without torchrun it hosts the store, which others still read in that last barrier."""
+        """Let rank 0 exit last: without torchrun it hosts the store, which the others still read in the last barrier."""
         deadline = time.monotonic() + self.timeout
         here = self._store.add("left", 0 if self.is_main else 1)
         while self.is_main and here < self.size - 1 and time.monotonic() < deadline:

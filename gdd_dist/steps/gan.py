@@ -1,6 +1,6 @@
-"""Step: the conditional GAN. Relativistic pairs with zero-centred penalties (R3GAN); what is kept is the generator's EMA.
+"""Step: the conditional GAN, with relativistic pairs and zero-centred penalties (R3GAN). The result is the generator's EMA.
 
-Shapes: B this rank's slots, L latent, C classes, H W pixels.
+Shapes: B samples of this rank, L latent, C classes, H W pixels.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from sharding.files import write_atomic
 
 
 def run(ctx: Context, work: Path, inputs: Inputs) -> dict[str, Any]:
-    """Train into ``work``: generator.safetensors (EMA), discriminator.safetensors and their state to go on from."""
+    """Train, and write generator.safetensors (EMA), discriminator.safetensors and its training state into ``work``."""
     checkpoints = ctx.shared_checkpoints(work)
     remedy = "lower --gan.lr, or raise --gan.gamma"
     trained = loop.train(ctx, lambda: GanTraining(ctx, work, inputs), ctx.world, checkpoints, "gan", remedy)
@@ -48,7 +48,7 @@ class Batch(NamedTuple):
 
 
 class GanTraining(loop.Trainee):
-    """Generator and discriminator, trained on this rank's slots of each global batch."""
+    """Generator and discriminator, trained on this rank's samples of each global batch."""
 
     name = "gan"
 
@@ -63,7 +63,7 @@ class GanTraining(loop.Trainee):
         self.slots = np.arange(world.rank * share, (world.rank + 1) * share)
 
     def begin(self, start: int) -> None:
-        """Open the monitor; the loader learns which images come."""
+        """Open the monitor, and announce to the loader which images will be read."""
         self.monitor = self._ctx.monitor("gan", self._work, self.steps, start=start)
         self._images.expect(self._samples, start, self.steps)
 
@@ -71,7 +71,7 @@ class GanTraining(loop.Trainee):
         return self._sampling.batch(step, self._ctx.world.rank, self._ctx.world.size)
 
     def read(self, step: int) -> Batch:
-        """Real images with their labels, latents and draws."""
+        """Read real images with their labels, latents and random draws."""
         indices, seed = self._samples(step), self.skips.seed(self._ctx.config.step_seed("gan"))
 
         def latents(purpose: str) -> Tensor:
@@ -82,17 +82,17 @@ class GanTraining(loop.Trainee):
         return self._ctx.sent(Batch(labels, latents("gan/z/d"), latents("gan/z/g"), real))
 
     def train(self, step: int, batch: Batch) -> dict[str, Tensor]:
-        """One step of each network."""
+        """Make one step of each network."""
         return gan_step(self._ctx, self.nets, step, batch)
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
-        """Losses, learning rate, weight of the penalties."""
+        """Log losses, learning rate, and weight of the penalties."""
         g = self._ctx.config.gan
         rates = {"lr": cosine(step, g.steps, g.lr, g.lr_final), "gamma": penalty(g, step)}
         self.monitor.scalars(step, {**scalars, **rates})
 
     def after_step(self, done: int) -> None:
-        """Progress, and at intervals a grid of samples."""
+        """Show progress, and at intervals a grid of samples."""
         if self._ctx.world.is_main and shows_grid(self._ctx.config.gan, done - 1):
             picture = sample_grid(self._ctx, self.nets.ema)
             self.monitor.picture("samples", picture, done - 1)
@@ -101,17 +101,17 @@ class GanTraining(loop.Trainee):
         self.monitor.advance(done, images=self._ctx.config.gan.batch)
 
     def _show(self, picture: np.ndarray) -> None:
-        """A first look, long before the report: OUT/samples-gan.png. It lies beside the step, whose files never change."""
+        """Write OUT/samples-gan.png, long before the report. It is outside the step's directory, whose files never change."""
         path = self._ctx.out / "samples-gan.png"
         write_atomic(path, as_png(picture))
         self._ctx.world.say(f"gan: samples of the last step, a row for each class, before matching: {path}")
 
     def state_dict(self) -> dict[str, Any]:
-        """Networks, optimizers, EMA, skipped steps."""
+        """Return networks, optimizers, EMA and skipped steps."""
         return self.nets.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What ``state_dict`` gave."""
+        """Load the result of ``state_dict``."""
         self.nets.load_state_dict(state)
 
     def close(self) -> None:
@@ -119,7 +119,7 @@ class GanTraining(loop.Trainee):
         self.nets.close()
 
     def finish(self, work: Path, inputs: Inputs) -> None:
-        """Write both networks; matching goes on with them."""
+        """Write both networks, with which matching continues."""
         ctx, ema = self._ctx, self.nets.ema
         self.monitor.close()
         self.nets.save_discriminator(work, ctx.world.is_main)
@@ -129,7 +129,7 @@ class GanTraining(loop.Trainee):
 
 
 def gan_step(ctx: Context, nets: Adversaries, step: int, batch: Batch) -> dict[str, Tensor]:
-    """One step of each network on this rank's share. Returns the scalars to log."""
+    """Make one step of each network on this rank's share. Returns the scalars to log."""
     g, labels = ctx.config.gan, batch.labels
     lr, gamma = cosine(step, g.steps, g.lr, g.lr_final), penalty(g, step)
     real, fake = mirrored(ctx, batch.real), nets.draw(batch.z_d, labels)
@@ -152,14 +152,14 @@ def shows_grid(g: Gan, step: int) -> bool:
 
 
 def penalty(g: Gan, step: int) -> float:
-    """The weight of the penalties, from ``gamma`` to ``gamma_final`` along a straight line in its logarithm."""
+    """Return the weight of the penalties, which changes log-linearly from ``gamma`` to ``gamma_final``."""
     if g.gamma <= 0 or g.gamma_final <= 0:
         return g.gamma + (g.gamma_final - g.gamma) * step / g.steps
     return float(g.gamma * (g.gamma_final / g.gamma) ** (step / g.steps))
 
 
 def networks(ctx: Context, inputs: Inputs) -> tuple[ImageGenerator, Discriminator]:
-    """Freshly initialised, as functions of the step's seed; with ``gan.start gaussian`` the generator draws what that step drew."""
+    """Return new networks, initialised from the step's seed; with ``gan.start gaussian`` the generator draws that step's images."""
     g, seed = ctx.config.gan, ctx.config.step_seed("gan")
     shape: dict[str, Any] = {"classes": ctx.classes, "channels": ctx.manifest.channels, "size": ctx.manifest.height}
     with seeded(seed, "gan/generator"):
@@ -176,17 +176,17 @@ def networks(ctx: Context, inputs: Inputs) -> tuple[ImageGenerator, Discriminato
 
 
 class Sampling:
-    """Which real image stands in which slot: the order over train, with rare classes repeated so that classes come evenly."""
+    """Which real images form a batch: the order over train, with rare classes repeated so that classes are balanced."""
 
     def __init__(self, config: Config, labels: np.ndarray, shard_samples: tuple[int, ...], classes: int) -> None:
         self._rows = balanced_rows(labels, classes)
-        if self._rows is not None:  # repeats stay in their shard
+        if self._rows is not None:  # repeated samples stay in their shard
             ends = np.cumsum(shard_samples)
             shards = np.searchsorted(ends, self._rows, side="right")
             shard_samples = tuple(np.bincount(shards, minlength=len(shard_samples)).tolist())
         self.order = train_order(config, "gan", shard_samples, "gan/order")
 
     def batch(self, step: int, rank: int, world: int) -> np.ndarray:
-        """Sample numbers of this rank's slots, int64."""
+        """Return the sample numbers of this rank's part of the batch, int64."""
         places = self.order.batch(step, rank, world)
         return places if self._rows is None else self._rows[places]

@@ -1,7 +1,7 @@
 """Step: the trivial generator. A Gaussian per class in shared principal components, fitted in two passes over the shards.
 
-Its number of components and its spread are chosen on val, by the same quick students that measure matching: a weak baseline
-is no baseline.
+Its number of components and its spread are chosen on val by the same quick students that measure matching, because a
+baseline must be as strong as possible.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from gdd_dist.training.sample_grid import sample_grid
 
 
 def run(ctx: Context, work: Path, inputs: Inputs) -> dict[str, Any]:
-    """Fit into ``work``: generator.safetensors of the best candidate, and choice.json."""
+    """Fit, and write generator.safetensors of the best candidate and choice.json into ``work``."""
     fitted, found = fit(ctx), list[dict[str, Any]]()
     monitor = ctx.monitor("gaussian", work, candidates(ctx), unit="candidate")
     for i, (k, spread) in enumerate(product(components(ctx), ctx.config.gaussian.spread)):
@@ -49,19 +49,19 @@ def run(ctx: Context, work: Path, inputs: Inputs) -> dict[str, Any]:
 
 
 def candidates(ctx: Context) -> int:
-    """How many there are."""
+    """Return the number of candidates."""
     return len(components(ctx)) * len(ctx.config.gaussian.spread)
 
 
 def components(ctx: Context) -> list[int]:
-    """The numbers of components to try: those asked for, as far as the images give so many; without repetition."""
+    """Return the numbers of components to try: those of the settings, limited by the images, without repetition."""
     pixels = ctx.manifest.channels * ctx.manifest.height**2
     most = most_components(len(ctx.images("train")), ctx.classes, pixels)
     return sorted({min(k, most) for k in ctx.config.gaussian.components})
 
 
 def fit(ctx: Context) -> Gaussians:
-    """Means and covariances over train; the ranks share the shards and all get the same bits."""
+    """Return means and covariances over train; the ranks share the shards and all get the same bits."""
     images, world = ctx.images("train"), ctx.world
     starts = np.concatenate([[0], np.cumsum(images.shards.shard_samples)])
 
@@ -71,7 +71,7 @@ def fit(ctx: Context) -> Gaussians:
         return images.read(rows), torch.from_numpy(images.labels[rows])
 
     def add(tensor: Tensor) -> Tensor:
-        assert tensor.is_contiguous()  # ranks add memory, whatever its order
+        assert tensor.is_contiguous()  # ranks add raw memory, in whatever layout
         return world.add(tensor)
 
     sums = moments(
@@ -88,7 +88,7 @@ def fit(ctx: Context) -> Gaussians:
 
 
 def linear(ctx: Context, fitted: Gaussians, k: int, spread: float) -> LinearGenerator:
-    """A candidate, on the CPU."""
+    """Return a candidate on the CPU."""
     m, dtype = ctx.manifest, ctx.config.gaussian.dtype
     return fitted.generator(k, channels=m.channels, size=m.height, spread=spread, dtype=dtype)
 
@@ -96,7 +96,7 @@ def linear(ctx: Context, fitted: Gaussians, k: int, spread: float) -> LinearGene
 def save(
     ctx: Context, work: Path, net: LinearGenerator, found: list[dict[str, Any]], inputs: Inputs, monitor: Monitor
 ) -> None:
-    """The chosen generator as one self-contained file, and the list of candidates."""
+    """Write the chosen generator as one self-contained file, and the list of candidates."""
     save_network(work / GENERATOR, net, ctx.generator_meta(net, inputs.provenance))
     write_json(work / CHOICE, {"format": "gdd-gaussian/1", "candidates": found})
     monitor.picture("samples", sample_grid(ctx, ctx.watch(net).eval()), 0)

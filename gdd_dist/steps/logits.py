@@ -1,4 +1,4 @@
-"""Step: the cache. Each teacher's logits of every view of every training image, computed once, one file per teacher and shard."""
+"""Step: the cache of logits. Each teacher's logits of every view of every training image, one file per teacher and shard."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ LIST = "logits.json"
 
 
 def view_draws(seed: int, view: int, samples: np.ndarray) -> np.ndarray:
-    """Augmentation draws of view ``view`` of each sample, float32 [n, AUGMENT_DRAWS]: a function of (seed, view, sample)."""
+    """Return the augmentation draws of a view of each sample, float32 [n, AUGMENT_DRAWS]: a function of (seed, view, sample)."""
     return uniform(seed, "logits/view", view, samples, AUGMENT_DRAWS)
 
 
 def run(ctx: Context, work: Path, inputs: Inputs) -> dict[str, Any]:
-    """Fill ``work`` with teacher-NNN/train-NNNNNN.npy, float16 [V, n, C]; the ranks share the files, whole ones are kept."""
+    """Write teacher-NNN/train-NNNNNN.npy, float16 [V, n, C], into ``work``; ranks share the files, and intact ones are kept."""
     teachers, images = read_teachers(inputs.directories["teachers"]), ctx.images("train")
     counts, views = images.shards.shard_samples, ctx.config.logits.views
     jobs = [(t, s) for t in teachers for s in range(len(counts))]
@@ -51,7 +51,7 @@ def run(ctx: Context, work: Path, inputs: Inputs) -> dict[str, Any]:
     mine = 0
 
     def tick(done: int) -> None:
-        # As if all ranks were as far as this one.
+        # An estimate that assumes equal progress on all ranks.
         monitor.advance(min(total - left + (mine + done) * ctx.world.size, total))
 
     for job in ctx.world.queue(len(todo)):
@@ -78,10 +78,10 @@ def run(ctx: Context, work: Path, inputs: Inputs) -> dict[str, Any]:
 
 
 class Sums:
-    """Sums of logits by class, each file's added by the rank that has it in memory.
+    """Sums of logits by class; each file is added by the rank that has it in memory.
 
-    A sum in float64 of numbers in float16 is exact, up to 8,192 of the largest and millions of usual ones, so its order and the number
-    of ranks change no bit.
+    A float64 sum of float16 numbers is exact, for up to 8,192 of the largest and millions of usual ones, so neither the order nor
+    the number of ranks changes a bit.
     """
 
     def __init__(self, ctx: Context, teachers: int) -> None:
@@ -90,14 +90,14 @@ class Sums:
         self._starts = np.concatenate([[0], np.cumsum(ctx.images("train").shards.shard_samples)])
 
     def add(self, teacher: int, shard: int, logits: np.ndarray) -> None:
-        """A file's logits, float16 [V, n, C]."""
+        """Add a file's logits, float16 [V, n, C]."""
         labels = self._ctx.images("train").labels[self._starts[shard] : self._starts[shard + 1]]
         total = self._of.setdefault(teacher, np.zeros(self._shape))
         for c in np.unique(labels):
             total[:, c] += logits[:, labels == c].sum(1, dtype=np.float64)
 
     def means(self) -> np.ndarray:
-        """The mean of each class over all ranks' files, float32 [T, V, classes, C], on rank 0. All ranks call it."""
+        """Return the mean of each class over all files, float32 [T, V, classes, C], on rank 0. All ranks call it."""
         counts = np.maximum(np.bincount(self._ctx.images("train").labels, minlength=self._ctx.classes), 1)
         out = np.empty((self._teachers, *self._shape), dtype=np.float32)
         for teacher in range(self._teachers):
@@ -108,7 +108,7 @@ class Sums:
 
 
 def missing(ctx: Context, work: Path, jobs: list[tuple[int, int]], whole: Whole, sums: Sums) -> list[tuple[int, int]]:
-    """Those of ``jobs`` (teacher, shard) whose file is not there as it was written; the ranks share the reading, and sum what is there."""
+    """Return the ``jobs`` (teacher, shard) whose file is missing or damaged; ranks share the reading, and sum the intact files."""
     known, mine = whole.known(), []
     for n in range(ctx.world.rank, len(jobs), ctx.world.size):
         ctx.world.check_stop()
@@ -125,7 +125,7 @@ def missing(ctx: Context, work: Path, jobs: list[tuple[int, int]], whole: Whole,
 
 
 def _check_space(ctx: Context, work: Path, needed: int) -> None:
-    """Say how many bytes come, and refuse when the disk lacks them (rank 0 looks, all hear it)."""
+    """Print how many bytes will be written, and refuse if the disk lacks space (rank 0 checks, and all ranks learn the result)."""
     if ctx.world.is_main:
         free = shutil.disk_usage(work).free
         say(f"logits: {needed / 1e6:.1f} MB to write, {free / 1e6:.0f} MB free in {work.parent}")
@@ -137,7 +137,7 @@ def _check_space(ctx: Context, work: Path, needed: int) -> None:
 
 
 def _expect(ctx: Context, shards: list[int]) -> None:
-    """Say that these shards come, whole, one after another."""
+    """Announce to the loader that these shards will be read completely, one after another."""
     images, size = ctx.images("train"), ctx.config.logits.batch
     starts = np.cumsum([0, *images.shards.shard_samples])
     reads = [s for s in shards for _ in range(-(-images.shards.shard_samples[s] // size))]
@@ -146,7 +146,7 @@ def _expect(ctx: Context, shards: list[int]) -> None:
 
 @torch.no_grad()
 def answer(ctx: Context, net: Classifier, shard: int, tick: Callable[[int], None]) -> np.ndarray:
-    """One teacher's logits of one shard: float16 [V, n, C], rows in index order; ``tick``: images done."""
+    """Return one teacher's logits of one shard: float16 [V, n, C], rows in index order; ``tick(n)`` reports n images done."""
     images, seed = ctx.images("train"), ctx.config.step_seed("logits")
     starts = np.concatenate([[0], np.cumsum(images.shards.shard_samples)])
     rows = np.arange(starts[shard], starts[shard + 1])
@@ -182,7 +182,7 @@ def _write(path: Path, logits: np.ndarray) -> bytes:
 
 
 def _list(ctx: Context, work: Path, jobs: list[tuple[Teacher, int]], whole: Whole) -> None:
-    """The list of files with their sha256."""
+    """Write the list of files with their sha256."""
     names, written = [str(logit_file(work, t.index, s).relative_to(work)) for t, s in jobs], whole.as_written()
     files = [{"file": name, "sha256": written[name][1]} for name in names]
     write_json(

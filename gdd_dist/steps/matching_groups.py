@@ -1,4 +1,4 @@
-"""Which class, teacher, real sample and view stand in which slot of a matching step."""
+"""Assigns class, teacher, real sample and view to each slot of a matching step; a slot is a position in the global batch."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from gdd_dist.data.order import Recent, dealt
 
 @dataclass(frozen=True)
 class Groups:
-    """One rank's part of a global batch. G groups of n slots, B = G·n slots in group order.
+    """One rank's part of a global batch: G groups of n slots, B = G·n slots in group order.
 
-    ``classes``, ``teachers``: int64 [G], the teachers as numbers in the cache; ``samples``, ``views``: int64 [B], the real side of each pair.
+    ``classes``, ``teachers``: int64 [G], teachers by their number in the cache; ``samples``, ``views``: int64 [B], of each pair's real image.
     """
 
     classes: np.ndarray
@@ -26,16 +26,16 @@ class Groups:
 
     @property
     def size(self) -> int:
-        """n."""
+        """The number of slots per group, n."""
         return len(self.slots) // len(self.classes)
 
     @property
     def labels(self) -> np.ndarray:
-        """Class of each slot, int64 [B]."""
+        """The class of each slot, int64 [B]."""
         return np.repeat(self.classes, self.size)
 
     def part(self, i: int, parts: int) -> Groups:
-        """The i-th of equal ``parts``, whole groups each."""
+        """Return the i-th of ``parts`` equal parts, each of whole groups."""
         g, n = len(self.classes) // parts, len(self.slots) // parts
         of_groups, of_slots = slice(i * g, (i + 1) * g), slice(i * n, (i + 1) * n)
         return Groups(
@@ -47,7 +47,7 @@ class Groups:
         )
 
     def by_teacher(self) -> Groups:
-        """The same groups in the order of their teachers, so that all slots of a teacher follow each other."""
+        """Return the groups sorted by teacher, so that all slots of a teacher are consecutive."""
         groups = np.argsort(self.teachers, kind="stable")
         slots = np.arange(len(self.slots)).reshape(-1, self.size)[groups].ravel()
         return Groups(
@@ -55,14 +55,14 @@ class Groups:
         )
 
     def runs(self) -> list[tuple[int, int]]:
-        """(teacher, how many slots it has) of each run of groups with one teacher, in order."""
+        """Return (teacher, number of slots) of each run of groups with one teacher, in order."""
         firsts = np.flatnonzero(np.diff(self.teachers, prepend=-1))
         counts = np.diff(firsts, append=len(self.teachers)) * self.size
         return list(zip(self.teachers[firsts].tolist(), counts.tolist(), strict=True))
 
 
 class Dealer:
-    """Which class, teacher, real sample and view stand in which slot: a function of (seed, step, slot)."""
+    """Assigns class, teacher, real sample and view to slots, as a function of (seed, step, slot)."""
 
     def __init__(self, config: Config, labels: np.ndarray, teachers: np.ndarray, views: int) -> None:
         m = config.matching
@@ -75,11 +75,11 @@ class Dealer:
         )
         self._present = np.unique(labels)
         self._members = {int(c): np.flatnonzero(labels == c) for c in self._present}
-        # Of each class the block that is dealt, and the next one, since a group may meet a block's end.
+        # For each class the current block of samples and the next one, because a group may cross the end of a block.
         self._recent = Recent(2 * len(labels))
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Groups:
-        """This rank's groups of global batch ``step``: classes and teachers come evenly, each class's samples once before any twice."""
+        """Return this rank's groups of global batch ``step``: classes, teachers and the samples of each class are balanced."""
         seed, n, share = self._seed, self._n, self._groups // world
         groups = np.arange(rank * share, (rank + 1) * share)
         places = step * self._groups + groups
@@ -89,7 +89,7 @@ class Dealer:
         samples = []
         for place, c in zip(places.tolist(), classes.tolist(), strict=True):
             members = self._members[c]
-            turn = place // count  # how many groups of this class came before
+            turn = place // count  # number of earlier groups of this class
             turns = np.arange(turn * n, (turn + 1) * n)
             samples.append(members[dealt(seed, f"matching/sample/{c}", turns, len(members), self._recent)])
         slots = np.arange(rank * share * n, (rank + 1) * share * n)

@@ -1,6 +1,6 @@
-"""The teachers of matching: their answers to generated images, and the cache of those to real ones.
+"""The teachers of matching: their logits on generated images, and the cache of their logits on real ones.
 
-Shapes: B this rank's slots, in G groups of n that share a class and a teacher, in the order of teachers; C classes, H W pixels.
+Shapes: B slots of this rank, in G groups of n with one class and one teacher, sorted by teacher; C classes, H W pixels.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gdd_dist.training.context import Context
 
 
 class Pool:
-    """The frozen teachers and the cache of their answers to real images."""
+    """The frozen teachers and the cache of their logits on real images."""
 
     def __init__(self, ctx: Context, teachers_dir: Path, logits_dir: Path) -> None:
         m, pool = ctx.config.matching, read_teachers(teachers_dir)
@@ -33,7 +33,7 @@ class Pool:
         self.dealer = Dealer(ctx.config, images.labels, np.array([t.index for t in chosen]), views)
 
     def real_logits(self, groups: Groups) -> Tensor:
-        """The cache's side of each pair, float32 [B, C]. Groups are in the order of their teachers."""
+        """Return the cached logits of each pair's real image, float32 [B, C]. Groups are sorted by teacher."""
         parts, first = [], 0
         for teacher, count in groups.runs():
             here = slice(first, first + count)
@@ -42,13 +42,13 @@ class Pool:
         return torch.from_numpy(np.concatenate(parts))
 
     def class_means(self, groups: Groups) -> Tensor:
-        """The mean raw logits of each group's class, of its teacher, over train: float32 [G, C]."""
+        """Return the mean logits of each group's class over train, by the group's teacher: float32 [G, C]."""
         return torch.from_numpy(self._means[groups.teachers, groups.classes])
 
     def answer(self, images: Tensor, groups: Groups, draws: Tensor, plain: Tensor) -> Tensor:
-        """Each group's teacher's logits float32 [B, C] of float images [B, channels, H, W], differentiable.
+        """Return logits float32 [B, C] of float images [B, channels, H, W] by each group's teacher, differentiable.
 
-        Images are augmented by ``draws`` [B, AUGMENT_DRAWS], but for those that are to stay ``plain``, bool [B], as their real views are.
+        Images are augmented by ``draws`` [B, AUGMENT_DRAWS], except ``plain`` ones, bool [B], whose real view is not augmented either.
         """
         ctx, runs = self._ctx, groups.runs()
         seen = torch.where(plain[:, None, None, None], images, ctx.augment(images, draws))

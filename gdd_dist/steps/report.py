@@ -1,4 +1,4 @@
-"""Step: the report. Students are trained, then what was measured becomes a table, pictures and a page."""
+"""Step: the report. Students are trained, and their results become a table, pictures and a page."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ __all__ = ["run", "table"]
 
 SAMPLE_CLASSES, SAMPLE_COLUMNS = 20, 8
 CHART_BYTES, TEXT_BYTES, ROW_BYTES = 400_000, 20_000, 1_000
-"""Of all charts, of the text in all its forms, of a row in it."""
+"""Bytes of all charts, of the text in all formats, and of a row in it."""
 SHOWN_SIDE, SHOWN_BYTES = 54, {1: 0.2, 3: 0.9}
-"""Pixels to which an image is enlarged in a picture; bytes of such a pixel, by channels.
+"""Side in pixels to which an image is enlarged in a picture; bytes per enlarged pixel, by channels.
 
-All as in two reports, whose sizes they give within a tenth: on digits (16x16, 10 classes), and on 40 classes of smooth noise in
-colour (32x32).
+These values give the sizes of two reports within a tenth: on digits (16x16, 10 classes), and on 40 classes of smooth colour
+noise (32x32).
 """
 
 
 def run(ctx: Context, work: Path, inputs: Inputs) -> dict[str, Any]:
-    """Measure all rows; write metrics.json, report.md, report.html and the pictures into ``work``. Returns the headline numbers."""
+    """Measure all rows; write metrics.json, report.md, report.html and pictures into ``work``. Returns the headline numbers."""
     dirs, all_of = inputs.directories, inputs.fingerprints
     fingerprints = {"data": all_of["shards"], **{name: all_of[name] for name in dirs}}
     begin = time.monotonic()
@@ -82,7 +82,7 @@ def documents(
     shown: Mapping[str, training_figures.Figure],
     costs: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, bytes]:
-    """File name → content of all that the report writes: metrics.json, the pictures, report.md, report.html."""
+    """Return file name → content of all files of the report: metrics.json, the pictures, report.md, report.html."""
     metrics = document(ctx, fingerprints, candidates, results, {"nearest": summary(evidence.near)})
     pictures = {**shown, **gallery(evidence, ctx.class_names)}
     pngs = {name: training_figures.png(figure) for name, figure in pictures.items()}
@@ -97,7 +97,7 @@ def documents(
 
 
 def bytes_needed(ctx: Context) -> int:
-    """About the bytes of all that ``documents`` gives, where the page holds the pictures once more (base64)."""
+    """Return the approximate bytes of ``documents``; the page contains the pictures a second time (base64)."""
     m, rows = ctx.manifest, len(plan(ctx.config))
     samples = 3 * min(ctx.classes, SAMPLE_CLASSES) * SAMPLE_COLUMNS
     images = samples + min(ctx.classes, 10) * (1 + NEIGHBOURS)
@@ -106,7 +106,7 @@ def bytes_needed(ctx: Context) -> int:
 
 
 def _note_start(ctx: Context, work: Path, known: int) -> None:
-    """Whether this goes on with a report that was killed: then more students are there than when it began."""
+    """Note whether this continues a killed report: there are more finished students than when it began."""
     note = work / CHECKPOINTS / "start.json"
     if ctx.world.is_main:
         if note.exists():
@@ -117,30 +117,30 @@ def _note_start(ctx: Context, work: Path, known: int) -> None:
 
 
 def headline_numbers(results: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Mean accuracy in percent of the first row of each kind, and the matched row's ceiling share."""
+    """Return the mean accuracy in percent of the first row of each kind, and the matched row's ceiling share."""
     first = {kind_of(r): r for r in reversed(results)}
     numbers: dict[str, float | None] = {kind: r["mean"] for kind, r in first.items()}
     return numbers | {"ceiling_share": first["matched"]["ceiling_share"]}
 
 
 def kept_numbers(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Those headline numbers that there are."""
+    """Return the headline numbers that were measured."""
     return {name: value for name, value in headline_numbers(results).items() if value is not None}
 
 
 def flat_settings(config: Config) -> dict[str, Any]:
-    """SECTION.NAME → value of every setting that shapes numbers."""
+    """Return SECTION.NAME → value of every setting that changes results."""
     own = {"seed": config.seed, "precision": config.precision}
     return own | {f"{s}.{name}": v for s in SECTIONS for name, v in config.shaping(s).items()}
 
 
 def status(ctx: Context) -> str:
-    """The report's own status, as steps.json will say it."""
+    """Return the report's own status, as in steps.json."""
     return "resumed" if ctx.resumed else "computed"
 
 
 def earlier_costs(ctx: Context, dirs: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
-    """Status, as steps.json has it of this invocation, and what each earlier step cost when it was computed."""
+    """Return each earlier step's status in this run, as in steps.json, and its cost when it was computed."""
     path = ctx.out / "steps.json"
     found: dict[str, Any] = read_json(path)["steps"] if path.exists() else {}
     costs = {}
@@ -154,7 +154,7 @@ def earlier_costs(ctx: Context, dirs: Mapping[str, Path]) -> dict[str, dict[str,
 
 
 def samples_figure(ctx: Context, dirs: Mapping[str, Path]) -> training_figures.Figure:
-    """Real images, the GAN's and the matched generator's, a row for each class; the generators get the same latents."""
+    """Show real images, the GAN's and the matched generator's, a row for each class; generators get the same latents."""
     count = min(ctx.classes, SAMPLE_CLASSES)
     classes = np.arange(count) * ctx.classes // count
     generators = {
@@ -167,7 +167,7 @@ def samples_figure(ctx: Context, dirs: Mapping[str, Path]) -> training_figures.F
 
 
 def _real_samples(ctx: Context, classes: np.ndarray) -> np.ndarray:
-    """uint8 [classes, columns, H, W, C] from train; white where a class has too few."""
+    """Return uint8 [classes, columns, H, W, C] from train; white if a class has too few images."""
     images, seed = ctx.images("train"), ctx.config.step_seed("report")
     m = ctx.manifest
     out = np.full((len(classes), SAMPLE_COLUMNS, m.height, m.width, m.channels), 255, dtype=np.uint8)
@@ -192,7 +192,7 @@ def curves_figure(
     candidates: Candidates,
     results: Sequence[Mapping[str, Any]],
 ) -> training_figures.Figure:
-    """The page of curves, from the pool's list, this run's event files and matching's candidates."""
+    """Return the figure of curves, from the list of teachers, this run's event files and matching's candidates."""
     logs = ctx.out / "tensorboard"
     curves = {step: training_figures.read_curves(logs / step / fingerprints[step][:8]) for step in ("gan", "matching")}
     kept = candidates.kept(ctx.config.matching.select)

@@ -1,4 +1,4 @@
-"""What the trainings of the pool are, and what each leaves behind: snapshots, and a record once it is done."""
+"""The trainings of the pool, and their outputs: snapshots, and a record of each finished training."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ class Training:
 
     @property
     def name(self) -> str:
-        """What the user reads of it."""
+        """The name shown to the user."""
         return f"{self.architecture} seed {self.seed}"
 
     @property
     def purpose(self) -> str:
-        """The name of its random streams."""
+        """The purpose of its random numbers."""
         return f"teacher/{self.architecture}/{self.seed}"
 
 
 def pool(config: Config, steps_per_epoch: int) -> list[Training]:
-    """All trainings. Snapshots stand at 1, 1/3, 1/9, … of a training: early ones teach coarse structure."""
+    """Return all trainings. Snapshots are at 1, 1/3, 1/9, … of a training, because early ones teach coarse structure."""
     t = config.teachers
     steps = t.epochs * steps_per_epoch
     marks = sorted({max(1, round(steps * 3.0**-k)) for k in range(t.snapshots)})
@@ -54,19 +54,19 @@ def pool(config: Config, steps_per_epoch: int) -> list[Training]:
 
 
 def record_path(work: Path, training: Training) -> Path:
-    """The file that says that a training is done."""
+    """Return the path of a training's record, which exists when it is finished."""
     return work / CHECKPOINTS / f"training-{training.index:03d}.json"
 
 
 def finished(work: Path, training: Training) -> dict[str, Any] | None:
-    """The record of a training that is done, None of one that is not; a damaged file is named, and its training done again."""
+    """Return the record of a finished training, else None; a damaged file is reported, and its training repeated."""
     path = record_path(work, training)
     if not path.exists():
         return None
     try:
         body: dict[str, Any] = read_json(path)
         if body.pop("check", None) != fingerprint(body):
-            raise UserError(f"{path} is damaged; its training is done again")
+            raise UserError(f"{path} is damaged; its training is repeated")
         verify(work, body["teachers"])
     except UserError as e:
         tell(str(e))
@@ -76,18 +76,18 @@ def finished(work: Path, training: Training) -> dict[str, Any] | None:
 
 @cache
 def tell(fault: str) -> None:
-    """Say it once: a training that is done again meets the same damaged file where it looks for its checkpoint."""
+    """Report a fault once, although a repeated training finds the same damaged file when it loads its checkpoint."""
     say(f"teachers: {fault}")
 
 
 def verify(work: Path, records: list[dict[str, Any]]) -> None:
-    """Raise UserError when a snapshot that was kept is not as it was written."""
+    """Raise UserError if a snapshot was changed since it was written."""
     for record in records:
-        verify_file(work / record["file"], record["bytes"], record["sha256"], "its training is done again")
+        verify_file(work / record["file"], record["bytes"], record["sha256"], "its training is repeated")
 
 
 def finish(work: Path, training: Training, records: list[dict[str, Any]], curve: list[list[float]]) -> None:
-    """Write the record of a training that is done: its snapshots, and its curve of points (step, loss, learning rate)."""
+    """Write the record of a finished training: its snapshots, and its curve of points (step, loss, learning rate)."""
     record_path(work, training).parent.mkdir(exist_ok=True)
     body = {"teachers": records, "curve": curve}
     write_json(record_path(work, training), {**body, "check": fingerprint(body)})
@@ -117,7 +117,7 @@ def keep(ctx: Context, net: Classifier, training: Training, step: int, work: Pat
 
 
 class LeaderCheckpoints(Checkpoints):
-    """Checkpoints of one training, in files of the team's leader; on every rank of the team the leader's are loaded."""
+    """Checkpoints of one training, in files of the team's leader, which every rank of the team loads."""
 
     def __init__(self, ctx: Context, training: Training, work: Path) -> None:
         config = ctx.config
@@ -126,7 +126,7 @@ class LeaderCheckpoints(Checkpoints):
         self._team, self._work = ctx.team, work
 
     def load(self) -> tuple[int, dict[str, Any]] | None:
-        """The newest whole checkpoint, if the snapshots kept before it are whole too."""
+        """Return the newest intact checkpoint, if the snapshots before it are intact, too."""
         found: tuple[int, dict[str, Any]] | None = None
         if self._team.is_main:
             found = super().load()

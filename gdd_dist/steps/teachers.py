@@ -1,4 +1,4 @@
-"""Step: the pool of teachers. Trainings (architectures × seeds) go to whoever is free; each leaves snapshots along its way."""
+"""Step: the pool of teachers. The next free team takes a training (architecture × seed), which yields several snapshots."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ FINISHED = ("training-*.json", "teacher-*.safetensors")
 
 
 def run(ctx: Context, work: Path, inputs: Inputs) -> dict[str, Any]:
-    """Train the pool into ``work``: teacher-NNN.safetensors and teachers.json. Returns what the step's record says."""
+    """Train the pool, and write teacher-NNN.safetensors and teachers.json into ``work``. Returns the step's record."""
     if ctx.config.teachers.pretrained:
         return take(ctx, work, ctx.config.teachers.pretrained)
     images = ctx.images("train")
@@ -50,7 +50,7 @@ def run(ctx: Context, work: Path, inputs: Inputs) -> dict[str, Any]:
     team = ctx.team
     monitor = ctx.monitor("teachers", work, sum(t.steps for t in trainings) // team.count or 1)
     done = 0
-    # Costly ones first, so that no team starts a long training when the others are done.
+    # Expensive ones first, so that no team starts a long training when the others are finished.
     costs = {
         a: sum(p.numel() for p in ctx.classifier(a, 0, "cost").parameters()) for a in ctx.config.teachers.architectures
     }
@@ -71,13 +71,13 @@ def run(ctx: Context, work: Path, inputs: Inputs) -> dict[str, Any]:
         t: read_json(record_path(work, t)) for t in sorted(trainings, key=lambda t: t.index)
     }  # verified in this run
     for training, result in trained.items():
-        if training.index not in logged:  # another rank's, or an interrupted run's
+        if training.index not in logged:  # trained by another rank or by an interrupted run
             log_curve(monitor, training, result["curve"])
     return _list(ctx, work, monitor, [r for result in trained.values() for r in result["teachers"]])
 
 
 def take(ctx: Context, work: Path, directory: str) -> dict[str, Any]:
-    """The pool of teachers that somebody else trained: measured on val, written like our own, mean and std with them."""
+    """Take pretrained teachers: measure them on val, and write them like our own, with mean and std."""
     files = pretrained.files(directory)
     monitor = ctx.monitor("teachers", work, len(files), unit="teacher")
     mine = []
@@ -93,7 +93,7 @@ def take(ctx: Context, work: Path, directory: str) -> dict[str, Any]:
 
 
 def _list(ctx: Context, work: Path, monitor: Monitor, records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Write teachers.json and log each teacher's accuracy; returns what the step's record says."""
+    """Write teachers.json and log each teacher's accuracy; returns the step's record."""
     if ctx.world.is_main:
         write_json(work / TEACHERS, {"format": "gdd-teachers/1", "teachers": records})
     for i, record in enumerate(records):
@@ -103,14 +103,14 @@ def _list(ctx: Context, work: Path, monitor: Monitor, records: list[dict[str, An
 
 
 def log_curve(monitor: Monitor, training: Training, curve: list[list[float]]) -> None:
-    """Points (step, loss, learning rate) of one training; all trainings have the same learning rates."""
+    """Log the points (step, loss, learning rate) of one training; all trainings have the same learning rates."""
     for step, loss, lr in curve:
         values = {f"loss/{training.architecture}/{training.seed}": loss}
         monitor.scalars(int(step), values | ({"lr": lr} if training.index == 0 else {}))
 
 
 def train_one(ctx: Context, training: Training, work: Path, monitor: Monitor, done: int) -> None:
-    """Train one classifier on this team, going on from its checkpoint; ``done``: steps of this team's trainings before it."""
+    """Train one classifier on this team, from its checkpoint if it has one; ``done``: steps of this team's earlier trainings."""
     checkpoints = LeaderCheckpoints(ctx, training, work)
     name = f"teachers: {training.name}"
     loop.train(
@@ -119,7 +119,7 @@ def train_one(ctx: Context, training: Training, work: Path, monitor: Monitor, do
 
 
 class Pupil(loop.Trainee):
-    """One classifier in training on this team, and the snapshots kept of it. Its files are the leader's."""
+    """One classifier that this team trains, and its snapshots. The leader writes its files."""
 
     def __init__(self, ctx: Context, training: Training, work: Path, monitor: Monitor, done: int) -> None:
         t, team = ctx.config.teachers, ctx.team
@@ -135,14 +135,14 @@ class Pupil(loop.Trainee):
         self.curve: list[list[float]] = []
 
     def begin(self, start: int) -> None:
-        """Log what was done before an interruption; the loader learns which images come."""
+        """Log the steps before an interruption, and announce to the loader which images will be read."""
         log_curve(self.monitor, self.training, self.curve)
         if start:
             self.monitor.already(min(self._done + start, self.monitor.total))
         self._images.expect(self._samples, start, self.steps)
 
     def read(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Images uint8 [b, C, H, W], labels int64 [b], augmentation draws [b, AUGMENT_DRAWS]: this rank's share."""
+        """Read this rank's share: images uint8 [b, C, H, W], labels int64 [b], augmentation draws [b, AUGMENT_DRAWS]."""
         indices, seed = self._samples(step), self._ctx.config.step_seed("teachers")
         slots = np.arange(len(indices)) + self._ctx.team.rank * len(indices)
         draws = uniform(self.skips.seed(seed), f"{self.training.purpose}/augment", step, slots, AUGMENT_DRAWS)
@@ -150,7 +150,7 @@ class Pupil(loop.Trainee):
         return self._ctx.sent((self._images.read(indices), labels, torch.from_numpy(draws)))
 
     def train(self, step: int, batch: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
-        """One step of cross-entropy on augmented images."""
+        """Make one step of cross-entropy on augmented images."""
         images, labels, draws = batch
         x = self._ctx.augment(to_float(images, self._ctx.device), draws)
         return {"loss": teacher_step(self.engine, x, labels, self._lr(step), self.skips)}
@@ -159,23 +159,23 @@ class Pupil(loop.Trainee):
         return warmup_cosine(step, self.steps, self._ctx.config.teachers.lr)
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
-        """A point of the curve."""
+        """Add a point to the curve."""
         self.curve.append([step, scalars["loss"], self._lr(step)])
         log_curve(self.monitor, self.training, self.curve[-1:])
 
     def after_step(self, done: int) -> None:
-        """Keep a snapshot where one is due; progress."""
+        """Keep a snapshot if one is due, and show progress."""
         if done in self.training.snapshots and self._ctx.team.is_main:
             self._records.append(keep(self._ctx, self.net, self.training, done, self._work))
         self.monitor.advance(min(self._done + done, self.monitor.total), self.training.name)
 
     def state_dict(self) -> dict[str, Any]:
-        """Network, optimizer, skipped steps; what was kept so far."""
+        """Return network, optimizer, skipped steps, and the snapshots so far."""
         state = {"net": self.net.state_dict(), "optimizer": self._optimizer.state_dict()}
         return {**state, "skips": self.skips.state_dict(), "records": self._records, "curve": self.curve}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What ``state_dict`` gave."""
+        """Load the result of ``state_dict``."""
         self.net.load_state_dict(state["net"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._records, self.curve = state["records"], state["curve"]
@@ -186,14 +186,14 @@ class Pupil(loop.Trainee):
         self.engine.close()
 
     def finish(self) -> None:
-        """All steps are done: the leader writes the record."""
+        """Let the leader write the record of the finished training."""
         self.close()
         if self._ctx.team.is_main:
             finish(self._work, self.training, self._records, self.curve)
 
 
 def team_engine(ctx: Context, net: Classifier, optimizer: torch.optim.Optimizer) -> DDPEngine:
-    """What carries a classifier through its training on this rank's team."""
+    """Return the engine that trains a classifier on this rank's team."""
     t, size = ctx.config.teachers, ctx.manifest.height
     net.recompute = t.activation_checkpointing
     example = torch.zeros(1, ctx.manifest.channels, size, size, device=ctx.device)
@@ -201,7 +201,7 @@ def team_engine(ctx: Context, net: Classifier, optimizer: torch.optim.Optimizer)
 
 
 def teacher_step(engine: DDPEngine, images: Tensor, labels: Tensor, lr: float, skips: Skips) -> Tensor:
-    """One step of cross-entropy on this rank's share: float images [b, C, H, W] in [-1, 1], labels int64 [b]. Returns its loss.
+    """Make one step of cross-entropy on this rank's share: float images [b, C, H, W] in [-1, 1], labels int64 [b]. Returns its loss.
 
     A step whose loss or gradient is not finite, on any rank, moves nothing, and counts in ``skips``. Raises Diverged after too
     many in a row.
@@ -214,7 +214,7 @@ def teacher_step(engine: DDPEngine, images: Tensor, labels: Tensor, lr: float, s
         engine.backward(loss)
         losses.append(loss.detach())
     moved = engine.step(lr)
-    for now, then in zip(running, before, strict=True):  # nor may a batch norm remember a step that was skipped
+    for now, then in zip(running, before, strict=True):  # a skipped step must not change batch statistics either
         now.copy_(torch.where(moved, now, then))
     skips.note(moved)
     return torch.stack(losses).mean()

@@ -1,1 +1,1 @@
-"""Files that are whole or not there: finished steps, checkpoints, JSON."""
+"""Atomically written files: finished steps, checkpoints, JSON."""

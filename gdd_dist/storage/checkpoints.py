@@ -1,7 +1,7 @@
 """Exact save and resume inside a step: the last few checkpoints, each verified before it is trusted.
 
-A checkpoint is step-NNN.pt, and step-NNN.json that holds its size and sha256 and is written when the data is durable: there is
-no list of all checkpoints to be torn, and whatever is damaged costs that one checkpoint alone.
+A checkpoint is step-NNN.pt, and a record step-NNN.json with its size and sha256, which is written when the data is durable. No
+file lists all checkpoints, so damage to a file costs only one checkpoint.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FORMAT = "gdd-checkpoint/1"
 
 
 class Checkpoints:
-    """Checkpoints of one training loop in ``directory``; ``seconds`` between saves, stretched so that saving costs ≤ 3 %."""
+    """Checkpoints of one training loop in ``directory``, every ``seconds``, or less often so that saving costs ≤ 3 %."""
 
     def __init__(
         self,
@@ -47,12 +47,12 @@ class Checkpoints:
         return time.monotonic() - self._last >= max(self.seconds, 33 * self._cost if self.seconds else 0.0)
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write ``state`` (tensors, numbers, strings in dicts and lists) as of after ``step`` steps; durable when it returns.
+        """Write ``state`` (tensors, numbers, strings in dicts and lists) after ``step`` steps; durable when it returns.
 
-        Files of a later step are removed: training went back behind them, because they were damaged or the loop had diverged.
+        Checkpoints of later steps are removed: training went back because they were damaged or the loop had diverged.
         """
         begin = time.monotonic()
-        # No parents: of a disk that is gone nothing is to be made anew on the one below.
+        # Parents are not created: if a disk was unmounted, nothing must be written below its mount point.
         self.directory.mkdir(exist_ok=True)
         buffer = io.BytesIO()
         torch.save(state, buffer)
@@ -66,14 +66,14 @@ class Checkpoints:
         self._saves, self._spent = self._saves + 1, self._spent + self._cost
 
     def costs(self) -> dict[str, float]:
-        """How many were saved in this invocation, and the seconds that took, for the step's record."""
+        """Return the number of checkpoints saved by this process, and the seconds that took, for the step's record."""
         return {"checkpoints": self._saves, "checkpoint_seconds": round(self._spent, 3)}
 
     def _file(self, step: int, suffix: str) -> Path:
         return self.directory / f"step-{step:09d}{suffix}"
 
     def _forget(self, step: int) -> None:
-        """Keep the newest few up to ``step``. The record goes first: without one, data is not looked at."""
+        """Keep the newest few up to ``step``. Records are removed first, because data without a record is ignored."""
         steps = sorted({step_of(p) for p in self.directory.glob("step-*.*")}, reverse=True)
         kept = [s for s in steps if s <= step][: self._keep]
         for old in steps:
@@ -82,10 +82,10 @@ class Checkpoints:
                 self._file(old, ".pt").unlink(missing_ok=True)
 
     def load(self) -> tuple[int, dict[str, Any]] | None:
-        """(steps done, state) of the newest whole checkpoint, on the CPU; None when there is none to go on from.
+        """Return (steps done, state) of the newest intact checkpoint, on the CPU; None if there is none.
 
-        Where ranks go on together (``among`` is `World.gather`) all load the same one, which every rank found whole; ``bring``
-        gives their hosts the files of the rank that writes them.
+        Ranks that continue together (``among`` is `World.gather`) load the same checkpoint, which is intact on every rank;
+        ``bring`` sends their hosts the files of the rank that writes them.
         """
         self._bring()
         for step in self._among([step_of(record) for record in records(self.directory)])[0]:
@@ -97,11 +97,11 @@ class Checkpoints:
             faults = [f for f in self._among(fault) if f]
             if not faults:
                 return step, state or {}
-            self._say(f"checkpoint skipped: {faults[0]}; going on from the one before")
+            self._say(f"checkpoint skipped: {faults[0]}; continuing from an earlier one")
         return None
 
     def _read(self, step: int) -> dict[str, Any]:
-        """The state of one checkpoint. Raises UserError that says what is wrong with it."""
+        """Read the state of one checkpoint. Raises UserError that says what is wrong with it."""
         path, note = self._file(step, ".pt"), self._file(step, ".json")
         try:
             record = read_json(note)
@@ -118,5 +118,5 @@ class Checkpoints:
         try:
             state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except (RuntimeError, pickle.UnpicklingError, EOFError) as e:
-            raise UserError(f"{path} holds what no checkpoint of ours does ({' '.join(str(e).split())[:80]})") from e
+            raise UserError(f"{path} is not a valid checkpoint ({' '.join(str(e).split())[:80]})") from e
         return state

@@ -1,4 +1,4 @@
-"""JSON on disk: written whole or not at all, read with a line for whoever finds it damaged; fingerprints of JSON."""
+"""JSON files: written atomically, read with a clear error when damaged; and fingerprints of JSON."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from sharding.files import write_atomic
 
 
 def fingerprint(parts: Mapping[str, Any]) -> str:
-    """16 hex digits of the SHA-256 of ``parts`` as canonical JSON. Raises TypeError for what JSON cannot hold."""
+    """Return 16 hex digits of the SHA-256 of ``parts`` as canonical JSON. Raises TypeError for values JSON cannot hold."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def json_bytes(value: Any) -> bytes:
-    """JSON as all files here hold it."""
+    """Return a value as JSON, formatted as in all files of this package."""
     return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all."""
+    """Write JSON atomically."""
     write_atomic(path, json_bytes(value))
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON; UserError names the file when it is missing or damaged."""
+    """Read JSON. Raises UserError naming the file when it is missing or damaged."""
     try:
         return json.loads(path.read_bytes())
     except OSError as e:
@@ -40,7 +40,7 @@ def read_json(path: Path) -> Any:
 
 
 def append_json(path: Path, value: Any) -> None:
-    """Add a line of JSON, durable when this returns; a line that a crash cut short stays alone on its own."""
+    """Append a line of JSON, durable when this returns; a line truncated by a crash does not damage the next one."""
     text = json.dumps(value, allow_nan=False) + "\n"
     with path.open("ab+") as stream:
         if stream.tell():
@@ -52,7 +52,7 @@ def append_json(path: Path, value: Any) -> None:
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """(number, value) of each line of a file that ``append_json`` wrote, None for a damaged one; nothing where there is no file."""
+    """Yield (number, value) for each line of a file written by ``append_json``; value None for a damaged line. No file: nothing."""
     content = path.read_bytes() if path.exists() else b""
     for number, text in enumerate(content.split(b"\n"), 1):
         if text.strip():

@@ -1,4 +1,4 @@
-"""What a step leaves behind: a directory named by the fingerprint of all that shaped it, whole or not there at all."""
+"""The outputs of steps: a directory named by the fingerprint of everything that determines it, complete or missing."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ CHECKPOINTS = "checkpoints"
 
 
 class Whole:
-    """Which files of an unfinished step were written whole: one list a rank, only ever appended to, so none can be torn."""
+    """Records completely written files of an unfinished step. Each rank appends to its own list, so no crash destroys one."""
 
     def __init__(self, work: Path, rank: int) -> None:
         self._work, self._folder = work, work / CHECKPOINTS
         self._mine = self._folder / f"whole-{rank:05d}.jsonl"
 
     def note(self, path: Path, data: bytes) -> None:
-        """``path``, below the step's directory, holds ``data``, durably."""
+        """Record that ``path``, below the step's directory, durably holds ``data``."""
         entry = {
             "file": str(path.relative_to(self._work)),
             "bytes": len(data),
@@ -37,7 +37,7 @@ class Whole:
         append_json(self._mine, entry)
 
     def known(self) -> dict[str, set[tuple[int, str]]]:
-        """File name → (bytes, sha256) of each time that any rank wrote it: after damage it is written again, perhaps by another rank."""
+        """Return file name → (bytes, sha256) of each time it was written; after damage, another rank may have written it again."""
         found: dict[str, set[tuple[int, str]]] = {}
         for path in sorted(self._folder.glob("whole-*.jsonl")):
             for _, entry in json_lines(path):
@@ -46,16 +46,16 @@ class Whole:
         return found
 
     def as_written(self) -> dict[str, tuple[int, str]]:
-        """File name → (bytes, sha256), without reading it, unless it was written more than once and not alike.
+        """Return file name → (bytes, sha256). A file is read only if it was written more than once with different content.
 
-        Raises UserError naming a file that has another size.
+        Raises UserError naming a file whose size differs.
         """
         found = {}
         for name, entries in self.known().items():
             path = self._work / name
             size = path.stat().st_size if path.exists() else -1
             if size not in {written for written, _ in entries}:
-                raise UserError(f"{path} is damaged (its size differs); run the same command again to compute it anew")
+                raise UserError(f"{path} is damaged (its size differs); run the same command again to recompute it")
             found[name] = next(iter(entries)) if len(entries) == 1 else (size, sha256_file(path))
         return found
 
@@ -67,23 +67,23 @@ class Store:
         self.root = root
 
     def path(self, step: str, fp: str) -> Path:
-        """Where the finished step lies."""
+        """Return the directory of the finished step."""
         return self.root / step / fp
 
     def partial(self, step: str, fp: str) -> Path:
-        """Where the step works."""
+        """Return the directory in which the step works until it is finished."""
         return self.root / step / f"{fp}.partial"
 
     def finished(self, step: str, fp: str) -> bool:
-        """Whether the step is there, whole."""
+        """Whether the step is finished."""
         return (self.path(step, fp) / CONTENTS).exists()
 
     def finish(self, step: str, fp: str, info: Mapping[str, Any], between: Callable[[], None] = lambda: None) -> Path:
-        """Record size and sha256 of every file, flush, rename: from now on it is never written again. Then checkpoints go.
+        """Record size and sha256 of every file, flush, rename (the directory is now final), and remove the checkpoints.
 
-        What was hashed where it was written (`Whole`) is not read again.
+        Files that were hashed when they were written (`Whole`) are not read again.
 
-        ``between`` is called between files and may raise: until the rename, nothing is lost.
+        ``between`` is called between files and may raise: before the rename, nothing is lost.
         """
         work = self.partial(step, fp)
         clean(work)
@@ -103,11 +103,11 @@ class Store:
         return self.path(step, fp)
 
     def drop_checkpoints(self, step: str, fp: str) -> None:
-        """Remove what a finished step no longer needs; a kill after the rename leaves it there."""
+        """Remove the checkpoints of a finished step, which remain if the process is killed just after the rename."""
         shutil.rmtree(self.path(step, fp) / CHECKPOINTS, ignore_errors=True)
 
     def files(self, step: str, fp: str) -> list[tuple[Path, int, str]]:
-        """(path, bytes, sha256) of every file of a finished step."""
+        """Return (path, bytes, sha256) of every file of a finished step."""
         directory = self.path(step, fp)
         contents = read_json(directory / CONTENTS)
         if contents.get("fingerprint") != fp or contents.get("step") != step:
@@ -116,7 +116,7 @@ class Store:
 
 
 def clean(directory: Path) -> None:
-    """Remove temporary files that a killed process left anywhere in a directory that is ours alone."""
+    """Remove the temporary files of a killed process; nobody else may be writing in ``directory``."""
     for one in (directory, *(d for d in directory.rglob("*") if d.is_dir())):
         remove_temporaries(one)
 
@@ -134,7 +134,7 @@ def verify_file(path: Path, size: int, sha256: str, remedy: str) -> None:
 
 
 def link_latest(out: Path, step: str, target: Path) -> None:
-    """OUT/<step>/latest → the finished directory, as a relative link, replaced in one move."""
+    """Make OUT/<step>/latest a relative link to the finished directory, replaced atomically."""
     directory = out / step
     directory.mkdir(parents=True, exist_ok=True)
     temporary = directory / f".tmp-{uuid.uuid4().hex}"

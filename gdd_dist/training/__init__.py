@@ -1,1 +1,1 @@
-"""What the steps that train share: context, losses, the training loop, adversaries, drawing."""
+"""Shared code of the steps that train: context, losses, the training loop, adversaries, drawing."""

@@ -1,4 +1,4 @@
-"""What every step is handed: settings, ranks, data, where to write, and the count of forwarded images."""
+"""The context that every step gets: settings, ranks, data, output paths, and the count of forwarded images."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ from sharding.errors import UserError
 from sharding.manifest import Manifest
 
 CACHE = "cache"
-"""Directory in STORE of what is kept only to be faster."""
+"""Directory in STORE for files that only save time."""
 Network = TypeVar("Network", bound=nn.Module)
 OnInterval = Callable[[int, nn.Module, Any], None]
-"""(step, generator, its measurement), called on rank 0 at each of matching's intervals. It may raise."""
+"""Called on rank 0 at each interval of matching with (step, generator, its measurement). It may raise."""
 
 
 @dataclass
 class Context:
-    """A run as its steps see it. ``forwards``: images that went through a network on this rank, in this invocation.
+    """A run, as seen by its steps. ``forwards``: number of images that a network forwarded on this rank in this process.
 
-    ``on_interval``: what a search is told by matching.
+    ``on_interval``: called by matching, so that a search gets its measurements.
     """
 
     config: Config
@@ -67,17 +67,17 @@ class Context:
 
     @property
     def device(self) -> torch.device:
-        """Where this rank computes."""
+        """The device of this rank."""
         return self.world.device
 
     @cached_property
     def team(self) -> Team:
-        """The ranks that train this rank's teachers with it. All ranks ask for it first at the same place."""
+        """The ranks that train a teacher together with this rank. The first access must happen on all ranks together."""
         return Team(self.world, self.config.teachers.ranks_per_teacher)
 
     @property
     def classes(self) -> int:
-        """C."""
+        """The number of classes C."""
         return len(self.manifest.classes)
 
     @property
@@ -87,33 +87,33 @@ class Context:
 
     @property
     def std(self) -> list[float]:
-        """Channel standard deviations of train, of pixels in [-1, 1]; 1 for a channel that is the same everywhere."""
+        """Channel standard deviations of train, of pixels in [-1, 1]; 1 for a constant channel."""
         return divisors([2 * s for s in self.manifest.std])
 
     @property
     def class_names(self) -> list[str]:
-        """As they can be printed and drawn."""
+        """Class names that can be printed and drawn."""
         return [printable(name) for name in self.manifest.classes]
 
     @cached_property
     def fill(self) -> torch.Tensor:
-        """``mean`` on the device, float32 [channels]: what augmentation puts where an image does not reach."""
+        """``mean`` on the device, float32 [channels]: augmentation fills pixels outside of an image with it."""
         return torch.tensor(self.mean, device=self.device)
 
     @cached_property
     def sent(self) -> Sender:
-        """Called with a batch, gives it on the device; in the thread that reads ahead."""
+        """A function that copies a batch to the device; called in the thread that reads ahead."""
         return Sender(self.device)
 
     def generator_meta(self, net: ImageGenerator, provenance: Mapping[str, Any]) -> dict[str, Any]:
-        """The metadata of a generator's file. ``normalization`` is of train's pixels in [-1, 1]."""
+        """Return the metadata of a generator's file. ``normalization`` is that of train's pixels in [-1, 1]."""
         normalization = {"range": [-1, 1], "mean": self.mean, "std": self.std}
         about = {"classes": list(self.manifest.classes), "normalization": normalization, "provenance": provenance}
         return {**generator_meta(net), **about}
 
     @contextmanager
     def among(self, ranks: int) -> Iterator[bool]:
-        """Inside, the world is its first ``ranks`` ranks, for what they alone do; whether this rank is one. All ranks enter it."""
+        """Reduce the world to its first ``ranks`` ranks inside the context; yields whether this rank is one. All ranks enter it."""
         world, disks = self.world, self.disks
         if ranks < world.size:
             self.world = world.part(range(ranks))
@@ -124,7 +124,7 @@ class Context:
             self.world, self.disks = world, disks
 
     def images(self, split: str) -> Images:
-        """The split's images, opened once."""
+        """Return the split's images, opened once."""
         if split not in self._images:
             loader = self.config.loader
             self._images[split] = Images(
@@ -139,7 +139,7 @@ class Context:
         return self._images[split]
 
     def watch(self, network: Network) -> Network:
-        """Put a network on the device and count the images it forwards."""
+        """Move a network to the device and count the images that it forwards."""
 
         def count(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
             self.forwards += len(inputs[0])
@@ -148,7 +148,7 @@ class Context:
         return network.to(self.device)
 
     def classifier(self, name: str, seed: int, purpose: str) -> Classifier:
-        """A fresh classifier for this data set; its weights are a function of (seed, purpose)."""
+        """Return a new classifier for this data set; its weights are a function of (seed, purpose)."""
         with seeded(seed, purpose):
             net = build_classifier(
                 name,
@@ -161,43 +161,43 @@ class Context:
         return self.watch(self.compiled(net))
 
     def teacher(self, teacher: Teacher) -> Classifier:
-        """A trained teacher, frozen, in evaluation mode, to be asked under autocast of the run's precision."""
+        """Return a trained teacher, frozen, in evaluation mode; call it under autocast to the run's precision."""
         net = teacher.load(self.manifest.channels, self.manifest.height, self.classes)
         return self.watch(self.compiled(cast_once(net, self.precision)))
 
     def compiled(self, net: Network) -> Network:
-        """``net``, its forward compiled where the run compiles."""
+        """Return ``net``, with its forward compiled if --compile is set."""
         return compiled(net) if self.config.compile else net
 
     def augment(self, images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-        """This run's augmentation of float images [B, C, H, W], replayed by ``draws`` [B, AUGMENT_DRAWS]."""
+        """Apply this run's augmentation to float images [B, C, H, W], determined by ``draws`` [B, AUGMENT_DRAWS]."""
         loader = self.config.loader
         return augment(images, draws.to(images.device), flip=loader.flip, ops=loader.augment, fill=self.fill)
 
     def checkpoints(self, directory: Path) -> Checkpoints:
-        """Checkpoints of a loop that this rank runs for itself."""
+        """Return the checkpoints of a loop that this rank runs alone."""
         return Checkpoints(directory, self.config.checkpoint_seconds, say, self.config.checkpoints_kept)
 
     def shared_checkpoints(self, work: Path) -> Checkpoints:
-        """Checkpoints of the loop that all ranks run together in the step's directory ``work``; rank 0 writes them."""
+        """Return the checkpoints of a loop of all ranks in the step's directory ``work``; rank 0 writes them."""
         directory, seconds, keep = work / CHECKPOINTS, self.config.checkpoint_seconds, self.config.checkpoints_kept
         bring = partial(self.disks.mirror, directory, ["*"])
         return Checkpoints(directory, seconds, self.world.say, keep, self.world.gather, bring)
 
     def monitor(self, step: str, work: Path, total: int, *, start: int = 0, unit: str = "step") -> Monitor:
-        """The monitor of a step that works in ``work``."""
+        """Return the monitor of a step that works in ``work``."""
         directory = self.out / "tensorboard" / step / work.name[:8]
         return Monitor(directory, step, total, start=start, unit=unit, active=self.world.is_main, whole=self.outlook)
 
     def passing(self, what: str, total: int, unit: str = "step") -> Monitor:
-        """Progress of a part of a step: on rank 0, of its own share."""
+        """Return a monitor for a part of a step: rank 0 shows the progress of its own share."""
         return Monitor(None, what, total, unit=unit, active=self.world.is_main, passing=True, whole=self.outlook)
 
 
 def agreed_precision(config: Config, world: World) -> str:
-    """The run's precision: ``auto`` as rank 0 resolves it, so that hosts of different hardware compute alike. All ranks call it.
+    """Return the run's precision; rank 0 resolves ``auto``, so that hosts of different hardware agree. All ranks call it.
 
-    From now on this process computes in it.
+    It also sets TF32 in this process.
     """
     precision = str(world.broadcast(resolve_precision(config.precision, world.device)))
     allow_tf32(precision == "tf32")
@@ -205,16 +205,16 @@ def agreed_precision(config: Config, world: World) -> str:
 
 
 def train_order(config: Config, step: str, shard_samples: Sequence[int], purpose: str) -> Order:
-    """The order in which ``step`` sees train, in batches of its ``batch``. Raises UserError when that does not fit."""
+    """Return the order in which ``step`` sees train, in batches of its ``batch``. Raises UserError if that is too large."""
     batch, streams, window = getattr(config, step).batch, config.streams(step), config.loader.window
     try:
         return Order(tuple(shard_samples), batch, streams, config.step_seed(step), purpose, window)
     except ValueError as e:
-        raise UserError(f"--{step}.batch: {e}; make it smaller") from e
+        raise UserError(f"--{step}.batch: {e}; lower it") from e
 
 
 class seeded:
-    """Inside, torch's global generator is a function of (seed, purpose); outside it is as before."""
+    """Seed torch's global generator with (seed, purpose) inside the context, and restore it afterwards."""
 
     def __init__(self, seed: int, purpose: str) -> None:
         self._seed = int(permutation(seed, f"init/{purpose}", 0, 2**20)[0])

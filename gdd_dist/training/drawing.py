@@ -1,4 +1,4 @@
-"""Drawing images from a generator as a user gets them: rounded to 8 bits, a function of (seed, purpose, step, slot)."""
+"""Draws images from a generator as a user gets them: rounded to 8 bits, a function of (seed, purpose, step, slot)."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def draw(
     batch: int = DRAW_BATCH,
     slots: np.ndarray | None = None,
 ) -> Tensor:
-    """uint8 images [n, C, H, W] on the device for labels int64 [n]; slot i is ``labels[i]``'s place, or ``slots[i]``."""
+    """Return uint8 images [n, C, H, W] on the device for labels int64 [n]; image i has slot i, or ``slots[i]``."""
     parts = []
     slots = np.arange(len(labels)) if slots is None else slots
     batch = draws_at_once(ctx.device, batch)
     for i in range(0, len(labels), batch):
         y = labels[i : i + batch]
         z = normal(seed, f"{purpose}/z", step, slots[i : i + len(y)], generator.latent)
-        # In float32, whatever the run's precision: as `load_generator` draws.
+        # Always in float32, because `load_generator` draws so, too.
         parts.append(to_uint8(generator(*ctx.sent((torch.from_numpy(z), torch.from_numpy(y))))))
     return torch.cat(parts)

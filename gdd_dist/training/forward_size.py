@@ -1,13 +1,13 @@
-"""How many images go through a network at once where nothing is trained. Imports little: whoever only draws images needs it too."""
+"""How many images a network forwards at once without training. Imports little, because programs that only draw need it, too."""
 
 from __future__ import annotations
 
 import torch
 
 CPU_BATCH = 32
-"""Images a forward on a CPU: a layer's activations stay in its cache."""
+"""Images per forward on a CPU, so few that a layer's activations stay in the cache."""
 
 
 def forward_size(device: torch.device, batch: int) -> int:
-    """Images a forward, ``batch`` at most."""
+    """Return the number of images per forward, at most ``batch``."""
     return min(CPU_BATCH, batch) if device.type == "cpu" else batch

@@ -1,8 +1,8 @@
 """Fits the trivial generator: principal components of all images, then mean and covariance of each class in them.
 
 Sums over images are exact: pixels are integers, axes and coordinates are rounded to a grid, and all products and sums are
-integers that float64 or int64 hold. So they depend neither on the order of images nor on ranks, threads or matrix library;
-only the factorisations do, which one rank makes on one thread and gives to all.
+integers that fit in float64 or int64. So they do not depend on the order of images, ranks, threads or the matrix library.
+Only the factorisations do, so one rank computes them on one thread and sends them to all.
 
 Shapes: N images, C classes, D pixels, L axes, K components. Pixels are uint8 - 128 until `Gaussians` has them in [-1, 1].
 """
@@ -24,25 +24,25 @@ from gdd_dist.models.gaussian import LinearGenerator, lower, pack, unpack
 from gdd_dist.storage.json_files import read_json
 
 MOST = 256
-"""Components at most. On CIFAR-10, 384 gave students 0.6 points more on val in a file 1.7 times as large (benchmarks/gaussian.py)."""
+"""Most components. On CIFAR-10, 384 gave students 0.6 points more on val in a file 1.7 times as large (benchmarks/gaussian.py)."""
 SPARE = 32
-"""Axes beyond the components, which make the last components of a random sketch good (Halko et al. 2011)."""
+"""Extra axes, which make the last components of a random sketch accurate (Halko et al. 2011)."""
 ROWS = 256
 """Images converted to float64 at once: 25 MB at 64 x 64 x 3."""
 GRID = 2.0**30
-"""Axes are multiples of its inverse: with 8-bit pixels a coordinate has less than 53 bits up to D = 2^32."""
+"""Axes are multiples of 1 / GRID: with 8-bit pixels a coordinate has less than 53 bits up to D = 2^32."""
 BITS = 20
-"""Of a coordinate: a product of two, summed over 4,096 images, has 52."""
+"""Bits of a coordinate: a sum of products of two over 4,096 images has 52 bits."""
 RIDGE, FLOOR = 1e-6, 1e-12
-"""Of the mean variance, and of pixels in [-1, 1]: added to each variance, so that what does not vary has a root too."""
+"""Added to each variance, so that constant directions have a root, too: a share of the mean variance, and an absolute value."""
 
 CHOICE = "choice.json"
-"""In the directory of the finished step: every candidate with its measurement."""
+"""File in the finished step's directory with every candidate and its measurement."""
 
 Read = Callable[[int], tuple[Tensor, Tensor]]
-"""``read(part)``: the part's images, uint8 [n, channels, size, size], and labels, int64 [n]. Parts are any cut of the images."""
+"""``read(part)`` returns the part's images, uint8 [n, channels, size, size], and labels, int64 [n]. Any partition is allowed."""
 Add = Callable[[Tensor], Tensor]
-"""``add(tensor)``: the sum of a contiguous int64 tensor over ranks, which all of them call; the tensor itself where there is one rank."""
+"""``add(tensor)`` returns the sum of a contiguous int64 tensor over ranks, all of which call it; with one rank, the tensor itself."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Moments:
 
 
 def most_components(images: int, classes: int, pixels: int) -> int:
-    """The most components that N images in C classes give: min(256, D, N - C), at least 1."""
+    """Return the most components for N images in C classes: min(256, D, N - C), at least 1."""
     return max(1, min(MOST, pixels, images - classes))
 
 
@@ -82,8 +82,8 @@ def moments(
 ) -> Moments:
     """Read this rank's ``parts`` ``sketches`` + 1 times (two or more): sketches of the components, then the classes' moments.
 
-    ``add`` sums over ranks; exactly one rank is the ``lead``. All ranks get the same answer. With one sketch 256 components
-    hold 99.1 % of the variance that the best 256 hold (CIFAR-10), with two 99.8, with three 99.9.
+    ``add`` sums over ranks; exactly one rank is the ``lead``. All ranks get the same result. With one sketch, 256 components
+    have 99.1 % of the variance of the best 256 (CIFAR-10), with two sketches 99.8 %, with three 99.9 %.
     """
     parts = list(parts)
     width = min(components + SPARE, pixels)
@@ -96,31 +96,31 @@ def moments(
 
 def _random_axes(pixels: int, width: int, seed: int) -> Tensor:
     axes = torch.empty(pixels, width, dtype=torch.float64)
-    for some in torch.arange(pixels).split(ROWS):  # to draw a number takes many times its own memory
+    for some in torch.arange(pixels).split(ROWS):  # in parts, because drawing a number takes many times its own memory
         axes[some] = torch.from_numpy(normal(seed, "gaussian/axes", 0, some.numpy(), width)).double()
     return axes.div_(axes.norm(dim=0))
 
 
 def _given(axes: Tensor | None, shape: tuple[int, int], add: Add) -> Tensor:
-    """The lead's axes, rounded to the grid, on all ranks."""
+    """Return the lead's axes, rounded to the grid, on all ranks."""
     mine = torch.zeros(shape, dtype=torch.int64) if axes is None else (axes * GRID).round().long().contiguous()
     return add(mine).double() / GRID
 
 
 def _scale(pixels: int) -> float:
-    """A power of two with which a coordinate on an axis of length 1, at most 128 √D, has `BITS` bits."""
+    """Return the power of two by which coordinates on an axis of length 1 (at most 128 √D) are scaled to `BITS` bits."""
     return 2.0 ** (BITS - 7 - math.ceil(math.log2(pixels) / 2))
 
 
 def _coordinates(images: Tensor, axes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pixels float64 [n, D] and coordinates float64 [n, L], both integers, of at most `ROWS` images at a time."""
+    """Yield pixels float64 [n, D] and coordinates float64 [n, L], both integers, of at most `ROWS` images at a time."""
     for block in images.split(ROWS):
         x = block.flatten(1).cpu().double().sub_(128)
         yield x, (x @ axes).mul_(_scale(axes.shape[0])).round_()
 
 
 def _sketch(read: Read, parts: list[int], axes: Tensor, add: Add) -> tuple[int, Tensor, Tensor]:
-    """(N, Σ x int64 [D], N · covariance · axes float64 [D, L]): the sketch needs no matrix [D, D]."""
+    """Return (N, Σ x int64 [D], N · covariance · axes float64 [D, L]); this needs no matrix [D, D]."""
     count, total = torch.zeros(1, dtype=torch.int64), torch.zeros(len(axes), dtype=torch.int64)
     first, product = torch.zeros(axes.shape[1], dtype=torch.int64), torch.zeros(axes.shape, dtype=torch.int64)
     for part in parts:
@@ -157,7 +157,7 @@ def _class_moments(read: Read, parts: list[int], axes: Tensor, mean: Tensor, cla
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """How a factorisation is cut for threads moves its last bits."""
+    """Use one thread, because the number of threads changes the last bits of a factorisation."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -172,11 +172,11 @@ def _orthonormal(columns: Tensor) -> Tensor:
 
 
 class Gaussians:
-    """Means and covariances of classes in principal components, from which ``generator`` makes generators of any K ≤ L.
+    """Means and covariances of classes in principal components; ``generator`` makes generators of any K ≤ L from them.
 
     Coordinates are in [-1, 1] pixels, from the mean of all images, components by falling variance. Attributes: count [C],
     variance [L] of all images, means [C, L], pooled covariance within classes [L, L], alpha [C] (`ledoit_wolf`).
-    ``alpha`` comes from all L axes, whatever K is: the last of them have next to no part in it.
+    ``alpha`` is computed from all L axes for every K, because the last axes hardly influence it.
     """
 
     @one_thread()
@@ -189,7 +189,7 @@ class Gaussians:
         variance, rotation = torch.linalg.eigh(whole)
         rotation = rotation.flip(1)
         basis = sums.axes @ rotation
-        # An eigenvector's sign is the library's whim: its largest entry shall be positive.
+        # The sign of an eigenvector is arbitrary; here its largest entry is positive.
         sign = basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
         step = 1 / (127.5 * sums.scale)
         self._basis, self._rotation = basis * sign, rotation * sign * step
@@ -205,17 +205,17 @@ class Gaussians:
         return triangle + triangle.tril(-1).T
 
     def _scatter(self, y: int) -> Tensor:
-        """Σ (z - mean) (z - mean)ᵀ of a class, [L, L]."""
+        """Return Σ (z - mean) (z - mean)ᵀ of a class, [L, L]."""
         mean = self._raw_means[y]
         raw = self._square(self._sums.second[y]) - int(self.count[y]) * torch.outer(mean, mean)
         return self._rotation.T @ raw @ self._rotation
 
     def covariance(self, y: int) -> Tensor:
-        """The class's own, unbiased, [L, L]; zero for a single image."""
+        """Return the unbiased covariance of a class, [L, L]; zero for a single image."""
         return self._scatter(y) / max(1, int(self.count[y]) - 1)
 
     def _fourth(self, y: int) -> float:
-        """Σ ‖z - mean‖⁴ of a class, from moments about the origin of the axes."""
+        """Return Σ ‖z - mean‖⁴ of a class, from moments about the origin of the axes."""
         s, m, n = self._sums, self._raw_means[y], float(self.count[y])
         second, unit = self._square(s.second[y]), 2.0**BITS
         of_mean = m @ m
@@ -244,7 +244,7 @@ class Gaussians:
         shrink_means: bool = True,
         dtype: str = "float32",
     ) -> LinearGenerator:
-        """The generator of the first K components. ``alpha``: one for all classes instead of Ledoit and Wolf's."""
+        """Return the generator of the first K components. ``alpha``: one value for all classes instead of Ledoit and Wolf's."""
         k, classes = components, len(self.count)
         net = LinearGenerator(classes=classes, channels=channels, size=size, latent=k, spread=spread, dtype=dtype)
         net.mean.copy_((self._sums.mean + 0.5) / 127.5)
@@ -261,12 +261,12 @@ class Gaussians:
 
 
 def ledoit_wolf(fourth: float, count: int, covariance: Tensor, target: Tensor, share: float = 0.0) -> float:
-    """The α in [0, 1] for which (1 - α) covariance + α target is expected nearest to the truth, in Frobenius norm.
+    """Return the α in [0, 1] for which (1 - α) covariance + α target has the least expected error in Frobenius norm.
 
     α = (1 - share) π / ((n - 2) ‖S - T‖²), π = (n / (n - 1))² (Σ ‖z‖⁴ / n - ‖S (n - 1) / n‖²): Ledoit and Wolf, "Improved estimation
     of the covariance matrix of stock returns" (2003), for a target T that is itself a mean of such covariances, in which
-    this class has weight ``share``. They divide by n. With n - 2, α is 1 where deviations from the class mean are all
-    orthogonal, so that S is nothing but noise; it is also 1 for one or two images. ``fourth``: Σ ‖z‖⁴ of the deviations.
+    this class has weight ``share``. They divide by n. With n - 2, α is 1 if all deviations from the class mean are
+    orthogonal, so that S is only noise; it is also 1 for one or two images. ``fourth``: Σ ‖z‖⁴ of the deviations.
     """
     if count < 3:
         return 1.0
@@ -277,7 +277,7 @@ def ledoit_wolf(fourth: float, count: int, covariance: Tensor, target: Tensor, s
 
 
 def shrunk_means(means: Tensor, count: Tensor, variance: float) -> Tensor:
-    """Class means [C, K], taken from the mean of all, moved towards it by how much of them is noise.
+    """Return class means [C, K], relative to the mean of all, shrunk towards it by their share of noise.
 
     A class keeps B / (B + variance / n_c), B = max(0, Σ ‖mean_c‖² / (C - 1) - mean of variance / n_c): the James-Stein
     estimator as empirical Bayes for classes of unequal size (Efron and Morris, "Stein's estimation rule and its competitors",
@@ -291,10 +291,10 @@ def shrunk_means(means: Tensor, count: Tensor, variance: float) -> Tensor:
 
 
 def chosen(directory: Path) -> dict[str, Any]:
-    """Of the finished step ``gaussian`` in ``directory``: the candidate that it kept, with its measurement on val."""
+    """Return the candidate that the finished step ``gaussian`` in ``directory`` kept, with its measurement on val."""
     return best_of(read_json(directory / CHOICE)["candidates"])
 
 
 def best_of(candidates: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The candidate that is kept: the first that is best on val."""
+    """Return the candidate to keep: the first one with the best val accuracy."""
     return max(candidates, key=lambda c: c["val"])

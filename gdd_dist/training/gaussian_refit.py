@@ -1,8 +1,8 @@
-"""Matching without a gradient: the Gaussian of each class is fitted anew to those of its draws that the teachers choose.
+"""Matching without gradients: the Gaussian of each class is refitted to draws that the teachers choose.
 
-Of n draws the teachers choose the one to whose class they give the largest share, together. The new Gaussian has the mean of the chosen
-draws, and the mean of their covariance and the one before: chosen draws alone differ too little to teach much.
-Shapes: n draws for each of M places, C classes, K latent, D pixels.
+Of n draws, the one with the highest mean teacher probability of its class is chosen. The new Gaussian has the mean of the chosen
+draws. Its covariance is the average of theirs and the old one, because chosen draws alone have too little variance for training.
+Shapes: n draws for each of M chosen images, C classes, K latent, D pixels.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from gdd_dist.training.gaussian_fit import one_thread
 from gdd_dist.training.soft_labels import class_shares
 
 PLACES = 8
-"""Chosen draws for each latent number: as many more make a covariance of K numbers sound."""
+"""Chosen draws per latent dimension, so many that the covariance of K dimensions is reliable."""
 KEPT = 0.5
-"""Share of the covariance before."""
+"""Weight of the old covariance."""
 
 
 def refit(ctx: Context, net: LinearGenerator, teachers: Sequence[nn.Module], of: int) -> LinearGenerator:
-    """A generator like ``net``, fitted to the best of ``of`` draws, on the device. The ranks share the classes. All ranks call it."""
+    """Return a generator like ``net``, refitted to the best of ``of`` draws, on the device. Ranks share the classes; all call it."""
     world, net = ctx.world, net.to(ctx.device)
     means, roots = torch.zeros_like(net.class_means), torch.zeros_like(net.roots, dtype=torch.float32)
     for y in range(world.rank, ctx.classes, world.size):
@@ -44,7 +44,7 @@ def refit(ctx: Context, net: LinearGenerator, teachers: Sequence[nn.Module], of:
 def refitted_class(
     ctx: Context, net: LinearGenerator, teachers: Sequence[nn.Module], of: int, y: int
 ) -> tuple[Tensor, Tensor]:
-    """A class's new mean [K], and the packed root [K(K+1)/2] of its new covariance, on the CPU."""
+    """Return a class's new mean [K], and the packed root [K(K+1)/2] of its new covariance, on the CPU."""
     k, seed = net.latent, ctx.config.step_seed("matching")
     total, step = places(net), max(1, DRAW_BATCH // of)
     chosen = []
@@ -53,7 +53,7 @@ def refitted_class(
         slots = np.arange(first * of, min(first + step, total) * of)
         z = torch.from_numpy(normal(seed, f"matching/refit/{y}", 0, slots, k)).to(ctx.device)
         labels = torch.full((len(z),), y, device=ctx.device)
-        images = to_float(to_uint8(net(z, labels)), ctx.device)  # as a student sees it
+        images = to_float(to_uint8(net(z, labels)), ctx.device)  # rounded to 8 bits, as for a student
         best = class_shares(teachers, images, labels, ctx.precision).view(-1, of).argmax(1)
         chosen.append(z.view(-1, of, k)[torch.arange(len(best)), best].cpu())
     return moved(net, y, torch.cat(chosen).double())
@@ -61,7 +61,7 @@ def refitted_class(
 
 @one_thread()
 def moved(net: LinearGenerator, y: int, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [K] and packed root [K(K+1)/2] of class ``y`` after its ``chosen`` latents, float64 [M, K]."""
+    """Return mean [K] and packed root [K(K+1)/2] of class ``y``, refitted to its ``chosen`` latents, float64 [M, K]."""
     root = net.arch["spread"] * unpack(net.roots[y].cpu().double(), net.places.cpu(), net.latent)
     codes = chosen @ root.T
     covariance = (1 - KEPT) * codes.T.cov() + KEPT * root @ root.T
@@ -70,10 +70,10 @@ def moved(net: LinearGenerator, y: int, chosen: Tensor) -> tuple[Tensor, Tensor]
 
 
 def places(net: LinearGenerator) -> int:
-    """M: how many draws are chosen for each class."""
+    """Return M, the number of chosen draws per class."""
     return PLACES * net.latent
 
 
 def draws(net: LinearGenerator, of: int) -> int:
-    """How many images are drawn for a refit, each of which every teacher answers."""
+    """Return how many images are drawn for a refit; every teacher forwards each of them."""
     return of * places(net) * net.classes

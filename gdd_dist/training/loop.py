@@ -1,7 +1,7 @@
 """The training loop of every step that trains: resume, read ahead, vote, checkpoint, skip, log.
 
-A step supplies a `Trainee`: its state, how a batch is read, and one training step. Benchmarks and tests look in through
-`watchers`, and replace nothing.
+A step supplies a `Trainee`: its state, how a batch is read, and one training step. Benchmarks and tests observe loops through
+`watchers`, without replacing functions.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ T = TypeVar("T", bound="Trainee")
 
 
 class Ranks(Protocol):
-    """Those who run one loop together: the World, or a Team."""
+    """The ranks that run one loop together: the World, or a Team."""
 
     @property
     def is_main(self) -> bool:
         """Whether this rank writes the files."""
 
     def vote(self, save: bool = False) -> Vote:
-        """Begin to agree whether to save after this step, and whether to stop."""
+        """Begin a vote on whether to save after this step, and whether to stop."""
 
     def mean(self, values: Mapping[str, Tensor]) -> dict[str, float]:
-        """Means over ranks of scalar tensors."""
+        """Return the means over ranks of scalar tensors."""
 
     def say(self, line: str) -> None:
-        """A line for the user, once."""
+        """Print a line for the user, once."""
 
 
 class Trainee(ABC):
-    """What a loop trains. ``name``: what the user reads; ``steps``: in all; ``skips``: its skipped steps."""
+    """What a loop trains. ``name``: shown to the user; ``steps``: total number; ``skips``: its skipped steps."""
 
     name: str
     steps: int
@@ -51,45 +51,45 @@ class Trainee(ABC):
 
     @abstractmethod
     def begin(self, start: int) -> None:
-        """The state is as of after ``start`` steps: open ``monitor``, tell the loader which images will be read."""
+        """Begin after ``start`` steps: open ``monitor``, and announce to the loader which images will be read."""
 
     @abstractmethod
     def read(self, step: int) -> Any:
-        """This rank's share of a step's batch, with its random draws. A pure function, called ahead in another thread."""
+        """Return this rank's share of a step's batch, with its random draws. A pure function, called ahead in another thread."""
 
     @abstractmethod
     def train(self, step: int, batch: Any) -> dict[str, Tensor]:
-        """One training step; returns scalars. Raises Diverged after too many skipped steps in a row."""
+        """Make one training step; returns scalars. Raises Diverged after too many skipped steps in a row."""
 
     @abstractmethod
     def log(self, step: int, scalars: dict[str, float]) -> None:
-        """Log the scalars of a step, means over ranks."""
+        """Log the scalars of a step, which are means over ranks."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """All that the loop needs to go on, whole on the rank that writes. All ranks call it."""
+        """Return all state needed to resume, complete on the rank that writes. All ranks call it."""
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What ``state_dict`` gave."""
+        """Load the result of ``state_dict``."""
 
     def before_step(self, step: int) -> None:  # noqa: B027
-        """Called before each step, and once more with ``steps`` after the last one: measurements. It may raise Preempted."""
+        """Called before each step, and with ``steps`` after the last one, for measurements. It may raise Preempted."""
 
     @abstractmethod
     def after_step(self, done: int) -> None:
-        """Called when ``done`` steps are done: progress, pictures, snapshots."""
+        """Called after ``done`` steps, for progress, pictures and snapshots."""
 
     @abstractmethod
     def close(self) -> None:
-        """Free what holds on to the process group."""
+        """Free objects that keep the process group alive."""
 
 
 class Watcher:
-    """What benchmarks and tests see of every loop of this process; put one into ``watchers``."""
+    """Observes every loop of this process, for benchmarks and tests; add an instance to ``watchers``."""
 
     def batches(self, trainee: Trainee, start: int, batches: Iterator[Any]) -> Iterator[Any]:
-        """The batches that the loop will take from ``batches``."""
+        """Return the iterator that the loop will use in place of ``batches``."""
         return batches
 
     def before_step(self, trainee: Trainee, step: int) -> None:
@@ -103,9 +103,9 @@ watchers: list[Watcher] = []
 
 
 def train(ctx: Context, make: Callable[[], T], ranks: Ranks, checkpoints: Checkpoints, name: str, remedy: str) -> T:
-    """Train what ``make`` builds to its end, from the newest checkpoint; after numbers that are not finite, once more from there.
+    """Train what ``make`` builds to its end, from the newest checkpoint; if it diverges, once more from the last checkpoint.
 
-    Raises UserError with the ``remedy`` when that diverges too, Preempted when the job is to stop and all is saved.
+    Raises UserError with the ``remedy`` if it diverges again, Preempted if the job must stop and its progress is saved.
     """
 
     def attempt(draw: int) -> T:
@@ -117,7 +117,7 @@ def train(ctx: Context, make: Callable[[], T], ranks: Ranks, checkpoints: Checkp
 
 
 def _fit(ctx: Context, trainee: Trainee, ranks: Ranks, checkpoints: Checkpoints, draw: int) -> None:
-    """One attempt; ``draw``: of the noise."""
+    """Train in one attempt; ``draw`` selects the noise."""
     start = 0
     if (found := checkpoints.load()) is not None:
         start, state = found
@@ -143,7 +143,7 @@ def _fit(ctx: Context, trainee: Trainee, ranks: Ranks, checkpoints: Checkpoints,
     trainee.skips.settle()
     ranks.say(trainee.skips.line(trainee.name, trainee.steps))
     _before(trainee, trainee.steps, save)
-    ranks.vote().obey(partial(save, trainee.steps))  # a signal that came in the last step
+    ranks.vote().obey(partial(save, trainee.steps))  # handles a signal during the last step
 
 
 def _step(trainee: Trainee, ranks: Ranks, step: int, batch: Any) -> None:
@@ -159,7 +159,7 @@ def _step(trainee: Trainee, ranks: Ranks, step: int, batch: Any) -> None:
 
 
 def _before(trainee: Trainee, step: int, save: Callable[[int], None]) -> None:
-    """The trainee's own business before a step; a job that is asked to stop meanwhile is saved as of now."""
+    """Call ``before_step``; if the job is asked to stop meanwhile, save the present state."""
     try:
         trainee.before_step(step)
     except Preempted:

@@ -1,7 +1,7 @@
-"""torch's own SGD and Adam without torch._dynamo, which takes as long to load as torch itself; here nothing is compiled.
+"""torch's own SGD and Adam without torch._dynamo, which takes as long to import as torch itself.
 
-torch wraps some methods of its optimizers for torch.compile. These wrappers load torch._dynamo at the first call, whether or not
-anything is compiled. The classes here have the same methods without the wrappers: the same numbers and the same state.
+torch wraps some methods of its optimizers for torch.compile. These wrappers import torch._dynamo at the first call, even if
+nothing is compiled. The classes here have the same methods without the wrappers, with the same results and the same state.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Kind = TypeVar("Kind", bound=torch.optim.Optimizer)
 
 
 def _unwrapped(kind: type[Kind]) -> type[Kind]:
-    """A subclass of the same name whose methods are as they stand in torch's source."""
+    """Return a subclass of the same name with torch's methods without their wrappers."""
     methods = {name: inspect.unwrap(getattr(kind, name)) for name in _WRAPPED}
     return type(kind.__name__, (kind,), {**methods, "step": torch.no_grad()(inspect.unwrap(kind.step))})
 

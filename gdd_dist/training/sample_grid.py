@@ -1,4 +1,4 @@
-"""Grids of images, as arrays."""
+"""Arranges images in grids, as arrays."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ GRID_CLASSES, GRID_COLUMNS = 10, 10
 
 
 def grid(images: Tensor, columns: int) -> np.ndarray:
-    """Float images [B, C, H, W] in [-1, 1] → a uint8 picture [H', W', 3], row by row; small images are enlarged."""
+    """Arrange float images [B, C, H, W] in [-1, 1] in a uint8 picture [H', W', 3], row by row; enlarges small images."""
     return enlarged_grid(to_uint8(images), columns)
 
 
 def enlarged_grid(images: Tensor, columns: int) -> np.ndarray:
-    """uint8 images [B, C, H, W] → a uint8 picture [H', W', 3], row by row; small images are enlarged."""
+    """Arrange uint8 images [B, C, H, W] in a uint8 picture [H', W', 3], row by row; enlarges small images."""
     scale = max(1, 32 // images.shape[-1])
     enlarged = images.cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     return laid_out(enlarged.numpy(), columns)
 
 
 def laid_out(images: np.ndarray, columns: int) -> np.ndarray:
-    """uint8 images [B, C, H, W], C 1 or 3 → a uint8 picture [H', W', 3], row by row, with a black line around each.
+    """Arrange uint8 images [B, C, H, W], C 1 or 3, in a uint8 picture [H', W', 3], row by row, with a black line around each.
 
-    One image alone stands without lines.
+    A single image has no lines.
     """
     count, channels, height, width = images.shape
     if count == 1:
@@ -41,12 +41,12 @@ def laid_out(images: np.ndarray, columns: int) -> np.ndarray:
     picture = np.zeros((-(-count // columns) * (height + 1) + 1, columns * (width + 1) + 1, 3), np.uint8)
     for i, image in enumerate(images):
         y, x = i // columns * (height + 1) + 1, i % columns * (width + 1) + 1
-        picture[y : y + height, x : x + width] = image.transpose(1, 2, 0)  # one channel becomes three
+        picture[y : y + height, x : x + width] = image.transpose(1, 2, 0)  # broadcasts one channel to three
     return picture
 
 
 def as_png(picture: np.ndarray) -> bytes:
-    """A uint8 picture [H, W, 3] as a PNG file."""
+    """Return a uint8 picture [H, W, 3] as PNG bytes."""
     stream = io.BytesIO()
     Image.fromarray(picture).save(stream, "PNG")
     return stream.getvalue()
@@ -54,7 +54,7 @@ def as_png(picture: np.ndarray) -> bytes:
 
 @torch.no_grad()
 def sample_grid(ctx: Context, generator: ImageGenerator) -> np.ndarray:
-    """A picture of the same latents each time: a row for each of the first classes."""
+    """Return a picture with a row for each of the first classes; it always uses the same latents."""
     classes = min(ctx.classes, GRID_CLASSES)
     labels = torch.arange(classes).repeat_interleave(GRID_COLUMNS)
     z = torch.from_numpy(normal(0, "grid", 0, np.arange(len(labels)), generator.latent))
@@ -62,5 +62,5 @@ def sample_grid(ctx: Context, generator: ImageGenerator) -> np.ndarray:
 
 
 def forwards(ctx: Context) -> int:
-    """Images of ``sample_grid``."""
+    """Return the number of images in ``sample_grid``."""
     return min(ctx.classes, GRID_CLASSES) * GRID_COLUMNS

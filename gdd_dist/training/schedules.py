@@ -6,7 +6,7 @@ import math
 
 
 def warmup_cosine(step: int, steps: int, peak: float, warmup: float = 0.05) -> float:
-    """Linear to ``peak`` over the first ``warmup`` of ``steps``, then cosine to 0."""
+    """Return a linear increase to ``peak`` over the share ``warmup`` of ``steps``, then a cosine decay to 0."""
     rise = max(1, int(steps * warmup))
     if step < rise:
         return peak * (step + 1) / rise
@@ -14,5 +14,5 @@ def warmup_cosine(step: int, steps: int, peak: float, warmup: float = 0.05) -> f
 
 
 def cosine(step: int, steps: int, first: float, last: float) -> float:
-    """Cosine from ``first`` to ``last``."""
+    """Return a cosine decay from ``first`` to ``last``."""
     return last + (first - last) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, steps))))

@@ -1,4 +1,4 @@
-"""Soft labels: what the teachers say of an image, together."""
+"""Soft labels: the mean of the teachers' predicted probabilities."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from gdd_dist.engines.precision import autocast
 from gdd_dist.training.forward_size import forward_size
 
 BATCH = 256
-"""Images a forward, fewer on a CPU."""
+"""Images per forward; fewer on a CPU."""
 
 
 @torch.no_grad()
 def soft_labels(teachers: Sequence[nn.Module], images: Tensor, temperature: float, precision: str) -> Tensor:
-    """Mean over teachers of softmax(logits / temperature) of float images [N, C, H, W] in [-1, 1]: float32 [N, K].
+    """Return the mean over teachers of softmax(logits / temperature) of float images [N, C, H, W] in [-1, 1]: float32 [N, K].
 
-    ``precision``: of the teachers' forwards, float32, tf32, bf16 or fp16.
+    ``precision`` of the teachers' forwards: float32, tf32, bf16 or fp16.
     """
     parts = []
     for part in images.split(forward_size(images.device, BATCH)):
@@ -33,9 +33,9 @@ def soft_labels(teachers: Sequence[nn.Module], images: Tensor, temperature: floa
 
 
 def chosen(teachers: Sequence[nn.Module], draws: Tensor, labels: Tensor, precision: str) -> Tensor:
-    """Of M draws for each of N labels the one that the teachers choose: uint8 [M, N, C, H, W], int64 [N] → uint8 [N, C, H, W].
+    """Choose one of M draws for each of N labels: uint8 [M, N, C, H, W], int64 [N] → uint8 [N, C, H, W].
 
-    They choose the image to whose class they together give the largest share.
+    It is the image with the highest mean teacher probability of its class.
     """
     m, n = draws.shape[:2]
     shares = class_shares(teachers, to_float(draws.flatten(0, 1), labels.device), labels.repeat(m), precision)
@@ -44,5 +44,5 @@ def chosen(teachers: Sequence[nn.Module], draws: Tensor, labels: Tensor, precisi
 
 
 def class_shares(teachers: Sequence[nn.Module], images: Tensor, labels: Tensor, precision: str) -> Tensor:
-    """How much of their answer the teachers together give to each image's class: float32 [N], in [0, 1]. ``labels``: int64 [N]."""
+    """Return the teachers' mean probability of each image's class: float32 [N], in [0, 1]. ``labels``: int64 [N]."""
     return soft_labels(teachers, images, 1.0, precision).gather(1, labels[:, None])[:, 0]

@@ -108,7 +108,7 @@ def test_a_node_lost_in_the_shared_steps_is_waited_for_and_they_go_on(hosts, tin
     running = Running(out, [*argv, "--address", hosts.address, "--ranks-per-trial", "2"], ENVIRONMENT)
     running.until(lambda: any((out / "gan").glob("*.partial/checkpoints/*")))
     hosts.lose(hosts.nodes.pop())
-    running.until(lambda: "has come to hold 1 of the 2 ranks needed" in running.text())
+    running.until(lambda: "has room for only 1 of the 2 ranks needed" in running.text())
     hosts.nodes.append(hosts.add())
     assert running.wait() == 0, running.text()
     shared = json.loads((out / "shared" / "steps.json").read_text())["steps"]

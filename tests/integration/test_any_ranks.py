@@ -30,7 +30,9 @@ def test_ranks_that_do_not_divide_a_batch_give_the_losses_of_one(reported, tmp_p
     assert ended.codes == [0] * size, ended.text
     taking = {3: 2, 6: 4, 12: 8}[size]
     for step in LOSSES:
-        said = f"{size - taking} of {size} ranks wait while the others do {step}; --{step}.batch "
+        said = (
+            f"{size - taking} of {size} ranks wait during {step}, whose batch they cannot share evenly; --{step}.batch "
+        )
         assert sum(err.count(said) for err in ended.err) == 1
         assert np.allclose(losses(out, step), losses(reported.out, step), rtol=1e-4, atol=0)
     found = ranks.steps(out)
@@ -91,7 +93,7 @@ def test_a_signal_to_one_who_works_or_waits_stops_all_and_loses_nothing(reported
     (tmp_path / "go").touch()
     ended = job.wait()
     assert ended.codes == [143] * 3, ended.text
-    assert all("all is saved, the same command goes on from here" in err for err in ended.err), ended.text
+    assert all("all is saved, run the same command again to continue" in err for err in ended.err), ended.text
     found = ranks.train(out, argv, 3)
     assert found["gan"]["status"] == "resumed"
     assert np.allclose(losses(out, "gan"), losses(reported.out, "gan"), rtol=1e-4, atol=0)

@@ -151,7 +151,7 @@ def test_a_signal_to_its_launcher_reaches_the_ranks_who_save_and_leave(undisturb
     finally:
         job.kill()
     assert job.returncode
-    assert text.count("all is saved, the same command goes on from here") == 2, text
+    assert text.count("all is saved, run the same command again to continue") == 2, text
     assert json.loads((out / "preempted").read_text())["step"] == "gan"
 
 

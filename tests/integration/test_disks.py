@@ -108,7 +108,7 @@ def test_a_shared_disk_is_seen_as_one(tmp_path):
 
 def test_a_file_that_changed_on_its_way_gets_no_name(tmp_path):
     found = ranks.call(tmp_path, 2, send, tmp_path, True)
-    assert "damaged on its way from rank 0" in found[1]["error"]
+    assert "damaged while it was sent from rank 0" in found[1]["error"]
     assert found[1]["files"] == {}
 
 

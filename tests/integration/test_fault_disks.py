@@ -67,7 +67,7 @@ def test_a_disk_that_goes_in_mid_write_is_said_and_nothing_is_written_in_its_pla
     try:
         line = refused_at_step_6(undisturbed, out, functools.partial(hooks.unmount, disk), tmp_path)
         assert f"error: {out}" in line
-        assert "see whether the disk is still there, then run the same command again" in line
+        assert "check that the disk is still mounted, then run the same command again" in line
         assert list(disk.iterdir()) == []
         assert newest_is_whole(still / "out", 6)
         subprocess.run(["mount", "--bind", str(still), str(disk)], check=True)
@@ -95,9 +95,9 @@ def test_logits_that_will_not_fit_are_refused_before_any_is_computed(undisturbed
 
 FAULTS = {
     "full": (errno.ENOSPC, "free some space and run the same command again"),
-    "over quota": (errno.EDQUOT, "make room in your quota and run the same command again"),
+    "over quota": (errno.EDQUOT, "free some of your quota and run the same command again"),
     "read-only": (errno.EROFS, "make it writable or choose another --out"),
-    "broken": (errno.EIO, "see whether the disk is still there"),
+    "broken": (errno.EIO, "check that the disk is still mounted"),
 }
 
 
@@ -124,7 +124,7 @@ def test_a_disk_that_fails_one_rank_ends_those_too_who_wait_for_it_in_a_barrier(
     (line,) = ended.errors
     assert line in ended.err[1]
     assert f"error: {out}" in line
-    assert ".npy: Input/output error; see whether the disk is still there" in line
+    assert ".npy: Input/output error; check that the disk is still mounted" in line
     assert all("because another rank failed" in ended.err[r] for r in (0, 2, 3))
 
 

@@ -42,7 +42,7 @@ def test_a_stopped_rank_ends_the_job_and_is_named_with_its_step(undisturbed, tmp
     assert (ended.codes[1 - victim], ended.codes[victim]) == (2, -signal.SIGKILL), ended.text
     assert len(ended.errors) == 1, ended.text
     who = f"rank {victim} (process {stopped.pid} on {socket.gethostname()}, in step {step})"
-    assert f"{who} has given no sign of life for 10 s" in ended.errors[0]
+    assert f"{who} has sent no heartbeat for 10 s" in ended.errors[0]
     assert "run the same command again" in ended.errors[0]
     assert "Traceback" not in ended.text
     ranks.train(out, [*undisturbed.argv, "--until", step], 2)  # the lock of the dead is no hindrance

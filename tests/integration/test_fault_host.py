@@ -159,7 +159,7 @@ def test_a_host_that_is_cut_off_without_a_word_is_missed_by_the_others(undisturb
     assert time.monotonic() - begin < 90
     errors = [[line for line in log.read_text().splitlines() if line.startswith("error:")] for log in logs]
     assert [len(e) for e in errors] == [1, 1], errors
-    assert "has given no sign of life for 6 s" in errors[0][0]
+    assert "has sent no heartbeat for 6 s" in errors[0][0]
     assert "in step gan" in errors[0][0]
     assert f"has not reached {FIRST} for 6 s in step gan" in errors[1][0]
     assert all(job.poll() is None or job.returncode for job in jobs)

@@ -60,7 +60,7 @@ def test_one_rank_is_signalled_and_all_save_leave_and_go_on_to_the_same_weights(
     ended = ranks.start(out, argv, size, before=hook).wait()
     assert ended.codes == [128 + number] * size, ended.text
     assert not ended.errors
-    line = f"asked to by {number.name}; all is saved, the same command goes on from here"
+    line = f"asked to by {number.name}; all is saved, run the same command again to continue"
     assert all(line in err for err in ended.err), ended.text
     note = json.loads((out / "preempted").read_text())
     assert (note["signal"], note["step"]) == (number.name, step)
@@ -111,7 +111,7 @@ def test_evaluate_too_leaves_word_that_it_was_preempted_and_goes_on_by_student(r
     before = set(out.glob("report/rows/*.json"))
     ended = ranks.launch(tmp_path / "one", 2, run_evaluate, (argv, hook)).wait()
     assert ended.codes == [138, 138], ended.text
-    line = "asked to by SIGUSR1; all is saved, the same command goes on from here"
+    line = "asked to by SIGUSR1; all is saved, run the same command again to continue"
     assert all(line in err for err in ended.err), ended.text
     note = json.loads((out / "preempted").read_text())
     assert (note["signal"], note["step"]) == ("SIGUSR1", "evaluate")
@@ -138,7 +138,7 @@ def test_when_a_peer_does_not_answer_nothing_is_saved_and_nobody_waits_longer_th
     job.send(signal.SIGKILL)
     ended = job.wait()
     assert ended.codes[0] == 143
-    assert "without saving: the ranks did not agree within 15 s; the last checkpoint is whole" in ended.err[0]
+    assert "without saving: the ranks did not agree within 15 s; the last checkpoint is intact" in ended.err[0]
     assert not (out / "preempted").exists()
     assert not list(out.glob("gan/*.partial/checkpoints/step-*.pt"))
 
@@ -185,7 +185,7 @@ def test_a_signal_after_the_time_to_agree_forces_the_exit():
         assert process.poll() is None  # it is saving
         process.terminate()
         assert process.wait(240) == 143
-        assert b"at once, on another signal after the time to agree; " in process.stderr.read()
+        assert b"at once, by another signal after the time to agree; " in process.stderr.read()
 
 
 def hold_and_mind_sigint(rank, until):
@@ -203,7 +203,7 @@ def test_ctrl_c_ends_all_ranks_and_the_last_checkpoint_is_whole(undisturbed, tmp
     job.send(signal.SIGINT)
     ended = job.wait()
     assert ended.codes == [130, 130], ended.text
-    assert all("interrupted; the same command goes on from the last checkpoint" in err for err in ended.err)
+    assert all("interrupted; run the same command again to continue" in err for err in ended.err)
     assert ranks.train(out, argv, 2)["gan"]["status"] == "resumed"
 
 

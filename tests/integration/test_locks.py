@@ -99,4 +99,4 @@ def test_a_job_that_died_on_another_host_is_taken_over_after_a_minute_without_a_
     job = ranks.start(tmp_path / "out", [*tiny, "--until", "shards"])
     ended = job.wait()
     assert ended.codes == [0], ended.text
-    assert "was held by process 77 on elsewhere; waiting whether it gives a sign of life" in ended.err[0]
+    assert "is locked by process 77 on elsewhere; waiting a minute to see whether" in ended.err[0]

@@ -181,7 +181,7 @@ def test_resume_of_a_search_that_is_over_computes_nothing(searched):
 
 
 def test_a_second_search_in_the_same_place_is_refused(searched):
-    assert "--resume goes on with it" in refused(searched.out, searched.argv)
+    assert "continue it with --resume" in refused(searched.out, searched.argv)
 
 
 def test_resources_that_no_node_has_are_told_at_once(tmp_path):

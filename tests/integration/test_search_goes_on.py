@@ -97,7 +97,7 @@ def test_interrupted_it_leaves_nothing_behind_and_a_trial_that_loses_its_process
             processes = family(running.process.pid)
             os.killpg(running.process.pid, number)  # the whole group, as a terminal does
             assert running.wait() == 130, running.text()
-            assert "--resume goes on from where it was" in running.text()
+            assert "run the same command with --resume to continue" in running.text()
             assert "Traceback" not in running.text()
             assert not gone(processes)
             assert not any(Path(files).iterdir())

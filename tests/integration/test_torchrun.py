@@ -119,7 +119,7 @@ def test_a_stopped_rank_0_ends_the_job_and_is_named(undisturbed, tmp_path):
     errors = [line for line in text.splitlines() if line.startswith("error:")]
     assert len(errors) == 1, text
     assert f"rank 0 (process {pids[0]} on " in errors[0]
-    assert "in step gan) has given no sign of life for 10 s" in errors[0]
+    assert "in step gan) has sent no heartbeat for 10 s" in errors[0]
     assert not any(alive(pid) for pid in pids.values())
 
 
@@ -136,7 +136,7 @@ def test_a_signal_to_torchrun_saves_and_notes_the_preemption_and_the_same_comman
         job.send_signal(number)
         text, _ = job.communicate(timeout=240)
     assert job.returncode != 0
-    assert text.count("all is saved, the same command goes on from here") == 2, text
+    assert text.count("all is saved, run the same command again to continue") == 2, text
     assert not any(line.startswith("error:") for line in text.splitlines()), text
     assert not any(alive(pid) for pid in pids.values())
     assert json.loads((out / "preempted").read_text())["signal"] == number.name

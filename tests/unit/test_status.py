@@ -122,7 +122,7 @@ def test_what_another_listed_run_shows_or_was_made_from_is_kept(
     assert root.exists()
     shutil.rmtree(b)
     text = said(capsys, a, "--prune", "--yes")
-    assert f"{b} is listed in {store / FILE} but is no run any more" in text
+    assert f"{b} is listed in {store / FILE} but is no longer a run" in text
     assert "removed 2 of 2" in text
     assert not theirs.exists()
     assert Store(store).finished("matching", (a / "matching" / "latest").resolve().name)
@@ -150,7 +150,7 @@ def test_what_comes_into_use_after_the_list_is_kept(
 
     monkeypatch.setattr(status, "remove", late)
     text = said(capsys, out, "--prune", "--yes")
-    assert f"{old} came into use and is kept" in text
+    assert f"{old} is in use now and is kept" in text
     assert old.exists()
 
 
@@ -187,7 +187,7 @@ def test_without_its_data_a_runs_unfinished_steps_are_kept(out: Path, capsys: py
     config.write_text(text.replace(where, "data: /not/there"))
     half, old = old_step(out, "gan", f"{OLD}.partial"), old_step(out)
     text = said(capsys, out, "--prune", "--yes")
-    assert "its data set is not there" in text
+    assert "its data set is missing" in text
     assert half.exists()
     assert not old.exists()
 
@@ -212,8 +212,8 @@ def test_wrong_use_is_one_line(out: Path, tmp_path: Path, shared: tuple[Path, Pa
     store, a, _ = shared
     (store / FILE).unlink()
     for argv, words in (
-        ([str(tmp_path)], "is no run"),
-        ([str(out), "--yes"], "--yes without --prune"),
+        ([str(tmp_path)], "is not a run"),
+        ([str(out), "--yes"], "--yes needs --prune"),
         ([str(a), "--prune"], f"{store / FILE} is missing"),
     ):
         with pytest.raises(UserError, match=words):
@@ -226,6 +226,6 @@ def test_a_run_of_an_earlier_version_says_which_steps_are_stale_and_why(
     monkeypatch.setitem(TABLE, "gan", replace(TABLE["gan"], version=TABLE["gan"].version + 1))
     lines = {line.split()[0]: line for line in said(capsys, str(out)).splitlines() if line}
     assert "done" in lines["teachers"]
-    assert "stale: this version computes it anew" in lines["gan"]
-    assert "stale: follows gan " in lines["matching"]
-    assert "stale: follows gan, matching" in lines["report"]
+    assert "stale: this version computes it differently" in lines["gan"]
+    assert "stale: depends on gan " in lines["matching"]
+    assert "stale: depends on gan, matching" in lines["report"]

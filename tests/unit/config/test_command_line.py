@@ -244,7 +244,7 @@ def test_an_unknown_setting_in_a_file_names_file_and_nearest(tmp_path):
         (["--matching.temperature", "nan"], "--matching.temperature"),
         (["--matching.temperature", "inf"], "--matching.temperature"),
         (["--matching.temperature", "warm"], "matching.temperature"),
-        (["--gan.lr", "1e400"], "--gan.lr inf is no finite number"),
+        (["--gan.lr", "1e400"], "--gan.lr inf is not a finite number"),
         (["--gan.lr", "1e38"], "--gan.lr 1e+38 is too large"),
         (["--gan.beta1", "1"], "give less than 1"),
         (["--gan.beta2", "1"], "give less than 1"),

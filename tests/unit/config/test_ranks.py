@@ -48,7 +48,9 @@ def test_the_batch_that_is_named_would_use_all(world, accumulate):
     said = idle(config, world)
     for step in ("gan", "matching"):
         waiting = world - taking_part(config, step, world)
-        assert (f"{waiting} of {world} ranks wait while the others do {step}" in said) == (waiting > 0)
+        assert (f"{waiting} of {world} ranks wait during {step}, whose batch they cannot share evenly" in said) == (
+            waiting > 0
+        )
         if waiting:
             batch = int(said.partition(f"--{step}.batch ")[2].split()[0])
             changed = settings(**{"gan": 160, "matching": 128, "accumulate": accumulate, step: batch})

@@ -58,7 +58,7 @@ def test_what_changes_numbers_is_refused_and_the_setting_named(write, key, inste
         ({"stage": "auto"}, "auto"),
         ({"stage": True}, "give 0, 1, 2 or 3"),
         ({"offload_param": {"device": "nvme"}}, "nvme"),
-        ([], "no JSON object"),
+        ([], "not a JSON object"),
     ],
 )
 def test_zeros_own_keys_are_checked(write, zero, word):

@@ -332,7 +332,11 @@ def test_other_data_and_unfinished_runs_are_refused(made: Made, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("argv", "said"),
-    [(["nowhere"], "nowhere is no run"), ([], "required: OUT"), (["OUT", "--ipc", "0"], "--report.ipc 0 is too small")],
+    [
+        (["nowhere"], "nowhere is not a run"),
+        ([], "required: OUT"),
+        (["OUT", "--ipc", "0"], "--report.ipc 0 is too small"),
+    ],
 )
 def test_wrong_use_is_one_line(made: Made, argv: list[str], said: str) -> None:
     argv = [str(made.out) if a == "OUT" else a for a in argv]
@@ -346,5 +350,5 @@ def test_the_program_exits_with_2_after_one_error_line(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
-        f"error: {tmp_path} is no run (config.yaml is missing); give the --out of a finished gdd_dist.train"
+        f"error: {tmp_path} is not a run (config.yaml is missing); give the --out of a finished gdd_dist.train"
     ]

@@ -43,7 +43,7 @@ def test_a_good_machine_is_ready_and_every_line_is_there(
     assert {"backends", "compiler", "deepspeed", "ray", "port 29500", "port 6006"} <= set(found)
     assert not [f for f in found.values() if f["state"] == FAIL]
     assert "images/s on one thread" in found["jpeg"]["detail"]
-    assert re.search(r"the same: \d+\.\d\d s on one CPU thread", found["speed"]["detail"])
+    assert re.search(r"fixed training loop: \d+\.\d\d s on one CPU thread", found["speed"]["detail"])
     assert not (tmp_path / "runs").exists(), "the doctor leaves something behind"
 
 
@@ -58,7 +58,7 @@ def test_a_fault_ends_with_1_and_stands_beside_its_remedy(
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= doctor.WIDTH
     assert lines.index("            → free some space") == lines.index("warn  ray   not there") - 1
-    assert lines[-1] == "1 of 2 checks failed: mend those first"
+    assert lines[-1] == "1 of 2 checks failed: fix those first"
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def empty_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_no_compiler(empty_path: Path) -> None:
     found = isolated_checks.compiler()
-    assert (found.state, found.detail) == (WARN, "no C++ compiler (c++ is not there)")
+    assert (found.state, found.detail) == (WARN, "no C++ compiler (c++ is not installed)")
     assert "apt install g++" in found.fix
     assert "deepspeed" in found.fix
 
@@ -102,7 +102,7 @@ def test_a_port_that_is_taken_names_one_that_is_free() -> None:
         s.listen()
         number = s.getsockname()[1]
         found = checks.port(number, "torchrun", "give --rdzv_endpoint=HOST:{free}")
-        assert (found.state, found.detail) == (WARN, "taken, but torchrun uses it")
+        assert (found.state, found.detail) == (WARN, "used by another program, but torchrun needs it")
         other = int(found.fix.rpartition(":")[2])
         assert other > number
     assert checks.port(number, "torchrun", "").state == OK
@@ -165,7 +165,7 @@ def test_wrong_and_missing_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks.metadata, "requires", lambda _name: NEEDS)
     monkeypatch.setattr(checks.metadata, "version", version)
     base, tune = checks.packages()
-    assert (base.name, base.state, base.detail) == ("packages", FAIL, "torch is 2.3.1, needed is >=2.11")
+    assert (base.name, base.state, base.detail) == ("packages", FAIL, "torch is 2.3.1, but >=2.11 is needed")
     assert base.fix == "python -m pip install --upgrade 'torch>=2.11'"
     assert (tune.name, tune.state, tune.detail) == ("extra tune", WARN, "ray is missing")
     assert tune.fix == "python -m pip install --upgrade 'ray[tune]>=2.50'"
@@ -193,7 +193,7 @@ def test_a_gpu_that_torch_does_not_see(monkeypatch: pytest.MonkeyPatch, empty_pa
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     (empty_path / "nvidia-smi").write_text("#!/bin/sh\n")
     (empty_path / "nvidia-smi").chmod(0o755)
-    for cuda, fix in ((None, "reinstall torch torchvision"), ("13.0", "update the driver to one that knows CUDA 13.0")):
+    for cuda, fix in ((None, "reinstall torch torchvision"), ("13.0", "one that supports CUDA 13.0")):
         monkeypatch.setattr(torch.version, "cuda", cuda)
         found = checks.devices()
         assert found.state == FAIL
@@ -219,19 +219,19 @@ def test_a_backend_that_does_not_come_up_says_which_interface_to_name(monkeypatc
 
 def test_what_hangs_ends_with_all_that_it_started(tmp_path: Path) -> None:
     script = f"import os, time; open('{tmp_path}/pid', 'w').write(str(os.fork() or os.getpid())); time.sleep(600)"
-    assert isolated_checks.call(script, seconds=8) == "no answer in 8 s"
+    assert isolated_checks.call(script, seconds=8) == "no response within 8 s"
     status = Path("/proc", (tmp_path / "pid").read_text(), "status")
     assert not status.exists() or "zombie" in status.read_text()
 
 
 def test_what_hangs_is_not_waited_for() -> None:
-    assert isolated_checks.call("import time; time.sleep(60)", seconds=1) == "no answer in 1 s"
+    assert isolated_checks.call("import time; time.sleep(60)", seconds=1) == "no response within 1 s"
     assert isolated_checks.call("raise SystemExit('no')") == "no"
     assert isolated_checks.call("pass") is None
 
 
 def test_on_a_busy_machine_a_trial_that_is_late_is_no_fault_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(isolated_checks, "call", lambda *_: "no answer in 90 s")
+    monkeypatch.setattr(isolated_checks, "call", lambda *_: "no response within 90 s")
     for found in (
         isolated_checks.deepspeed(False),
         isolated_checks.deepspeed(True),
@@ -274,7 +274,7 @@ def test_ranks_see_whether_they_share_a_disk(tmp_path: Path) -> None:
         (shared / name).mkdir()
     for answer in ranks.call(tmp_path / "b", 2, _doctor, shared):
         assert answer[0][1] == FAIL
-        assert "does not see what rank" in answer[0][2]
+        assert "does not see the file that rank" in answer[0][2]
 
 
 def test_nodes_with_other_versions_are_named() -> None:

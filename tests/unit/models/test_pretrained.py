@@ -108,11 +108,11 @@ def test_without_mean_and_std_it_gets_the_data_sets(tmp_path: Path) -> None:
     [
         ({}, 10, 1, "does not name its architecture"),
         ({"architecture": "convnit"}, 10, 1, "unknown classifier 'convnit'"),
-        ({"architecture": "torchvision:resnet18"}, 10, 1, "takes images of 3 channels, these have 1"),
+        ({"architecture": "torchvision:resnet18"}, 10, 1, "needs images of 3 channels, but these have 1"),
         ({"architecture": "torchvision:resnet1"}, 10, 3, "torchvision has no classifier 'resnet1'"),
-        ({"architecture": "convnet:8"}, 7, 1, "knows 7 classes, shapes has 10"),
+        ({"architecture": "convnet:8"}, 7, 1, "has 7 classes, but shapes has 10"),
         ({"architecture": "convnet:16"}, 10, 1, r"body.0.weight is \(8, 1, 3, 3\) instead of \(16, 1, 3, 3\)"),
-        ({"architecture": "vgg11:8"}, 10, 1, "it is no vgg11:8|instead of"),
+        ({"architecture": "vgg11:8"}, 10, 1, "it is not a vgg11:8|instead of"),
     ],
 )
 def test_what_does_not_fit_is_named(

@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 def test_one_class_alone_is_refused(digits):
     manifest = dataclasses.replace(Manifest.load(digits), classes=("7",))
-    with pytest.raises(UserError, match="one class alone"):
+    with pytest.raises(UserError, match="only one class"):
         check(parse([]).config, manifest, 1, CPU)
 
 
@@ -32,7 +32,7 @@ def test_memory_is_counted_without_any_being_taken_and_names_its_setting(digits,
     monkeypatch.setattr(memory_needed, "all_memory", lambda _device: most)
     check(config, manifest, 1, CPU)
     monkeypatch.setattr(memory_needed, "all_memory", lambda _device: most - 1)
-    with pytest.raises(UserError, match="GB of memory at least"):
+    with pytest.raises(UserError, match="needs at least .* GB of memory"):
         check(config, manifest, 1, CPU)
 
 

@@ -156,7 +156,7 @@ def test_the_same_command_gives_the_same_bytes_and_another_seed_others(made: Mad
 def test_a_single_file_gives_hard_labels_and_refuses_soft_ones(made: Made, tmp_path: Path) -> None:
     file = str(made.dirs["matching"] / "generator.safetensors")
     export.main([file, str(tmp_path / "hard"), "--ipc", "1", "--device", "cpu"])
-    with pytest.raises(UserError, match="soft labels and a choice need the run's teachers"):
+    with pytest.raises(UserError, match="soft labels and select > 1 need the run's teachers"):
         export.main([file, str(tmp_path / "soft"), "--ipc", "1", "--labels", "soft", "--device", "cpu"])
     assert [p.name for p in tmp_path.iterdir()] == ["hard"], "a failed export leaves something behind"
 
@@ -164,7 +164,7 @@ def test_a_single_file_gives_hard_labels_and_refuses_soft_ones(made: Made, tmp_p
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["--ipc", "0"], "a set of no images"),
+        (["--ipc", "0"], "the set would have no images"),
         ([], "one of the arguments --ipc --total is required"),
         (["--ipc", "1", "--total", "5"], "not allowed with argument"),
         (["--ipc", "1", "--format", "zip"], "invalid choice: 'zip'"),
@@ -231,7 +231,7 @@ def test_a_directory_that_is_there_is_filled_also_through_a_link_or_from_within(
         verify(tmp_path / name, deep=True, log=print)
     assert (tmp_path / "link").is_symlink()
     (tmp_path / "dangling").symlink_to("nowhere")
-    with pytest.raises(UserError, match="is a link to nothing"):
+    with pytest.raises(UserError, match="is a link whose target does not exist"):
         export.main([str(made.out), str(tmp_path / "dangling"), *argv])
 
 

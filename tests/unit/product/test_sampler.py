@@ -142,7 +142,7 @@ def test_a_choice_shows_each_places_best_draw_whose_first_is_the_plain_one(gener
     sets = [generator.dataset(2, select=n) for n in (1, 3)]
     assert torch.equal(sets[0].labels, sets[1].labels)
     assert not torch.equal(sets[0].images, sets[1].images)
-    with pytest.raises(UserError, match="a choice need the run's teachers"):
+    with pytest.raises(UserError, match="select > 1 need the run's teachers"):
         gdd_dist.load_generator(bare, "cpu").stream(4, select=3)
 
 
@@ -170,8 +170,8 @@ def test_soft_labels_of_a_single_file_are_one_line_that_says_what_to_give(bare: 
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda g: g.sample([10]), "this generator knows 0 … 9"),
-        (lambda g: g.sample([-1]), "this generator knows 0 … 9"),
+        (lambda g: g.sample([10]), "give class numbers 0 … 9"),
+        (lambda g: g.sample([-1]), "give class numbers 0 … 9"),
         (lambda g: g.sample([0.5]), "give a list of class numbers"),
         (lambda g: g.sample([0], truncation=0.0), "truncation 0.0 is not positive"),
         (lambda g: g.dataset(0), "ipc 0 is too small"),

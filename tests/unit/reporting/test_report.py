@@ -164,7 +164,7 @@ def test_the_page_holds_rows_history_settings_and_timings(written: Path, made: M
     assert "| step 5 | 60.0 | 1.0 | 8.0 | kept |" in text
     assert "| gan | computed | – | – | – |" in text  # as it was computed before steps noted what they cost
     assert "| report | computed |" in text
-    for heading in ("Rows", "Classes", "Training", "How a teacher answers", "Does it memorise?", "How to reproduce it"):
+    for heading in ("Rows", "Classes", "Training", "Teacher logits", "Does it memorise?", "How to reproduce it"):
         assert f"## {heading}" in text
     assert (
         "| IPC | accuracy % | ceiling share | balanced % | LRS | ARS | steps |"
@@ -172,7 +172,7 @@ def test_the_page_holds_rows_history_settings_and_timings(written: Path, made: M
     )
     assert "temperature: 2.0" in text
     assert made.fingerprints["matching"] in text
-    assert "hashed first" in text
+    assert "The sha256 of every input file was checked first." in text
     assert "no-verify" not in text
 
 
@@ -180,7 +180,7 @@ def test_the_page_says_that_nothing_was_hashed(written: Path, made: Made, tmp_pa
     config = dataclasses.replace(settings(), verify=False)
     ctx = made.context(config)
     report.run(ctx, tmp_path, made.inputs)
-    assert "were not hashed (`--no-verify`)" in (tmp_path / "report.md").read_text()
+    assert "The sha256 of input files was not checked (`--no-verify`)" in (tmp_path / "report.md").read_text()
     assert json.loads((tmp_path / "metrics.json").read_text())["verified"] is False
     # Every student was there already: only the pictures' images went through a network.
     assert ctx.forwards == 2 * 10 * report.SAMPLE_COLUMNS + diagnostics.forwards(ctx)

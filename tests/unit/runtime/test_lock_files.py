@@ -187,7 +187,7 @@ def test_a_holder_whose_lock_was_taken_over_while_it_stood_still_ends_at_once(tm
     assert holder.returncode == 2
     assert (
         err
-        == f"error: {path} was taken over by process 7 on elsewhere while this process stood still; leave it to that one\n"
+        == f"error: {path} was taken over by process 7 on elsewhere while this process was suspended; let that process continue\n"
     )
     assert path.exists()
 

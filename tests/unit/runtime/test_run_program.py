@@ -47,7 +47,9 @@ def test_closed_outputs_swallow_what_is_printed_and_no_file_takes_their_place(tm
     assert b"Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(("to", "says"), [("/dev/full", b"No space left"), ("", b"whoever read")], ids=["full", "gone"])
+@pytest.mark.parametrize(
+    ("to", "says"), [("/dev/full", b"No space left"), ("", b"the program that read")], ids=["full", "gone"]
+)
 def test_an_output_that_takes_nothing_is_said_in_one_line(to, says):
     shell = f'exec "$@" > {to}' if to else '{ "$@"; echo $? >&2; } | true'
     done = run("__import__('time').sleep(1); print('x' * 100_000)", shell=shell)
@@ -63,7 +65,7 @@ def test_an_unforeseen_fault_is_one_line_that_names_a_file_and_debug_shows_it(tm
     (file,) = tmp_path.glob("gdd-fault-*.txt")
     assert done.returncode == 1
     assert done.stderr.decode() == (
-        f"error: KeyError: 'key' (unforeseen: please report it with {file}; --debug shows the same here)\n"
+        f"error: KeyError: 'key' (unexpected: please report it with {file}; --debug prints the same here)\n"
     )
     assert "in f" in file.read_text()
     assert file.stat().st_mode & 0o077 == 0
@@ -77,7 +79,7 @@ def test_a_fault_of_a_thread_is_one_line_too(tmp_path):
     do = "t = threading.Thread(target=lambda: 1 / 0, name='worker'); t.start(); t.join()"
     done = run(do, TMPDIR=str(tmp_path))
     assert done.returncode == 0
-    assert done.stderr.startswith(b"thread worker has ended: ZeroDivisionError: division by zero (unforeseen: ")
+    assert done.stderr.startswith(b"thread worker has ended: ZeroDivisionError: division by zero (unexpected: ")
     assert len(done.stderr.splitlines()) == 1
 
 
@@ -94,8 +96,8 @@ def test_too_little_memory_is_a_fault_that_the_user_can_mend():
     [
         ({"RANK": "one"}, "RANK=one, "),
         ({"RANK": "1"}, "RANK=1, WORLD_SIZE=1, "),
-        ({"RANK": "0", "WORLD_SIZE": "0"}, "do not fit"),
-        ({"RANK": "-1", "WORLD_SIZE": "2"}, "do not fit"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "are not valid"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "are not valid"),
         ({"WORLD_SIZE": "2", "LOCAL_RANK": "x"}, "LOCAL_RANK=x, "),
     ],
 )
@@ -112,8 +114,8 @@ def test_a_place_that_no_launcher_gives_is_refused(monkeypatch, environment, say
 @pytest.mark.parametrize(
     ("environment", "says"),
     [
-        ({}, b"RANK and WORLD_SIZE are set but MASTER_ADDR and MASTER_PORT not; "),
-        ({"MASTER_ADDR": "127.0.0.1"}, b"but MASTER_PORT not; "),
+        ({}, b"RANK and WORLD_SIZE are set, but not MASTER_ADDR and MASTER_PORT; "),
+        ({"MASTER_ADDR": "127.0.0.1"}, b"but not MASTER_PORT; "),
         ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "http"}, b"MASTER_PORT is 'http'; "),
         ({"MASTER_ADDR": "no.such.host.invalid", "MASTER_PORT": "29500"}, b"does not resolve on this host"),
     ],

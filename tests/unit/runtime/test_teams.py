@@ -183,7 +183,10 @@ def test_a_world_that_teams_do_not_divide_is_refused_in_one_line(tiny, tmp_path)
     ("changes", "says"),
     [
         ({"ranks_per_teacher": 4, "batch": 6}, "does not divide the 6 streams of --teachers.batch 6; use 1, 2, 3 or 6"),
-        ({"accumulate": 5}, "--teachers.accumulate 5 does not divide a rank's 64 images of a teacher's step; use 1, 2"),
+        (
+            {"accumulate": 5},
+            "--teachers.accumulate 5 does not divide a rank's 64 images of a teacher's batch; use 1, 2",
+        ),
         ({"accumulate": 64, "architectures": ("resnet18_bn:8",)}, "lower --teachers.accumulate"),
     ],
 )
@@ -203,7 +206,7 @@ def test_streams_for_thousands_of_ranks_leave_a_teachers_smaller_batch_alone():
 
 
 def test_a_student_may_have_no_batch_norm(tiny, tmp_path):
-    assert "only serves as a teacher" in ranks.refused(tmp_path / "out", [*tiny, "--report.students", "resnet10_bn"])
+    assert "can only be a teacher" in ranks.refused(tmp_path / "out", [*tiny, "--report.students", "resnet10_bn"])
 
 
 def agree(rank):
@@ -277,7 +280,7 @@ def test_a_member_that_hangs_or_is_preempted_ends_the_job_which_goes_on(alone, t
         ended = end_of(job)
         assert len(ended.errors) == 1, ended.text
         assert "rank 3 (process" in ended.errors[0]
-        assert "in step teachers) has given no sign of life for 10 s" in ended.errors[0]
+        assert "in step teachers) has sent no heartbeat for 10 s" in ended.errors[0]
     else:
         ended = job.wait()
         assert ended.codes == [128 + number] * 4, ended.text

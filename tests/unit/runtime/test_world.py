@@ -162,7 +162,7 @@ def test_a_fault_of_one_rank_is_said_once_and_nobody_hangs(tmp_path, kind, statu
     assert describe(fault(kind)) in ended.errors[0]
     assert "Traceback" not in ended.text
     assert len(ended.err[1].splitlines()) == 1
-    found = re.search(r"\(unforeseen: please report it with (\S+);", ended.errors[0])
+    found = re.search(r"\(unexpected: please report it with (\S+);", ended.errors[0])
     assert (found is not None) == (kind in ("bug", "native"))
     if found:
         assert "raise fault(kind)" in Path(found[1]).read_text()
@@ -357,8 +357,8 @@ def test_ranks_that_are_done_leave_with_0_though_rank_0_hosts_the_store(tmp_path
         (errno.ENOSPC, "free some space"),
         (errno.EROFS, "make it writable"),
         (errno.EACCES, "permissions"),
-        (errno.EIO, "whether the disk is still there"),
-        (errno.ENOTDIR, "mend it"),
+        (errno.EIO, "check that the disk is still mounted"),
+        (errno.ENOTDIR, "fix this"),
     ],
 )
 def test_a_fault_of_the_system_is_one_line_with_file_and_remedy(number, says):
@@ -451,8 +451,8 @@ def test_a_rank_that_never_comes_ends_the_others(tmp_path):
     ended = ranks.launch(tmp_path, 3, comes_late, ()).wait()
     assert [ended.codes[r] for r in (0, 2)] == [2, 2], ended.text
     assert len(ended.errors) == 1, ended.text
-    assert "3 ranks did not meet at 127.0.0.1:" in ended.errors[0]
-    assert "within 1 s; see that all are started, or raise --timeout" in ended.errors[0]
+    assert "3 ranks did not connect at 127.0.0.1:" in ended.errors[0]
+    assert "within 1 s; check that all are running, or raise --timeout" in ended.errors[0]
 
 
 def test_a_silence_is_counted_in_the_time_of_who_listens():

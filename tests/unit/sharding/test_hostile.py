@@ -54,7 +54,7 @@ def test_commands_are_refused_and_not_run(tmp_path, text):
     "text", ["http://x/y.tar", "gs://x/y.tar", "scp:host:x.tar", "file:///x.tar", "hf:x", "exec:x"]
 )
 def test_urls_are_refused(tmp_path, text):
-    assert "is a URL; copy the tars here" in build_it(text, tmp_path / "dest")
+    assert "is a URL; download the tars" in build_it(text, tmp_path / "dest")
 
 
 def test_members_that_would_be_unpickled_are_never_read(tmp_path, monkeypatch):

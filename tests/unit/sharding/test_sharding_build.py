@@ -171,7 +171,7 @@ def test_options_that_make_no_sense_are_named(folder, tmp_path, options, message
 def test_fractions_do_not_suit_a_source_that_brings_its_own_split(tmp_path):
     folder = write_folder(tmp_path / "s", {"train/a": 4, "train/b": 4, "val/a": 1, "test/a": 2})
     for options, name in ((Options(val_fraction=0.1), "val"), (Options(test_fraction=0.1), "test")):
-        with pytest.raises(UserError, match=f"brings its own {name} set; leave --{name}-fraction out"):
+        with pytest.raises(UserError, match=f"already has a {name} set; leave --{name}-fraction out"):
             build(f"folder:{folder}", tmp_path / "d", options)
 
 

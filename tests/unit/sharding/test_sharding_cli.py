@@ -83,7 +83,7 @@ def test_user_errors_are_one_line_and_status_2(tmp_path):
         (["build", "digits", "d", "--shard-size", "big"], "size 'big' is not a number of bytes"),
         (["build", "digits", "d", "--val-fraction", "-0.1"], "--val-fraction is -0.1"),
         (["build", "digits", "d", "--val-fraction", "2"], "--val-fraction is 2.0"),
-        (["build", "digits", "d", "--test-fraction", "0.1"], "digits brings its own test set"),
+        (["build", "digits", "d", "--test-fraction", "0.1"], "digits already has a test set"),
         (["build", "digits", "d", "--on-error", "x"], "--on-error is x; give stop or skip"),
         (["build", "folder:d", "d"], "d does not exist"),
         (["info", "d"], "no dataset in d"),
@@ -169,7 +169,7 @@ def test_deep_finds_an_index_that_does_not_describe_its_tar(capsys, dest, change
     forge(dest, change)
     assert main(["verify", str(dest)]) == 0
     capsys.readouterr()
-    assert "train/000000.npy does not describe" in failure(capsys, "verify", dest, "--deep")
+    assert "train/000000.npy does not match" in failure(capsys, "verify", dest, "--deep")
 
 
 def test_deep_finds_wrong_statistics_and_a_wrong_size(capsys, dest):

@@ -39,10 +39,10 @@ UNREAD = {
     "x.jpg": (b"\xff\xd8\xff\xe0", r"is a single image; give the directory"),
     "lfs.tar": (
         b"version https://git-lfs.github.com/spec/v1\n",
-        r"is a pointer of Git LFS, not the file itself; fetch that: git lfs pull",
+        r"is a pointer of Git LFS, not the file itself; fetch the file: git lfs pull",
     ),
     "page.zip": (b"<!DOCTYPE html>", r"is a web page, not an archive"),
-    "x.bin": (b"hello", r"is not a whole tar archive, nor anything else that is read; give a directory, a \.tar"),
+    "x.bin": (b"hello", r"is not a complete tar archive or any other supported format; give a directory, a \.tar"),
 }
 
 
@@ -59,7 +59,7 @@ def expected(folder, tmp_path_factory):
 def refused(path, scratch) -> str:
     with pytest.raises(UserError) as caught:
         open_source(f"folder:{path}", scratch)
-    assert "get it again" not in str(caught.value)
+    assert "download it again" not in str(caught.value)
     return str(caught.value)
 
 
@@ -107,7 +107,7 @@ def test_what_is_compressed_and_no_tar_is_named(tmp_path):
     (tmp_path / "x.gz").write_bytes(gzip.compress(b"a,b\n" * 400))
     (tmp_path / "x.bz2").write_bytes(bz2.compress(b""))
     for name in ("x.gz", "x.bz2"):
-        assert "is compressed, but what is in it is no whole tar archive" in refused(tmp_path / name, tmp_path)
+        assert "is compressed, but does not contain a complete tar archive" in refused(tmp_path / name, tmp_path)
 
 
 def test_a_zip_is_no_webdataset(tmp_path, folder):
@@ -150,7 +150,7 @@ def test_members_of_kinds_that_are_not_read_are_named_with_a_cure(tmp_path, fold
     ("change", "message"),
     [
         ({"flag_bits": 1}, r"a/0\.png is encrypted; unpack it and give the directory"),
-        ({"compress_type": 9}, r"a/0\.png is compressed by method 9; unpack it"),
+        ({"compress_type": 9}, r"a/0\.png is compressed by method 9, which is not supported; unpack it"),
         ({"filename": "/a/0.png"}, r"/a/0\.png is an absolute name"),
         ({"filename": "../a/0.png"}, r"\.\./a/0\.png leads outside"),
     ],

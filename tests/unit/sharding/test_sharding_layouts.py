@@ -101,14 +101,14 @@ def test_images_of_test_without_a_class_are_left_out_and_counted(tmp_path):
 
 def test_classes_called_like_splits_alone_are_asked_about(tmp_path):
     folder = write_folder(tmp_path / "s", {"train": 6, "test": 6})
-    with pytest.raises(UserError, match=r"no directory of a class; .*images in test 6, images in train 6"):
+    with pytest.raises(UserError, match=r"no class directory; .*images in test 6, images in train 6"):
         counts(folder, tmp_path / "d")
     options = Options(workers=1, test_fraction=0.2, layout="classes")
     assert counts(folder, tmp_path / "d", options)[0] == ("test", "train")
     with pytest.raises(UserError, match="has no split but no train"):
         counts(folder, tmp_path / "e", Options(layout="splits"))
     for source in ("digits", f"tiny-imagenet:{folder}"):
-        with pytest.raises(UserError, match="--layout is for folder: alone"):
+        with pytest.raises(UserError, match="--layout works only with folder: sources"):
             build(source, tmp_path / "e", options)
 
 
@@ -148,7 +148,7 @@ def test_names_that_are_not_utf8_are_written_so_that_they_can_be_and_found_again
                 stream.write(encoded(pixels(i + len(name))))
     done = run("build", f"folder:{folder}", tmp_path / "d", "--test-fraction", "0.2")
     assert done.returncode == 0
-    assert "not UTF-8 are written with their bytes as \\xe9: caf\\xe9" in done.stderr
+    assert "not UTF-8 are written with escaped bytes such as \\xe9: caf\\xe9" in done.stderr
     assert done.stdout.splitlines()[1] == "2 classes: caf\\xe9 6, tea 6"
     assert Manifest.load(tmp_path / "d").classes == ("caf\\xe9", "tea")
     assert json.loads((tmp_path / "d/manifest.json").read_bytes().decode())["classes"][0]["name"] == "caf\\xe9"
@@ -173,7 +173,7 @@ def test_a_picture_in_two_classes_or_two_splits_is_said(tmp_path):
         (folder / twin).write_bytes((folder / "train/a/0000.png").read_bytes())
     lines: list[str] = []
     build(f"folder:{folder}", tmp_path / "d", Options(workers=1, val_fraction=0.2), log=lines.append)
-    said = [line for line in lines if line.startswith("pictures that stand in two")]
+    said = [line for line in lines if line.startswith("images found in two")]
     assert len(said) == 2
     assert all("1 (" in line and "same.png" in line for line in said)
 

@@ -100,5 +100,5 @@ def test_a_directory_without_a_manifest_is_no_data_set(tmp_path):
     with pytest.raises(UserError, match="no dataset in .*manifest.json is missing.*build one"):
         Manifest.load(tmp_path / "nowhere")
     (tmp_path / "build.json").write_text("{}")
-    with pytest.raises(UserError, match="not finished, run it again"):
+    with pytest.raises(UserError, match="not finished; run the same build command again"):
         Manifest.load(tmp_path)

@@ -50,14 +50,16 @@ def test_the_published_files_are_read_from_directories_and_archives(tmp_path, pa
     assert manifest.splits["test"].class_counts == (2,) * 10
     assert manifest.left_out == {".txt files": 1}
     assert stored(tmp_path / "d") == EXPECTED
-    assert any("named as in MNIST" in line for line in lines)
+    assert any("class names are those of MNIST" in line for line in lines)
 
 
 def test_fashion_is_told_by_the_path(tmp_path):
     lines: list[str] = []
     manifest = build(f"mnist:{write(tmp_path / 'Fashion')}", tmp_path / "d", ONE, log=lines.append).manifest
     assert (manifest.name, manifest.classes[9]) == ("mnist", "Ankle boot")
-    assert any("named as in Fashion-MNIST: PATH says fashion" in line for line in lines)
+    assert any(
+        "class names are those of Fashion-MNIST, because PATH contains the word fashion" in line for line in lines
+    )
     first = Options(workers=1, val_fraction=0.2, classes=("2",))
     assert build(f"mnist:{tmp_path / 'Fashion'}", tmp_path / "two", first).manifest.classes == (
         "T-shirt/top",
@@ -71,12 +73,12 @@ def test_fashion_is_told_by_the_path(tmp_path):
         ("train-images-idx3-ubyte", None, "holds no train-images-idx3-ubyte or train-images-idx3-ubyte.gz"),
         ("train-images-idx3-ubyte", lambda data: data[:-1], "is malformed"),
         ("train-images-idx3-ubyte", lambda data: data[:3], "is malformed"),
-        ("t10k-labels-idx1-ubyte", lambda data: b"\0\0\x0d\x01" + data[4:], "it is no idx file of bytes"),
-        ("t10k-labels-idx1-ubyte", lambda data: data[:-1] + b"\x0a", "the t10k files in .* do not fit each other"),
+        ("t10k-labels-idx1-ubyte", lambda data: b"\0\0\x0d\x01" + data[4:], "it is not an idx file of bytes"),
+        ("t10k-labels-idx1-ubyte", lambda data: data[:-1] + b"\x0a", "the t10k files in .* do not match each other"),
         (
             "train-labels-idx1-ubyte",
             lambda data: data[:4] + b"\0\0\0\x01\0",
-            "the train files in .* do not fit each other",
+            "the train files in .* do not match each other",
         ),
         ("train-labels-idx1-ubyte", lambda data: gzip.compress(data)[:-9], "is malformed"),
     ],

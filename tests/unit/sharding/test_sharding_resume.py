@@ -100,7 +100,7 @@ def test_a_killed_build_leaves_no_data_set_and_goes_on_to_the_same_bytes(tmp_pat
     dest = tmp_path / "dest"
     killed_build([f"folder:{folder}", dest, *options], dest)
     assert not (dest / "manifest.json").exists()
-    with pytest.raises(UserError, match="not finished, run it again"):
+    with pytest.raises(UserError, match="not finished; run the same build command again"):
         Manifest.load(dest)
     (dest / "train/.000001.tar.1.tmp").write_bytes(b"torn")
     finished = sorted(dest.glob(".build/*.json"))
@@ -109,7 +109,7 @@ def test_a_killed_build_leaves_no_data_set_and_goes_on_to_the_same_bytes(tmp_pat
     shard.write_bytes(shard.read_bytes()[:-1])
     done = run("build", f"folder:{folder}", dest, *options)
     assert done.returncode == 0
-    assert f"going on with an unfinished build: {len(finished) - 1} of " in done.stderr
+    assert f"continuing an unfinished build: {len(finished) - 1} of " in done.stderr
     assert contents(dest, without=()) == contents(tmp_path / "whole", without=())
     kept = [path for path, changed in times.items() if path.stat().st_mtime_ns == changed]
     assert len(kept) >= len(finished) - 1

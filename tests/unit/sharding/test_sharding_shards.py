@@ -119,7 +119,7 @@ def test_an_index_of_other_labels_is_an_error(dest):
     index = np.load(path)
     index[:, 2] = 0
     np.save(path, index)
-    with pytest.raises(UserError, match="do not hold the class counts of the manifest"):
+    with pytest.raises(UserError, match="do not match the manifest's class counts"):
         Shards(dest, Manifest.load(dest), "train")
 
 

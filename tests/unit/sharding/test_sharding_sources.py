@@ -129,9 +129,9 @@ def test_links_in_a_tar_stand_for_what_they_point_at(tmp_path):
         ({"train/a": 2, "train/b": 2, "test/c": 2}, [], "class c is in .*test of .* but not in train"),
         ({"val/a": 2, "test/a": 2}, [], "has val and test but no train"),
         ({"a": 2}, [], "only the class a"),
-        ({".": 2}, [], "no directory of a class|only the class s;"),
-        ({"train": 2, "test": 2}, [], "no directory of a class"),
-        ({}, [], "no directory of a class|only the class s;"),
+        ({".": 2}, [], "no class directory|only the class s;"),
+        ({"train": 2, "test": 2}, [], "no class directory"),
+        ({}, [], "no class directory|only the class s;"),
     ],
 )
 @pytest.mark.parametrize("archive", [False, True])
@@ -149,22 +149,25 @@ def test_wrong_layouts_are_named(tmp_path, counts, empty, message, archive):
     ("make", "message"),
     [
         (lambda data: b"", "is empty"),
-        (lambda data: b"hello" * 200, "is not a whole tar archive"),
-        (lambda data: data[: len(data) // 2], "is not a whole tar archive"),
-        (lambda data: cut(data, 0), "is not a whole tar archive .*before its two closing zero blocks: it was cut"),
+        (lambda data: b"hello" * 200, "is not a complete tar archive"),
+        (lambda data: data[: len(data) // 2], "is not a complete tar archive"),
+        (
+            lambda data: cut(data, 0),
+            "is not a complete tar archive .*before its two closing zero blocks: it is truncated",
+        ),
         (
             lambda data: cut(data, BLOCK),
-            "is not a whole tar archive .*before the second of its two closing zero blocks",
+            "is not a complete tar archive .*before the second of its two closing zero blocks",
         ),
-        (lambda data: cut(data, 0) + b"x" * BLOCK + data, "is not a whole tar archive .*is no header"),
-        (lambda data: data + b"more", "is not a whole tar archive .*there are bytes after its end"),
+        (lambda data: cut(data, 0) + b"x" * BLOCK + data, "is not a complete tar archive .*is not a header"),
+        (lambda data: data + b"more", "is not a complete tar archive .*there are bytes after its end"),
         (
             lambda data: data + data,
             r"cannot be read as it is: a second archive begins at byte \d+; unpack it \(tar -xif\)",
         ),
         (lambda data: gzip.compress(data)[:-20], "is damaged"),
         (lambda data: b"\x1f\x8b" + b"rubbish" * 99, "is damaged"),
-        (lambda data: b"PK\x03\x04" + b"rubbish" * 99, "is not a whole zip archive"),
+        (lambda data: b"PK\x03\x04" + b"rubbish" * 99, "is not a complete zip archive"),
     ],
 )
 def test_damaged_archives_are_named(tmp_path, make, message):
@@ -181,7 +184,7 @@ def test_a_tar_that_was_cut_between_two_members_is_refused_by_every_source(tmp_p
     (tmp_path / "x.tar").write_bytes(data[: before.offset + padded(before.size)])
     with tarfile.open(tmp_path / "x.tar") as archive:
         assert last.name not in archive.getnames()  # what reads as a whole archive, one image short
-    with pytest.raises(UserError, match=r"x\.tar is not a whole tar archive .*it was cut"):
+    with pytest.raises(UserError, match=r"x\.tar is not a complete tar archive .*it is truncated"):
         open_source(f"{source}:{tmp_path / 'x.tar'}", tmp_path)
 
 
@@ -288,7 +291,7 @@ def test_what_tiny_imagenet_lacks_is_named(tmp_path, missing):
 
 
 def test_an_image_of_tiny_imagenet_without_annotation_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"val/images/0005\.png .* has no class in val_annotations"):
+    with pytest.raises(UserError, match=r"val/images/0005\.png .* is not in val_annotations"):
         open_source(f"tiny-imagenet:{tiny(tmp_path / 't', annotated=False)}", tmp_path)
 
 

@@ -53,7 +53,7 @@ def test_cuts_depend_on_seed_and_purpose_alone():
 
 
 def test_a_class_too_small_to_split_is_named():
-    with pytest.raises(UserError, match="class b has too few images to give val one"):
+    with pytest.raises(UserError, match="class b has too few images for both val and train"):
         stratified([0, 0, 1], 1, seed=0, purpose="val", classes=("a", "b"))
 
 

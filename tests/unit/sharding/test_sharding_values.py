@@ -118,7 +118,7 @@ def test_values_without_a_range_are_refused_until_it_is_given(kind, tmp_path):
     Image.fromarray(values).save(folder / "a/deep.tif")
     with pytest.raises(
         UserError,
-        match=rf"deep\.tif .*no defined range; give --value-range LOW HIGH, these lie between 0 and {high:g}\)",
+        match=rf"deep\.tif .*no defined range; give --value-range LOW HIGH \(these lie between 0 and {high:g}\)",
     ):
         build(f"folder:{folder}", tmp_path / "d", CUT)
     options = Options(workers=1, test_fraction=0.2, value_range=(low, high))
@@ -148,14 +148,12 @@ def test_sixteen_bits_that_use_a_part_of_them_are_not_darkened_without_a_word(tm
         for i in range(6):
             Image.fromarray(np.roll(ramp, i)).save(folder / name / f"{i}.{kind}")
     if says == "refused":
-        with pytest.raises(
-            UserError, match="no value of 12 images of 16 bits is above 255, .*give --value-range 0 255"
-        ):
+        with pytest.raises(UserError, match="no pixel of 12 16-bit images is above 255, .*give --value-range 0 255"):
             build(f"folder:{folder}", tmp_path / "d", CUT)
     else:
         build(f"folder:{folder}", tmp_path / "d", CUT, log=lines.append)
         assert ((((ramp.astype(int) + 128) // 257).astype(np.uint8).tobytes(), 0)) in stored(tmp_path / "d")
-        assert any(f"--value-range 0 {high} spreads them" in line for line in lines) == (says == "said")
+        assert any(f"--value-range 0 {high} makes them brighter" in line for line in lines) == (says == "said")
     build(f"folder:{folder}", tmp_path / "e", Options(workers=1, test_fraction=0.2, value_range=(0, high)))
     spread = np.floor(ramp / high * 255 + 0.5).astype(np.uint8)
     assert (spread.tobytes(), 0) in stored(tmp_path / "e")
@@ -171,7 +169,7 @@ def test_pixels_that_are_no_numbers_are_refused():
     image = np.full((8, 8), np.nan, np.float32)
     stream = io.BytesIO()
     Image.fromarray(image).save(stream, "TIFF")
-    with pytest.raises(ValueError, match="some of its pixels are no numbers"):
+    with pytest.raises(ValueError, match="some of its pixels are NaN or infinite"):
         inspect(stream.getvalue(), (0, 1))
 
 
@@ -188,9 +186,9 @@ def test_a_constant_channel_has_the_deviation_one_and_is_said_once(tmp_path, fla
     manifest = build(f"folder:{folder}", tmp_path / "d", CUT, log=lines.append).manifest
     assert [s == 1.0 for s in manifest.std] == [c in flat for c in range(3)]
     assert manifest.mean[2] == 7 / 255
-    said = [line for line in lines if "its standard deviation counts as 1" in line]
+    said = [line for line in lines if "its standard deviation is set to 1" in line]
     assert len(said) == 1
-    assert said[0].startswith("channel " + ", ".join(str(c + 1) for c in flat) + " has one value")
+    assert said[0].startswith("channel " + ", ".join(str(c + 1) for c in flat) + " is constant in train")
     verify(tmp_path / "d", deep=True, log=lambda _line: None)
 
 

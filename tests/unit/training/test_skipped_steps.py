@@ -158,9 +158,9 @@ def test_a_loop_goes_back_once_with_another_draw_and_then_stops():
     assert going_back_once("gan", diverging([0]), "lower it", said.append) == 1
     assert said == [
         "gan: 10 steps in a row had a loss or gradient that is not finite; "
-        "going back to the last checkpoint, with another draw of noise"
+        "going back to the last checkpoint, with different noise"
     ]
-    with pytest.raises(UserError, match="gan: 10 steps in a row .* after going back to a checkpoint too; lower it"):
+    with pytest.raises(UserError, match="gan: 10 steps in a row .* also after going back to a checkpoint; lower it"):
         going_back_once("gan", diverging([0, 1]), "lower it", said.append)
 
 

@@ -256,7 +256,7 @@ def test_a_rank_finds_remote_data_by_itself(digits, tmp_path, monkeypatch):
         assert steps["shards"]["fingerprint"] == Manifest.load(digits).fingerprint
         assert steps["shards"]["status"] == "reused"
         assert cluster._unfit(Node("a", "10.0.0.1", 1, 0), UserError("cannot fetch it"), tmp_path, url).startswith(
-            "node 10.0.0.1 does not see the data (cannot fetch it); give it the network and the keys"
+            "node 10.0.0.1 does not see the data (cannot fetch it); give it network access and credentials"
         )
     finally:
         server.close()
@@ -287,7 +287,7 @@ def test_a_cluster_that_has_come_to_hold_too_little_says_so_once_each_time(monke
         lost = there.pop()
         shrunk()
         shrunk()
-        assert capsys.readouterr().err.count("has come to hold 1 of the 2 ranks needed") == 1
+        assert capsys.readouterr().err.count("has room for only 1 of the 2 ranks needed") == 1
         there.append(lost)
         shrunk()
         assert not capsys.readouterr().err
@@ -304,7 +304,7 @@ def test_a_cluster_whose_token_is_not_known_is_not_waited_for(monkeypatch, tmp_p
     (tmp_path / ".ray" / "auth_token").write_text("e" * 32)
     cluster.check_address("auto")
     cluster.check_address(None)
-    with pytest.raises(UserError, match="--address nonsense is no address of a cluster"):
+    with pytest.raises(UserError, match="--address nonsense is not the address of a cluster"):
         cluster.check_address("nonsense")
 
 
@@ -322,7 +322,7 @@ def test_a_place_that_rays_sockets_do_not_fit_is_refused_by_the_name_of_its_vari
     long = tmp_path / ("r" * 90)
     long.mkdir()
     for place, says in (
-        (long, "is too long a path for Ray's sockets; set RAY_TMPDIR"),
+        (long, "is too long for Ray's sockets; set RAY_TMPDIR"),
         (tmp_path / "no", "set RAY_TMPDIR"),
     ):
         monkeypatch.setenv("RAY_TMPDIR", str(place))

@@ -89,7 +89,7 @@ def test_a_trial_that_would_train_nothing_is_never_drawn():
     off = {"matching.lambda_pair": 0.0, "matching.lambda_mean": 0.0, "matching.lambda_adv": 0.0}
     assert not space.trainable(Config(), off)
     axes = tuple(Axis(name, choices=(0.0,)) for name in off)
-    with pytest.raises(UserError, match="can be trained"):
+    with pytest.raises(UserError, match="random settings from the space can be trained"):
         Proposals(axes, "random", 0, lambda s: space.trainable(Config(), s)).propose("001")
 
 
@@ -119,15 +119,15 @@ def test_what_is_printed_is_read_back(tmp_path):
         ("matching.temperature: {low: 4, high: 1}", "low must be below high"),
         ("matching.temperature: {low: 0, high: 1, log: true}", "above 0 with log"),
         ("matching.temperature: {low: -1, high: 1}", "too small"),
-        ("matching.temperature: {lo: 1}", "must hold some of"),
-        ("matching.temperature: 3", "must hold some of"),
+        ("matching.temperature: {lo: 1}", "must have some of"),
+        ("matching.temperature: 3", "must have some of"),
         ("matching.lr: {low: small, high: 1e-3}", "numbers"),
         ("matching.lr: {low: 1e-4, high: .inf}", "no finite number"),
         ("matching.lr: {low: 1e-4, high: 1e-3, zero: half}", "numbers"),
         ("matching.lr: {low: 1e-4, high: 1e-3}\nmatching.lr: {low: 1e-5, high: 1e-4}", "given twice, in lines 1 and 2"),
         ("matching.loss: {low: 0, high: 1}", "needs choices"),
         ("matching.loss: {choices: [skd, foo]}", "foo is not known"),
-        ("matching.views: {choices: [0.5]}", "is no int"),
+        ("matching.views: {choices: [0.5]}", "is not a valid int"),
         ("matching.quick_steps: {choices: [1]}", "measurement"),
         ("teachers.epochs: {choices: [1, 2]}", "only matching.NAME"),
         ("matching.nonsense: {choices: [1, 2]}", "only matching.NAME"),
