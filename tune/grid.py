@@ -30,7 +30,7 @@ def seed_axis(config: Config, seeds: int) -> Axis:
 def combinations(axes: Sequence[Axis], config: Config) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(settings to compare with the defaults, settings that cannot be trained), in the order of the choices."""
     names, plain = [axis.setting for axis in axes], space.values(axes, config)
-    choices = [dict.fromkeys(axis.type(value) for value in axis.choices) for axis in axes]
+    choices = [dict.fromkeys(axis.choices) for axis in axes]
     every = (dict(zip(names, values, strict=True)) for values in itertools.product(*choices))
     found = [settings for settings in every if settings != plain]
     fit = [settings for settings in found if space.trainable(config, settings)]

@@ -119,7 +119,9 @@ def _axis(name: str, body: Any, source: str) -> Axis:
     choices = body.get("choices", ())
     if not isinstance(choices, (list, tuple)):
         raise UserError(f"choices of {name} in {source} is not a list; give one")
-    return Axis(name, **{**body, "choices": tuple(choices)})
+    # A 0 among fractions is 0.0 to the trainer; fingerprints and TensorBoard's page tell the two apart.
+    real = get_type_hints(Matching).get(name.rpartition(".")[2]) is float
+    return Axis(name, **{**body, "choices": tuple(float(c) if real and type(c) is int else c for c in choices)})
 
 
 def text(value: Any) -> str:

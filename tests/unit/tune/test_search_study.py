@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
+pytest.importorskip("ray")
 from gdd_dist.config.settings import Config, Gan
 from gdd_dist.pipeline.fingerprints import fingerprints
 from sharding.errors import UserError
 from sharding.manifest import Manifest
-from tune import grid, options, page, space, study
+from tune import board, grid, options, page, space, study
 from tune.record import FINISHED, Outcome, Record, best_of
 from tune.space import Axis
 
@@ -46,10 +47,8 @@ def studied(tmp_path):
         found = {**space.values(search.columns, search.config), **settings}
         val = VALS[found["matching.loss"], found["matching.lambda_pair"]][found["matching.seed"]]
         fine = n != 10
-        o = Outcome(
-            f"{n:03d}", FINISHED if fine else "diverged", settings, val if fine else None, 0.5 if fine else None
-        )
-        record.finish(o)
+        measured = {"val": val, "stderr": 0.5, "gap": 1.0} if fine else {}
+        record.finish(Outcome(f"{n:03d}", FINISHED if fine else "diverged", settings, **measured))
     return search, record
 
 
@@ -182,6 +181,13 @@ def test_with_one_seed_there_is_no_test_and_the_page_says_so(tmp_path):
     ]
     assert "With one seed there is no test" in study.note(search)
     assert study.said(search, record).startswith("No combination was better on val than the defaults: 60.00 % over 1")
+
+
+def test_tensorboard_takes_choices_of_any_kind_and_seeds(studied):
+    search, record = studied
+    mixed = a_search(record.out, text="matching.lambda_mean: {choices: [0.1, 0]}\nmatching.loss: {choices: [kd, skd]}")
+    board.Writer(record, mixed.columns, search.config).setup()
+    assert len(list((record.out / "tensorboard").glob("0*"))) == 11
 
 
 def test_the_page_shows_combinations_before_trials(studied, capsys):
