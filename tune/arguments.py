@@ -43,7 +43,7 @@ class Options:
 
 
 OF_GRID: dict[str, Any] = {"scheduler": "fifo", "final_seeds": 0}
-"""Defaults of a study: whole trials, and no retraining of what is no winner by then."""
+"""Defaults of a grid: its trials are compared whole, and its table is the result, so nothing is retrained."""
 
 FIXED = ("algorithm", "metric", "scheduler")
 """Options that a --resume may not change: what is compared. The others say how much and where."""

@@ -60,17 +60,8 @@ def ranked(record: Record, metric: str) -> list[Outcome]:
 
 def table(search: Search, outcomes: Sequence[Outcome], best: Outcome) -> tuple[list[str], list[list[str]]]:
     """(header, lines) of all trials."""
-    header = [
-        "trial",
-        "status",
-        "val %",
-        "± stderr",
-        "gap",
-        "kept",
-        "steps",
-        "minutes",
-        *(a.leaf for a in search.columns),
-    ]
+    names = [axis.leaf for axis in search.columns]
+    header = ["trial", "status", "val %", "± stderr", "gap", "kept", "steps", "minutes", *names]
     lines = []
     for o in outcomes:
         values = {**space.values(search.columns, search.config), **o.settings}

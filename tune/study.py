@@ -94,7 +94,7 @@ def table(search: Search, record: Record) -> tuple[list[str], list[list[str]]]:
         own[0] += (" (defaults)" if arm is plain else "") + (" *" if arm.values == chosen.values else "")
         d = None if arm is plain else arm.minus(plain)
         test = t_and_p(d) if d else None
-        numbers = [f"{test[0]:.2f}", f"{test[1]:.3f}"] if test else [NONE, NONE]
+        numbers = [f"{test[0]:.2f}", f"{test[1]:.2g}"] if test else [NONE, NONE]
         reached = points(arm, "") if arm.reached else NONE
         lines.append([*own, str(len(arm.reached)), reached, points(d) if d else NONE, *numbers])
     return header, lines
@@ -110,11 +110,15 @@ def said(search: Search, record: Record) -> str:
     plain, *others = arms(search, record)
     arm = best_arm(search, record)
     if arm.values == plain.values:
-        return f"No combination was better on val than the defaults: {points(plain, '')} % over {len(plain.reached)} seeds."
+        return f"No combination was better on val than the defaults: {points(plain, '')} % over {_seeds(plain)}."
     names = ", ".join(f"{axis.leaf} {space.text(value)}" for axis, value in zip(search.axes, arm.values, strict=True))
-    text = f"Best on val of {len(others)} combinations is {names}: {points(arm, '')} % over {len(arm.reached)} seeds"
+    text = f"Best on val of {len(others)} combinations is {names}: {points(arm, '')} % over {_seeds(arm)}"
     d = arm.minus(plain)
     return f"{text}, {points(d)} points against the defaults." if d else f"{text}."
+
+
+def _seeds(arm: Arm) -> str:
+    return f"{len(arm.reached)} {'seed' if len(arm.reached) == 1 else 'seeds'}"
 
 
 def note(search: Search) -> str:

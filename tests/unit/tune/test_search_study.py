@@ -147,7 +147,7 @@ def test_the_table_is_that_of_the_paired_t_test(studied):
     error = d.std(ddof=1) / 3**0.5
     assert lines[1] == [
         "kd *", "0", "3", f"{ours.mean():.2f} ± {ours.std(ddof=1) / 3**0.5:.2f}",
-        f"{d.mean():+.2f} ± {error:.2f}", f"{wanted.statistic:.2f}", f"{wanted.pvalue:.3f}",
+        f"{d.mean():+.2f} ± {error:.2f}", f"{wanted.statistic:.2f}", f"{wanted.pvalue:.2g}",
     ]  # fmt: skip
     assert lines[2] == ["skd", "0", "3", "61.00 ± 0.58", "+0.00 ± 0.00", "–", "–"]  # no noise, no test
 
@@ -157,7 +157,7 @@ def test_a_trial_that_failed_costs_its_own_pair_alone(studied):
     name, weight, seeds, _, _, t, p = lines[3]
     wanted = ttest_rel([55.0, 59.0], [60.0, 62.0])
     assert (name, weight, seeds) == ("kd", "1", "2")
-    assert (t, p) == (f"{wanted.statistic:.2f}", f"{wanted.pvalue:.3f}")
+    assert (t, p) == (f"{wanted.statistic:.2f}", f"{wanted.pvalue:.2g}")
 
 
 def test_best_is_the_best_mean_not_the_best_trial(studied):
@@ -180,7 +180,9 @@ def test_with_one_seed_there_is_no_test_and_the_page_says_so(tmp_path):
         *([f"{60 - n}.00", f"-{n}.00", "–", "–"] for n in (1, 2, 3)),
     ]
     assert "With one seed there is no test" in study.note(search)
-    assert study.said(search, record).startswith("No combination was better on val than the defaults: 60.00 % over 1")
+    assert study.said(search, record).startswith(
+        "No combination was better on val than the defaults: 60.00 % over 1 seed."
+    )
 
 
 def test_tensorboard_takes_choices_of_any_kind_and_seeds(studied):
