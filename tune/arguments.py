@@ -65,7 +65,7 @@ how much
   --seeds N: grid: number of seeds of matching for each combination (default {_D.seeds})
   --max-concurrent N: largest number of trials at a time; 0: as many as fit (default 0)
   --time-budget TIME: stop trials after so many seconds, or 30m, 2h; continue with --resume (default: no limit)
-  --final-seeds N: number of new seeds with which best and defaults are retrained and measured on test; 0: none (default {_D.final_seeds}; grid: 0)
+  --final-seeds N: new seeds with which best and defaults are retrained and measured on test; 0: none (default {_D.final_seeds}; grid: 0)
 what is searched, and how
   --space FILE: YAML file that changes the space, or names all of a grid; --print-space prints one (default: as printed)
   --print-space: print the space as YAML and exit

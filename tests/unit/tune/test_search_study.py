@@ -98,7 +98,7 @@ def test_any_setting_that_does_not_measure_can_be_studied(tmp_path):
         assert a_search(tmp_path, text=f"matching.{leaf}: {{choices: {choices}}}").options.trials > 3
     for text, words in (
         ("matching.lr: {low: 1e-4, high: 1e-3}", "a grid needs choices, and matching.lr has none"),
-        ("matching.quick_steps: {choices: [100, 200]}", "shapes the measurement"),
+        ("matching.quick_steps: {choices: [100, 200]}", "changes the measurement"),
         ("matching.loss: null", "leaves nothing to search"),
         ("matching.loss: {choices: [skd, mse]}", "mse is not known"),
     ):
