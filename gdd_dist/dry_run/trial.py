@@ -150,6 +150,18 @@ def labelling(trial: Trial) -> Work:
     return lambda images, _: frozen.soft_labels(images, trial.ctx.config.report.label_temperature)
 
 
+def condensing(trial: Trial) -> Work:
+    """Return the work of moving latents, but for the generator's part: a teacher's forward, and the gradient of its images."""
+    teacher = Frozen(trial.ctx, trial.directories).teachers[0]
+
+    def work(images: Tensor, labels: Tensor) -> object:
+        with autocast(images.device, trial.ctx.precision):
+            logits = teacher(images.requires_grad_())
+        return torch.autograd.grad(logits.float().logsumexp(1).sum(), images)
+
+    return work
+
+
 def drawing(trial: Trial, train_on: str) -> Work:
     """Drawing from the generator of the rows ``train_on``; those of gan and matching cost the same."""
     ctx, net = trial.ctx, Frozen(trial.ctx, trial.directories).generator(train_on)

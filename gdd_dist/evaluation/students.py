@@ -29,6 +29,7 @@ from gdd_dist.models.files import GENERATOR, load_generator_network, read_teache
 from gdd_dist.models.generator import ImageGenerator
 from gdd_dist.runtime.monitor import Monitor
 from gdd_dist.training.classifier_fit import predict, sgd, train_step
+from gdd_dist.training.condense import condensed
 from gdd_dist.training.context import Context
 from gdd_dist.training.drawing import draw
 from gdd_dist.training.skipped_steps import Diverged, Skips
@@ -113,7 +114,7 @@ class Sets:
             self._drawn = self._generated(frozen.generator(row.train_on))
         else:
             self._drawn = self._real(frozen.equal_bytes if row.train_on == "equal_bytes" else None)
-        self._select = row.select
+        self._select, self._condense, self._train_on = row.select, row.condense, row.train_on
 
     def _real(self, most: int | None) -> Fetch:
         """Real images: of each class all there are, or a fixed draw of at most ``most``."""
@@ -146,11 +147,17 @@ class Sets:
         draws = torch.stack([self._drawn(slots, n) for n in range(self._select)])
         return self._frozen.chosen(draws, self._labels(slots))
 
+    def _condensed(self) -> Tensor:
+        """The fixed set after the teachers moved its latents."""
+        frozen, generator = self._frozen, self._frozen.generator(self._train_on)
+        return condensed(self._ctx, generator, frozen.teachers, self._ipc, self._seed, self.purpose, self._condense)
+
     @cached_property
     def only(self) -> tuple[Tensor, np.ndarray]:
         """The set of the fixed protocol, ordered by class: uint8 images [IPC·K, C, H, W] on the device, labels int64."""
         slots = np.arange(self.images)
-        return self._fetch(slots).to(self._ctx.device).contiguous(), slots // self._ipc
+        images = self._condensed() if self._condense else self._fetch(slots)
+        return images.to(self._ctx.device).contiguous(), slots // self._ipc
 
     @cached_property
     def _only_soft_labels(self) -> Tensor:
