@@ -1,5 +1,7 @@
 """What the training steps ask of a device, counted on one that computes nothing: no copy, nothing read back, so many operations."""
 
+import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -14,6 +16,8 @@ from gdd_dist.config import command_line as configuration
 from gdd_dist.config.steps import TABLE, Inputs
 from gdd_dist.dry_run.estimates import ESTIMATES
 from gdd_dist.dry_run.trial import SILENT, Trial
+from gdd_dist.models.files import GENERATOR, save_network
+from gdd_dist.models.gaussian import LinearGenerator
 from gdd_dist.pipeline.fingerprints import fingerprints
 from gdd_dist.runtime.meter import Meter
 from gdd_dist.runtime.world import World
@@ -26,7 +30,13 @@ from gdd_dist.training.skipped_steps import Skips
 from sharding.manifest import Manifest
 
 pytestmark = pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")
-OPERATIONS = {"teachers": 108, "student": 50, "gan": 555, "matching": {1: 708, 4: 795}}
+OPERATIONS = {
+    "teachers": 108,
+    "student": 50,
+    "gan": 555,
+    "matching": {1: 708, 4: 795},
+    "start gaussian": {"gan": 636, "matching": 840},
+}
 """Of each step of the golden records' run, at most; of matching by the number of teachers in the batch.
 Each costs a GPU's host some microseconds."""
 
@@ -86,8 +96,8 @@ def test_a_students_step(on_meta):
     ctx = on_meta()
     net = ctx.classifier("convnet:8", 0, "x")
     x, y = ctx.sent((torch.zeros(4, 1, 16, 16), torch.zeros(4, dtype=torch.int64)))
-    step = (net, sgd(net, 0.1, 0.9, 5e-4), x, y, 0.1, "float32", Skips())
-    assert counted(train_step, *step) <= OPERATIONS["student"]
+    step, skips = (net, sgd(net, 0.1, 0.9, 5e-4), x, y, 0.1, "float32"), Skips()
+    assert counted(lambda: skips.note(train_step(*step))) <= OPERATIONS["student"]
 
 
 def test_a_gan_step(on_meta, inputs, tmp_path):
@@ -105,6 +115,26 @@ def test_a_matching_step(on_meta, inputs, tmp_path, teachers):
     groups = replace(batch.groups, teachers=np.arange(len(batch.groups.teachers)) % teachers).by_teacher()
     step = (ctx, trainee.nets, answers, 0, batch._replace(groups=groups))
     assert counted(matching.matching_step, *step) <= OPERATIONS["matching"][teachers]
+
+
+@pytest.mark.parametrize("step", ["gan", "matching"])
+def test_a_generator_that_starts_at_the_gaussian(on_meta, inputs, tmp_path, monkeypatch, step):
+    """Which class's root a row needs is settled on the device too."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # torch has none for this device
+    ctx, dirs = on_meta("--gan.start", "gaussian"), inputs.directories
+    made, trained = gan.networks(ctx, inputs)[0], shutil.copytree(dirs["gan"], tmp_path / "gan")
+    save_network(trained / GENERATOR, made, ctx.generator_meta(made, {}))
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            type(made), "named_buffers", lambda *_: iter(())
+        )  # the host keeps what no step moves: here there is nothing
+        if step == "gan":
+            trainee = gan.GanTraining(ctx, tmp_path, inputs)
+        else:
+            answers = matching.Pool(ctx, dirs["teachers"], dirs["logits"])
+            trainee = matching.Matching(ctx, tmp_path, answers, trained)
+    assert isinstance(trainee.nets.generator.linear, LinearGenerator)
+    assert counted(trainee.train, 1, trainee.read(1)) <= OPERATIONS["start gaussian"][step]  # step 0 is pictured
 
 
 def test_what_would_stop_the_host_is_noticed(on_meta):
