@@ -16,6 +16,7 @@ from gdd_dist.config import command_line as configuration
 from gdd_dist.config.steps import TABLE, Inputs
 from gdd_dist.dry_run.estimates import ESTIMATES
 from gdd_dist.dry_run.trial import SILENT, Trial
+from gdd_dist.models.classifiers import CLASSIFIERS, build_classifier
 from gdd_dist.models.files import GENERATOR, save_network
 from gdd_dist.models.gaussian import LinearGenerator
 from gdd_dist.pipeline.fingerprints import fingerprints
@@ -100,6 +101,15 @@ def test_a_students_step(on_meta):
     assert counted(lambda: skips.note(train_step(*step))) <= OPERATIONS["student"]
 
 
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_every_classifier_can_train_deterministically(name):
+    """No operation of its forward and backward lacks a kernel that always adds in the same order."""
+    net = build_classifier(name, channels=3, size=32, classes=4, mean=[0.0] * 3, std=[1.0] * 3).to(META)
+    with Counted() as found:
+        net(torch.zeros(2, 3, 32, 32, device=META).requires_grad_()).square().sum().backward()
+    assert found.operations.total() > 20
+
+
 def test_a_gan_step(on_meta, inputs, tmp_path):
     trainee = gan.GanTraining(on_meta(), tmp_path, inputs)
     assert counted(trainee.train, 0, trainee.read(0)) <= OPERATIONS["gan"]
@@ -135,6 +145,12 @@ def test_a_generator_that_starts_at_the_gaussian(on_meta, inputs, tmp_path, monk
             trainee = matching.Matching(ctx, tmp_path, answers, trained)
     assert isinstance(trainee.nets.generator.linear, LinearGenerator)
     assert counted(trainee.train, 1, trainee.read(1)) <= OPERATIONS["start gaussian"][step]  # step 0 is pictured
+
+
+def test_what_a_deterministic_run_refuses_is_noticed():
+    x = torch.zeros(1, 1, 4, 4, device=META).requires_grad_()
+    with Counted(), pytest.raises(AssertionError, match="--deterministic refuses"):
+        torch.nn.functional.interpolate(x, scale_factor=2, mode="bilinear").sum().backward()
 
 
 def test_what_would_stop_the_host_is_noticed(on_meta):
