@@ -64,7 +64,7 @@ PHASES = {
     ),
     **{
         f"speed/{v}": Phase(
-            f"images/s, launches, memory of each step: {v}", 300 if v == "compile" else 120, "speed", (v,)
+            f"images/s, launches, memory of each step: {v}", 180 if v == "compile" else 120, "speed", (v,)
         )
         for v in VARIANTS
     },
