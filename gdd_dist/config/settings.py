@@ -294,7 +294,8 @@ class Config:
     device: str = setting("auto", "auto: CUDA if available, else CPU", choices=("auto", "cpu", "cuda"), where=True)
     compile: bool = setting(
         False,
-        "compile classifiers and generator with torch.compile: the first steps take minutes, later ones less time on a GPU",
+        "compile classifiers and generator with torch.compile, and on a GPU replay students' steps as CUDA graphs: the first steps take minutes, "
+        "later ones less time",
         where=True,
     )
     channels_last: bool = setting(

@@ -30,7 +30,6 @@ from gdd_dist.training.classifier_fit import sgd, train_step
 from gdd_dist.training.context import Context
 from gdd_dist.training.drawing import draw
 from gdd_dist.training.loop import Trainee
-from gdd_dist.training.skipped_steps import Skips
 
 SILENT = Monitor(None, "dry-run", 1, active=False)
 Work = Callable[[Tensor, Tensor], object]
@@ -140,7 +139,7 @@ def studying(trial: Trial, name: str) -> Work:
     """A training step of a student."""
     r, net = trial.ctx.config.report, trial.ctx.classifier(name, 0, "dry-run")
     optimizer = sgd(net, r.lr, r.momentum, r.weight_decay)
-    return lambda images, labels: train_step(net, optimizer, images, labels, r.lr, trial.ctx.precision, Skips())
+    return lambda images, labels: train_step(net, optimizer, images, labels, r.lr, trial.ctx.precision)
 
 
 def labelling(trial: Trial) -> Work:

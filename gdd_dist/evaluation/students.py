@@ -8,7 +8,7 @@ Shapes: n images, K classes, H W; a place p counts all images that a student see
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from gdd_dist.data.augment import AUGMENT_DRAWS
 from gdd_dist.data.images import prefetch, to_float
 from gdd_dist.data.noise import permutation, uniform
 from gdd_dist.data.order import Recent, dealt
+from gdd_dist.engines.captured import Step
 from gdd_dist.evaluation import confusion
 from gdd_dist.evaluation.confusion import StudentResult
 from gdd_dist.evaluation.kinds import GENERATORS
@@ -209,10 +210,17 @@ def train(ctx: Context, frozen: Frozen, job: Job) -> tuple[StudentResult, np.nda
     return StudentResult(confusion.accuracy(matrix), confusion.balanced(matrix), distinct), matrix
 
 
+def _step(ctx: Context, net: Classifier, lr: float) -> Step:
+    """Float images [B, C, H, W], targets → whether the student moved."""
+    r = ctx.config.report
+    optimizer = sgd(net, lr, r.momentum, r.weight_decay)
+    return ctx.captured(partial(train_step, net, optimizer, lr=lr, precision=ctx.precision))
+
+
 def _fit_sets(ctx: Context, net: Classifier, frozen: Frozen, job: Job, monitor: Monitor) -> None:
     r, seed = ctx.config.report, ctx.config.step_seed("report")
     sets, skips = Sets(ctx, frozen, job.row, job.seed), Skips()
-    optimizer = sgd(net, r.lr, r.momentum, r.weight_decay)
+    step = _step(ctx, net, r.lr)
     bounds = step_bounds(sets.images, job.budget.batch, job.budget.epochs)
     steps = max(1, CHUNK_IMAGES // job.budget.batch)
     for first in range(0, len(bounds) - 1, steps):
@@ -228,7 +236,7 @@ def _fit_sets(ctx: Context, net: Classifier, frozen: Frozen, job: Job, monitor: 
         if job.row.labels == "soft":
             y = sets.soft_labels(places, x)
         for a, b in pairwise((ends - ends[0]).tolist()):
-            train_step(net, optimizer, x[a:b], y[a:b], r.lr, ctx.precision, skips)
+            skips.note(step(x[a:b], y[a:b]))
         monitor.advance(first + len(ends) - 1)
     skips.settle()
 
@@ -237,7 +245,7 @@ def _fit_full(ctx: Context, net: Classifier, job: Job, monitor: Monitor) -> int:
     """Train on all of train; returns how many of its images came at least once."""
     r, images = ctx.config.report, ctx.images("train")
     order = full_order(ctx.config, images.shards.shard_samples, job.seed)
-    optimizer = sgd(net, r.full_lr, r.momentum, r.weight_decay)
+    take = _step(ctx, net, r.full_lr)
     seen, skips = np.zeros(len(images), dtype=bool), Skips()
     images.expect(order.batch, 0, job.budget.optimizer_steps)
 
@@ -251,7 +259,7 @@ def _fit_full(ctx: Context, net: Classifier, job: Job, monitor: Monitor) -> int:
     for step, (batch, labels, draws) in enumerate(steps):
         ctx.world.check_stop()
         x = ctx.augment(to_float(batch, ctx.device), draws)
-        train_step(net, optimizer, x, labels, r.full_lr, ctx.precision, skips)
+        skips.note(take(x, labels))
         monitor.advance(step + 1)
     skips.settle()
     return int(seen.sum())
