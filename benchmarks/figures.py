@@ -9,6 +9,7 @@ A page holds `<!-- figures: NAME -->`, the figures, and `<!-- end -->`. NAME is 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import re
 import statistics
@@ -18,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from scipy.stats import ttest_1samp, ttest_ind, ttest_rel
+
+from gdd_dist.config.presets import PRESETS
+from gdd_dist.config.settings import Report
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -355,7 +359,33 @@ def student_steps() -> str:
     )
 
 
+def protocols() -> str:
+    """What a student of each preset for GPUs sees, by IPC: arithmetic on the settings, nothing measured."""
+    rows = []
+    for preset, classes in (("cifar10", 10), ("cifar100", 100), ("tiny-imagenet", 200)):
+        report = {field.name: field.default for field in dataclasses.fields(Report)}
+        report |= {name.removeprefix("report."): value for name, value in PRESETS[preset].items()}
+        for ipc in (1, 10, 50):
+            images, epochs = ipc * classes, report["epochs"]
+            batch = min(report["batch"], images)
+            steps = epochs * -(-images // batch)
+            rows.append(
+                [preset, str(ipc), f"{epochs:,}", f"{steps:,}", f"{batch}", f"{epochs * images:,}", f"{images:,}"]
+            )
+    head = [
+        "preset",
+        "IPC",
+        "epochs",
+        "steps",
+        "images a step",
+        "images seen (regenerate: all distinct)",
+        "distinct in `fixed`",
+    ]
+    return table(head, rows) + "\n"
+
+
 FIGURES: dict[str, Callable[[], str]] = {
+    "protocols": protocols,
     "digits": lambda: students("digits.json"),
     "cifar10-cpu": lambda: whole_runs("cifar10-cpu.json"),
     "natural-short": natural_short,

@@ -16,6 +16,7 @@ from gdd_dist.config.settings import Config
 from gdd_dist.config.steps import STEPS, TABLE, Inputs
 from gdd_dist.models.classifiers import CONSTANT
 from gdd_dist.pipeline.fingerprints import fingerprints
+from gdd_dist.pipeline.images_expected import images_expected
 from gdd_dist.pipeline.preflight import check
 from gdd_dist.pipeline.store_users import note_user, store_of
 from gdd_dist.pipeline.verify_inputs import verify_inputs
@@ -23,6 +24,7 @@ from gdd_dist.reporting.tables import table
 from gdd_dist.runtime.file_exchange import Disks
 from gdd_dist.runtime.locks import Lock, holding, in_use
 from gdd_dist.runtime.monitor import say, write_text
+from gdd_dist.runtime.outlook import Outlook
 from gdd_dist.runtime.versions import commit, versions
 from gdd_dist.runtime.world import World
 from gdd_dist.storage.json_files import read_json, write_json
@@ -92,12 +94,16 @@ def run(
     world.enter("verify")
     if config.verify:
         verify_inputs(ctx, {step: fps[step] for step in STEPS[1 : last + 1]})
+    expected = images_expected(ctx, fps, STEPS[1 : last + 1])
+    ctx.outlook = outlook = Outlook(expected, lambda: ctx.forwards * ctx.world.size)
     records = {}
     for step in STEPS[: last + 1]:
         if step == "shards":
             records[step] = record(fps[step], shards[0], shards[1] + time.monotonic() - begin, 0)
         else:
+            outlook.begin(step)
             records[step] = run_step(ctx, step, fps)
+            outlook.end(step)
         if world.is_main:
             write_json(out / "steps.json", {"format": "gdd-steps/1", "steps": records})
     if world.is_main and config.until == "report":

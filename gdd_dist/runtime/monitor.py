@@ -61,6 +61,7 @@ class Monitor:
 
     ``directory`` is this step's own (None: no TensorBoard): after a resume, points of ``start`` and later that an
     interrupted run wrote are purged. ``passing``: of a part of a step; at its end its bar goes and no line is said.
+    ``whole``: says as text how long the whole run still takes, or nothing.
     """
 
     def __init__(
@@ -73,8 +74,10 @@ class Monitor:
         unit: str = "step",
         active: bool = True,
         passing: bool = False,
+        whole: object = "",
     ) -> None:
         self.step, self.total, self.unit, self._active, self._passing = step, total, unit, active, passing
+        self._whole = whole
         self._begin = self._line = time.monotonic()
         self._start, self._done = start, start
         self._writer: SummaryWriter | None = None
@@ -140,7 +143,7 @@ class Monitor:
         if images and due(done - 1, self.total):
             self.scalars(done - 1, {"images_per_second": images * rate})
         if self._bar is not None:
-            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.set_postfix_str(", ".join(filter(None, (note, str(self._whole)))), refresh=False)
             self._bar.update(done - self._done)
         ended = done == self.total and done > self._done and not self._passing
         self._done = done
@@ -148,7 +151,7 @@ class Monitor:
             self._line = now
             left = f", {duration((self.total - done) / rate)} left" if rate > 0 and done < self.total else ""
             text = f"{self.step}: {done:,} of {self.total:,} {self.unit}s, {rate:{'.1f' if rate >= 1 else '.2g'}} {self.unit}s/s{left}"
-            say(f"{text}, {note}" if note else text)
+            say(", ".join(filter(None, (text, note, str(self._whole)))))
 
     def flush(self) -> None:
         """Hand all points to the system: before a checkpoint, so that a resume from it leaves no gap in the curves."""

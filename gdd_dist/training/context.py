@@ -61,6 +61,8 @@ class Context:
     keeps: bool = True
     """Whether decoded images may be kept in STORE/cache."""
     on_interval: OnInterval | None = None
+    outlook: object = ""
+    """Says as text how long the whole run still takes, or nothing."""
     _images: dict[str, Images] = field(default_factory=dict)
 
     @property
@@ -185,11 +187,11 @@ class Context:
     def monitor(self, step: str, work: Path, total: int, *, start: int = 0, unit: str = "step") -> Monitor:
         """Return the monitor of a step that works in ``work``."""
         directory = self.out / "tensorboard" / step / work.name[:8]
-        return Monitor(directory, step, total, start=start, unit=unit, active=self.world.is_main)
+        return Monitor(directory, step, total, start=start, unit=unit, active=self.world.is_main, whole=self.outlook)
 
     def passing(self, what: str, total: int, unit: str = "step") -> Monitor:
         """Return a monitor for a part of a step: rank 0 shows the progress of its own share."""
-        return Monitor(None, what, total, unit=unit, active=self.world.is_main, passing=True)
+        return Monitor(None, what, total, unit=unit, active=self.world.is_main, passing=True, whole=self.outlook)
 
 
 def agreed_precision(config: Config, world: World) -> str:

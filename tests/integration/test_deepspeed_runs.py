@@ -33,10 +33,14 @@ def long(step, steps):
 
 
 @pytest.fixture(scope="module")
-def twenty(undisturbed, tmp_path_factory):
-    """(argv, directory) of STEPS steps of gan and matching under DDP on 2 ranks, from teachers and logits that all here share."""
+def twenty(request, undisturbed, tmp_path_factory):
+    """(argv, directory) of STEPS steps of gan and matching under DDP on 2 ranks, from teachers and logits that all here share.
+
+    The parameter is where the generator starts.
+    """
     out = tmp_path_factory.mktemp("twenty") / "out"
     argv = [*undisturbed.argv, "--checkpoint_seconds", "600", *long("gan", STEPS), *long("matching", STEPS)]
+    argv += ["--gan.start", request.param, "--gaussian.components", "8", "--gaussian.spread", "1.0"]
     undisturbed.copy(out, "teachers", "logits")
     ranks.train(out, argv, 2)
     return argv, out
@@ -56,11 +60,13 @@ def deepspeed(tmp_path, stage):
     return ["--engine", "deepspeed", "--deepspeed-config", str(path)]
 
 
-EVERY = [(0, 2), (1, 2), (2, 2), (3, 2), (0, 4), (1, 4), (2, 4), (3, 4)]
+EVERY = [("noise", stage, size) for size in (2, 4) for stage in range(4)] + [("gaussian", s, 2) for s in range(4)]
 
 
 @pytest.mark.parametrize(
-    ("stage", "size"), [case if case in ((3, 2),) else pytest.param(*case, marks=pytest.mark.slow) for case in EVERY]
+    ("twenty", "stage", "size"),
+    [case if case == ("noise", 3, 2) else pytest.param(*case, marks=pytest.mark.slow) for case in EVERY],
+    indirect=["twenty"],
 )
 def test_the_first_twenty_losses_of_gan_and_matching_are_ddps(undisturbed, twenty, tmp_path, stage, size):
     argv, expected = twenty

@@ -12,6 +12,7 @@ from gdd_dist.dry_run import table
 from gdd_dist.dry_run.estimates import ESTIMATES, makespan
 from gdd_dist.dry_run.table import Line
 from gdd_dist.pipeline import run
+from gdd_dist.pipeline.images_expected import EXPECTED
 from gdd_dist.runtime.memory import file_pages, peak_memory, reset_peak, tensors_of
 from gdd_dist.runtime.meter import CPU_BLUR, Cost, Curve, Meter
 from gdd_dist.runtime.world import World
@@ -91,13 +92,19 @@ def test_what_it_says_is_what_the_run_does(tiny: list[str], tmp_path: Path, monk
 def test_a_refit_is_counted(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     argv = [*tiny, "--out", str(tmp_path / "out"), "--matching.refit", "2", "--gaussian.components", "8"]
     argv += ["--gaussian.spread", "1.0", "--report.select", "1", "2", "--report.protocol", "regenerate"]
-    said = predicted(argv, monkeypatch)
+    said, expected = predicted(argv, monkeypatch), list[dict[str, int]]()
+    inner = run.images_expected
+    monkeypatch.setattr(run, "images_expected", lambda *given: expected.append(inner(*given)) or expected[-1])
     steps, _, _ = happened(argv, tmp_path / "out", monkeypatch)
-    assert {step: line.images for step, line in said.items()} == {s: r["images_processed"] for s, r in steps.items()}
+    images = {s: r["images_processed"] for s, r in steps.items()}
+    assert {step: line.images for step, line in said.items()} == images
+    assert expected == [
+        pytest.approx({step: images[step] for step in TABLE}, rel=0.2)
+    ]  # what a run guesses its time by
 
 
 def test_every_step_is_estimated() -> None:
-    assert list(ESTIMATES) == list(TABLE)
+    assert list(ESTIMATES) == list(EXPECTED) == list(TABLE)
 
 
 @pytest.mark.parametrize(("step", "state"), [("teachers", "net"), ("gan", "g"), ("matching", "nets")])

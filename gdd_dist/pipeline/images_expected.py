@@ -1,0 +1,77 @@
+"""How many images the networks of each step forward, from the settings alone; a run estimates its remaining time by this.
+
+The dry run counts exactly, because it tries each step. These counts need no computation, and leave out small parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from gdd_dist.config.steps import TABLE, refits
+from gdd_dist.evaluation import quick_students, rows, student_results
+from gdd_dist.steps import gaussian
+from gdd_dist.training import gaussian_refit
+from gdd_dist.training.context import Context
+
+DISCRIMINATED = 6
+"""Forwards for each image of a step with a discriminator: two by the generator, four by itself; in matching, a teacher's is one of them."""
+MATCHED = 2
+"""Forwards for each image of a matching step without a discriminator: by the generator and by a teacher."""
+
+
+def images_expected(ctx: Context, fps: Mapping[str, str], steps: Sequence[str]) -> dict[str, int]:
+    """Return the number of images for each unfinished step of ``steps``, over all ranks. All ranks call it."""
+    todo = ctx.world.broadcast([step for step in TABLE if step in steps and not ctx.store.finished(step, fps[step])])
+    return {step: EXPECTED[step](ctx, fps) for step in todo}
+
+
+def _teachers(ctx: Context, _: Mapping[str, str]) -> int:
+    t, val = ctx.config.teachers, len(ctx.images("val"))
+    if t.pretrained:
+        return len(t.architectures) * val
+    return _trainings(ctx) * (t.epochs * len(ctx.images("train")) + t.snapshots * val)
+
+
+def _logits(ctx: Context, _: Mapping[str, str]) -> int:
+    return _trainings(ctx) * ctx.config.teachers.snapshots * ctx.config.logits.views * len(ctx.images("train"))
+
+
+def _gaussian(ctx: Context, _: Mapping[str, str]) -> int:
+    return gaussian.candidates(ctx) * _measurement(ctx)
+
+
+def _gan(ctx: Context, _: Mapping[str, str]) -> int:
+    return DISCRIMINATED * ctx.config.gan.steps * ctx.config.gan.batch
+
+
+def _matching(ctx: Context, _: Mapping[str, str]) -> int:
+    m, refit = ctx.config.matching, 0
+    if refits(ctx.config):
+        drawn = gaussian_refit.PLACES * max(gaussian.components(ctx)) * ctx.classes * m.refit
+        refit = drawn * (1 + _trainings(ctx)) + _measurement(ctx)
+    each = DISCRIMINATED if m.lambda_adv else MATCHED
+    return each * m.steps * m.batch + (m.steps // m.interval + 1) * _measurement(ctx) + refit
+
+
+def _report(ctx: Context, fps: Mapping[str, str]) -> int:
+    jobs = rows.jobs(ctx.config, ctx.manifest, ctx.precision, {"data": fps["shards"], **fps})
+    known, test = student_results.cached(ctx, jobs), len(ctx.images("test"))
+    return sum(rows.images_forwarded(j, _trainings(ctx), test) for j in jobs if j.fingerprint not in known)
+
+
+def _trainings(ctx: Context) -> int:
+    return ctx.config.teachers.seeds * len(ctx.config.teachers.architectures)
+
+
+def _measurement(ctx: Context) -> int:
+    return ctx.config.matching.quick_students * sum(quick_students.forwards(ctx))
+
+
+EXPECTED: dict[str, Callable[[Context, Mapping[str, str]], int]] = {
+    "teachers": _teachers,
+    "logits": _logits,
+    "gaussian": _gaussian,
+    "gan": _gan,
+    "matching": _matching,
+    "report": _report,
+}
