@@ -122,7 +122,7 @@ def test_what_is_printed_is_read_back(tmp_path):
         ("matching.temperature: {lo: 1}", "must have some of"),
         ("matching.temperature: 3", "must have some of"),
         ("matching.lr: {low: small, high: 1e-3}", "numbers"),
-        ("matching.lr: {low: 1e-4, high: .inf}", "no finite number"),
+        ("matching.lr: {low: 1e-4, high: .inf}", "not a finite number"),
         ("matching.lr: {low: 1e-4, high: 1e-3, zero: half}", "numbers"),
         ("matching.lr: {low: 1e-4, high: 1e-3}\nmatching.lr: {low: 1e-5, high: 1e-4}", "given twice, in lines 1 and 2"),
         ("matching.loss: {low: 0, high: 1}", "needs choices"),
