@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
 
@@ -11,9 +13,10 @@ from gdd_dist.runtime.arguments import Parser
 from sharding.errors import UserError
 
 SCHEDULERS = ("asha", "fifo")
-ALGORITHMS = ("random", "optuna")
+GRID = "grid"
+ALGORITHMS = ("random", "optuna", GRID)
 METRICS = {
-    "val": "accuracy of the kept generator's quick students on val",
+    "val": "accuracy on val of quick students of the interval that matching chose",
     "lower": "the same minus its standard error",
 }
 TRAINERS = ("data", "preset", "config")
@@ -36,7 +39,11 @@ class Options:
     algorithm: str = "random"
     metric: str = "val"
     final_seeds: int = 3
+    seeds: int = 3
 
+
+OF_GRID: dict[str, Any] = {"scheduler": "fifo", "final_seeds": 0}
+"""Defaults of a grid: its trials are compared whole, and its table is the result, so nothing is retrained."""
 
 FIXED = ("algorithm", "metric", "scheduler")
 """Options that a --resume may not change: what is compared. The others say how much and where."""
@@ -54,15 +61,16 @@ where
   --preset NAME: the trainer's settings to start from (default: by the data set)
   --config FILE: YAML file of the trainer's settings
 how much
-  --trials N: number of trials, including the plain defaults as trial 0 (default {_D.trials})
+  --trials N: number of trials, including the plain defaults as trial 0 (default {_D.trials}; grid: all combinations)
+  --seeds N: grid: number of seeds of matching for each combination (default {_D.seeds})
   --max-concurrent N: largest number of trials at a time; 0: as many as fit (default 0)
   --time-budget TIME: stop trials after so many seconds, or 30m, 2h; continue with --resume (default: no limit)
-  --final-seeds N: number of new seeds with which best and defaults are retrained and measured on test; 0: none (default {_D.final_seeds})
+  --final-seeds N: new seeds with which best and defaults are retrained and measured on test; 0: none (default {_D.final_seeds}; grid: 0)
 what is searched, and how
-  --space FILE: YAML file that changes the space; --print-space prints one (default: as printed)
+  --space FILE: YAML file that changes the space, or names all of a grid; --print-space prints one (default: as printed)
   --print-space: print the space as YAML and exit
-  --algorithm NAME: which settings come next: random, or optuna (its TPE sampler) (default {_D.algorithm})
-  --scheduler NAME: asha: stop trials with low accuracy early; fifo: run all trials to the end (default {_D.scheduler})
+  --algorithm NAME: which settings come next: random; optuna: its TPE sampler; grid: each combination of choices (default {_D.algorithm})
+  --scheduler NAME: asha: stop trials with low accuracy early; fifo: run all trials to the end (default {_D.scheduler}; grid: fifo)
   --metric NAME: how trials are compared; val: {METRICS["val"]}, in percent; lower: {METRICS["lower"]} (default {_D.metric})
 what a trial gets
   --ranks-per-trial N: ranks per trial, which may span nodes (default {_D.ranks_per_trial})
@@ -109,13 +117,27 @@ def _seconds(text: str) -> float:
     return float(found[1]) * _UNITS[found[2]]
 
 
+def options_of(typed: Mapping[str, Any], before: Options | None = None) -> Options:
+    """What was typed over the defaults, or over ``before``. Raises UserError for what makes no sense, whatever the cluster."""
+    grid = (before.algorithm if before else typed.get("algorithm")) == GRID
+    found = dataclasses.replace(before or Options(**(OF_GRID if grid else {})), **typed)
+    check_options(found)
+    if not grid and "seeds" in typed:
+        raise UserError("--seeds is for a grid; add --algorithm grid with a --space FILE, or leave it out")
+    if grid and "trials" in typed:
+        raise UserError("a grid has as many trials as combinations times --seeds; leave out --trials")
+    if grid and found.scheduler != OF_GRID["scheduler"]:
+        raise UserError(f"--scheduler {found.scheduler} stops trials that a grid compares; leave it out")
+    return found
+
+
 def check_options(o: Options) -> None:
-    """Raise UserError for the first option that makes no sense, whatever the cluster."""
+    """Raise UserError for the first option that makes no sense by itself."""
     known: dict[str, tuple[Any, ...]] = {"scheduler": SCHEDULERS, "algorithm": ALGORITHMS, "metric": tuple(METRICS)}
     for name, choices in known.items():
         if getattr(o, name) not in choices:
             raise UserError(f"--{name} {getattr(o, name)} is not known; choose {' or '.join(choices)}")
-    for name, low in (("trials", 1), ("max_concurrent", 0), ("ranks_per_trial", 1), ("final_seeds", 0)):
+    for name, low in (("trials", 1), ("seeds", 1), ("max_concurrent", 0), ("ranks_per_trial", 1), ("final_seeds", 0)):
         if getattr(o, name) < low:
             raise UserError(f"--{name.replace('_', '-')} {getattr(o, name)} is too small; give at least {low}")
     if o.time_budget is not None and o.time_budget <= 0:

@@ -26,12 +26,13 @@ from sharding.errors import UserError
 from sharding.files import write_atomic
 from sharding.redact import redact
 from sharding.writer import build
-from tune import board, cluster, final, gang, page, shared, space
+from tune import board, cluster, final, gang, grid, page, shared, space, study
+from tune.arguments import GRID
 from tune.cluster import Node
 from tune.gang import Job
 from tune.options import FILE, Command, Search, save
 from tune.proposals import Proposals
-from tune.record import DEFAULTS, FINISHED, Outcome, Record, best_of
+from tune.record import DEFAULTS, FINISHED, Outcome, Record
 from tune.schedule import ENDED, Asha, Keeper, Proposer
 from tune.trial import trial
 
@@ -60,14 +61,12 @@ def run(command: Command) -> None:
         check(search.config, read_manifest(data), search.options.ranks_per_trial, device)
         if command.resume:
             _say_what_is_there(search, record)
-        gain = None
         if left(search, record):
             with cluster.cluster(search.options.address, search.config.debug) as nodes:
-                gain = _compute(search, record, data, nodes)
-        best = best_of(record, search.options.metric)
-        gain = gain or final.load(out, best.id, search.options.final_seeds)
+                _compute(search, record, data, nodes)
+        best = study.best(search, record)
         write_best(search, best, data)
-        page.write(search, record, best, gain)
+        page.write(search, record, best, final.load(out, best.id, search.new_seeds))
 
 
 def data_of(search: Search) -> str:
@@ -86,11 +85,15 @@ def left(search: Search, record: Record) -> bool:
         return True
     if not any(o.status == FINISHED for o in ended.values()):
         return False
-    best = best_of(record, search.options.metric)
-    return bool(search.options.final_seeds) and final.load(search.out, best.id, search.options.final_seeds) is None
+    return _unread(search, study.best(search, record))
 
 
-def _compute(search: Search, record: Record, data: str, nodes: list[Node]) -> final.Gain | None:
+def _unread(search: Search, best: Outcome) -> bool:
+    """Whether the best is still to be retrained and read on test."""
+    return bool(search.new_seeds) and final.load(search.out, best.id, search.new_seeds) is None
+
+
+def _compute(search: Search, record: Record, data: str, nodes: list[Node]) -> None:
     """All that needs Ray."""
     o, out = search.options, record.out
     slots = cluster.check_resources(o, nodes)
@@ -109,18 +112,19 @@ def _compute(search: Search, record: Record, data: str, nodes: list[Node]) -> fi
     ranks = gang.with_ranks(base.config, max(one_node, o.ranks_per_trial))
     shared.compute(alone, out, ranks, cluster.Shrunk(o, ranks))
     trials(search, record, base)
-    best = best_of(record, o.metric)
-    if not o.final_seeds:
-        return None
-    if (known := final.load(out, best.id, o.final_seeds)) is not None:
-        return known
-    say(f"search: best is trial {best.id}; it and the defaults are retrained with {o.final_seeds} new seeds")
-    return final.measure(base, out, best, o.final_seeds)
+    best = study.best(search, record)
+    if _unread(search, best):
+        say(f"search: best is trial {best.id}; it and the defaults are retrained with {o.final_seeds} new seeds")
+        final.measure(base, out, best, search.new_seeds)
 
 
 def trials(search: Search, record: Record, base: Job) -> None:
     """Run what is left of the trials."""
     o, ended = search.options, record.outcomes()
+    if o.algorithm == GRID:  # all are known beforehand
+        for n, settings in enumerate(grid.plan(search.axes, search.config, o.seeds)):
+            if (name := f"{n:03d}") not in record.proposed():
+                record.propose(name, settings)
     again = [name for name in record.proposed() if name not in ended]
     missing = max(0, o.trials - len(record.proposed()))
     if not again and not missing:
@@ -150,7 +154,7 @@ def trials(search: Search, record: Record, base: Job) -> None:
             name=time.strftime("%Y%m%d-%H%M%S"),
             storage_path=str(record.out / "ray"),
             failure_config=ray.tune.FailureConfig(max_failures=MAX_FAILURES),
-            callbacks=[keeper, board.Writer(record, search.axes, search.config)],
+            callbacks=[keeper, board.Writer(record, search.columns, search.config)],
             verbose=0,
         ),
     ).fit()
@@ -165,7 +169,7 @@ def longest(search: Search) -> int:
 def _say_what_is_there(search: Search, record: Record) -> None:
     """What --resume goes on with, and what of Ray's own state is damaged: nothing here reads it."""
     ended, proposed = record.outcomes(), record.proposed()
-    open_ = [name for name in proposed if name not in ended]
+    open_ = [name for name in proposed if name not in ended and record.reports(name)]
     say(
         f"search: {len(ended)} of {search.options.trials} trials have ended"
         + (f"; continuing {', '.join(open_)} from their checkpoints" if open_ else "")

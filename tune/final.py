@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from gdd_dist.config.settings import Config
+from gdd_dist.reporting.verdict import Difference, difference
 from gdd_dist.storage.json_files import read_json, write_json
 from tune import gang, space
 from tune.gang import Job
@@ -34,21 +33,16 @@ class Gain:
     row: Mapping[str, Any]
 
     @property
-    def mean(self) -> float:
-        """The gain in points, seed by seed against the defaults with the same seed."""
-        return float(np.mean(np.subtract(self.best, self.defaults)))
-
-    @property
-    def stderr(self) -> float | None:
-        """The gain's standard error over seeds; None with one."""
-        gains = np.subtract(self.best, self.defaults)
-        return float(gains.std(ddof=1) / len(gains) ** 0.5) if len(gains) > 1 else None
+    def difference(self) -> Difference:
+        """The gain, paired by seed."""
+        best, defaults = ({"seeds": self.seeds, "accuracies": values} for values in (self.best, self.defaults))
+        return difference(best, defaults)
 
 
-def measure(base: Job, out: Path, best: Outcome, seeds: int) -> Gain:
-    """Retrain and measure, as many at a time as fit; keeps the result in OUT/final.json."""
+def measure(base: Job, out: Path, best: Outcome, seeds: Sequence[int]) -> Gain:
+    """Retrain and measure, as many at a time as fit; keeps the result in OUT/final.json. ``seeds``: of matching."""
     arms: dict[str, Mapping[str, Any]] = {"defaults": {}} | ({"best": best.settings} if best.id != DEFAULTS else {})
-    numbers = range(1, seeds + 1)
+    numbers = [seed - base.config.step_seed("matching") for seed in seeds]
     jobs = {
         (arm, n): dataclasses.replace(base, config=config_of(base.config, out, arm, settings, n))
         for arm, settings in arms.items()
@@ -58,10 +52,10 @@ def measure(base: Job, out: Path, best: Outcome, seeds: int) -> Gain:
     found = {k: read_json(job.out / "report" / "latest" / "metrics.json")["results"] for k, job in jobs.items()}
     rows = {key: {str(r["train_on"]): r for r in results} for key, results in found.items()}
     arm = "best" if "best" in arms else "defaults"
-    row = rows[arm, 1]["matched"]
+    row = rows[arm, numbers[0]]["matched"]
     gain = Gain(
         trial=best.id,
-        seeds=tuple(base.config.step_seed("matching") + n for n in numbers),
+        seeds=tuple(seeds),
         best=tuple(rows[arm, n]["matched"]["mean"] for n in numbers),
         defaults=tuple(rows["defaults", n]["matched"]["mean"] for n in numbers),
         gan=tuple(rows["defaults", n]["gan"]["mean"] for n in numbers),
@@ -71,14 +65,14 @@ def measure(base: Job, out: Path, best: Outcome, seeds: int) -> Gain:
     return gain
 
 
-def load(out: Path, trial: str, seeds: int) -> Gain | None:
-    """What an earlier invocation measured of this trial with as many seeds, if any did."""
+def load(out: Path, trial: str, seeds: Sequence[int]) -> Gain | None:
+    """What an earlier invocation measured of this trial with these seeds, if any did."""
     if not (out / FILE).exists():
         return None
     body: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in read_json(out / FILE).items()}
     body.pop("format")
     gain = Gain(**body)
-    return gain if gain.trial == trial and len(gain.seeds) == seeds else None
+    return gain if gain.trial == trial and gain.seeds == tuple(seeds) else None
 
 
 def config_of(config: Config, out: Path, arm: str, settings: Mapping[str, Any], number: int) -> Config:

@@ -19,8 +19,8 @@ from gdd_dist.config.settings import Config
 from sharding.errors import UserError
 from sharding.files import write_atomic
 from sharding.redact import redact
-from tune import space
-from tune.arguments import FIXED, SMALL, TRAINERS, Options, check_options, parser
+from tune import grid, space
+from tune.arguments import FIXED, GRID, SMALL, TRAINERS, Options, options_of, parser
 from tune.space import Axis
 
 FILE, KEPT = "search.yaml", "defaults.yaml"
@@ -38,6 +38,20 @@ class Search:
     preset: str
     axes: tuple[Axis, ...] = field(default=space.SPACE)
 
+    @property
+    def columns(self) -> tuple[Axis, ...]:
+        """What trials differ in: the axes, and in a grid the seed of matching."""
+        if self.options.algorithm != GRID:
+            return self.axes
+        return (*self.axes, grid.seed_axis(self.config, self.options.seeds))
+
+    @property
+    def new_seeds(self) -> tuple[int, ...]:
+        """The seeds of matching of the retrainings: none that a trial has."""
+        o = self.options
+        first = self.config.step_seed("matching") + (o.seeds if o.algorithm == GRID else 1)
+        return tuple(range(first, first + o.final_seeds))
+
 
 @dataclass(frozen=True)
 class Command:
@@ -51,19 +65,27 @@ def parse(argv: Sequence[str]) -> Command:
     """Raises UserError for what does not fit; SystemExit(0) after --help and --print-space."""
     own, rest = _split(argv)
     given = parser().parse_args(own)
-    axes = space.load(given.space)
+    out, alone = Path(given.out), given.algorithm == GRID
     if given.print_space:
-        sys.stdout.write(space.dump(axes))
+        sys.stdout.write(space.dump(space.load(given.space, alone)))
         raise SystemExit(0)
-    out = Path(given.out)
     typed = {f.name: getattr(given, f.name) for f in dataclasses.fields(Options) if getattr(given, f.name) is not None}
     if given.resume:
         return Command(_resumed(out, typed, rest, given.space), resume=True)
-    command = configuration.parse(rest or SMALL)
-    options = dataclasses.replace(Options(), **typed)
-    check_options(options)
+    options = options_of(typed)
+    axes, command = space.load(given.space, alone), configuration.parse(rest or SMALL)
     space.check(axes, command.config)
-    return Command(Search(out, options, command.config, command.preset, axes), resume=False)
+    return Command(_sized(Search(out, options, command.config, command.preset, axes)), resume=False)
+
+
+def _sized(search: Search) -> Search:
+    """A grid says how many trials there are, and from which seed of matching it counts."""
+    if search.options.algorithm != GRID:
+        return search
+    grid.check(search.axes)
+    config = space.apply(search.config, {grid.SEED: search.config.step_seed("matching")})
+    trials = len(grid.plan(search.axes, config, search.options.seeds))
+    return dataclasses.replace(search, config=config, options=dataclasses.replace(search.options, trials=trials))
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -131,15 +153,15 @@ def _resumed(out: Path, typed: Mapping[str, Any], rest: Sequence[str], space_fil
     """The search in OUT with what may be changed."""
     search = load(out)
     changed = [f"--{name}" for name in FIXED if name in typed and typed[name] != getattr(search.options, name)]
-    if space_file is not None and space.load(space_file) != search.axes:
+    alone = search.options.algorithm == GRID
+    if space_file is not None and space.load(space_file, alone) != search.axes:
         changed.append("--space")
     if changed:
         what = f"{', '.join(changed)} cannot be changed by --resume, because trials could not be compared"
         raise UserError(f"{what}; start again with another --out")
     config = _same(search, rest)
-    options = dataclasses.replace(search.options, **{"time_budget": None, **typed})  # a budget is one invocation's
-    check_options(options)
-    return dataclasses.replace(search, options=options, config=config)
+    options = options_of({"time_budget": None, **typed}, search.options)  # a budget is one invocation's
+    return _sized(dataclasses.replace(search, options=options, config=config))
 
 
 def _same(search: Search, rest: Sequence[str]) -> Config:

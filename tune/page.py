@@ -14,12 +14,13 @@ from matplotlib.figure import Figure
 from gdd_dist.reporting.tables import markdown, ruled
 from gdd_dist.reporting.training_figures import DPI, png
 from sharding.files import write_atomic
-from tune import cluster, gang, shared, space
-from tune.arguments import METRICS
+from tune import cluster, gang, shared, space, study
+from tune.arguments import GRID, METRICS
 from tune.final import Gain
 from tune.options import Search
 from tune.record import DEFAULTS, DIVERGED, FAILED, FINISHED, STOPPED, Outcome, Record
 from tune.space import Axis
+from tune.study import points
 
 COLORS = {FINISHED: "#3d6fa5", STOPPED: "#8a8f98"}
 _BEST, _PLAIN = "#c8553d", "#4c9f70"
@@ -30,9 +31,10 @@ def write(search: Search, record: Record, best: Outcome, gain: Gain | None) -> N
     outcomes = ranked(record, search.options.metric)
     write_atomic(search.out / "search.png", png(figure(search, outcomes, best)))
     write_atomic(search.out / "search.md", page(search, record, outcomes, best, gain).encode())
-    header, lines = table(search, outcomes, best)
-    shown = "\n".join(ruled(header, lines, 2))
-    sys.stdout.write(f"\n{shown}\n\n{gained(best, gain)}\n\n")
+    grid = search.options.algorithm == GRID
+    header, lines = study.table(search, record) if grid else table(search, outcomes, best)
+    shown = "\n".join(ruled(header, lines, len(search.axes) if grid else 2))
+    sys.stdout.write(f"\n{shown}\n\n{gained(search, record, best, gain)}\n\n")
     sys.stdout.write(
         f"page: {search.out}/search.md\nplots: {search.out}/search.png\n"
         f"TensorBoard: tensorboard --logdir {search.out}/tensorboard --host 127.0.0.1\n"
@@ -58,15 +60,15 @@ def ranked(record: Record, metric: str) -> list[Outcome]:
 
 def table(search: Search, outcomes: Sequence[Outcome], best: Outcome) -> tuple[list[str], list[list[str]]]:
     """(header, lines) of all trials."""
-    header = ["trial", "status", "val %", "± stderr", "gap", "kept", "steps", "minutes", *(a.leaf for a in search.axes)]
+    names = [axis.leaf for axis in search.columns]
+    header = ["trial", "status", "val %", "± stderr", "gap", "kept", "steps", "minutes", *names]
     lines = []
     for o in outcomes:
-        values = {**space.values(search.axes, search.config), **o.settings}
+        values = {**space.values(search.columns, search.config), **o.settings}
         name = o.id + (" (defaults)" if o.id == DEFAULTS else "") + (" *" if o.id == best.id else "")
         numbers = [_number(o.val, ".2f"), _number(o.stderr, ".2f"), _number(o.gap, ".1f")]
         cells = [name, o.status, *numbers, _number(o.kept, ","), f"{o.steps:,}", f"{o.seconds / 60:.1f}"]
-        own = (values[a.setting] for a in search.axes)
-        lines.append(cells + [f"{value:.3g}" if isinstance(value, float) else str(value) for value in own])
+        lines.append(cells + [space.text(values[a.setting]) for a in search.columns])
     return header, lines
 
 
@@ -74,9 +76,11 @@ def _number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-def gained(best: Outcome, gain: Gain | None) -> str:
+def gained(search: Search, record: Record, best: Outcome, gain: Gain | None) -> str:
     """What the search gained, in words, whatever it is."""
-    if best.id == DEFAULTS:
+    if search.options.algorithm == GRID:
+        text = study.said(search, record)
+    elif best.id == DEFAULTS:
         text = "No trial was better on val than the defaults: the search gained nothing."
     else:
         text = f"Best on val is trial {best.id}: {best.val:.1f} ± {best.stderr:.1f} %."
@@ -88,25 +92,27 @@ def gained(best: Outcome, gain: Gain | None) -> str:
     where = f"On test ({row}; {n} new {'seed' if n == 1 else 'seeds'} of matching and students)"
     if best.id == DEFAULTS:
         return f"{text} {where}: {arms}."
-    error = "" if gain.stderr is None else f" ± {gain.stderr:.2f}"
-    return f"{text} {where}: best {np.mean(gain.best):.2f} %, {arms}; gain over the defaults {gain.mean:+.2f}{error} points."
+    return f"{text} {where}: best {np.mean(gain.best):.2f} %, {arms}; gain over the defaults {points(gain.difference)} points."
 
 
 def page(search: Search, record: Record, outcomes: Sequence[Outcome], best: Outcome, gain: Gain | None) -> str:
     """search.md."""
     header, lines = table(search, outcomes, best)
-    o, m = search.options, search.config.matching
+    o, m, grid = search.options, search.config.matching, search.options.algorithm == GRID
     faults = [[o.id, o.status, o.reason or ""] for o in outcomes if o.status in (FAILED, DIVERGED)]
     parts = [
         "# Search",
-        gained(best, gain),
+        gained(search, record, best, gain),
         f"Next: `{next_line(search)}`",
+        "## Combinations\n\n" + markdown(*study.table(search, record), left=len(search.axes)) if grid else "",
+        study.note(search) if grid else "",
         "## Trials",
         markdown(header, lines, left=2),
         f"Trials are compared by {METRICS[o.metric]} (`--metric {o.metric}`); scheduler {o.scheduler}, algorithm {o.algorithm}, seed "
         f"{search.config.seed}. val: accuracy of {m.quick_students} quick students on the validation split, of the interval that "
-        "matching kept (kept 0: the GAN itself); their seeds are the same in all trials. `*`: the best of the finished trials. The val "
-        "accuracy of the best of many trials is too high by chance. The gain is not: it uses test, for the only time, and new seeds.",
+        f"matching chose (kept 0: the GAN itself); their seeds are the same in all trials{' of a seed' if grid else ''}. `*`: the best"
+        f"{', by its combination' if grid else ' of the finished trials'}. The val accuracy of the best of many trials is too high by "
+        "chance. The gain is not: it uses test, for the only time, and new seeds.",
         "![Accuracy on val against each searched setting](search.png)",
         "## Gain" if gain else "",
         _gain_table(gain) if gain else "",
@@ -125,8 +131,7 @@ def _gain_table(gain: Gain) -> str:
     rows = [*zip(gain.seeds, gain.best, gain.defaults, gain.gan, strict=True)]
     lines = [[str(s), f"{b:.2f}", f"{d:.2f}", f"{g:.2f}", f"{b - d:+.2f}"] for s, b, d, g in rows]
     means = [f"{np.mean(values):.2f}" for values in (gain.best, gain.defaults, gain.gan)]
-    error = "" if gain.stderr is None else f" ± {gain.stderr:.2f}"
-    table = markdown(header, [*lines, ["mean", *means, f"{gain.mean:+.2f}{error}"]])
+    table = markdown(header, [*lines, ["mean", *means, points(gain.difference)]])
     what = "Accuracy on test, a seed's mean over its students; ± is the standard error of the mean over seeds."
     return f"{what}\n\n{table}"
 
@@ -159,32 +164,34 @@ def _hours(seconds: float) -> str:
 
 def figure(search: Search, outcomes: Sequence[Outcome], best: Outcome) -> Figure:
     """Accuracy on val against each searched setting."""
-    columns = min(4, len(search.axes))
-    rows = -(-len(search.axes) // columns)
+    axes = search.columns
+    columns = min(4, len(axes))
+    rows = -(-len(axes) // columns)
     fig = Figure(figsize=(3.6 * columns, 3.0 * rows), dpi=DPI, layout="constrained")
     grid = fig.subplots(rows, columns, squeeze=False).ravel()
-    for axis, plot in zip(search.axes, grid, strict=False):
+    for axis, plot in zip(axes, grid, strict=False):
         _scatter(plot, axis, search, [o for o in outcomes if o.val is not None], best)
-    for plot in grid[len(search.axes) :]:
+    for plot in grid[len(axes) :]:
         plot.set_axis_off()
     grid[0].legend(frameon=False, fontsize=7)
     return fig
 
 
 def _scatter(plot: Axes, axis: Axis, search: Search, outcomes: Sequence[Outcome], best: Outcome) -> None:
-    shown: set[str] = set()
+    shown, plain = set[str](), space.values([axis], search.config)[axis.setting]
+    choices = list(dict.fromkeys([*axis.choices, plain]))  # the defaults may be none of them
     for o in outcomes:
-        x = {**space.values(search.axes, search.config), **o.settings}[axis.setting]
+        x = o.settings.get(axis.setting, plain)
         names = [name for name, trial in (("best", best.id), ("defaults", DEFAULTS)) if o.id == trial]
         kind = " = ".join(names) or o.status
         color = _BEST if o.id == best.id else _PLAIN if o.id == DEFAULTS else COLORS.get(o.status, "#8a8f98")
         label = kind if kind not in shown else None
         shown.add(kind)
         style: dict[str, Any] = {"ms": 4, "lw": 1, "capsize": 2, "color": color, "label": label}
-        x = axis.choices.index(x) if x in axis.choices else x
+        x = choices.index(x) if axis.choices else x
         plot.errorbar(x, o.val or 0.0, o.stderr or 0.0, fmt="o", **style)
     if axis.choices:
-        plot.set_xticks(range(len(axis.choices)), [str(c) for c in axis.choices])
+        plot.set_xticks(range(len(choices)), [str(c) for c in choices])
     elif axis.log:
         plot.set_xscale("symlog", linthresh=axis.low, linscale=0.3) if axis.zero else plot.set_xscale("log")
         marks = [*([0.0] if axis.zero else []), *np.geomspace(axis.low, axis.high, 4)]

@@ -88,16 +88,19 @@ def trainable(config: Config, settings: Mapping[str, Any]) -> bool:
     return any(getattr(drawn.matching, name.rpartition(".")[2]) for name in _WEIGHTS)
 
 
-def load(path: str | None) -> tuple[Axis, ...]:
-    """The space, changed by a YAML file: setting → {low, high, log, zero} or {choices}, or null to leave it out."""
+def load(path: str | None, alone: bool = False) -> tuple[Axis, ...]:
+    """The space, changed by a YAML file: setting → {low, high, log, zero} or {choices}, or null to leave it out.
+
+    ``alone``: what the file names and nothing else.
+    """
     if path is None:
         return SPACE
-    return merged(read_yaml(path, "--space", "--print-space prints an example"), path)
+    return merged(read_yaml(path, "--space", "--print-space prints an example"), path, () if alone else SPACE)
 
 
-def merged(tree: Mapping[str, Any], source: str) -> tuple[Axis, ...]:
-    """SPACE with the axes of ``tree`` in their place; those it names and SPACE has not come last."""
-    axes: dict[str, Axis] = {axis.setting: axis for axis in SPACE}
+def merged(tree: Mapping[str, Any], source: str, base: Sequence[Axis] = SPACE) -> tuple[Axis, ...]:
+    """``base`` with the axes of ``tree`` in their place; those it names and ``base`` has not come last."""
+    axes: dict[str, Axis] = {axis.setting: axis for axis in base}
     for name, body in tree.items():
         if body is None:
             axes.pop(str(name), None)
@@ -116,7 +119,14 @@ def _axis(name: str, body: Any, source: str) -> Axis:
     choices = body.get("choices", ())
     if not isinstance(choices, (list, tuple)):
         raise UserError(f"choices of {name} in {source} is not a list; give one")
-    return Axis(name, **{**body, "choices": tuple(choices)})
+    # A 0 among fractions is 0.0 to the trainer; fingerprints and TensorBoard's page tell the two apart.
+    real = get_type_hints(Matching).get(name.rpartition(".")[2]) is float
+    return Axis(name, **{**body, "choices": tuple(float(c) if real and type(c) is int else c for c in choices)})
+
+
+def text(value: Any) -> str:
+    """A value as tables show it."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def dump(axes: Sequence[Axis]) -> str:

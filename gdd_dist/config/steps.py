@@ -78,7 +78,7 @@ def _logits(config: Config) -> dict[str, Any]:
 
 def _gaussian(config: Config) -> dict[str, Any]:
     names = ("quick_students", "quick_student", "quick_steps", "quick_batch")
-    quick = {**_some(config.shaping("matching"), *names), "seed": config.step_seed("matching")}
+    quick = {**_some(config.shaping("matching"), *names), "seed": config.step_seed("gaussian")}
     shaping = {**config.shaping("gaussian"), "quick": quick, "student": _student(config)}
     return {**shaping, "loader": config.shaping("loader")}
 

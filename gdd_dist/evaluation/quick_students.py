@@ -88,8 +88,8 @@ class Candidates:
         return max(found, key=lambda one: one[1]["val"])
 
 
-def measure(ctx: Context, generator: ImageGenerator, step: int) -> Measurement:
-    """Train the quick students on fresh draws; ranks share them; random numbers are equal at all intervals. All ranks call it."""
+def measure(ctx: Context, generator: ImageGenerator, step: int, seed: int) -> Measurement:
+    """Train the quick students on fresh draws; ranks share them; random numbers follow from ``seed`` alone. All ranks call it."""
     m = ctx.config.matching
     mine: list[list[float]] = []
     # A free rank takes the next student, so the number that rank 0 trains is known only at the end.
@@ -100,7 +100,7 @@ def measure(ctx: Context, generator: ImageGenerator, step: int) -> Measurement:
 
     try:
         for j in ctx.world.queue(m.quick_students):
-            mine.append([j, *student(ctx, generator, j, tick)])
+            mine.append([j, *student(ctx, generator, j, seed, tick)])
     except Diverged as e:
         raise UserError(f"matching: quick student: {e}; lower --report.lr") from e
     monitor.close()
@@ -110,21 +110,23 @@ def measure(ctx: Context, generator: ImageGenerator, step: int) -> Measurement:
     return Measurement(step, float(val.mean()), stderr, float((fresh - val).mean()))
 
 
-def measure_once(ctx: Context, path: Path, build: Callable[[], ImageGenerator]) -> Measurement:
+def measure_once(ctx: Context, path: Path, build: Callable[[], ImageGenerator], seed: int) -> Measurement:
     """``measure`` the result of ``build``; kept in ``path``, so that an interrupted step repeats neither. All ranks call it."""
     kept = ctx.world.broadcast(read_json(path) if ctx.world.is_main and path.exists() else None)
     if kept is not None:
         ctx.resumed = True
         return Measurement(**kept)
-    result = measure(ctx, ctx.watch(build()).eval(), 0)
+    result = measure(ctx, ctx.watch(build()).eval(), 0, seed)
     if ctx.world.is_main:
         write_json(path, result.as_dict())
     return result
 
 
-def student(ctx: Context, generator: ImageGenerator, j: int, tick: Callable[[int], None]) -> tuple[float, float]:
+def student(
+    ctx: Context, generator: ImageGenerator, j: int, seed: int, tick: Callable[[int], None]
+) -> tuple[float, float]:
     """Return (accuracy on val, on fresh generated images) of quick student ``j`` in percent; ``tick``: reports steps done."""
-    m, r, seed = ctx.config.matching, ctx.config.report, ctx.config.step_seed("matching")
+    m, r = ctx.config.matching, ctx.config.report
     net = ctx.classifier(m.quick_student, seed, f"quick/{j}")
     optimizer = sgd(net, r.lr, r.momentum, r.weight_decay)
     skips = Skips()

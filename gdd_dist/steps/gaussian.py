@@ -32,9 +32,8 @@ def run(ctx: Context, work: Path, inputs: Inputs) -> dict[str, Any]:
     fitted, found = fit(ctx), list[dict[str, Any]]()
     monitor = ctx.monitor("gaussian", work, candidates(ctx), unit="candidate")
     for i, (k, spread) in enumerate(product(components(ctx), ctx.config.gaussian.spread)):
-        result = measure_once(
-            ctx, work / CHECKPOINTS / f"candidate-{k}-{spread}.json", partial(linear, ctx, fitted, k, spread)
-        )
+        path, build = work / CHECKPOINTS / f"candidate-{k}-{spread}.json", partial(linear, ctx, fitted, k, spread)
+        result = measure_once(ctx, path, build, ctx.config.step_seed("gaussian"))
         found.append({"components": k, "spread": spread, **result.as_dict()})
         monitor.scalars(i, result.scalars())
         monitor.advance(i + 1, f"{k} components, spread {spread}")

@@ -63,7 +63,8 @@ def beside(ctx: Context, work: Path, pool: Pool, gaussian_dir: Path) -> dict[str
     """The candidates that are not trained here, measured on val: the Gaussian of each class, and that of what teachers choose."""
     found = {"gaussian": chosen(gaussian_dir)}
     if refits(ctx.config):
-        result = measure_once(ctx, work / CHECKPOINTS / "refit.json", lambda: _refitted(ctx, work, pool, gaussian_dir))
+        path, seed = work / CHECKPOINTS / "refit.json", ctx.config.step_seed("matching")
+        result = measure_once(ctx, path, lambda: _refitted(ctx, work, pool, gaussian_dir), seed)
         found["refit"] = result.as_dict()
         ctx.world.say(f"matching: refitted Gaussian, quick students {result.val:.1f} ± {result.stderr:.1f} % on val")
     return found
@@ -212,7 +213,7 @@ class Matching(loop.Trainee):
             found = Measurement(**self.history[-1])
             self.monitor.scalars(step, found.scalars())
             return found
-        found = measure(self._ctx, self.nets.ema, step)
+        found = measure(self._ctx, self.nets.ema, step, self._ctx.config.step_seed("matching"))
         self.history.append(found.as_dict())
         if best(self.history, self._ctx.config.matching.select) is self.history[-1]:
             self.best = cpu_state(self.nets.ema)

@@ -12,8 +12,8 @@ import pytest
 import ranks
 import yaml
 from searching import (
+    REUSED,
     ROOT,
-    SEEDLESS,
     assert_shared,
     outcomes,
     progress,
@@ -141,7 +141,7 @@ def test_the_gain_is_read_on_test_with_new_seeds(searched):
     for n in (1, 2):
         found = json.loads((searched.out / "final" / f"defaults-{n}" / "steps.json").read_text())["steps"]
         assert found["matching"]["status"] == "computed"
-        assert [found[step]["status"] for step in SEEDLESS] == ["reused"] * len(SEEDLESS)
+        assert [found[step]["status"] for step in REUSED] == ["reused"] * len(REUSED)
         results = json.loads((searched.out / "final" / f"defaults-{n}" / "report/latest/metrics.json").read_text())[
             "results"
         ]

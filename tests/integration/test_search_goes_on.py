@@ -14,8 +14,8 @@ import pytest
 import ranks
 import stores
 from searching import (
+    REUSED,
     ROOT,
-    SEEDLESS,
     Running,
     assert_shared,
     family,
@@ -152,7 +152,7 @@ def test_remote_data_on_the_store_of_a_finished_run(undisturbed, tiny, digits, t
     out = tmp_path / "out"
     assert [line["status"] for line in outcomes(out).values()] == ["finished"] * 2
     assert outcomes(out)["000"]["fingerprint"] == undisturbed.steps["matching"]["fingerprint"]
-    for step in SEEDLESS[1:]:
+    for step in REUSED[1:]:
         assert len([p for p in (store / step).iterdir() if p.is_dir()]) == 1
         assert not (out / step).exists()
     assert "computed by another run on this store" in (out / "search.md").read_text()

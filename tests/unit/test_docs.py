@@ -78,6 +78,8 @@ def test_every_command_parses(page: str, command: str, tmp_path: Path, monkeypat
             file = tmp_path / argv[argv.index("--config") + 1]
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text("seed: 3\n")
+        if "--space" in argv:  # one of this repository's
+            argv[argv.index("--space") + 1] = str(ROOT / argv[argv.index("--space") + 1])
         if {"--help", "--version"} & set(argv):
             with pytest.raises(SystemExit, match="0"):
                 PROGRAMS[program](argv)

@@ -117,7 +117,15 @@ def test_a_damaged_search_file_is_named(tmp_path):
     ("argv", "words"),
     [
         (["--scheduler", "pbt"], "--scheduler pbt is not known; choose asha or fifo"),
-        (["--algorithm", "grid"], "--algorithm grid is not known"),
+        (["--algorithm", "halton"], "--algorithm halton is not known; choose random or optuna or grid"),
+        (
+            ["--algorithm", "grid"],
+            "a grid needs choices, and matching.temperature has none; give it .* in a --space FILE",
+        ),
+        (["--algorithm", "grid", "--trials", "9"], "as many trials as combinations times --seeds; leave out --trials"),
+        (["--algorithm", "grid", "--scheduler", "asha"], "--scheduler asha stops trials that a grid compares"),
+        (["--algorithm", "grid", "--seeds", "0"], "--seeds 0 is too small"),
+        (["--seeds", "3"], "--seeds is for a grid; add --algorithm grid"),
         (["--metric", "test"], "--metric test is not known"),
         (["--trials", "0"], "--trials 0 is too small"),
         (["--trials", "many"], "invalid int value"),

@@ -161,9 +161,9 @@ def gain(**more):
 
 
 def test_the_gain_is_paired_by_seed_and_has_its_error():
-    assert gain().mean == pytest.approx(1.0)
-    assert gain().stderr == pytest.approx(1.0 / np.sqrt(3))
-    assert gain(seeds=(1,), best=(91.0,), defaults=(90.0,), gan=(88.0,)).stderr is None
+    assert gain().difference.mean == pytest.approx(1.0)
+    assert gain().difference.stderr == pytest.approx(1.0 / np.sqrt(3))
+    assert gain(seeds=(1,), best=(91.0,), defaults=(90.0,), gan=(88.0,)).difference.stderr is None
 
 
 def test_the_page_says_the_gain_whatever_it_is(a_record, capsys):
@@ -184,7 +184,7 @@ def test_the_page_says_the_gain_whatever_it_is(a_record, capsys):
     assert next(line for line in lines if line.startswith("next: ")).endswith(f"--config {a_record.out}/best.yaml")
     assert (a_record.out / "search.png").stat().st_size > 10_000
     defaults = dataclasses.replace(best, id=DEFAULTS)
-    assert "gained nothing" in page.gained(defaults, gain())
+    assert "gained nothing" in page.gained(search, a_record, defaults, gain())
 
 
 def test_what_was_saved_is_counted(a_record):
