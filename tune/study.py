@@ -132,7 +132,7 @@ def note(search: Search) -> str:
     )
     return (
         f"{o.metric}: {METRICS[o.metric]} (`--matching.select {search.config.matching.select}`), mean over seeds of matching ± standard error. "
-        f"Differences are paired by seed. `*`: the best mean. {test} What is compared is what matching trained: candidates that it does not "
-        "train, as the Gaussian, stand in no row, whatever was kept."
-        + (f" Left out, since nothing could be trained: {names}." if lost else "")
+        f"Differences are paired by seed. `*`: the best mean. {test} Only generators trained by matching are compared: candidates that it "
+        "does not train, such as the Gaussian, have no row, even if they were kept."
+        + (f" Left out, because they cannot be trained: {names}." if lost else "")
     )

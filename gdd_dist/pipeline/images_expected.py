@@ -1,6 +1,6 @@
-"""How many images the networks of each step forward, from the settings alone: by these a run guesses how long it takes.
+"""How many images the networks of each step forward, from the settings alone; a run estimates its remaining time by this.
 
-The dry run counts exactly, since it tries each step. These counts cost nothing, and leave out what is small.
+The dry run counts exactly, because it tries each step. These counts need no computation, and leave out small parts.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from gdd_dist.training import gaussian_refit
 from gdd_dist.training.context import Context
 
 DISCRIMINATED = 6
-"""Forwards for each image of a step with a discriminator: the generator's two, its own four. In matching a teacher's is one of them."""
+"""Forwards for each image of a step with a discriminator: two by the generator, four by itself; in matching, a teacher's is one of them."""
 MATCHED = 2
-"""Forwards for each image of a matching step without one: the generator's and a teacher's."""
+"""Forwards for each image of a matching step without a discriminator: by the generator and by a teacher."""
 
 
 def images_expected(ctx: Context, fps: Mapping[str, str], steps: Sequence[str]) -> dict[str, int]:
-    """Of each of ``steps`` that is not finished, over all ranks. All ranks call it."""
+    """Return the number of images for each unfinished step of ``steps``, over all ranks. All ranks call it."""
     todo = ctx.world.broadcast([step for step in TABLE if step in steps and not ctx.store.finished(step, fps[step])])
     return {step: EXPECTED[step](ctx, fps) for step in todo}
 

@@ -1,4 +1,4 @@
-"""How long a whole run still takes: all its images, at the speed of those that are done."""
+"""Estimates the remaining time of a whole run: its remaining images, at the average speed so far."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Callable, Mapping
 from sharding.progress import duration
 
 FIRST_LOOK = 10.0
-"""Seconds of work before the first guess."""
+"""Seconds of work before the first estimate."""
 
 
 class Outlook:
-    """Guesses from ``images``: how many the networks of each unfinished step forward, by step in their order, over all ranks.
+    """Estimates from ``images``: how many images each unfinished step forwards over all ranks, in the order of steps.
 
-    An image takes longer in one step than in another, so early guesses can be wrong by a factor of two. They become right as
-    the run goes on. ``done``: images that this step forwarded so far; ``clock``: seconds.
+    An image takes longer in some steps than in others, so early estimates can be wrong by a factor of two. They improve during
+    the run. ``done``: images that this step has forwarded so far; ``clock``: seconds.
     """
 
     def __init__(
@@ -25,18 +25,18 @@ class Outlook:
         self._step, self._seconds, self._images, self._begin = "", 0.0, 0, 0.0
 
     def begin(self, step: str) -> None:
-        """From now on ``step`` is computed, unless it is finished."""
+        """Begin to count ``step``, unless it is finished."""
         self._step, self._begin = step, self._clock()
 
     def end(self, step: str) -> None:
-        """``step`` is finished. Where images were forwarded for it, they and its time count in the speed."""
+        """Record that ``step`` is finished. If it forwarded images, they and its time count in the speed."""
         if images := self._done():
             self._images += images
             self._seconds += self._clock() - self._begin
         self._left.pop(step, None)
 
     def seconds(self) -> float | None:
-        """Seconds until the run ends; None while nothing can be said."""
+        """Return the seconds until the run ends; None if there is no estimate yet."""
         done, spent = self._done(), self._seconds + self._clock() - self._begin
         images = self._images + done
         if spent < FIRST_LOOK or not images:
@@ -46,6 +46,6 @@ class Outlook:
         return (here + later) * spent / images
 
     def __str__(self) -> str:
-        """What progress says of it; empty while nothing can be said, and where nothing is left."""
+        """Return the text for progress lines; empty if there is no estimate yet, or nothing is left."""
         seconds = self.seconds()
         return "" if not seconds else f"whole run: about {duration(seconds)} left"

@@ -102,8 +102,8 @@ def preempted(world: World | None) -> str:
     """Wait until all ranks have saved; return the message about it."""
     rank = _rank()
     if world is None or world.settle():
-        return f"stopped: rank {rank}, asked to by {asked.name}; all is saved, run the same command again to continue"
-    return f"stopped: rank {rank}, asked to by {asked.name}; a rank did not respond, the last checkpoint is intact"
+        return f"stopped: rank {rank}, by {asked.name}; all is saved, run the same command again to continue"
+    return f"stopped: rank {rank}, by {asked.name}; a rank did not respond, the last checkpoint is intact"
 
 
 def report_failure(fault: Exception, world: World | None, debug: bool) -> int:

@@ -121,7 +121,7 @@ def _hear(told: int, rank: str) -> None:
                 end_with(130, f"stopped: rank {rank}, interrupted; run the same command again to continue")
             if not asked.agreed:
                 what = "the ranks did not agree" if asked.ranks > 1 else "no step ended"
-                why = f"asked to by {asked.name}, without saving: {what} within {asked.grace:.0f} s"
+                why = f"by {asked.name}, without saving: {what} within {asked.grace:.0f} s"
                 end_with(asked.status, f"stopped: rank {rank}, {why}; the last checkpoint is intact")
             deadline, late = float("inf"), True
             continue

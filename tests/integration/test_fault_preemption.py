@@ -60,7 +60,7 @@ def test_one_rank_is_signalled_and_all_save_leave_and_go_on_to_the_same_weights(
     ended = ranks.start(out, argv, size, before=hook).wait()
     assert ended.codes == [128 + number] * size, ended.text
     assert not ended.errors
-    line = f"asked to by {number.name}; all is saved, run the same command again to continue"
+    line = f"by {number.name}; all is saved, run the same command again to continue"
     assert all(line in err for err in ended.err), ended.text
     note = json.loads((out / "preempted").read_text())
     assert (note["signal"], note["step"]) == (number.name, step)
@@ -111,7 +111,7 @@ def test_evaluate_too_leaves_word_that_it_was_preempted_and_goes_on_by_student(r
     before = set(out.glob("report/rows/*.json"))
     ended = ranks.launch(tmp_path / "one", 2, run_evaluate, (argv, hook)).wait()
     assert ended.codes == [138, 138], ended.text
-    line = "asked to by SIGUSR1; all is saved, run the same command again to continue"
+    line = "by SIGUSR1; all is saved, run the same command again to continue"
     assert all(line in err for err in ended.err), ended.text
     note = json.loads((out / "preempted").read_text())
     assert (note["signal"], note["step"]) == ("SIGUSR1", "evaluate")
@@ -152,7 +152,7 @@ def test_one_process_whose_step_does_not_end_says_so():
         assert process.stdout.readline() == b"ready\n"
         process.terminate()
         assert process.wait(240) == 143
-        assert b"asked to by SIGTERM, without saving: no step ended within 0 s; " in process.stderr.read()
+        assert b"by SIGTERM, without saving: no step ended within 0 s; " in process.stderr.read()
 
 
 def test_signals_that_are_repeated_or_passed_on_are_one_preemption(undisturbed, tmp_path):

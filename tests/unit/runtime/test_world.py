@@ -510,7 +510,7 @@ def test_a_signal_before_there_is_anything_to_save_ends_at_once(tmp_path, handle
     ended = job.wait()
     assert ended.codes == [status], ended.text
     assert time.monotonic() - begin < 300
-    assert ("stopped: rank 0, by SIGTERM" in ended.err[0]) == (not handler)
+    assert ("stopped: rank 0, by SIGTERM; nothing was started" in ended.err[0]) == (not handler)
 
 
 def some_do(rank):
