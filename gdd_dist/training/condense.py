@@ -9,6 +9,7 @@ Shapes: N images in whole classes, n images per class, L latent, F features.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -112,8 +113,10 @@ def features(ctx: Context, teacher: nn.Module, images: Tensor) -> tuple[Tensor, 
     kept: list[Tensor] = []
     last = [layer for layer in teacher.modules() if isinstance(layer, nn.Linear)][-1]
     hook = last.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
+    # A compiled forward would not call the hook.
+    eager = torch.compiler.set_stance("force_eager") if ctx.config.compile else nullcontext()
     try:
-        with autocast(images.device, ctx.precision):
+        with eager, autocast(images.device, ctx.precision):
             logits = teacher(images)
     finally:
         hook.remove()

@@ -1,5 +1,7 @@
 """Condensation: its loss against independent numpy, and what moving latents does to it."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -36,13 +38,15 @@ def test_the_loss_is_cross_entropy_and_the_distance_of_mean_features() -> None:
     assert float(found) == pytest.approx(entropy + np.mean(apart) / variance)
 
 
-def test_features_are_what_the_last_layer_weighs(made, ctx) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_features_are_what_the_last_layer_weighs(made, compiled) -> None:
+    ctx = made.context(dataclasses.replace(settings(), compile=compiled))
     teacher = Frozen(ctx, made.dirs).teachers[0]
     images = torch.rand(5, 1, 16, 16) * 2 - 1
     feature, logits = features(ctx, teacher, images)
     last = [m for m in teacher.modules() if isinstance(m, torch.nn.Linear)][-1]
     torch.testing.assert_close(last(feature), logits)
-    torch.testing.assert_close(teacher(images), logits)
+    torch.testing.assert_close(type(teacher).forward(teacher, images), logits)
 
 
 def test_moved_latents_bring_the_loss_down(made, ctx, monkeypatch) -> None:
