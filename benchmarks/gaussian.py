@@ -92,7 +92,7 @@ class Study:
             here = slice(step * a.batch, (step + 1) * a.batch)
             draws = torch.from_numpy(uniform(student, "augment", step, np.arange(a.batch), AUGMENT_DRAWS))
             x = augment(to_float(images[here], CPU), draws, flip=a.flip, fill=self.mean)
-            train_step(net, optimizer, x, labels[here], 0.01, a.precision, skips)
+            skips.note(train_step(net, optimizer, x, labels[here], 0.01, a.precision))
         return net
 
     def accuracy(self, net: Classifier, split: str) -> float:

@@ -147,7 +147,7 @@ def one_by_one(ctx: Any, images: torch.Tensor, labels: torch.Tensor) -> Callable
 
     def step() -> None:
         for net, optimizer, x, y in zip(nets, optimizers, images, labels, strict=True):
-            train_step(net, optimizer, x, y, r.lr, "float32", skips)
+            skips.note(train_step(net, optimizer, x, y, r.lr, "float32"))
 
     return step
 

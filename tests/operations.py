@@ -13,10 +13,27 @@ from torch.utils._pytree import tree_leaves
 
 META = torch.device("meta")
 FUSED = (torch.ops.aten._fused_adam_, torch.ops.aten._fused_sgd_)
+REFUSED = {
+    "_adaptive_avg_pool2d_backward",
+    "adaptive_max_pool2d_backward",
+    "upsample_bilinear2d_backward",
+    "upsample_bicubic2d_backward",
+    "reflection_pad2d_backward",
+    "grid_sampler_2d_backward",
+    "nll_loss2d_forward",
+    "max_unpool2d",
+    "bincount",
+    "histc",
+    "median",
+    "put_",
+    "scatter_reduce",
+}
+"""Operations that torch has no deterministic kernel for on a GPU, or has one only sometimes, by `torch.use_deterministic_algorithms`."""
 
 
 class Counted(TorchDispatchMode):
-    """Inside, counts by the name of the operation. A number that the host reads back is an error: the meta device has none.
+    """Inside, counts by the name of the operation. A number that the host reads back is an error: the meta device has none. So is an
+    operation that --deterministic refuses.
 
     ``operations``: those that a device would run, views left out; ``copies``: those of them that take something from memory, each
     of which would stop the host until the device has come so far.
@@ -34,6 +51,7 @@ class Counted(TorchDispatchMode):
         on_device, in_memory = (any(where) for where in zip(*_places((args, kwargs), result), strict=True))
         if on_device and not _is_view(func):
             self.operations[str(func)] += 1
+            assert func.overloadpacket.__name__ not in REFUSED, f"--deterministic refuses {func}"
             if in_memory:
                 self.copies[str(func)] += 1
         return result

@@ -57,19 +57,30 @@ PHASES = {
         "how often a step of each kind makes the host wait for the device", 90, "synchronisations"
     ),
     "resume": Phase("killed in gan and in matching, and gone on: the weights of an undisturbed run", 240, "resume"),
+    "captured": Phase("a student's step replayed as a CUDA graph: the losses of the step as it is", 60, "captured"),
     "one-rank": Phase("a process group of one rank, DDP wrapped around both networks", 60, "one_rank"),
     "double-backward": Phase(
         "the discriminator's layers, differentiated twice: torch's convolution against ours", 60, "double_backward"
     ),
     **{
         f"speed/{v}": Phase(
-            f"images/s, launches, memory of each step: {v}", 300 if v == "compile" else 120, "speed", (v,)
+            f"images/s, launches, memory of each step: {v}", 180 if v == "compile" else 120, "speed", (v,)
         )
         for v in VARIANTS
     },
     "run": Phase("a whole run that fits the time that is left, its table", 360, "run"),
 }
-_CHECKS = ["environment", "shards", "agreement", "skip", "synchronisations", "resume", "one-rank", "double-backward"]
+_CHECKS = [
+    "environment",
+    "shards",
+    "agreement",
+    "skip",
+    "synchronisations",
+    "resume",
+    "captured",
+    "one-rank",
+    "double-backward",
+]
 _SPEEDS = [f"speed/{v}" for v in ("bf16", "tf32", "float32", "fp16", "streamed")]
 CALLS = {
     "1": [*_CHECKS, *_SPEEDS],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +71,10 @@ class Student:
 
     def __init__(self, ctx: Context) -> None:
         r = ctx.config.report
-        self._ctx, self._r, self.batch = ctx, r, min(r.batch, max(r.ipc) * ctx.classes)
+        self._ctx, self.batch = ctx, min(r.batch, max(r.ipc) * ctx.classes)
         self._net, self.skips = ctx.classifier(r.students[0], 0, "bench"), Skips()
-        self._optimizer = sgd(self._net, r.lr, r.momentum, r.weight_decay)
+        optimizer = sgd(self._net, r.lr, r.momentum, r.weight_decay)
+        self.step = ctx.captured(partial(train_step, self._net, optimizer, lr=r.lr, precision=ctx.precision))
         self._images = ctx.images("train")
 
     def read(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -86,7 +88,7 @@ class Student:
         """One step; the report's students tell no loss."""
         images, labels, draws = batch
         x = self._ctx.augment(to_float(images, self._ctx.device), draws)
-        train_step(self._net, self._optimizer, x, labels, self._r.lr, self._ctx.precision, self.skips)
+        self.skips.note(self.step(x, labels))
         return {}
 
     @torch.no_grad()

@@ -39,13 +39,14 @@ def find(task: Task, variant: str) -> Iterator[Line]:
     bench = Bench(task.out / "data", folder, task.device, [*(SMALL if task.small else ()), *settings])
     architectures = bench.config.teachers.architectures[0 if variant == "bf16" else -1 :]
     seconds = SMALL_SECONDS if task.small else SECONDS if variant == "bf16" else SHORT
-    for step in STEPS:
+    # What compiles soonest comes first: a deadline leaves the rest out.
+    for step in ("student", "teachers", "gan", "matching") if variant == "compile" else STEPS:
         for name in architectures if step == "teachers" else (None,):
             reset_peak(bench.ctx.device)
             with bench.trainee(step, name) as trainee:
                 found = measured(bench, trainee, seconds)
             batch = bench.batch[step]
-            work = operations(bench, step, name, variant, task.out)
+            work = operations(bench, step, name, variant, task.before or task.out / "gpu.jsonl")
             rate = batch / found["seconds"]
             share = rate * work / peak if work and (peak := peak_of(bench.ctx.device)) else None
             about = {
@@ -109,10 +110,10 @@ def launched(device: torch.device, trainee: Any, step: int, batch: Any) -> Line:
     return {"launches": sum(n for key, n in counts.items() if "Launch" in key), "calls": counts, "busy_seconds": busy}
 
 
-def operations(bench: Bench, step: str, architecture: str | None, variant: str, out: Path) -> float | None:
+def operations(bench: Bench, step: str, architecture: str | None, variant: str, record: Path) -> float | None:
     """Floating-point operations of a step, by image: counted, but of compiled steps, which cannot be, found in the record of bf16."""
     if variant == "compile":
-        return recorded(out, step, architecture)
+        return recorded(record, step, architecture)
     with bench.trainee(step, architecture) as trainee:
         batch = trainee.read(1)
         with Counter() as counter:
@@ -120,10 +121,9 @@ def operations(bench: Bench, step: str, architecture: str | None, variant: str, 
     return counter.flops / bench.batch[step]
 
 
-def recorded(out: Path, step: str, architecture: str | None) -> float | None:
-    """What the phase of bf16 has counted, if it ran."""
-    path = out / "gpu.jsonl"
-    lines = [json.loads(text) for text in path.open()] if path.exists() else []
+def recorded(record: Path, step: str, architecture: str | None) -> float | None:
+    """What the phase of bf16 has counted, by this record or the first call's, if it ran."""
+    lines = [json.loads(text) for text in record.open()] if record.exists() else []
     of = [
         x["flops_an_image"]
         for x in lines

@@ -40,20 +40,28 @@ class Waits(TorchDispatchMode):
 
 
 def find(task: Task) -> Iterator[Line]:
-    """A line for each step: counts a step, and on a GPU the synchronisations that CUDA itself reports, and where."""
-    bench = Bench(task.out / "data", task.out / "synchronisations", task.device, [*SMALL, "--precision", "bf16"])
-    for step in STEPS:
-        with bench.trainee(step) as trainee:
-            batches = [trainee.read(i) for i in range(FIRST_WARM + 2 * MEASURED)]
-            for i in range(FIRST_WARM):
+    """A line for each step, of gan and matching for each start: counts a step, and what CUDA itself reports, and where."""
+    for start in ("noise", "gaussian"):
+        # No interval ends in the steps measured: there the host does read, for histograms.
+        settings = [*SMALL, "--precision", "bf16", "--gan.start", start, "--matching.interval", "12"]
+        bench = Bench(task.out / "data", task.out / f"synchronisations-{start}", task.device, settings)
+        for step in STEPS if start == "noise" else ("gan", "matching"):
+            yield {"step": step, "start": start, **counted(bench, step)}
+
+
+def counted(bench: Bench, step: str) -> Line:
+    """Operations and waits of a step, on a GPU the synchronisations that CUDA reports too."""
+    with bench.trainee(step) as trainee:
+        batches = [trainee.read(i) for i in range(FIRST_WARM + 2 * MEASURED)]
+        for i in range(FIRST_WARM):
+            trainee.train(i, batches[i])
+        with Waits(bench.ctx.device) as waits:
+            for i in range(FIRST_WARM, FIRST_WARM + MEASURED):
                 trainee.train(i, batches[i])
-            with Waits(bench.ctx.device) as waits:
-                for i in range(FIRST_WARM, FIRST_WARM + MEASURED):
-                    trainee.train(i, batches[i])
-            counts = {name: n / MEASURED for name, n in waits.found.items()}
-            reported, places = waiting(bench.ctx.device, lambda i, t=trainee, b=batches: t.train(i, b[i]))
-        yield {"step": step, "a_step": counts, "reported": reported, "places": places}
-        assert counts["operations"] > 0
+        counts = {name: n / MEASURED for name, n in waits.found.items()}
+        reported, places = waiting(bench.ctx.device, lambda i, t=trainee, b=batches: t.train(i, b[i]))
+    assert counts["operations"] > 0
+    return {"a_step": counts, "reported": reported, "places": places}
 
 
 def waiting(device: torch.device, train: Any) -> tuple[float | None, list[str]]:

@@ -246,6 +246,12 @@ class Report:
         low=1,
         high=64,
     )
+    condense: int = setting(
+        0,
+        "steps in which the teachers move the latents of a fixed set of generated images, so that it teaches more; 0: none; above 0: each "
+        "fixed row of a generator once without this, and once with it",
+        low=0,
+    )
     epochs: int = setting(1000, "epochs of a student; an epoch has IPC images per class", low=1)
     batch: int = setting(256, "most images per step; a step uses min(batch, IPC x classes)", low=1)
     lr: float = setting(0.01, "constant learning rate of SGD", above=0)
@@ -288,7 +294,8 @@ class Config:
     device: str = setting("auto", "auto: CUDA if available, else CPU", choices=("auto", "cpu", "cuda"), where=True)
     compile: bool = setting(
         False,
-        "compile classifiers and generator with torch.compile: the first steps take minutes, later ones less time on a GPU",
+        "compile classifiers and generator with torch.compile, and on a GPU replay students' steps as CUDA graphs: the first steps take minutes, "
+        "later ones less time",
         where=True,
     )
     channels_last: bool = setting(

@@ -108,8 +108,10 @@ def refits(config: Config) -> bool:
 
 
 def _report(config: Config) -> dict[str, Any]:
-    loader = _some(config.shaping("loader"), "augment", "flip", "window")
-    return {**config.shaping("report"), "rows": ROWS_VERSION, "loader": loader}
+    report, loader = config.shaping("report"), _some(config.shaping("loader"), "augment", "flip", "window")
+    if not config.report.condense:  # keeps the fingerprints from before this setting existed
+        del report["condense"]
+    return {**report, "rows": ROWS_VERSION, "loader": loader}
 
 
 def _student(config: Config) -> dict[str, Any]:

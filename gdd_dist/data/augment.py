@@ -1,7 +1,8 @@
 """Differentiable augmentation of a whole batch, as a pure function of uniform draws, so that any view can be replayed.
 
 The operations and their strengths are those of DSA (Zhao & Bilen 2021), which DiM and DiffAugment share, carried over
-from normalised pixels to [-1, 1]. Geometry is one gather and one mask, so that a call costs a handful of kernels.
+from normalised pixels to [-1, 1]. Geometry is one gather and one mask, so that a call costs a handful of kernels. A pixel is seen
+in one place at most: its gradient there is no sum, so that on a GPU, too, the order of adding changes no bit of it.
 """
 
 from collections.abc import Sequence

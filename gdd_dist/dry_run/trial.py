@@ -30,7 +30,6 @@ from gdd_dist.training.classifier_fit import sgd, train_step
 from gdd_dist.training.context import Context
 from gdd_dist.training.drawing import draw
 from gdd_dist.training.loop import Trainee
-from gdd_dist.training.skipped_steps import Skips
 
 SILENT = Monitor(None, "dry-run", 1, active=False)
 Work = Callable[[Tensor, Tensor], object]
@@ -140,7 +139,7 @@ def studying(trial: Trial, name: str) -> Work:
     """A training step of a student."""
     r, net = trial.ctx.config.report, trial.ctx.classifier(name, 0, "dry-run")
     optimizer = sgd(net, r.lr, r.momentum, r.weight_decay)
-    return lambda images, labels: train_step(net, optimizer, images, labels, r.lr, trial.ctx.precision, Skips())
+    return lambda images, labels: train_step(net, optimizer, images, labels, r.lr, trial.ctx.precision)
 
 
 def labelling(trial: Trial) -> Work:
@@ -148,6 +147,18 @@ def labelling(trial: Trial) -> Work:
     frozen = Frozen(trial.ctx, trial.directories)
     assert frozen.teachers  # reading them loads the networks
     return lambda images, _: frozen.soft_labels(images, trial.ctx.config.report.label_temperature)
+
+
+def condensing(trial: Trial) -> Work:
+    """Return the work of moving latents, but for the generator's part: a teacher's forward, and the gradient of its images."""
+    teacher = Frozen(trial.ctx, trial.directories).teachers[0]
+
+    def work(images: Tensor, labels: Tensor) -> object:
+        with autocast(images.device, trial.ctx.precision):
+            logits = teacher(images.requires_grad_())
+        return torch.autograd.grad(logits.float().logsumexp(1).sum(), images)
+
+    return work
 
 
 def drawing(trial: Trial, train_on: str) -> Work:

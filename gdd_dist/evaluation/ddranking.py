@@ -43,6 +43,7 @@ def with_scores(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             *({**r, **changed}[name] for name in names),
             changed.get("augmented", r.get("augmented", True)),
             r.get("select", 1),
+            r.get("condense", 0),
         )
 
     means = {key(r): r["mean"] for r in results}

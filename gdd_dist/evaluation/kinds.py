@@ -14,5 +14,7 @@ take as many bytes as the matched generator's file; each epoch draws from it.
 
 
 def kind_of(r: Mapping[str, Any]) -> str:
-    """Return what a row of metrics.json trains on as text: `matched`, or `matched, best of 3`."""
-    return str(r["train_on"]) + (f", best of {r['select']}" if "select" in r else "")
+    """Return what a row of metrics.json trains on as text: `matched`, `matched, best of 3`, or `matched, condensed`."""
+    return (
+        str(r["train_on"]) + (f", best of {r['select']}" if "select" in r else "") + (", condensed" * ("condense" in r))
+    )

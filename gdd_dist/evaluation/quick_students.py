@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ def student(
     m, r = ctx.config.matching, ctx.config.report
     net = ctx.classifier(m.quick_student, seed, f"quick/{j}")
     optimizer = sgd(net, r.lr, r.momentum, r.weight_decay)
-    skips = Skips()
+    step, skips = ctx.captured(partial(train_step, net, optimizer, lr=r.lr, precision=ctx.precision)), Skips()
     scores, readings = list[float](), measured_after(m.quick_steps)
     for first in range(0, m.quick_steps, CHUNK):
         ctx.world.check_stop()
@@ -145,7 +146,7 @@ def student(
         for k in range(steps):
             part = slice(k * m.quick_batch, (k + 1) * m.quick_batch)
             x = ctx.augment(images[part], of_all[part])
-            train_step(net, optimizer, x, targets[part], r.lr, ctx.precision, skips)
+            skips.note(step(x, targets[part]))
             if first + k + 1 in readings:
                 scores.append(accuracy(net, ctx.images("val"), ctx.device, ctx.precision))
         tick(first + steps)

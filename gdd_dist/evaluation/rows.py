@@ -19,6 +19,7 @@ from gdd_dist.evaluation.confusion import StudentResult
 from gdd_dist.evaluation.kinds import BASELINES, GENERATORS
 from gdd_dist.models.classifiers import parse_student
 from gdd_dist.storage.json_files import fingerprint
+from gdd_dist.training.condense import REAL, START
 from sharding.errors import UserError
 from sharding.manifest import Manifest
 
@@ -28,7 +29,8 @@ class Row:
     """A row of the table. ``protocol`` and ``ipc`` are None if all real training data is used (``train_on`` full).
 
     A row that is not ``augmented`` is in no table, and is only used for DD-Ranking's ARS. ``select``: for each image, the student
-    sees the one of so many draws with the highest teacher probability of its class; 1: no choice.
+    sees the one of so many draws with the highest teacher probability of its class; 1: no choice. ``condense``: steps in which the
+    teachers move the latents of a fixed set; 0: none.
     """
 
     train_on: str
@@ -38,11 +40,12 @@ class Row:
     ipc: int | None
     augmented: bool = True
     select: int = 1
+    condense: int = 0
 
     @property
     def reads(self) -> tuple[str, ...]:
         """The steps whose output the row reads, besides the data."""
-        soft = ("teachers",) if self.labels == "soft" or self.select > 1 else ()
+        soft = ("teachers",) if self.labels == "soft" or self.select > 1 or self.condense else ()
         step = "matching" if self.train_on == "equal_bytes" else GENERATORS.get(self.train_on)
         return soft + ((step,) if step else ())
 
@@ -83,15 +86,24 @@ def plan(config: Config) -> list[Row]:
         for ipc in dict.fromkeys(r.ipc):
             pairs = [(p, y) for p in dict.fromkeys(r.protocol) for y in dict.fromkeys(r.labels)]
             every = [
-                Row(kind, student, p, y, ipc, select=n) for p, y in pairs for kind in kinds for n in selected(r, kind)
+                Row(kind, student, p, y, ipc, select=n, condense=steps)
+                for p, y in pairs
+                for kind in kinds
+                for n, steps in treatments(r, kind, p)
             ]
             rows += [r for r in every if (r.train_on, r.protocol) != ("equal_bytes", "fixed")]  # always fixed
     return rows + unaugmented(config, rows)
 
 
-def selected(report: Report, kind: str) -> list[int]:
-    """Return the values of ``select`` for the rows of a kind, in table order. A fixed set of real images has no draws to choose."""
-    return [1] if kind == "equal_bytes" else list(dict.fromkeys(report.select))
+def treatments(report: Report, kind: str, protocol: str) -> list[tuple[int, int]]:
+    """Return (draws to choose from, steps of condensation) of each row of a kind, in the order of the table.
+
+    A fixed set of real images is not drawn, so there is no choice. Only generated images have latents to move.
+    """
+    if kind == "equal_bytes":
+        return [(1, 0)]
+    moved = [(1, report.condense)] if report.condense and protocol == "fixed" and kind in GENERATORS else []
+    return [(n, 0) for n in dict.fromkeys(report.select)] + moved
 
 
 def unaugmented(config: Config, rows: Sequence[Row]) -> list[Row]:
@@ -102,7 +114,7 @@ def unaugmented(config: Config, rows: Sequence[Row]) -> list[Row]:
     return [
         replace(r, augmented=False)
         for r in rows
-        if r.protocol == "fixed" and r.train_on in ("real", "matched") and r.select == 1
+        if r.protocol == "fixed" and r.train_on in ("real", "matched") and r.select == 1 and not r.condense
     ]
 
 
@@ -143,6 +155,7 @@ def shaping(config: Config, row: Row, spent: Budget) -> dict[str, Any]:
     full = row.ipc is None
     augment, flip = (loader.augment, loader.flip) if row.augmented else ("none", False)
     names = ("train_on", "student", "protocol", "labels", "ipc", *(("select",) if row.select > 1 else ()))
+    names += ("condense",) if row.condense else ()
     return {
         "row": {k: getattr(row, k) for k in names},
         "epochs": spent.epochs,
@@ -194,10 +207,19 @@ def images_labelled(job: Job) -> int:
 
 def images_chosen(job: Job) -> int:
     """Return the number of draws among which the teachers choose."""
-    if job.row.select == 1:
-        return 0
     shown = job.budget.images_seen if job.row.protocol == "regenerate" else job.budget.images_seen // job.budget.epochs
-    return shown * job.row.select
+    of = START if job.row.condense else job.row.select
+    return shown * of if of > 1 else 0
+
+
+def images_condensed(job: Job, manifest: Manifest) -> int:
+    """Return the images that one teacher, the next in each step, forwards to move a set's latents."""
+    return (job.row.ipc or 0) * len(manifest.classes) * job.row.condense
+
+
+def images_compared(job: Job, manifest: Manifest) -> int:
+    """Return the real images whose features a set is compared with when its latents are moved."""
+    return sum(min(n, REAL) for n in manifest.splits["train"].class_counts) if job.row.condense else 0
 
 
 def images_answered(job: Job) -> int:
@@ -205,10 +227,19 @@ def images_answered(job: Job) -> int:
     return images_labelled(job) + images_chosen(job)
 
 
-def images_forwarded(job: Job, last_teachers: int, test: int) -> int:
-    """Return the images forwarded by a job: by student, teachers (choice and soft labels) and generator, and the test set."""
-    drawn = job.budget.distinct_images_seen * job.row.select if job.row.train_on in GENERATORS else 0
-    return job.budget.images_seen + images_answered(job) * last_teachers + drawn + test
+def images_drawn(job: Job) -> int:
+    """Return the number of images that the generator draws for a job."""
+    if job.row.train_on not in GENERATORS:
+        return 0
+    times = START + job.row.condense + 1 if job.row.condense else job.row.select
+    return job.budget.distinct_images_seen * times
+
+
+def images_forwarded(job: Job, last_teachers: int, manifest: Manifest) -> int:
+    """Return the images forwarded by a job: by student, teachers (choice, condensation, soft labels) and generator, and test."""
+    of_all = (images_answered(job) + images_compared(job, manifest)) * last_teachers
+    test = manifest.splits["test"].samples
+    return job.budget.images_seen + of_all + images_condensed(job, manifest) + images_drawn(job) + test
 
 
 def result(row: Row, spent: Budget, seeds: Sequence[int], measured: Sequence[StudentResult]) -> dict[str, Any]:
@@ -234,6 +265,7 @@ def result(row: Row, spent: Budget, seeds: Sequence[int], measured: Sequence[Stu
         "ars": None,
         **({} if row.augmented else {"augmented": False}),
         **({} if row.select == 1 else {"select": row.select}),
+        **({"condense": row.condense} if row.condense else {}),
     }
 
 

@@ -16,7 +16,7 @@ import torch
 from gdd_dist.evaluation.confusion import StudentResult, pack, unpack
 from gdd_dist.evaluation.ddranking import with_scores
 from gdd_dist.evaluation.kinds import GENERATORS, kind_of
-from gdd_dist.evaluation.rows import Job, Row, images_answered, jobs, result, with_ceiling_shares
+from gdd_dist.evaluation.rows import Job, Row, images_answered, images_condensed, jobs, result, with_ceiling_shares
 from gdd_dist.evaluation.students import Frozen, train
 from gdd_dist.models.classifiers import build_classifier
 from gdd_dist.models.files import GENERATOR, read_teachers
@@ -46,6 +46,7 @@ def save_record(path: Path, job: Job, measured: StudentResult, matrix: np.ndarra
         "seed": job.seed,
         "augmented": job.row.augmented,
         "select": job.row.select,
+        "condense": job.row.condense,
         "accuracy": measured.accuracy,
         "balanced_accuracy": measured.balanced,
         "distinct_images_seen": measured.distinct,
@@ -102,7 +103,14 @@ def costs(ctx: Context, students: list[Job], teachers: Path | None) -> dict[str,
     pool = read_teachers(teachers) if teachers and any(map(images_answered, students)) else []
     forward_only = 1 / 3
     answer = forward_only * sum(weights(t.architecture) for t in pool if t.last)
-    return {j.fingerprint: j.budget.images_seen * sizes[j.row.student] + images_answered(j) * answer for j in students}
+
+    def cost(j: Job) -> float:
+        return (
+            j.budget.images_seen * sizes[j.row.student]
+            + (images_answered(j) + images_condensed(j, ctx.manifest)) * answer
+        )
+
+    return {j.fingerprint: cost(j) for j in students}
 
 
 def evaluate(
@@ -140,7 +148,7 @@ def with_bytes(ctx: Context, dirs: Mapping[str, Path], results: list[dict[str, A
     mean = shards.payload_bytes / shards.samples
 
     def asks(r: Mapping[str, Any]) -> bool:
-        return r["labels"] == "soft" or "select" in r
+        return r["labels"] == "soft" or "select" in r or "condense" in r
 
     pool = read_teachers(dirs["teachers"]) if any(map(asks, results)) else []
     teachers = sum(t.path.stat().st_size for t in pool if t.last)

@@ -8,7 +8,7 @@ Shapes: n images, K classes, H W; a place p counts all images that a student see
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from gdd_dist.data.augment import AUGMENT_DRAWS
 from gdd_dist.data.images import prefetch, to_float
 from gdd_dist.data.noise import permutation, uniform
 from gdd_dist.data.order import Recent, dealt
+from gdd_dist.engines.captured import Step
 from gdd_dist.evaluation import confusion
 from gdd_dist.evaluation.confusion import StudentResult
 from gdd_dist.evaluation.kinds import GENERATORS
@@ -29,6 +30,7 @@ from gdd_dist.models.files import GENERATOR, load_generator_network, read_teache
 from gdd_dist.models.generator import ImageGenerator
 from gdd_dist.runtime.monitor import Monitor
 from gdd_dist.training.classifier_fit import predict, sgd, train_step
+from gdd_dist.training.condense import condensed
 from gdd_dist.training.context import Context
 from gdd_dist.training.drawing import draw
 from gdd_dist.training.skipped_steps import Diverged, Skips
@@ -113,7 +115,7 @@ class Sets:
             self._drawn = self._generated(frozen.generator(row.train_on))
         else:
             self._drawn = self._real(frozen.equal_bytes if row.train_on == "equal_bytes" else None)
-        self._select = row.select
+        self._select, self._condense, self._train_on = row.select, row.condense, row.train_on
 
     def _real(self, most: int | None) -> Fetch:
         """Real images: of each class all there are, or a fixed draw of at most ``most``."""
@@ -146,11 +148,17 @@ class Sets:
         draws = torch.stack([self._drawn(slots, n) for n in range(self._select)])
         return self._frozen.chosen(draws, self._labels(slots))
 
+    def _condensed(self) -> Tensor:
+        """The fixed set after the teachers moved its latents."""
+        frozen, generator = self._frozen, self._frozen.generator(self._train_on)
+        return condensed(self._ctx, generator, frozen.teachers, self._ipc, self._seed, self.purpose, self._condense)
+
     @cached_property
     def only(self) -> tuple[Tensor, np.ndarray]:
         """The set of the fixed protocol, ordered by class: uint8 images [IPC·K, C, H, W] on the device, labels int64."""
         slots = np.arange(self.images)
-        return self._fetch(slots).to(self._ctx.device).contiguous(), slots // self._ipc
+        images = self._condensed() if self._condense else self._fetch(slots)
+        return images.to(self._ctx.device).contiguous(), slots // self._ipc
 
     @cached_property
     def _only_soft_labels(self) -> Tensor:
@@ -202,10 +210,17 @@ def train(ctx: Context, frozen: Frozen, job: Job) -> tuple[StudentResult, np.nda
     return StudentResult(confusion.accuracy(matrix), confusion.balanced(matrix), distinct), matrix
 
 
+def _step(ctx: Context, net: Classifier, lr: float) -> Step:
+    """Float images [B, C, H, W], targets → whether the student moved."""
+    r = ctx.config.report
+    optimizer = sgd(net, lr, r.momentum, r.weight_decay)
+    return ctx.captured(partial(train_step, net, optimizer, lr=lr, precision=ctx.precision))
+
+
 def _fit_sets(ctx: Context, net: Classifier, frozen: Frozen, job: Job, monitor: Monitor) -> None:
     r, seed = ctx.config.report, ctx.config.step_seed("report")
     sets, skips = Sets(ctx, frozen, job.row, job.seed), Skips()
-    optimizer = sgd(net, r.lr, r.momentum, r.weight_decay)
+    step = _step(ctx, net, r.lr)
     bounds = step_bounds(sets.images, job.budget.batch, job.budget.epochs)
     steps = max(1, CHUNK_IMAGES // job.budget.batch)
     for first in range(0, len(bounds) - 1, steps):
@@ -221,7 +236,7 @@ def _fit_sets(ctx: Context, net: Classifier, frozen: Frozen, job: Job, monitor: 
         if job.row.labels == "soft":
             y = sets.soft_labels(places, x)
         for a, b in pairwise((ends - ends[0]).tolist()):
-            train_step(net, optimizer, x[a:b], y[a:b], r.lr, ctx.precision, skips)
+            skips.note(step(x[a:b], y[a:b]))
         monitor.advance(first + len(ends) - 1)
     skips.settle()
 
@@ -230,7 +245,7 @@ def _fit_full(ctx: Context, net: Classifier, job: Job, monitor: Monitor) -> int:
     """Train on all of train; returns how many of its images came at least once."""
     r, images = ctx.config.report, ctx.images("train")
     order = full_order(ctx.config, images.shards.shard_samples, job.seed)
-    optimizer = sgd(net, r.full_lr, r.momentum, r.weight_decay)
+    take = _step(ctx, net, r.full_lr)
     seen, skips = np.zeros(len(images), dtype=bool), Skips()
     images.expect(order.batch, 0, job.budget.optimizer_steps)
 
@@ -244,7 +259,7 @@ def _fit_full(ctx: Context, net: Classifier, job: Job, monitor: Monitor) -> int:
     for step, (batch, labels, draws) in enumerate(steps):
         ctx.world.check_stop()
         x = ctx.augment(to_float(batch, ctx.device), draws)
-        train_step(net, optimizer, x, labels, r.full_lr, ctx.precision, skips)
+        skips.note(take(x, labels))
         monitor.advance(step + 1)
     skips.settle()
     return int(seen.sum())

@@ -11,6 +11,11 @@ from torch import Tensor
 
 from gdd_dist.models.generator import ImageGenerator
 
+CLASSES_AT_ONCE = 64
+"""Whose roots are unpacked side by side on a GPU: of 256 latents 17 MB, and as much again for each 256 rows."""
+ByRoot = Callable[[Tensor, Tensor], Tensor]
+"""Roots [..., K, K] and rows [B, K] → what each root makes of each row, [..., B, K]."""
+
 
 class LinearGenerator(ImageGenerator):
     """Draws images: latents [B, latent], labels [B] int64 -> [B, channels, size, size] float32 in [-1, 1].
@@ -54,7 +59,7 @@ class LinearGenerator(ImageGenerator):
         """What ``forward`` clamps."""
         channels, size = self.channels, self.size
         with torch.autocast(latents.device.type, enabled=False):
-            scaled = self._by_class(latents.float(), labels, lambda root, z: z @ root.T)
+            scaled = self._by_class(latents.float(), labels, lambda root, z: z @ root.mT)
             codes = self.class_means[labels] + self.arch["spread"] * scaled
             return torch.addmm(self.mean, codes, self.basis.float()).view(-1, channels, size, size)
 
@@ -64,12 +69,17 @@ class LinearGenerator(ImageGenerator):
             codes = (images.float().flatten(1) - self.mean) @ self.basis.float().T - self.class_means[labels]
 
             def solve(root: Tensor, code: Tensor) -> Tensor:
-                return torch.linalg.solve_triangular(root.T, code, upper=True, left=False)
+                return torch.linalg.solve_triangular(root.mT, code, upper=True, left=False)
 
             return self._by_class(codes, labels, solve) / self.arch["spread"]
 
-    def _by_class(self, rows: Tensor, labels: Tensor, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """``function(root [K, K], rows of its class)``, in the order of ``rows`` [B, K]: a root is unpacked once, not for each image."""
+    def _by_class(self, rows: Tensor, labels: Tensor, function: ByRoot) -> Tensor:
+        """``function`` of each row and its class's root, in the order of ``rows`` [B, K]."""
+        # Sorting saves work, and the host must know how many rows each class has: it would wait for a GPU to say so.
+        return (self._sorted if rows.device.type == "cpu" else self._chosen)(rows, labels, function)
+
+    def _sorted(self, rows: Tensor, labels: Tensor, function: ByRoot) -> Tensor:
+        """A root is unpacked once, not for each image, and asked for the rows of its class alone."""
         order = labels.argsort()
         counts = labels.bincount(minlength=self.classes).tolist()
         parts = [
@@ -78,6 +88,17 @@ class LinearGenerator(ImageGenerator):
             if counts[y]
         ]
         return torch.cat(parts)[order.argsort()] if parts else rows
+
+    def _chosen(self, rows: Tensor, labels: Tensor, function: ByRoot) -> Tensor:
+        """Each root is asked for all rows; of its answers those of its class are taken."""
+        found, slots = torch.zeros_like(rows), torch.arange(len(rows), device=rows.device)
+        for first in range(0, self.classes, CLASSES_AT_ONCE):
+            roots = unpack(self.roots[first : first + CLASSES_AT_ONCE].float(), self.places, self.latent)
+            place = labels - first
+            here = (place >= 0) & (place < len(roots))
+            answers = function(roots, rows)[place.clamp(0, len(roots) - 1), slots]
+            found = torch.where(here[:, None], answers, found)
+        return found
 
 
 def lower(side: int) -> Tensor:
@@ -92,5 +113,6 @@ def pack(matrix: Tensor, places: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor, places: Tensor, side: int) -> Tensor:
-    """The lower triangular matrix [side, side] of ``pack``."""
-    return packed.new_zeros(side * side).scatter_(0, places, packed).view(side, side)
+    """The lower triangular matrices [..., side, side] of ``pack``, of [..., K(K+1)/2]."""
+    flat = packed.new_zeros(*packed.shape[:-1], side * side).index_copy_(-1, places, packed)
+    return flat.unflatten(-1, (side, side))

@@ -55,8 +55,8 @@ def _matching(ctx: Context, _: Mapping[str, str]) -> int:
 
 def _report(ctx: Context, fps: Mapping[str, str]) -> int:
     jobs = rows.jobs(ctx.config, ctx.manifest, ctx.precision, {"data": fps["shards"], **fps})
-    known, test = student_results.cached(ctx, jobs), len(ctx.images("test"))
-    return sum(rows.images_forwarded(j, _trainings(ctx), test) for j in jobs if j.fingerprint not in known)
+    known = student_results.cached(ctx, jobs)
+    return sum(rows.images_forwarded(j, _trainings(ctx), ctx.manifest) for j in jobs if j.fingerprint not in known)
 
 
 def _trainings(ctx: Context) -> int:

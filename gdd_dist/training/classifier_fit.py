@@ -14,7 +14,6 @@ from gdd_dist.engines.nonfinite import all_finite, poisoned, step_if
 from gdd_dist.engines.precision import autocast
 from gdd_dist.training.forward_size import forward_size
 from gdd_dist.training.optimizers import SGD
-from gdd_dist.training.skipped_steps import Skips
 
 PREDICT_BATCH = 500
 
@@ -37,11 +36,10 @@ def train_step(
     targets: Tensor,
     lr: float,
     precision: str,
-    skips: Skips,
-) -> None:
+) -> Tensor:
     """One step of cross-entropy on float images [B, C, H, W]; targets int64 [B], or probabilities [B, K].
 
-    A step whose loss or gradient is not finite moves nothing, and counts in ``skips``. Raises Diverged after too many in a row.
+    A step whose loss or gradient is not finite moves nothing. Returns whether it moved, a bool scalar, for `Skips`; waits for nothing.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -52,7 +50,7 @@ def train_step(
     poisoned(loss).backward()
     moved = all_finite(net.parameters())
     step_if(moved, optimizer)
-    skips.note(moved)
+    return moved
 
 
 @torch.no_grad()

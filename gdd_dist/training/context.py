@@ -18,6 +18,7 @@ from gdd_dist.data.images import Images
 from gdd_dist.data.noise import permutation
 from gdd_dist.data.order import Order
 from gdd_dist.data.transfer import Sender
+from gdd_dist.engines.captured import Captured, Step
 from gdd_dist.engines.compiled import compiled
 from gdd_dist.engines.precision import cast_once, resolve_precision
 from gdd_dist.models.classifiers import Classifier, build_classifier, divisors
@@ -168,6 +169,20 @@ class Context:
     def compiled(self, net: Network) -> Network:
         """Return ``net``, with its forward compiled if --compile is set."""
         return compiled(net) if self.config.compile else net
+
+    def captured(self, step: Step) -> Step:
+        """``step`` of a network's images and targets, each time alike; on a GPU a CUDA graph where the run compiles."""
+        if not self.config.compile or self.device.type != "cuda":
+            return step
+        graph = Captured(step)
+
+        def counted(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            before = self.forwards
+            moved = graph(images, targets)
+            self.forwards = before + len(images)  # a replay calls no hook, and a recording forwards nothing
+            return moved
+
+        return counted
 
     def augment(self, images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
         """Apply this run's augmentation to float images [B, C, H, W], determined by ``draws`` [B, AUGMENT_DRAWS]."""

@@ -38,7 +38,7 @@ def test_every_phase_ends_on_a_cpu_from_a_copied_tree_with_few_libraries(tmp_pat
 def on_gpu(tmp_path_factory):
     """What the phases that check find on a GPU, at a rehearsal's sizes."""
     out = tmp_path_factory.mktemp("gpu") / "out"
-    phases = ["environment", "shards", "agreement", "skip", "synchronisations", "resume", "one-rank"]
+    phases = ["environment", "shards", "agreement", "skip", "synchronisations", "resume", "captured", "one-rank"]
     env = {
         k: v for k, v in bare.clean().items() if k != "CUDA_VISIBLE_DEVICES"
     }  # which hides GPUs from all other tests
@@ -49,9 +49,11 @@ def on_gpu(tmp_path_factory):
 
 @needs_gpu
 @pytest.mark.gpu
-@pytest.mark.parametrize("phase", ["environment", "shards", "agreement", "skip", "one-rank"])
+@pytest.mark.parametrize("phase", ["environment", "shards", "agreement", "skip", "captured", "one-rank"])
 def test_a_gpu_does_what_the_cpu_does(on_gpu, phase):
-    """Losses to 1e-4 in float32 and 3e-2 in bf16; fp16 skips what overflows; images are equal wherever they are kept."""
+    """Losses to 1e-4 in float32 and 3e-2 in bf16; fp16 skips what overflows; a replayed step is the step;
+    images are equal wherever they are kept.
+    """
     (ended,) = (line for line in on_gpu if line["phase"] == phase and "status" in line)
     assert ended["status"] == "ok", ended
 
@@ -60,8 +62,10 @@ def test_a_gpu_does_what_the_cpu_does(on_gpu, phase):
 @pytest.mark.gpu
 @pytest.mark.parametrize("step", ["teachers", "gan", "matching", "student"])
 def test_a_step_makes_the_host_wait_for_nothing(on_gpu, step):
-    (found,) = (line for line in on_gpu if line["phase"] == "synchronisations" and line.get("step") == step)
-    assert found["reported"] == 0, found["places"]
+    found = [line for line in on_gpu if line["phase"] == "synchronisations" and line.get("step") == step]
+    assert [line["start"] for line in found] == ["noise", "gaussian"][: 1 + (step in ("gan", "matching"))]
+    for line in found:
+        assert line["reported"] == 0, line["places"]
 
 
 @needs_gpu

@@ -54,6 +54,19 @@ def test_gradients_equal_finite_differences() -> None:
     )
 
 
+@pytest.mark.parametrize("ops", ["crop", "cutout", "crop_cutout"])
+def test_a_pixels_gradient_comes_from_one_place(ops: str) -> None:
+    """It is one of the gradients above it, bit for bit, or zero. A sum would depend on the order in which a GPU adds."""
+    images, draws = batch(200, 1, 8)
+    above = torch.rand(images.shape, generator=torch.Generator().manual_seed(2)) + 1
+    found = torch.autograd.grad(augment(images.requires_grad_(), draws, flip=True, fill=0.0, ops=ops), images, above)[0]
+    for one, other in zip(found, above, strict=True):
+        kept = one[one != 0]
+        assert torch.isin(kept, other).all()
+        assert len(kept.unique()) == len(kept)
+    assert (found != 0).float().mean() > 0.5
+
+
 @pytest.mark.parametrize("ops", ["", "none"])
 def test_no_operation_is_identity(ops: str) -> None:
     images, draws = batch()

@@ -91,7 +91,7 @@ def test_what_it_says_is_what_the_run_does(tiny: list[str], tmp_path: Path, monk
 
 def test_a_refit_is_counted(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     argv = [*tiny, "--out", str(tmp_path / "out"), "--matching.refit", "2", "--gaussian.components", "8"]
-    argv += ["--gaussian.spread", "1.0", "--report.select", "1", "2", "--report.protocol", "regenerate"]
+    argv += ["--gaussian.spread", "1.0", "--report.select", "1", "2", "--report.condense", "3", "--report.ars", "false"]
     said, expected = predicted(argv, monkeypatch), list[dict[str, int]]()
     inner = run.images_expected
     monkeypatch.setattr(run, "images_expected", lambda *given: expected.append(inner(*given)) or expected[-1])

@@ -23,6 +23,7 @@ from gdd_dist.data.order import Recent
 from gdd_dist.evaluation.rows import Row, images_forwarded, jobs
 from gdd_dist.evaluation.student_results import costs, evaluate, record_path, with_bytes
 from gdd_dist.evaluation.students import Frozen, Sets, real_samples, train
+from gdd_dist.training.condense import START, condensed
 from gdd_dist.training.context import Context
 from sharding.errors import UserError
 
@@ -106,6 +107,23 @@ def test_a_chosen_row_shows_of_each_places_draws_the_one_that_the_teachers_like_
     assert torch.equal(plain.take(places)[0], draws[0][torch.from_numpy(order)])  # the first draw is the plain row's
 
 
+def test_a_condensed_set_begins_at_the_teachers_choice_and_costs_what_its_job_says(made: Made) -> None:
+    config = settings(labels=("hard",), protocol=("fixed",), ipc=(2,), condense=3)
+    job = next(j for j in jobs(config, made.manifest, "float32", made.fingerprints) if j.row.condense)
+    ctx = made.context(config)
+    frozen = Frozen(ctx, made.dirs)
+    train(ctx, frozen, job)
+    assert ctx.forwards == images_forwarded(job, 2, made.manifest)
+    best = Sets(ctx, frozen, dataclasses.replace(job.row, condense=0, select=START), 0).only[0]
+    unmoved, moved, again = (
+        condensed(ctx, frozen.generator(job.row.train_on), frozen.teachers, 2, 0, "report/fixed/2/0", steps)
+        for steps in (0, 3, 3)
+    )
+    assert torch.equal(unmoved, best)
+    assert torch.equal(moved, again)
+    assert not torch.equal(moved, unmoved)
+
+
 @pytest.mark.parametrize("protocol", ["regenerate", "fixed"])
 def test_what_a_student_sees_does_not_depend_on_how_it_is_cut(made: Made, protocol: str) -> None:
     whole, labels = sets(made, "matched", protocol).take(np.arange(50))
@@ -158,10 +176,12 @@ def test_bytes_count_all_that_must_be_kept_to_train_such_a_student(made: Made) -
         drawn,
         {**drawn, "labels": "soft"},
         {**drawn, "select": 3},
+        {**drawn, "condense": 5},
         {**drawn, "train_on": "real"},
         {**drawn, "train_on": "real", "select": 3},  # all are kept that may be chosen
     ]
-    expected = [generator, generator + teachers, generator + teachers, round(40 * mean), round(120 * mean) + teachers]
+    asked = generator + teachers
+    expected = [generator, asked, asked, asked, round(40 * mean), round(120 * mean) + teachers]
     assert [r["bytes"] for r in with_bytes(ctx, made.dirs, rows)] == expected
 
 
@@ -246,8 +266,7 @@ def test_every_row_has_its_keys_budget_and_accuracies(results: tuple[list[dict[s
 def test_the_first_call_forwards_what_the_jobs_say(made: Made, results: tuple[Any, Path, int]) -> None:
     config = settings()
     all_jobs = jobs(config, made.manifest, "float32", made.fingerprints)
-    test = made.manifest.splits["test"].samples
-    assert results[2] == sum(images_forwarded(j, 2, test) for j in all_jobs)
+    assert results[2] == sum(images_forwarded(j, 2, made.manifest) for j in all_jobs)
 
 
 def test_the_second_call_forwards_no_image(made: Made, results: tuple[Any, Path, int]) -> None:
@@ -262,7 +281,7 @@ def test_another_generator_trains_matched_students_alone(made: Made, results: tu
     rows = rows_of(ctx, other)
     assert rows == results[0]  # the same generator under another name
     wanted = [j for j in jobs(settings(), made.manifest, "float32", other.fingerprints) if "matching" in j.row.reads]
-    assert ctx.forwards == sum(images_forwarded(j, 2, made.manifest.splits["test"].samples) for j in wanted)
+    assert ctx.forwards == sum(images_forwarded(j, 2, made.manifest) for j in wanted)
 
 
 def test_a_damaged_record_is_named_and_its_student_alone_trained_anew(
@@ -276,7 +295,7 @@ def test_a_damaged_record_is_named_and_its_student_alone_trained_anew(
     assert rows_of(ctx, made) == results[0]
     assert str(path) in capsys.readouterr().err
     assert path.read_text() == before
-    assert ctx.forwards == images_forwarded(job, 2, made.manifest.splits["test"].samples)
+    assert ctx.forwards == images_forwarded(job, 2, made.manifest)
 
 
 # the program

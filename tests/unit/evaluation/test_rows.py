@@ -56,6 +56,18 @@ def test_each_row_that_draws_stands_beside_its_chosen_one() -> None:
     assert drawn.items() <= row_prints(settings(select=(3,))).items()
 
 
+def test_a_fixed_row_of_a_generator_stands_beside_its_condensed_one() -> None:
+    config = settings(labels=("hard",), select=(1, 3), condense=5)
+    moved = [r for r in plan(config) if r.condense]
+    assert [(r.train_on, r.protocol, r.select, r.condense) for r in moved] == [
+        (kind, "fixed", 1, 5) for kind in ("gaussian", "gan", "matched")
+    ]
+    assert {"teachers" in r.reads for r in moved} == {True}
+    plain, both = row_prints(settings(select=(1, 3))), row_prints(settings(select=(1, 3), condense=5))
+    assert plain.items() <= both.items()
+    assert not {both[r] for r in both if r.condense} & {p for r, p in both.items() if not r.condense}
+
+
 def test_the_ceiling_and_the_scores_are_those_of_what_is_drawn() -> None:
     rows = [measured("real", 50.0), {**measured("real", 60.0), "select": 3}, {**measured("matched", 30.0), "select": 3}]
     assert [r["ceiling_share"] for r in with_ceiling_shares(rows, 10)] == [1.0, 1.25, 0.5]

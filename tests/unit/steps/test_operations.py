@@ -1,5 +1,7 @@
 """What the training steps ask of a device, counted on one that computes nothing: no copy, nothing read back, so many operations."""
 
+import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -14,6 +16,9 @@ from gdd_dist.config import command_line as configuration
 from gdd_dist.config.steps import TABLE, Inputs
 from gdd_dist.dry_run.estimates import ESTIMATES
 from gdd_dist.dry_run.trial import SILENT, Trial
+from gdd_dist.models.classifiers import CLASSIFIERS, build_classifier
+from gdd_dist.models.files import GENERATOR, save_network
+from gdd_dist.models.gaussian import LinearGenerator
 from gdd_dist.pipeline.fingerprints import fingerprints
 from gdd_dist.runtime.meter import Meter
 from gdd_dist.runtime.world import World
@@ -26,7 +31,13 @@ from gdd_dist.training.skipped_steps import Skips
 from sharding.manifest import Manifest
 
 pytestmark = pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")
-OPERATIONS = {"teachers": 108, "student": 50, "gan": 555, "matching": {1: 708, 4: 795}}
+OPERATIONS = {
+    "teachers": 108,
+    "student": 50,
+    "gan": 555,
+    "matching": {1: 708, 4: 795},
+    "start gaussian": {"gan": 636, "matching": 840},
+}
 """Of each step of the golden records' run, at most; of matching by the number of teachers in the batch.
 Each costs a GPU's host some microseconds."""
 
@@ -86,8 +97,17 @@ def test_a_students_step(on_meta):
     ctx = on_meta()
     net = ctx.classifier("convnet:8", 0, "x")
     x, y = ctx.sent((torch.zeros(4, 1, 16, 16), torch.zeros(4, dtype=torch.int64)))
-    step = (net, sgd(net, 0.1, 0.9, 5e-4), x, y, 0.1, "float32", Skips())
-    assert counted(train_step, *step) <= OPERATIONS["student"]
+    step, skips = (net, sgd(net, 0.1, 0.9, 5e-4), x, y, 0.1, "float32"), Skips()
+    assert counted(lambda: skips.note(train_step(*step))) <= OPERATIONS["student"]
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_every_classifier_can_train_deterministically(name):
+    """No operation of its forward and backward lacks a kernel that always adds in the same order."""
+    net = build_classifier(name, channels=3, size=32, classes=4, mean=[0.0] * 3, std=[1.0] * 3).to(META)
+    with Counted() as found:
+        net(torch.zeros(2, 3, 32, 32, device=META).requires_grad_()).square().sum().backward()
+    assert found.operations.total() > 20
 
 
 def test_a_gan_step(on_meta, inputs, tmp_path):
@@ -105,6 +125,32 @@ def test_a_matching_step(on_meta, inputs, tmp_path, teachers):
     groups = replace(batch.groups, teachers=np.arange(len(batch.groups.teachers)) % teachers).by_teacher()
     step = (ctx, trainee.nets, answers, 0, batch._replace(groups=groups))
     assert counted(matching.matching_step, *step) <= OPERATIONS["matching"][teachers]
+
+
+@pytest.mark.parametrize("step", ["gan", "matching"])
+def test_a_generator_that_starts_at_the_gaussian(on_meta, inputs, tmp_path, monkeypatch, step):
+    """Which class's root a row needs is settled on the device too."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # torch has none for this device
+    ctx, dirs = on_meta("--gan.start", "gaussian"), inputs.directories
+    made, trained = gan.networks(ctx, inputs)[0], shutil.copytree(dirs["gan"], tmp_path / "gan")
+    save_network(trained / GENERATOR, made, ctx.generator_meta(made, {}))
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            type(made), "named_buffers", lambda *_: iter(())
+        )  # the host keeps what no step moves: here there is nothing
+        if step == "gan":
+            trainee = gan.GanTraining(ctx, tmp_path, inputs)
+        else:
+            answers = matching.Pool(ctx, dirs["teachers"], dirs["logits"])
+            trainee = matching.Matching(ctx, tmp_path, answers, trained)
+    assert isinstance(trainee.nets.generator.linear, LinearGenerator)
+    assert counted(trainee.train, 1, trainee.read(1)) <= OPERATIONS["start gaussian"][step]  # step 0 is pictured
+
+
+def test_what_a_deterministic_run_refuses_is_noticed():
+    x = torch.zeros(1, 1, 4, 4, device=META).requires_grad_()
+    with Counted(), pytest.raises(AssertionError, match="--deterministic refuses"):
+        torch.nn.functional.interpolate(x, scale_factor=2, mode="bilinear").sum().backward()
 
 
 def test_what_would_stop_the_host_is_noticed(on_meta):

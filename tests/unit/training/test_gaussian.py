@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.covariance import ledoit_wolf as sklearn_ledoit_wolf
 from torch import Tensor
 
+from gdd_dist.models import gaussian
 from gdd_dist.models.gaussian import LinearGenerator, lower, pack, unpack
 from gdd_dist.training.gaussian_fit import (
     Gaussians,
@@ -276,6 +277,19 @@ def test_the_formula_and_its_inverse(dtype: str, near: float) -> None:
         atol=10 * near,
         rtol=near,
     )
+
+
+@pytest.mark.parametrize("at_once", [64, 3, 1])
+def test_what_a_gpu_computes_is_what_a_cpu_computes(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    """A GPU asks every root for every row, so that the host need not know how many rows a class has."""
+    monkeypatch.setattr(gaussian, "CLASSES_AT_ONCE", at_once)
+    net, z, y = random_generator(), torch.randn(9, 12), torch.tensor([3, 0, 0, 1, 3, 3, 0, 1, 0])
+    images = torch.randn(9, 3, 8, 8)
+    expected = net.linear(z, y), net.latents(images, y)
+    monkeypatch.setattr(net, "_sorted", net._chosen)
+    for found, sought in zip((net.linear(z, y), net.latents(images, y)), expected, strict=True):
+        torch.testing.assert_close(found, sought, atol=1e-5, rtol=1e-5)
+    assert net.linear(z[:0], y[:0]).shape == (0, 3, 8, 8)
 
 
 def test_images_are_clamped_and_float32_under_autocast() -> None:

@@ -48,17 +48,17 @@ def test_a_skipped_step_moves_neither_weights_nor_moments(before):
         return [t.clone() for t in (*net.parameters(), *(s["momentum_buffer"] for s in optimizer.state.values()))]
 
     for _ in range(before):
-        train_step(net, optimizer, good, y, 0.1, "float32", skips)
+        skips.note(train_step(net, optimizer, good, y, 0.1, "float32"))
     kept = state()
-    train_step(net, optimizer, bad, y, 0.1, "float32", skips)
+    skips.note(train_step(net, optimizer, bad, y, 0.1, "float32"))
     assert (skips.total, skips.in_a_row) == (1, 1)
     assert all(a.equal(b) for a, b in zip(state(), kept, strict=True))
-    train_step(net, optimizer, good, y, 0.1, "float32", skips)
+    skips.note(train_step(net, optimizer, good, y, 0.1, "float32"))
     assert (skips.total, skips.in_a_row) == (1, 0)
     assert not kept[0].equal(state()[0])
     other = sgd(plain, 0.1, 0.9, 0.01)
     for _ in range(before + 1):
-        train_step(plain, other, good, y, 0.1, "float32", Skips())
+        train_step(plain, other, good, y, 0.1, "float32")
     assert all(a.equal(b) for a, b in zip(net.parameters(), plain.parameters(), strict=True))
 
 
@@ -195,6 +195,6 @@ def test_sgd_is_torchs_own(nesterov):
     x, y, skips = torch.randn(10, 4, 7), torch.randint(5, (10, 4)), Skips()
     for k in range(10):
         for net, optimizer in zip(nets, (ours, plain), strict=True):
-            train_step(net, optimizer, x[k], y[k], 0.1 / (k + 1), "float32", skips)
+            skips.note(train_step(net, optimizer, x[k], y[k], 0.1 / (k + 1), "float32"))
     for one, two in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
         torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)

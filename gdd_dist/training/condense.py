@@ -1,0 +1,135 @@
+"""Condensation of a fixed set: its latents are moved through the frozen generator, so that few images teach more.
+
+The latents start at the draws that the teachers choose. Each step asks one teacher, in turn. Its loss has two terms: cross-entropy (each
+image belongs to its class), and the distance of mean features (the images of a class together look like real ones, as in distribution
+matching, Zhao & Bilen 2023). The second term alone holds the set together: without it the images become adversarial examples.
+Shapes: N images in whole classes, n images per class, L latent, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gdd_dist.data.augment import AUGMENT_DRAWS
+from gdd_dist.data.images import to_float, to_uint8
+from gdd_dist.data.noise import normal, permutation, uniform
+from gdd_dist.engines.precision import autocast
+from gdd_dist.models.generator import ImageGenerator
+from gdd_dist.training.context import Context
+from gdd_dist.training.soft_labels import class_shares
+
+START = 30
+"""Draws from which the teachers choose each image's first latent."""
+REAL = 128
+"""Most real images of a class from which each teacher's mean features are taken."""
+LR = 0.03
+"""Learning rate of Adam, in standard deviations of a latent."""
+PART = 512
+"""Most images that are moved together, unless one class has more."""
+
+
+class Features(NamedTuple):
+    """A teacher's features of real images: ``mean`` float32 [C, F] by class, and the total ``variance`` within classes, a scalar."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+def condensed(
+    ctx: Context,
+    generator: ImageGenerator,
+    teachers: Sequence[nn.Module],
+    ipc: int,
+    seed: int,
+    purpose: str,
+    steps: int,
+) -> Tensor:
+    """Return a set of ``ipc`` images per class in the order of classes, uint8 [N, channels, H, W], after ``steps`` steps.
+
+    All random numbers are functions of (seed, purpose, step, slot). The generator is frozen, in evaluation mode.
+    """
+    real = [real_features(ctx, teacher, seed, purpose) for teacher in teachers]
+    at_once, parts = max(1, PART // ipc), []
+    for first in range(0, ctx.classes, at_once):
+        classes = np.arange(first, min(first + at_once, ctx.classes))
+        slots = np.arange(classes[0] * ipc, (classes[-1] + 1) * ipc)
+        labels = torch.from_numpy(slots // ipc).to(ctx.device)
+        z = first_latents(ctx, generator, teachers, labels, seed, purpose, slots).requires_grad_()
+        optimizer = torch.optim.Adam([z], lr=LR)
+        for step in range(steps):
+            ctx.world.check_stop()
+            which = step % len(teachers)
+            draws = torch.from_numpy(uniform(seed, f"{purpose}/condense/augment", step, slots, AUGMENT_DRAWS))
+            seen = ctx.augment(generator(z, labels), draws)
+            loss = condensation(*features(ctx, teachers[which], seen), labels, real[which], ipc)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            parts.append(to_uint8(generator(z, labels)))
+    return torch.cat(parts)
+
+
+def condensation(feature: Tensor, logits: Tensor, labels: Tensor, real: Features, ipc: int) -> Tensor:
+    """Return the loss of one teacher's features [N, F] and logits [N, C] for ``labels`` int64 [N], ``ipc`` of each class in a row.
+
+    Cross-entropy + mean over classes of the squared distance of mean features, as a share of the real total variance.
+    """
+    mean = real.mean[labels[::ipc]]
+    distance = (feature.view(-1, ipc, feature.shape[1]).mean(1) - mean).square().sum(1)
+    return F.cross_entropy(logits, labels) + distance.mean() / real.variance
+
+
+def first_latents(
+    ctx: Context,
+    generator: ImageGenerator,
+    teachers: Sequence[nn.Module],
+    labels: Tensor,
+    seed: int,
+    purpose: str,
+    slots: np.ndarray,
+) -> Tensor:
+    """Return for each of ``labels`` int64 [N] the latent, of START draws, whose image has the highest teacher probability: float32 [N, L]."""
+    best, found = labels.new_full((len(labels),), -1.0, dtype=torch.float32), torch.empty(0)
+    for n in range(START):
+        z = torch.from_numpy(normal(seed, f"{purpose}/z", n, slots, generator.latent)).to(ctx.device)
+        with torch.no_grad():
+            images = to_float(to_uint8(generator(z, labels)), ctx.device)  # as a student sees it
+        shares = class_shares(teachers, images, labels, ctx.precision)
+        found = z if n == 0 else torch.where((shares > best)[:, None], z, found)
+        best = torch.maximum(best, shares)
+    return found
+
+
+def features(ctx: Context, teacher: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (the inputs of the teacher's last linear layer, float32 [N, F]; its logits, float32 [N, C]) of float images."""
+    kept: list[Tensor] = []
+    last = [layer for layer in teacher.modules() if isinstance(layer, nn.Linear)][-1]
+    hook = last.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
+    try:
+        with autocast(images.device, ctx.precision):
+            logits = teacher(images)
+    finally:
+        hook.remove()
+    return kept[0].float(), logits.float()
+
+
+@torch.no_grad()
+def real_features(ctx: Context, teacher: nn.Module, seed: int, purpose: str) -> Features:
+    """Return a teacher's mean features of augmented training images, at most REAL of each class."""
+    images, means, variances = ctx.images("train"), [], []
+    for y in range(ctx.classes):
+        members = np.flatnonzero(images.labels == y)
+        chosen = members[permutation(seed, f"{purpose}/condense/real", y, len(members))[:REAL]]
+        draws = torch.from_numpy(uniform(seed, f"{purpose}/condense/real", y, np.arange(len(chosen)), AUGMENT_DRAWS))
+        seen = ctx.augment(to_float(images.read(chosen), ctx.device), draws)
+        found, _ = features(ctx, teacher, seen)
+        means.append(found.mean(0))
+        variances.append(found.var(0, correction=0).sum())
+    return Features(torch.stack(means), torch.stack(variances).mean().clamp(min=1e-8))
