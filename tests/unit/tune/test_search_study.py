@@ -81,7 +81,7 @@ def test_what_trains_nothing_is_left_out_and_said(tmp_path):
     off = "".join(f"matching.lambda_{name}: {{choices: [0.1, 0]}}\n" for name in ("pair", "mean", "adv"))
     search = a_search(tmp_path, text=off)
     assert search.options.trials == 3 * 8  # the defaults are none of the eight, one of which has no term
-    assert "Left out, since nothing could be trained: matching.lambda_pair 0, matching.lambda_mean 0," in study.note(
+    assert "Left out, because they cannot be trained: matching.lambda_pair 0, matching.lambda_mean 0," in study.note(
         search
     )
 
