@@ -8,16 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gdd_dist.config import command_line as configuration
 from gdd_dist.config.settings import Config
-from gdd_dist.config.steps import STEPS
 from gdd_dist.pipeline.dataset import data_of
+from gdd_dist.pipeline.finished_run import opened, settings_of
 from gdd_dist.reporting.tables import table
 from gdd_dist.runtime.arguments import Parser
 from gdd_dist.runtime.run_program import note_preemption, run_program
-from gdd_dist.storage.json_files import read_json, write_json
-from gdd_dist.storage.store import CONTENTS, Store
-from sharding.errors import UserError
+from gdd_dist.storage.json_files import write_json
 from sharding.manifest import Manifest
 
 if TYPE_CHECKING:  # a command line is read, and refused, without torch
@@ -71,51 +68,14 @@ def parser() -> argparse.ArgumentParser:
 
 def settings(arguments: argparse.Namespace) -> Config:
     """Return the run's settings, overridden by the command line. Raises UserError for a directory that is not a run."""
-    out = Path(arguments.out)
-    if not (out / "config.yaml").exists():
-        raise UserError(f"{out} is not a run (config.yaml is missing); give the --out of a finished gdd_dist.train")
-    given = ["--config", str(out / "config.yaml"), "--out", str(out), "--device", arguments.device, "--verify", "true"]
+    given = ["--device", arguments.device, "--verify", "true"]
     for name in (*_LISTS, *_NUMBERS):
         value = getattr(arguments, name)
         if value is not None:
             given += [f"--report.{name}", *([value] if isinstance(value, str) else value)]
     given += ["--data", arguments.data] if arguments.data else []
     given += ["--no-verify"] if arguments.no_verify else []
-    return configuration.parse(given).config
-
-
-def finished_steps(out: Path, manifest: Manifest) -> tuple[Store, dict[str, str]]:
-    """Return the store of OUT/matching/latest, and the fingerprints of that generator, of all its inputs, and of "data".
-
-    Raises UserError if the run has no generator yet, lacks an input, or was made from another data set.
-    """
-    directory = (out / "matching" / "latest").resolve()
-    if not (directory / CONTENTS).exists():
-        raise UserError(f"{out} holds no finished generator; run gdd_dist.train with --out {out} to its end first")
-    store = Store(directory.parent.parent)
-    made_from = read_json(directory / CONTENTS)["provenance"]["fingerprints"]
-    fps = {step: made_from[step] for step in STEPS[1:] if step in made_from}
-    if made_from["shards"] != manifest.fingerprint:
-        raise UserError(
-            f"the data set {manifest.name} {manifest.fingerprint} is not the one that {out} was trained on "
-            f"({made_from['shards']}); give the original data set with --data"
-        )
-    return store, {"data": manifest.fingerprint, **fps}
-
-
-def needed(rows: Sequence[Row], store: Store, fps: dict[str, str]) -> dict[str, Path]:
-    """Return the directory of every step that a row reads. Raises UserError when one is missing."""
-    steps = sorted({step for row in rows for step in row.reads})
-    for step in steps:
-        if step not in fps:
-            raise UserError(
-                f"the run was made by a version without the step {step}; leave its row out of --baselines, or train again"
-            )
-        if not store.finished(step, fps[step]):
-            raise UserError(
-                f"{store.path(step, fps[step])} is missing; run the same gdd_dist.train command again to compute it"
-            )
-    return {step: store.path(step, fps[step]) for step in steps}
+    return settings_of(Path(arguments.out), *given)
 
 
 def main(argv: Sequence[str], joined: Callable[[World], None]) -> None:
@@ -124,20 +84,12 @@ def main(argv: Sequence[str], joined: Callable[[World], None]) -> None:
     out = Path(config.out or ".")
     from gdd_dist.evaluation.rows import check, plan
     from gdd_dist.pipeline.verify_inputs import verify_inputs
-    from gdd_dist.runtime.world import World
-    from gdd_dist.training.context import Context, agreed_precision
 
-    data = data_of(out, config)
-    manifest = Manifest.load(data)
-    check(config, manifest)
-    store, fps = finished_steps(out, manifest)
+    check(config, Manifest.load(data_of(out, config)))
     rows = plan(config)
-    dirs = needed(rows, store, fps)
-    world = World(config.device, config.timeout, config.deterministic)
-    joined(world)
+    ctx, fps, dirs = opened(out, config, {step for row in rows for step in row.reads}, joined)
+    world = ctx.world
     note_preemption(world, out)
-    precision = agreed_precision(config, world)
-    ctx = Context(config, world, data, manifest, store, out, precision)
     world.enter("verify")
     if config.verify:
         verify_inputs(ctx, {step: fps[step] for step in dirs}, ("train", "test"))

@@ -7,7 +7,7 @@ import io
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +27,7 @@ from sharding.manifest import Manifest, ShardInfo, SplitInfo
 if TYPE_CHECKING:  # a command line is read, and refused, without torch
     from gdd_dist.product.card import Drawn
     from gdd_dist.product.sampler import Sampler
+    from gdd_dist.runtime.world import World
 
 SHARD_IMAGES = 10_000
 CHUNK = 1_000
@@ -72,6 +73,9 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the set (default: 0)")
     text = "cut latents at ± T: more typical, less varied images (default: no cut)"
     what.add_argument("--truncation", type=float, metavar="T", help=text)
+    text = "steps in which the teachers move the set's latents, so that a fixed set teaches more; needs OUT's data (default: 0, none)"
+    what.add_argument("--condense", type=int, default=0, metavar="STEPS", help=text)
+    what.add_argument("--data", metavar="DIR", help="for --condense: the data set, if it was moved since the run")
     how = p.add_argument_group("how it is written")
     text = "webdataset: tar shards with a manifest; folder: PNGs by class; npz: one numpy file (default: webdataset)"
     how.add_argument("--format", choices=FORMATS, default="webdataset", help=text)
@@ -83,11 +87,13 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def main(argv: Sequence[str], _joined: object = None) -> None:
+def main(argv: Sequence[str], joined: Callable[[World], None] = lambda world: None) -> None:
     """Draw the set, write it, and print its path."""
     arguments = parser().parse_args(argv)
     if (arguments.total if arguments.ipc is None else arguments.ipc) < 1:
         raise UserError("the set would have no images; give --ipc or --total of at least 1")
+    if arguments.condense < 0 or arguments.condense and (arguments.ipc is None or arguments.truncation is not None):
+        raise UserError("--condense needs a number of steps above 0 and --ipc, and takes no --truncation")
     dest = Path(arguments.dest)
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise UserError(f"{dest} is not empty; choose a new DEST")
@@ -99,9 +105,11 @@ def main(argv: Sequence[str], _joined: object = None) -> None:
     generator = load_generator(arguments.out, arguments.device)
     if generator.device.type == "meta":  # possible if a Python program calls this
         raise UserError("device meta cannot draw images; give auto, cpu or cuda")
+    if arguments.condense:
+        generator = condensed_set(generator, arguments, joined)
     total = arguments.total or arguments.ipc * len(generator.classes)
     a, soft = arguments, arguments.labels == "soft"
-    drawn = Drawn(total, a.ipc, a.format, soft, a.seed, a.truncation, a.licence)
+    drawn = Drawn(total, a.ipc, a.format, soft, a.seed, a.truncation, a.licence, a.condense)
     # An existing directory may be a link, a mount or somebody's working directory, so it is filled, not replaced.
     there, part = dest.is_dir(), f".{dest.name}.{os.getpid()}.partial"
     work = dest / part if there else dest.with_name(part)
@@ -126,6 +134,25 @@ def main(argv: Sequence[str], _joined: object = None) -> None:
         raise
     what = f"{total:,} images of {len(generator.classes)} classes"
     sys.stdout.write(f"{what}: {dest} (how to read it: {dest}/README.md)\n")
+
+
+def condensed_set(generator: Sampler, arguments: argparse.Namespace, joined: Callable[[World], None]) -> Sampler:
+    """Return a sampler of the set that the run's teachers condense, as in the report's rows. Raises UserError without a run directory."""
+    from gdd_dist.evaluation.students import Frozen
+    from gdd_dist.pipeline.finished_run import opened, settings_of
+    from gdd_dist.product.condensed_set import CondensedSet
+    from gdd_dist.training.condense import condensed
+
+    given = ["--device", arguments.device, *(["--data", arguments.data] if arguments.data else [])]
+    config, a = settings_of(Path(arguments.out), *given), arguments
+    ctx, _, directories = opened(Path(a.out), config, ("teachers", "matching"), joined)
+    frozen = Frozen(ctx, directories)
+    monitor = ctx.passing("export: condensing", a.condense)
+    images = condensed(
+        ctx, frozen.generator("matched"), frozen.teachers, a.ipc, a.seed, "export", a.condense, monitor.advance
+    )
+    monitor.close()
+    return CondensedSet(generator, images)
 
 
 def check_room(generator: Sampler, drawn: Drawn, directory: Path) -> None:

@@ -33,6 +33,8 @@ class Drawn:
     seed: int
     truncation: float | None
     licence: str
+    condense: int = 0
+    """Steps in which the teachers moved the latents."""
 
 
 def card(generator: Sampler, drawn: Drawn, run: Path) -> str:
@@ -116,6 +118,8 @@ def labels(drawn: Drawn) -> str:
 def drawing(drawn: Drawn) -> str:
     """Return the text about seed and truncation."""
     cut = "no truncation" if drawn.truncation is None else f"latents cut at ± {drawn.truncation:g}"
+    if drawn.condense:
+        return f"Drawn with seed {drawn.seed}, and condensed: the teachers chose the first latents, and moved them for {drawn.condense} steps."
     return f"Drawn with seed {drawn.seed}, {cut}."
 
 

@@ -8,7 +8,7 @@ Shapes: N images in whole classes, n images per class, L latent, F features.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -50,10 +50,12 @@ def condensed(
     seed: int,
     purpose: str,
     steps: int,
+    tick: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
     """Return a set of ``ipc`` images per class in the order of classes, uint8 [N, channels, H, W], after ``steps`` steps.
 
     All random numbers are functions of (seed, purpose, step, slot). The generator is frozen, in evaluation mode.
+    ``tick``: gets how many of ``steps`` are done. A large set is moved in parts, each of which counts by its share of classes.
     """
     real = [real_features(ctx, teacher, seed, purpose) for teacher in teachers]
     at_once, parts = max(1, PART // ipc), []
@@ -72,6 +74,7 @@ def condensed(
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
+            tick(int(steps * first + (step + 1) * len(classes)) // ctx.classes)
         with torch.no_grad():
             parts.append(to_uint8(generator(z, labels)))
     return torch.cat(parts)

@@ -23,6 +23,7 @@ from gdd_dist.data.order import Recent
 from gdd_dist.evaluation.rows import Row, images_forwarded, jobs
 from gdd_dist.evaluation.student_results import costs, evaluate, record_path, with_bytes
 from gdd_dist.evaluation.students import Frozen, Sets, real_samples, train
+from gdd_dist.pipeline.finished_run import finished_steps
 from gdd_dist.training.condense import START, condensed
 from gdd_dist.training.context import Context
 from sharding.errors import UserError
@@ -344,9 +345,9 @@ def test_a_changed_generator_file_is_named(made: Made, tmp_path: Path) -> None:
 def test_other_data_and_unfinished_runs_are_refused(made: Made, tmp_path: Path) -> None:
     other = dataclasses.replace(made.manifest, name="other")
     with pytest.raises(UserError, match="is not the one that .* was trained on"):
-        program.finished_steps(made.out, other)
+        finished_steps(made.out, other)
     with pytest.raises(UserError, match="holds no finished generator"):
-        program.finished_steps(tmp_path, made.manifest)
+        finished_steps(tmp_path, made.manifest)
 
 
 @pytest.mark.parametrize(

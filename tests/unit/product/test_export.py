@@ -18,6 +18,9 @@ from students import Made, make
 import gdd_dist
 from gdd_dist import export
 from gdd_dist.data.images import Images
+from gdd_dist.evaluation.students import Frozen
+from gdd_dist.pipeline.finished_run import opened, settings_of
+from gdd_dist.training.condense import condensed
 from sharding.errors import UserError
 from sharding.manifest import Manifest
 from sharding.verify import verify
@@ -161,6 +164,32 @@ def test_a_single_file_gives_hard_labels_and_refuses_soft_ones(made: Made, tmp_p
     assert [p.name for p in tmp_path.iterdir()] == ["hard"], "a failed export leaves something behind"
 
 
+def test_a_condensed_set_is_the_one_that_the_teachers_moved(reported: Any, tmp_path: Path) -> None:
+    argv = [
+        str(reported.out),
+        str(tmp_path / "set"),
+        "--ipc",
+        "2",
+        "--condense",
+        "3",
+        "--format",
+        "npz",
+        "--device",
+        "cpu",
+    ]
+    export.main([*argv, "--labels", "soft"])
+    config = settings_of(reported.out, "--device", "cpu")
+    ctx, _, directories = opened(reported.out, config, ("teachers", "matching"), lambda world: None)
+    frozen, done = Frozen(ctx, directories), list[int]()
+    images = condensed(ctx, frozen.generator("matched"), frozen.teachers, 2, 0, "export", 3, done.append)
+    found = np.load(tmp_path / "set" / "train.npz")
+    order = np.argsort(found["labels"], kind="stable")
+    assert np.array_equal(found["images"][order], images.numpy())
+    assert found["labels"][order].tolist() == np.repeat(np.arange(ctx.classes), 2).tolist()
+    assert done == [1, 2, 3]
+    assert "moved them for 3 steps" in (tmp_path / "set" / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
@@ -168,6 +197,9 @@ def test_a_single_file_gives_hard_labels_and_refuses_soft_ones(made: Made, tmp_p
         ([], "one of the arguments --ipc --total is required"),
         (["--ipc", "1", "--total", "5"], "not allowed with argument"),
         (["--ipc", "1", "--format", "zip"], "invalid choice: 'zip'"),
+        (["--total", "9", "--condense", "5"], "--condense needs a number of steps above 0 and --ipc"),
+        (["--ipc", "1", "--condense", "5", "--truncation", "1"], "takes no --truncation"),
+        (["--ipc", "1", "--condense", "-5"], "a number of steps above 0"),
     ],
 )
 def test_wrong_use_is_one_line(made: Made, tmp_path: Path, argv: list[str], said: str) -> None:

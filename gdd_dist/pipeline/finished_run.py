@@ -1,0 +1,80 @@
+"""A finished run, opened by a program that computes more from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gdd_dist.config import command_line as configuration
+from gdd_dist.config.settings import Config
+from gdd_dist.config.steps import STEPS
+from gdd_dist.pipeline.dataset import data_of
+from gdd_dist.storage.json_files import read_json
+from gdd_dist.storage.store import CONTENTS, Store
+from sharding.errors import UserError
+from sharding.manifest import Manifest
+
+if TYPE_CHECKING:  # a command line is read, and refused, without torch
+    from gdd_dist.runtime.world import World
+    from gdd_dist.training.context import Context
+
+
+def settings_of(out: Path, *given: str) -> Config:
+    """Return the run's settings, overridden by the options ``given``. Raises UserError for a directory that is not a run."""
+    if not (out / "config.yaml").exists():
+        raise UserError(f"{out} is not a run (config.yaml is missing); give the --out of a finished gdd_dist.train")
+    return configuration.parse(["--config", str(out / "config.yaml"), "--out", str(out), *given]).config
+
+
+def finished_steps(out: Path, manifest: Manifest) -> tuple[Store, dict[str, str]]:
+    """Return the store of OUT/matching/latest, and the fingerprints of that generator, of all its inputs, and of "data".
+
+    Raises UserError if the run has no generator yet, lacks an input, or was made from another data set.
+    """
+    directory = (out / "matching" / "latest").resolve()
+    if not (directory / CONTENTS).exists():
+        raise UserError(f"{out} holds no finished generator; run gdd_dist.train with --out {out} to its end first")
+    store = Store(directory.parent.parent)
+    made_from = read_json(directory / CONTENTS)["provenance"]["fingerprints"]
+    fps = {step: made_from[step] for step in STEPS[1:] if step in made_from}
+    if made_from["shards"] != manifest.fingerprint:
+        raise UserError(
+            f"the data set {manifest.name} {manifest.fingerprint} is not the one that {out} was trained on "
+            f"({made_from['shards']}); give the original data set with --data"
+        )
+    return store, {"data": manifest.fingerprint, **fps}
+
+
+def needed(steps: Iterable[str], store: Store, fps: Mapping[str, str]) -> dict[str, Path]:
+    """Return the directories of ``steps``. Raises UserError when one is missing."""
+    for step in steps:
+        if step not in fps:
+            raise UserError(
+                f"the run was made by a version without the step {step}; leave its row out of --baselines, or train again"
+            )
+        if not store.finished(step, fps[step]):
+            raise UserError(
+                f"{store.path(step, fps[step])} is missing; run the same gdd_dist.train command again to compute it"
+            )
+    return {step: store.path(step, fps[step]) for step in steps}
+
+
+def opened(
+    out: Path, config: Config, steps: Iterable[str], joined: Callable[[World], None]
+) -> tuple[Context, dict[str, str], dict[str, Path]]:
+    """Return (context, fingerprints of the generator's steps and of "data", directories of ``steps``), before any file is hashed.
+
+    ``joined``: gets the World as soon as this rank has joined. Raises UserError for what is missing.
+    """
+    from gdd_dist.runtime.world import World
+    from gdd_dist.training.context import Context, agreed_precision
+
+    data = data_of(out, config)
+    manifest = Manifest.load(data)
+    store, fps = finished_steps(out, manifest)
+    directories = needed(sorted(steps), store, fps)
+    world = World(config.device, config.timeout, config.deterministic)
+    joined(world)
+    ctx = Context(config, world, data, manifest, store, out, agreed_precision(config, world))
+    return ctx, fps, directories
