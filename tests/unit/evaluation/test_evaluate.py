@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import settings as settings_of_hypothesis
 from hypothesis import strategies as st
-from students import Made, make, settings
+from made_runs import Made, make, settings
 
 from gdd_dist import evaluate as program
 from gdd_dist.data.images import to_float

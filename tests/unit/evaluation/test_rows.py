@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 import pytest
-from students import FINGERPRINTS, settings
+from made_runs import FINGERPRINTS, settings
 
 from gdd_dist.config.settings import Config, Loader, Matching
 from gdd_dist.evaluation.confusion import StudentResult

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from made_runs import Made, make
 from PIL import Image
-from students import Made, make
 
 import gdd_dist
 from gdd_dist import export

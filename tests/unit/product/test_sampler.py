@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from made_runs import Made, make
 from safetensors.torch import save_file
-from students import Made, make
 
 import gdd_dist
 from gdd_dist.models.files import read_network, save_network

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 from browser import Browser, browser, needed
+from made_runs import HISTORY, Made, make, settings
 from PIL import Image
-from students import HISTORY, Made, make, settings
 
 from gdd_dist.config import command_line as configuration
 from gdd_dist.config.settings import Config, Matching

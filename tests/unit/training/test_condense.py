@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from students import Made, make, settings
+from made_runs import Made, make, settings
 
 from gdd_dist.evaluation.students import Frozen
 from gdd_dist.training import condense
