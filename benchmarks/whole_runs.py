@@ -30,7 +30,7 @@ PAIRS = (
     ("matched", "real"),
     ("matched", "equal_bytes"),
 )
-"""Which rows are compared: the plain ones, and what is chosen with what is drawn, of each."""
+"""Which plain rows are compared. Besides, of each what is chosen or condensed with what is drawn, and condensed sets with real ones."""
 Key = tuple[str, str, str, str, int]
 
 
@@ -74,7 +74,9 @@ def summary(metrics: list[dict[str, Any]]) -> dict[str, Any]:
             }
         )
         name, others = key[0], [b for a, b in PAIRS if a == key[0]]
-        others += [name.partition(",")[0]] if ", best of" in name else []
+        others += [name.partition(",")[0]] if "," in name else []
+        if ", condensed" in name:
+            others += [kind for kind, *row in runs[0] if kind.partition(",")[0] == "real" and tuple(row) == key[1:]]
         for other in others:
             if (beside := (other, *key[1:])) in runs[0]:
                 differences.append({"row": name, "minus": other, **paired(runs, key, beside)})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,7 +61,7 @@ class Monitor:
 
     ``directory`` is this step's own (None: no TensorBoard): after a resume, points of ``start`` and later that an
     interrupted run wrote are purged. ``passing``: of a part of a step; at its end its bar goes and no line is said.
-    ``whole``: says as text how long the whole run still takes, or nothing.
+    ``whole``: returns as text how long the whole run still takes, for the seconds left of this loop; empty: unknown.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Monitor:
         unit: str = "step",
         active: bool = True,
         passing: bool = False,
-        whole: object = "",
+        whole: Callable[[float], str] = lambda loop: "",
     ) -> None:
         self.step, self.total, self.unit, self._active, self._passing = step, total, unit, active, passing
         self._whole = whole
@@ -142,16 +142,19 @@ class Monitor:
         rate = (done - self._start) / max(now - self._begin, 1e-9)
         if images and due(done - 1, self.total):
             self.scalars(done - 1, {"images_per_second": images * rate})
+        left = (self.total - done) / rate if rate > 0 else 0.0
         if self._bar is not None:
-            self._bar.set_postfix_str(", ".join(filter(None, (note, str(self._whole)))), refresh=False)
+            self._bar.set_postfix_str(", ".join(filter(None, (note, self._whole(left)))), refresh=False)
             self._bar.update(done - self._done)
         ended = done == self.total and done > self._done and not self._passing
         self._done = done
         if self._bar is None and (now - self._line > LINE_SECONDS or ended):
             self._line = now
-            left = f", {duration((self.total - done) / rate)} left" if rate > 0 and done < self.total else ""
-            text = f"{self.step}: {done:,} of {self.total:,} {self.unit}s, {rate:{'.1f' if rate >= 1 else '.2g'}} {self.unit}s/s{left}"
-            say(", ".join(filter(None, (text, note, str(self._whole)))))
+            speed = f"{rate:{'.1f' if rate >= 1 else '.2g'}} {self.unit}s/s" + (
+                f", {duration(left)} left" if left else ""
+            )
+            text = f"{self.step}: {done:,} of {self.total:,} {self.unit}s, {speed}"
+            say(", ".join(filter(None, (text, note, self._whole(left)))))
 
     def flush(self) -> None:
         """Hand all points to the system: before a checkpoint, so that a resume from it leaves no gap in the curves."""

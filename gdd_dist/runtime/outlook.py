@@ -35,17 +35,17 @@ class Outlook:
             self._seconds += self._clock() - self._begin
         self._left.pop(step, None)
 
-    def seconds(self) -> float | None:
-        """Return the seconds until the run ends; None if there is no estimate yet."""
+    def seconds(self, loop: float = 0.0) -> float | None:
+        """Return the seconds until the run ends; None if there is no estimate yet. ``loop``: seconds that this step takes at least."""
         done, spent = self._done(), self._seconds + self._clock() - self._begin
         images = self._images + done
         if spent < FIRST_LOOK or not images:
             return None
         here = max(self._left.get(self._step, 0) - done, 0)
         later = sum(n for step, n in self._left.items() if step != self._step)
-        return (here + later) * spent / images
+        return max(here * spent / images, loop) + later * spent / images
 
-    def __str__(self) -> str:
-        """Return the text for progress lines; empty if there is no estimate yet, or nothing is left."""
-        seconds = self.seconds()
+    def __call__(self, loop: float = 0.0) -> str:
+        """Return the text for progress lines; empty if there is no estimate yet, or nothing is left. ``loop``: as of `seconds`."""
+        seconds = self.seconds(loop)
         return "" if not seconds else f"whole run: about {duration(seconds)} left"

@@ -62,8 +62,8 @@ class Context:
     keeps: bool = True
     """Whether decoded images may be kept in STORE/cache."""
     on_interval: OnInterval | None = None
-    outlook: object = ""
-    """Says as text how long the whole run still takes, or nothing."""
+    outlook: Callable[[float], str] = lambda loop: ""
+    """Returns as text how long the whole run still takes, for the seconds left of the loop at work; empty: unknown."""
     _images: dict[str, Images] = field(default_factory=dict)
 
     @property

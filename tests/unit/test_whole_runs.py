@@ -32,4 +32,12 @@ def test_rows_and_differences_of_two_runs() -> None:
     by = {(d["row"], d["minus"]): d for d in found["differences"]}
     assert by.keys() == {("matched", "gaussian"), ("matched, best of 3", "matched")}
     assert by["matched", "gaussian"]["of_runs"] == [2.0, 0.5]
+    moved = row("matched", 40.0, 40.0, protocol="fixed", condense=9)
+    beside = [row("real", 30.0, 31.0, protocol="fixed", **more) for more in ({}, {"select": 30})]
+    differences = whole_runs.summary([{"results": [*beside, moved]}])["differences"]
+    assert {(d["row"], d["minus"]) for d in differences} == {
+        ("real, best of 30", "real"),
+        ("matched, condensed", "real"),
+        ("matched, condensed", "real, best of 30"),
+    }
     assert (by["matched", "gaussian"]["mean"], by["matched", "gaussian"]["stderr"]) == (1.25, pytest.approx(0.75))

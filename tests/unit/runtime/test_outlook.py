@@ -22,7 +22,7 @@ def test_all_that_is_left_goes_at_the_speed_so_far() -> None:
     run.outlook.begin("teachers")
     run.work(20, 500)
     assert run.outlook.seconds() == pytest.approx(3500 / 25)
-    assert str(run.outlook) == "whole run: about 2 min left"
+    assert run.outlook() == "whole run: about 2 min left"
     run.work(20, 500)
     run.outlook.end("teachers")
     run.now += 7  # between two steps nothing is computed
@@ -35,12 +35,12 @@ def test_all_that_is_left_goes_at_the_speed_so_far() -> None:
 
 def test_nothing_is_guessed_from_nothing() -> None:
     run = Run()
-    assert str(run.outlook) == ""
+    assert run.outlook() == ""
     run.outlook.begin("teachers")
     run.work(9, 500)
-    assert str(run.outlook) == ""
+    assert run.outlook() == ""
     run.work(1, 0)
-    assert str(run.outlook) != ""
+    assert run.outlook() != ""
 
 
 def test_a_finished_step_slows_nothing() -> None:
@@ -58,3 +58,10 @@ def test_a_step_that_took_more_images_than_expected_has_none_left() -> None:
     run.outlook.begin("teachers")
     run.work(20, 4000)
     assert run.outlook.seconds() == pytest.approx(3000 / 200)
+
+
+def test_the_run_takes_no_less_than_the_loop_at_work() -> None:
+    run = Run()
+    run.outlook.begin("teachers")
+    run.work(20, 500)
+    assert run.outlook.seconds(loop=90) == pytest.approx(90 + 3000 / 25)
