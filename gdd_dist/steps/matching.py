@@ -1,6 +1,6 @@
-"""Step: move the generator until the teachers answer its images as they answer real ones of the same class.
+"""Step: train the generator until the teachers' logits on its images have the distribution of those on real images of the same class.
 
-`matching_step` is the method: draw, generate, train the discriminator, compare with the cache, add the terms, step.
+`matching_step` is the method: generate, train the discriminator, compare with the cache, add the terms, step.
 Shapes: B this rank's slots, in G groups of n that share a class and a teacher; L latent, C classes, H W pixels.
 """
 
@@ -37,11 +37,11 @@ from gdd_dist.training.sample_grid import sample_grid
 from gdd_dist.training.schedules import cosine
 
 REFIT = CHECKPOINTS + "/refit.safetensors"
-"""The refitted Gaussian until the step ends."""
+"""File of the refitted Gaussian, kept until the step ends."""
 
 
 def run(ctx: Context, work: Path, inputs: Inputs) -> dict[str, Any]:
-    """Match into ``work``: generator.safetensors. At intervals ``ctx.on_interval`` is told on rank 0."""
+    """Write generator.safetensors into ``work``. At intervals ``ctx.on_interval`` is called on rank 0."""
     pool = Pool(ctx, inputs.directories["teachers"], inputs.directories["logits"])
     others = beside(ctx, work, pool, inputs.directories["gaussian"])
     checkpoints = ctx.shared_checkpoints(work)
@@ -60,7 +60,7 @@ def run(ctx: Context, work: Path, inputs: Inputs) -> dict[str, Any]:
 
 
 def beside(ctx: Context, work: Path, pool: Pool, gaussian_dir: Path) -> dict[str, dict[str, Any]]:
-    """The candidates that are not trained here, measured on val: the Gaussian of each class, and that of what teachers choose."""
+    """Return the candidates that matching does not train, measured on val: the Gaussian per class, and the refitted one."""
     found = {"gaussian": chosen(gaussian_dir)}
     if refits(ctx.config):
         path, seed = work / CHECKPOINTS / "refit.json", ctx.config.step_seed("matching")
@@ -81,11 +81,11 @@ def _refitted(ctx: Context, work: Path, pool: Pool, gaussian_dir: Path) -> Linea
 
 
 class Batch(NamedTuple):
-    """This rank's share of a step: who stands where, in the order of teachers, and all that is drawn or read for it.
+    """One rank's share of a step, in the order of teachers: groups, labels, random numbers, cached logits and real images.
 
-    ``labels``: int64 [B]; ``z``: latents float32 [B, L]; ``draws``: what the teachers see images through, float32 [B, AUGMENT_DRAWS];
-    ``plain``: bool [B], which they see as they are; ``real_logits``: their answers to the real side of each pair, float32 [B, C];
-    ``means``: to each group's class, float32 [G, C]; ``real``: None without the adversarial term.
+    ``labels``: int64 [B]; ``z``: latents float32 [B, L]; ``draws``: of the teachers' augmentation, float32 [B, AUGMENT_DRAWS];
+    ``plain``: bool [B], true for images that are not augmented; ``real_logits``: cached logits of the real image of each pair, float32 [B, C];
+    ``means``: mean logits of each group's class, float32 [G, C]; ``real``: None without the adversarial term.
     """
 
     groups: Groups
@@ -101,14 +101,14 @@ class Batch(NamedTuple):
 def matching_step(
     ctx: Context, nets: Adversaries, pool: Pool, step: int, batch: Batch
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """One step. Returns the scalars loss, pair, mean, adv and the discriminator's, and the teachers' answers float32 [B, C]."""
+    """Do one step. Returns the scalars loss, pair, mean, adv and the discriminator's, and the teachers' logits float32 [B, C]."""
     m, labels = ctx.config.matching, batch.labels
 
-    # Generate. In one piece, the generator's one forward serves the discriminator too.
+    # Generate. Without micro-batches, the discriminator uses the same forward.
     cuts = nets.micro_batches(len(labels))
     whole = nets.g(batch.z, labels) if len(cuts) == 1 else None
 
-    # The discriminator trains on.
+    # Train the discriminator.
     real, scalars, moved = None, dict[str, Tensor](), None
     if batch.real is not None:
         real = mirrored(ctx, batch.real)
@@ -146,7 +146,7 @@ def matching_step(
 
 
 class Matching(loop.Trainee):
-    """The networks under way, the measurements so far, and the best generator among them."""
+    """The networks in training, the measurements so far, and the best generator."""
 
     name = "matching"
 
@@ -163,7 +163,7 @@ class Matching(loop.Trainee):
         self.best: dict[str, Tensor] = {}
 
     def begin(self, start: int) -> None:
-        """Open the monitor; the loader learns which real images come."""
+        """Open the monitor, and tell the loader which real images follow."""
         self.monitor = self._ctx.monitor("matching", self._work, self.steps, start=start)
         if self._ctx.config.matching.lambda_adv:
             self._images.expect(lambda step: self._groups(step).samples, start, self.steps)
@@ -172,7 +172,7 @@ class Matching(loop.Trainee):
         return self._pool.dealer.batch(step, self._ctx.world.rank, self._ctx.world.size).by_teacher()
 
     def read(self, step: int) -> Batch:
-        """Groups with the cache's answers, latents and draws, and the real images that the discriminator compares with."""
+        """Return the groups with cached logits, latents and random numbers, and the real images for the discriminator."""
         groups, m, seed = self._groups(step), self._ctx.config.matching, self._ctx.config.step_seed("matching")
         seed, slots, real = self.skips.seed(seed), groups.slots, None
         if m.lambda_adv:
@@ -190,7 +190,7 @@ class Matching(loop.Trainee):
         return self._ctx.sent(batch)
 
     def train(self, step: int, batch: Batch) -> dict[str, Tensor]:
-        """One step; at intervals both sides' standardized answers are shown: matching lays one histogram on the other."""
+        """Do one step; at intervals log histograms of the standardized logits of real and generated images, which matching makes alike."""
         scalars, answers = matching_step(self._ctx, self.nets, self._pool, step, batch)
         if self._ctx.world.is_main and (step % self._ctx.config.matching.interval == 0 or step == self.steps - 1):
             for side, logits in (("real", batch.real_logits), ("generated", answers)):
@@ -199,7 +199,7 @@ class Matching(loop.Trainee):
         return scalars
 
     def before_step(self, step: int) -> None:
-        """Measure at each interval and at the end; the generator that does best is kept."""
+        """Measure at each interval and at the end; keep the best generator."""
         m = self._ctx.config.matching
         if step % m.interval and step != m.steps:
             return
@@ -208,8 +208,10 @@ class Matching(loop.Trainee):
             self._ctx.on_interval(step, self.nets.ema, measured)
 
     def _measured(self, step: int) -> Measurement:
-        """Quick students on val, once per interval."""
-        if self.history and self.history[-1]["step"] == step:  # before an interruption; its points are purged
+        """Measure quick students on val, once per interval."""
+        if (
+            self.history and self.history[-1]["step"] == step
+        ):  # measured before an interruption, which removed its points
             found = Measurement(**self.history[-1])
             self.monitor.scalars(step, found.scalars())
             return found
@@ -248,7 +250,7 @@ class Matching(loop.Trainee):
         self.nets.close()
 
     def finish(self, work: Path, inputs: Inputs, candidates: Candidates) -> None:
-        """Write the selected generator as one self-contained file: another than an interval's, where none did better on val."""
+        """Write the selected generator as one self-contained file; it is another candidate's if that was better on val than every interval."""
         self.monitor.close()
         if self._ctx.world.is_main:
             self.nets.ema.load_state_dict(self.best)

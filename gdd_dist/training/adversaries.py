@@ -45,13 +45,13 @@ class Adversaries:
     def __init__(
         self, ctx: Context, generator: ImageGenerator, discriminator: Discriminator, betas: tuple[float, float]
     ) -> None:
-        # Copied before it is watched: a copy keeps the hook, and would count twice.
+        # The copy is made before `watch`: a copy would keep the hook, and then images would be counted twice.
         self.ema = ctx.watch(copy.deepcopy(generator)).eval().requires_grad_(False)
         self.generator, self.discriminator = ctx.watch(ctx.compiled(generator)), ctx.watch(discriminator)
-        # A classifier's group norms would turn it back at each layer; DeepSpeed cuts weights as they lie.
+        # Not for classifiers, whose group norms would convert it back, nor for DeepSpeed, which splits weights as they are in memory.
         if ctx.device.type == "cuda" and ctx.config.channels_last and ctx.config.engine == "ddp":
             channels_last(self.generator, self.discriminator, self.ema)
-        # DeepSpeed cuts the weights, and decides itself which steps to skip.
+        # DeepSpeed splits the weights, and decides itself which steps to skip.
         adam = partial(_adam, betas=betas, fused=ctx.config.engine == "ddp")
         label = torch.zeros(1, dtype=torch.int64, device=ctx.device)
         latent = label.new_zeros(1, generator.latent).float()
@@ -67,10 +67,10 @@ class Adversaries:
         self.skips = Skips()
         buffers = {name for name, _ in generator.named_buffers()}
         self._fixed = {name: value.cpu() for name, value in generator.state_dict().items() if name in buffers}
-        """What no step moves: the linear part of a generator that starts at one."""
+        """Weights that no step changes: the linear part of a generator that starts at the Gaussian."""
 
     def micro_batches(self, slots: int) -> list[slice]:
-        """This rank's ``slots`` of a step, cut into the micro-batches that the engines were made for."""
+        """Return this rank's ``slots`` of a step, split into the micro-batches for which the engines were made."""
         share = slots // self._ctx.config.accumulate
         return [slice(i, i + share) for i in range(0, slots, share)]
 
@@ -82,7 +82,7 @@ class Adversaries:
 
     @torch.no_grad()
     def draw(self, z: Tensor, labels: Tensor) -> Tensor:
-        """The generator's images as its engine draws them, without a graph; float32."""
+        """Return images drawn in the engine's precision, without a graph: float32."""
         with autocast(self._ctx.device, self._ctx.precision):
             images: Tensor = self.generator(z, labels)
         return images.float()
@@ -90,9 +90,9 @@ class Adversaries:
     def train_discriminator(
         self, real: Tensor, fake: Tensor, labels: Tensor, gamma: float, augment: Augmentation, lr: float
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """One step of the relativistic loss with penalties γ/2 (R1 + R2) (R3GAN, Huang et al. 2024, eq. 7); pairs share a label.
+        """Do one step of the relativistic loss with penalties γ/2 (R1 + R2) (R3GAN, Huang et al. 2024, eq. 7); pairs share a label.
 
-        Both sides pass through ``augment``, real first. float [B, C, H, W] in [-1, 1]. Returns the scalars to log, and whether
+        Both real and generated images are augmented, the real ones first. float [B, C, H, W] in [-1, 1]. Returns the scalars to log, and whether
         the discriminator moved, a bool scalar.
         """
         real, fake = augment(real).detach(), augment(fake.detach()).detach()
@@ -101,7 +101,7 @@ class Adversaries:
         return scalars, self.d.step(lr)
 
     def _discriminator_backward(self, real: Tensor, fake: Tensor, labels: Tensor, gamma: float) -> dict[str, Tensor]:
-        # One forward and one double backward of both sides: an image's score knows no neighbours in the batch.
+        # One forward and one double backward for real and generated images together: scores do not depend on other images of the batch.
         images = torch.cat((real, fake)).requires_grad_()
         scores = self.d(images, torch.cat((labels, labels)))
         real_scores, fake_scores = scores.chunk(2)
@@ -117,22 +117,22 @@ class Adversaries:
         }
 
     def generator_loss(self, real: Tensor, fake: Tensor, labels: Tensor, augment: Augmentation) -> Tensor:
-        """The relativistic generator loss of ``fake``, differentiable in the images."""
+        """Return the relativistic generator loss of ``fake``, differentiable with respect to the images."""
         with torch.no_grad():
             real_scores = self._scores(augment(real), labels)
         return losses.relativistic_generator(real_scores, self._scores(augment(fake), labels))
 
     def generator_backward(self, images: Tensor, loss: ImageLoss) -> dict[str, Tensor]:
-        """Send the gradient of ``loss`` back through the generator that drew float ``images`` [B, C, H, W].
+        """Propagate the gradient of ``loss`` back through the generator that drew float ``images`` [B, C, H, W].
 
-        Returns the terms of the loss, and the whole as "loss", detached.
+        Returns the terms of the loss, and their sum as "loss", detached.
         """
         value, terms, gradient = image_gradient(loss, images)
         self.g.backward((images * gradient).sum())
         return {"loss": value, **terms}
 
     def step_generator(self, lr: float, decay: float, others_moved: Tensor | None) -> None:
-        """The generator's step, and its running mean's; ends a training step, in which the other network, if there was one, moved or not.
+        """Update the generator and its EMA. ``others_moved``: whether the discriminator moved in this step; None if it was not trained.
 
         Raises Diverged when too many steps in a row moved nothing.
         """
@@ -146,14 +146,14 @@ class Adversaries:
         return scores.float()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a checkpoint needs; whole on rank 0."""
+        """Return everything that a checkpoint needs; complete on rank 0."""
         g = self.g.state_dict()
         g["module"], ema = self._trained(g["module"]), self._trained(self.ema.state_dict())
         state = {"g": g, "d": self.d.state_dict(), "ema": ema, "skips": self.skips.state_dict()}
         return {**state, "fixed": self._fixed_hash()} if self._fixed else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What ``state_dict`` gave. Raises UserError where it belongs to a generator with another fixed part."""
+        """Load a result of ``state_dict``. Raises UserError if it belongs to a generator with another linear part."""
         if state.get("fixed") != (self._fixed_hash() if self._fixed else None):
             raise UserError("the checkpoint belongs to a generator with another linear part; remove its directory")
         self.g.load_state_dict({**state["g"], "module": {**state["g"]["module"], **self._fixed}})
@@ -162,18 +162,18 @@ class Adversaries:
         self.skips.load_state_dict(state["skips"])
 
     def _trained(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """``weights`` of the generator without its fixed part, which no checkpoint needs to hold again."""
+        """Return the generator's ``weights`` without its fixed part, which checkpoints do not repeat."""
         return {name: value for name, value in weights.items() if name not in self._fixed}
 
     def _fixed_hash(self) -> str:
-        """Names the fixed part: SHA-256 of its numbers."""
+        """Return the SHA-256 of the fixed part's values."""
         found = hashlib.sha256()
         for name, value in sorted(self._fixed.items()):
             found.update(name.encode() + value.numpy().tobytes())
         return found.hexdigest()
 
     def save_discriminator(self, directory: Path, write: bool) -> None:
-        """The discriminator, and its engine's state, so that matching goes on with it. All ranks call it, some write."""
+        """Save the discriminator and its engine's state, with which matching continues. All ranks call it; those with ``write`` write."""
         state = self.d.state_dict()
         if write:
             meta = {"format": "gdd-discriminator/1", "arch": self.discriminator.arch}
@@ -183,7 +183,7 @@ class Adversaries:
             write_atomic(directory / DISCRIMINATOR_STATE, buffer.getvalue())
 
     def load_discriminator_state(self, directory: Path) -> None:
-        """What ``save_discriminator`` wrote. Raises UserError naming a damaged file."""
+        """Load what ``save_discriminator`` wrote. Raises UserError naming a damaged file."""
         path = directory / DISCRIMINATOR_STATE
         try:
             self.d.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -201,26 +201,26 @@ def _adam(net: torch.nn.Module, betas: tuple[float, float], fused: bool) -> torc
 
 
 def channels_last(*networks: torch.nn.Module) -> None:
-    """Keep the weights of convolutions channels last; what these convolutions compute then is too. Numbers stay the same, up to rounding."""
+    """Convert convolutions to the channels-last memory format. Results stay the same, up to rounding."""
     for net in networks:
         net.to(memory_format=torch.channels_last)
 
 
 def mean_scalars(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The means over equal micro-batches."""
+    """Return the means over equal micro-batches."""
     return parts[0] if len(parts) == 1 else {k: torch.stack([p[k] for p in parts]).mean(0) for k in parts[0]}
 
 
 def ema_decay(batch: int, half_life: float, images_seen: float = math.inf) -> float:
-    """Decay of one step of ``batch`` images for a half-life in images, at most a twentieth of the images seen so far (StyleGAN2-ADA)."""
+    """Return the EMA's decay of a step of ``batch`` images, for a half-life in images of at most a twentieth of those seen (StyleGAN2-ADA)."""
     return float(0.5 ** (batch / max(min(half_life, images_seen * 0.05), 1e-8)))
 
 
 class RealSide(NamedTuple):
-    """What the discriminator needs of a step's B slots.
+    """What the discriminator needs for the B slots of a step.
 
-    ``images``: real ones, uint8 [B, channels, H, W]. ``mirror``: draws that mirror them, float32 [B, AUGMENT_DRAWS]. ``d`` and ``g``:
-    draws of what the discriminator sees both sides through in its own step and in the generator's, float32 [B, AUGMENT_DRAWS + 1].
+    ``images``: real ones, uint8 [B, channels, H, W]. ``mirror``: random numbers that mirror them, float32 [B, AUGMENT_DRAWS]. ``d`` and
+    ``g``: of the augmentation in the discriminator's step and in the generator's, float32 [B, AUGMENT_DRAWS + 1].
     """
 
     images: Tensor
@@ -230,7 +230,7 @@ class RealSide(NamedTuple):
 
     @classmethod
     def drawn(cls, images: Tensor, seed: int, step_name: str, step: int, slots: np.ndarray) -> RealSide:
-        """``images`` with the draws of these ``slots`` int64 [B] in the step ``step`` of "gan" or "matching"."""
+        """Return ``images`` with the random numbers of ``slots`` int64 [B] in a step of "gan" or "matching"."""
 
         def draws(purpose: str, n: int) -> Tensor:
             return torch.from_numpy(uniform(seed, f"{step_name}/{purpose}", step, slots, n))
@@ -240,7 +240,7 @@ class RealSide(NamedTuple):
 
 
 def augmentation(ctx: Context, draws: Tensor) -> Augmentation:
-    """What the discriminator sees images through, for draws float32 [B, AUGMENT_DRAWS + 1]: applied to a share ``augment_p`` of them."""
+    """Return the discriminator's augmentation for random numbers float32 [B, AUGMENT_DRAWS + 1]; a share ``augment_p`` of images gets it."""
     g = ctx.config.gan
     chosen = (draws[:, -1] < g.augment_p)[:, None, None, None]
 
@@ -252,15 +252,15 @@ def augmentation(ctx: Context, draws: Tensor) -> Augmentation:
 
 
 def mirrored(ctx: Context, real: RealSide) -> Tensor:
-    """Real images as floats [B, C, H, W] in [-1, 1], mirrored at random where the data allows it."""
+    """Return real images as floats [B, C, H, W] in [-1, 1], mirrored at random if the data allows it."""
     images = to_float(real.images, ctx.device)
     return augment(images, real.mirror, flip=True, ops="none", fill=0.0) if ctx.config.loader.flip else images
 
 
 def image_gradient(loss: ImageLoss, images: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """(loss, its terms, d loss / d images), all detached, at float ``images`` [B, C, H, W]; no weight gets a gradient.
+    """Return (loss, its terms, d loss / d images), all detached, at float ``images`` [B, C, H, W]; no weight gets a gradient.
 
-    So a loss knows no engine: the generator's own engine carries the gradient of the images on to its weights.
+    A loss therefore does not need the engine: the generator's engine propagates the gradient of the images to its weights.
     """
     leaf = images.detach().requires_grad_()
     value, terms = loss(leaf)
