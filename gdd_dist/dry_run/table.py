@@ -17,7 +17,7 @@ from gdd_dist.dry_run.estimates import ESTIMATES
 from gdd_dist.dry_run.trial import Trial
 from gdd_dist.pipeline.dataset import data_or_digits
 from gdd_dist.pipeline.fingerprints import fingerprints
-from gdd_dist.pipeline.preflight import check
+from gdd_dist.pipeline.preflight import check, fitted
 from gdd_dist.pipeline.store_users import store_of
 from gdd_dist.reporting.tables import aligned
 from gdd_dist.runtime.memory import CUDA_CONTEXT
@@ -54,6 +54,8 @@ def show(world: World, config: Config) -> None:
     with tempfile.TemporaryDirectory(prefix="gdd-dry-run-") as scratch:
         data, built = data_or_digits(config, out, Path(scratch))
         manifest = Manifest.load(data)
+        config, changed = fitted(config, manifest)
+        world.say(changed)
         check(config, manifest, world.size, world.device)
         precision = agreed_precision(config, world)
         ctx = Context(config, world, data, manifest, Store(store_of(out, config)), out, precision, keeps=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from gdd_dist.config.settings import Config
@@ -14,6 +16,20 @@ from gdd_dist.models.residual import side_widths
 from gdd_dist.pipeline.memory_needed import check_memory
 from sharding.errors import UserError
 from sharding.manifest import Manifest
+
+
+def fitted(config: Config, manifest: Manifest) -> tuple[Config, str]:
+    """Return the settings with batches of at most the training images, and a line about what was changed, empty if nothing was.
+
+    A set may have fewer images than a preset's batch. The batch is then the largest power of two that the set fills.
+    """
+    samples = manifest.splits["train"].samples if "train" in manifest.splits else 0
+    most = 1 << max(0, samples.bit_length() - 1)
+    large = {name: getattr(config, name).batch for name in ("teachers", "gan") if getattr(config, name).batch > samples}
+    for name in large:
+        config = replace(config, **{name: replace(getattr(config, name), batch=most)})
+    changed = ", ".join(f"--{name}.batch {batch} becomes {most}" for name, batch in large.items())
+    return config, f"data: only {samples} training images: {changed}" if large else ""
 
 
 def check(config: Config, manifest: Manifest, world: int, device: torch.device) -> None:

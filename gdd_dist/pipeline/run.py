@@ -17,7 +17,7 @@ from gdd_dist.config.steps import STEPS, TABLE, Inputs
 from gdd_dist.models.classifiers import CONSTANT
 from gdd_dist.pipeline.fingerprints import fingerprints
 from gdd_dist.pipeline.images_expected import images_expected
-from gdd_dist.pipeline.preflight import check
+from gdd_dist.pipeline.preflight import check, fitted
 from gdd_dist.pipeline.store_users import note_user, store_of
 from gdd_dist.pipeline.verify_inputs import verify_inputs
 from gdd_dist.reporting.tables import table
@@ -76,6 +76,8 @@ def run(
 ) -> None:
     """Run all steps up to --until. ``shards``: status and seconds of the data set; ``on_interval``: called by matching."""
     manifest = Manifest.load(data)
+    config, changed = fitted(config, manifest)
+    world.say(changed)
     precision = agreed_precision(config, world)
     check(config, manifest, world.size, world.device)
     world.say(idle(config, world.size))

@@ -9,11 +9,23 @@ from gdd_dist.config.command_line import parse
 from gdd_dist.config.settings import Config
 from gdd_dist.pipeline import memory_needed
 from gdd_dist.pipeline.dataset import data_directory
-from gdd_dist.pipeline.preflight import check
+from gdd_dist.pipeline.preflight import check, fitted
 from sharding.errors import UserError
 from sharding.manifest import Manifest
 
 CPU = torch.device("cpu")
+
+
+def test_a_batch_is_no_larger_than_a_small_set(digits):
+    whole = Manifest.load(digits)
+    few = dataclasses.replace(whole.splits["train"], samples=26)
+    small = dataclasses.replace(whole, splits={**whole.splits, "train": few})
+    config = parse(["--gan.batch", "16"]).config
+    assert fitted(config, whole) == (config, "")
+    found, line = fitted(config, small)
+    assert (found.teachers.batch, found.gan.batch) == (16, 16)
+    assert line == "data: only 26 training images: --teachers.batch 64 becomes 16"
+    assert dataclasses.replace(found, teachers=config.teachers) == config  # nothing else is touched
 
 
 def test_one_class_alone_is_refused(digits):
