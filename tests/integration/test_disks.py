@@ -39,7 +39,7 @@ def test_two_disks_end_with_the_files_of_one(undisturbed, tmp_path):
     job = ranks.start(tmp_path / "a", argv + ["--out", "out"], 2, before=functools.partial(on_host, folder=tmp_path))
     found = job.wait()
     assert found.codes == [0, 0], found.text
-    assert "do not see" in found.err[0]
+    assert "cannot see" in found.err[0]
     for step in ("teachers", "logits", "gaussian", "gan", "matching"):
         fp = undisturbed.steps[step]["fingerprint"]
         here, there = (tmp_path / f"host-{r}" / "store" / step / fp for r in (0, 1))
