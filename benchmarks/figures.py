@@ -138,12 +138,15 @@ def natural_short() -> str:
     """CIFAR-10 in three sentences."""
     run = record("cifar10-cpu.json")
     by = {r["train_on"]: f"{r['mean']:.1f} %" for r in run["rows"]}
+    fixed = record("cifar10-fixed.json")
+    few = {r["train_on"]: f"{r['mean']:.1f} %" for r in fixed["rows"]}
     gain = next(d for d in run["differences"] if (d["row"], d["minus"]) == ("matched", "gaussian"))
     return (
         f"On CIFAR-10, with {len(run['seconds'])} whole runs on two cores, students reach {by['real']} on real images and {by['matched']} "
         f"on matched ones. They reach {by['gan']} on the GAN's and {by['gaussian']} on a Gaussian per class. "
         f"Matched minus Gaussian is {gain['mean']:+.1f} ± {gain['stderr']:.1f} points (standard error over runs).\n"
-        f"With the best of three draws, chosen by the teachers: real {by['real, best of 3']}, matched {by['matched, best of 3']}.\n"
+        f"One fixed set of {fixed['rows'][0]['ipc']} images per class: real {few['real']}, the best of 30 real ones {few['real, best of 30']}, "
+        f"condensed {few['gaussian, condensed']}.\n"
     )
 
 
@@ -388,6 +391,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "protocols": protocols,
     "digits": lambda: students("digits.json"),
     "cifar10-cpu": lambda: whole_runs("cifar10-cpu.json"),
+    "cifar10-fixed": lambda: whole_runs("cifar10-fixed.json"),
     "natural-short": natural_short,
     "cifar10-trial": lambda: students("cifar10-trial.json"),
     "tiny-imagenet-trial": lambda: students("tiny-imagenet-trial.json"),

@@ -2,7 +2,7 @@
 
 The latents start at the draws that the teachers choose. Each step asks one teacher, in turn. Its loss has two terms: cross-entropy (each
 image belongs to its class), and the distance of mean features (the images of a class together look like real ones, as in distribution
-matching, Zhao & Bilen 2023). The second term alone holds the set together: without it the images become adversarial examples.
+matching, Zhao & Bilen 2023). The second term keeps the images from becoming adversarial examples, which teach nothing.
 Shapes: N images in whole classes, n images per class, L latent, F features.
 """
 

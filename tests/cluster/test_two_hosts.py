@@ -78,7 +78,7 @@ def test_two_hosts_of_two_ranks_give_the_bits_of_one_of_four(undisturbed, tmp_pa
                 job.kill()
     logs = "\n".join((home / f"log-{i}").read_text() for i, home in enumerate(homes))
     assert codes == [0, 0], logs
-    assert ("do not see" in logs) == (disks == "two")
+    assert ("cannot see" in logs) == (disks == "two")
     for step in ("gan", "matching"):
         fp = undisturbed.steps[step]["fingerprint"]
         for home in homes:

@@ -169,7 +169,7 @@ def test_signals_that_are_repeated_or_passed_on_are_one_preemption(undisturbed, 
     (tmp_path / "go on").touch()
     ended = job.wait()
     assert ended.codes == [143, 143], ended.text
-    assert all("; all is saved, the same command" in err for err in ended.err), ended.text
+    assert all("; all is saved, run the same command" in err for err in ended.err), ended.text
     assert (out / "preempted").exists()
 
 

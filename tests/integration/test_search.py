@@ -190,7 +190,7 @@ def test_resources_that_no_node_has_are_told_at_once(tmp_path):
     for options, words in (
         (Options(cpus_per_trial=5), "no node has the 5 CPUs of a rank .10.0.0.1: 4 CPUs, 0 GPUs, 10.0.0.2"),
         (Options(gpus_per_trial=1), "no node has the 1 CPUs and 1 GPUs"),
-        (Options(ranks_per_trial=7), "holds 6 ranks of 1 CPUs, fewer than --ranks-per-trial 7"),
+        (Options(ranks_per_trial=7), "has room for 6 ranks of 1 CPUs, fewer than --ranks-per-trial 7"),
     ):
         with pytest.raises(Exception, match=words):
             check_resources(options, hosts)

@@ -76,7 +76,8 @@ def test_a_changed_record_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     run = figures.record("digits.json")
     run["metrics"]["shortcut_gap"]["matched"] += 0.1
     (tmp_path / "digits.json").write_text(json.dumps(run))
-    (tmp_path / "cifar10-cpu.json").write_bytes((figures.RESULTS / "cifar10-cpu.json").read_bytes())
+    for name in ("cifar10-cpu.json", "cifar10-fixed.json"):
+        (tmp_path / name).write_bytes((figures.RESULTS / name).read_bytes())
     monkeypatch.setattr(figures, "RESULTS", tmp_path)
     assert figures.differing(PAGES["README.md"]) == ["digits"]
 
