@@ -18,7 +18,7 @@ from gdd_dist.config.ranks import taking_part
 from gdd_dist.config.steps import refits
 from gdd_dist.data.logit_cache import MEANS, logit_file
 from gdd_dist.dry_run.trial import SILENT, Training, Trial, answering, condensing, drawing, labelling, smaller, studying
-from gdd_dist.evaluation import quick_students, rows, student_results, students
+from gdd_dist.evaluation import job_images, quick_students, rows, student_results, students
 from gdd_dist.evaluation.kinds import GENERATORS
 from gdd_dist.models.files import GENERATOR, TEACHERS, load_generator_network, save_network
 from gdd_dist.models.gaussian import LinearGenerator
@@ -245,7 +245,7 @@ def estimate_report(trial: Trial, work: Path) -> Estimate:
     parts = [_student(trial, j, test) for j in left]
     seconds = makespan([sum(part.seconds for part in own) for own in parts], ctx.world.size)
     cost = Cost.peak([Cost(0.0, trial.meter.base), *(part for own in parts for part in own)], seconds)
-    images = sum(rows.images_forwarded(j, t.seeds * len(t.architectures), ctx.manifest) for j in left)
+    images = sum(job_images.images_forwarded(j, t.seeds * len(t.architectures), ctx.manifest) for j in left)
     images += 2 * min(ctx.classes, report.SAMPLE_CLASSES) * report.SAMPLE_COLUMNS + diagnostics.forwards(ctx)
     note = work / CHECKPOINTS / "start.json"
     resumes = note.exists() and len(known) > read_json(note)["students"]
@@ -255,13 +255,13 @@ def estimate_report(trial: Trial, work: Path) -> Estimate:
 def _student(trial: Trial, job: rows.Job, test: int) -> list[Cost]:
     """Return the costs of a student; the frozen networks that it learns from stay in memory."""
     b, row, draw = job.budget, job.row, NOTHING
-    answered = (b.images_seen if row.labels == "soft" else 0) + rows.images_chosen(job)
-    answered += rows.images_compared(job, trial.ctx.manifest)
+    answered = (b.images_seen if row.labels == "soft" else 0) + job_images.images_chosen(job)
+    answered += job_images.images_compared(job, trial.ctx.manifest)
     label = trial.cost(answered, soft_labels.BATCH, labelling)
     if row.train_on in GENERATORS:
         batch = min(drawn.DRAW_BATCH, students.CHUNK_IMAGES)
-        draw = trial.cost(rows.images_drawn(job), batch, drawing, "gan")
-    moved = trial.cost(rows.images_condensed(job, trial.ctx.manifest), condense.PART, condensing)
+        draw = trial.cost(job_images.images_drawn(job), batch, drawing, "gan")
+    moved = trial.cost(job_images.images_condensed(job, trial.ctx.manifest), condense.PART, condensing)
     own = [
         trial.cost(b.images_seen, b.batch, studying, row.student),
         trial.cost(test, PREDICT_BATCH, answering, row.student),

@@ -15,8 +15,9 @@ import torch
 
 from gdd_dist.evaluation.confusion import StudentResult, pack, unpack
 from gdd_dist.evaluation.ddranking import with_scores
+from gdd_dist.evaluation.job_images import images_answered, images_condensed
 from gdd_dist.evaluation.kinds import GENERATORS, kind_of
-from gdd_dist.evaluation.rows import Job, Row, images_answered, images_condensed, jobs, result, with_ceiling_shares
+from gdd_dist.evaluation.rows import Job, Row, jobs, result, with_ceiling_shares
 from gdd_dist.evaluation.students import Frozen, train
 from gdd_dist.models.classifiers import build_classifier
 from gdd_dist.models.files import GENERATOR, read_teachers

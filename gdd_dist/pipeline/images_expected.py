@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from gdd_dist.config.steps import TABLE, refits
 from gdd_dist.evaluation import quick_students, rows, student_results
+from gdd_dist.evaluation.job_images import images_forwarded
 from gdd_dist.steps import gaussian
 from gdd_dist.training import gaussian_refit
 from gdd_dist.training.context import Context
@@ -56,7 +57,7 @@ def _matching(ctx: Context, _: Mapping[str, str]) -> int:
 def _report(ctx: Context, fps: Mapping[str, str]) -> int:
     jobs = rows.jobs(ctx.config, ctx.manifest, ctx.precision, {"data": fps["shards"], **fps})
     known = student_results.cached(ctx, jobs)
-    return sum(rows.images_forwarded(j, _trainings(ctx), ctx.manifest) for j in jobs if j.fingerprint not in known)
+    return sum(images_forwarded(j, _trainings(ctx), ctx.manifest) for j in jobs if j.fingerprint not in known)
 
 
 def _trainings(ctx: Context) -> int:

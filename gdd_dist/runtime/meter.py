@@ -134,7 +134,7 @@ class Meter:
     def _measure(self, step: Callable[[], object], last: bool) -> Cost:
         """The first step sets up what lasts (optimizer state, kernels); the second is timed, and more where it is short."""
         reset_peak(self._device)
-        held = peak_memory(self._device) - self.base
+        held = max(0.0, peak_memory(self._device) - self.base)  # an earlier heap may have room for it
         step()
         seconds = self._timed(step, 1)
         again = self._world.broadcast(min(20, int(REPEAT_SECONDS / max(seconds, 1e-9))))

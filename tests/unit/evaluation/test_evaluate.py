@@ -20,7 +20,8 @@ from made_runs import Made, make, settings
 from gdd_dist import evaluate as program
 from gdd_dist.data.images import to_float
 from gdd_dist.data.order import Recent
-from gdd_dist.evaluation.rows import Row, images_forwarded, jobs
+from gdd_dist.evaluation.job_images import images_forwarded
+from gdd_dist.evaluation.rows import Row, jobs
 from gdd_dist.evaluation.student_results import costs, evaluate, record_path, with_bytes
 from gdd_dist.evaluation.students import Frozen, Sets, real_samples, train
 from gdd_dist.pipeline.finished_run import finished_steps
