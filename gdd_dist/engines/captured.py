@@ -1,4 +1,4 @@
-"""--compile on a GPU: a training step that becomes a CUDA graph. The host then starts all of its kernels with one call."""
+"""--compile on a GPU: a training step becomes a CUDA graph, so that the host starts all of its kernels with one call."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 Step = Callable[..., Tensor]
-"""Tensors → a tensor. It asks the host for nothing, and changes only what outlives it, such as weights and their momentum."""
+"""A function of tensors that returns a tensor. It never waits for the device, and changes only lasting tensors, such as weights."""
 WARM = 3
-"""Calls for a shape that run as they are: they choose the kernels and compile them, which must not happen in a capture."""
+"""Ordinary calls for a shape before the capture: they choose and compile the kernels, which must not happen during a capture."""
 
 
 class Captured:
-    """A step that is recorded for each shape of its inputs, after WARM calls, and replayed from then on: the same kernels.
+    """A step that is recorded for each shape of its inputs, after WARM calls, and then replayed with the same kernels.
 
-    What a call gives is overwritten by the next call for the same shape. Numbers that the step takes from Python are recorded too.
+    The next call for the same shape overwrites the result. Python numbers that the step uses are recorded with it, and do not change.
     """
 
     def __init__(self, step: Step) -> None:
@@ -27,11 +27,11 @@ class Captured:
         self._recorded: dict[Any, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """What the step gives for these inputs, tensors on the device."""
+        """Return the step's result for these inputs, tensors on the device."""
         shapes = tuple((x.shape, x.dtype) for x in inputs)
         self._calls[shapes] += 1
         if self._calls[shapes] <= WARM:
-            return self._as_it_is(inputs)
+            return self._ordinary(inputs)
         if shapes not in self._recorded:
             self._recorded[shapes] = self._record(inputs)
         graph, held, result = self._recorded[shapes]
@@ -39,8 +39,8 @@ class Captured:
         graph.replay()
         return result
 
-    def _as_it_is(self, inputs: Sequence[Tensor]) -> Tensor:
-        """On the stream that will record, as torch asks for: what a stream is given at its first call is then there."""
+    def _ordinary(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Run the step on the recording stream, as torch requires, so that everything a stream sets up once is there before the capture."""
         here = torch.cuda.current_stream()
         self._stream.wait_stream(here)
         with torch.cuda.stream(self._stream):
@@ -49,9 +49,9 @@ class Captured:
         return result
 
     def _record(self, inputs: Sequence[Tensor]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
-        """The graph, the tensors that it reads, and the one that it gives. Nothing is computed yet."""
+        """Return the graph, its input tensors, and its result. Nothing is computed yet."""
         graph, held = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
-        # Threads that read ahead go on meanwhile: what they ask of the device is no fault of this stream.
+        # Threads that read ahead continue during the capture, and their use of the device must not end it.
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             result = self._step(*held)
         return graph, held, result

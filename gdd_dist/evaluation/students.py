@@ -1,8 +1,8 @@
-"""Training the report's students, one at a time on one rank. Every random number is a function of (report seed, purpose, place).
+"""Trains the report's students, one at a time on one rank. Every random number is a function of (report seed, purpose, place).
 
-Purposes do not name what a row trains on: the rows of one student seed share initial weights, order, latents and
-augmentation, so their differences are those of the images and labels alone.
-Shapes: n images, K classes, H W; a place p counts all images that a student sees, a set has IPC images of each class.
+Purposes do not contain what a row trains on, so all rows of one student seed have the same initial weights, order, latents and
+augmentation, and differ only in images and labels.
+Shapes: n images, K classes, H W. A place is a position in the sequence of all images that a student sees; a set has IPC images per class.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ from gdd_dist.training.soft_labels import chosen, soft_labels
 from sharding.errors import UserError
 
 CHUNK_IMAGES = 512
-"""Images drawn, augmented and labelled at once, ahead of the steps that train on them: small steps would wait for the overhead."""
+"""Images that are drawn, augmented and labelled together, before the steps that train on them; one step at a time would be slow."""
 
 Fetch = Callable[[np.ndarray, int], Tensor]
-"""``fetch(slots, n)``: the n-th draw for each slot, uint8 [len(slots), C, H, W]."""
+"""``fetch(slots, n)`` returns the n-th draw for each slot, uint8 [len(slots), C, H, W]."""
 Draw = Callable[[int, str, int, int], np.ndarray]
 
 
 class Frozen:
-    """The networks that students learn from, loaded on first use and kept for this rank's other students."""
+    """The networks from which students learn, loaded on first use and shared by this rank's students."""
 
     def __init__(self, ctx: Context, dirs: Mapping[str, Path]) -> None:
         self._ctx, self._dirs = ctx, dirs
         self._generators: dict[str, ImageGenerator] = {}
 
     def generator(self, train_on: str) -> ImageGenerator:
-        """The generator of the rows that train on what it draws, in evaluation mode."""
+        """Return the generator of rows that train on ``train_on``, in evaluation mode."""
         if train_on not in self._generators:
             net, _ = load_generator_network(self._dirs[GENERATORS[train_on]] / GENERATOR)
             self._generators[train_on] = self._ctx.watch(net).eval().requires_grad_(False)
@@ -61,29 +61,29 @@ class Frozen:
 
     @cached_property
     def equal_bytes(self) -> int:
-        """Real images of each class that, as they are stored, fit the bytes of the matched generator's file; one at least."""
+        """Number of stored real images per class that take as many bytes as the matched generator's file; at least one."""
         shards = self._ctx.images("train").shards
         size = (self._dirs["matching"] / GENERATOR).stat().st_size
         return max(1, int(size * shards.samples / shards.payload_bytes) // self._ctx.classes)
 
     @cached_property
     def teachers(self) -> list[Classifier]:
-        """Each training's last snapshot."""
+        """The last snapshot of each teacher training."""
         return [self._ctx.teacher(t) for t in read_teachers(self._dirs["teachers"]) if t.last]
 
     def soft_labels(self, images: Tensor, temperature: float) -> Tensor:
-        """The teachers' labels float32 [n, K] of float images [n, C, H, W]."""
+        """Return the teachers' soft labels, float32 [n, K], of float images [n, C, H, W]."""
         return soft_labels(self.teachers, images, temperature, self._ctx.precision)
 
     def chosen(self, draws: Tensor, labels: np.ndarray) -> Tensor:
-        """Of draws uint8 [m, n, C, H, W] for n ``labels`` those n that the teachers choose."""
+        """Return the image that the teachers choose for each of n ``labels``, from draws uint8 [m, n, C, H, W]."""
         return chosen(self.teachers, draws, torch.from_numpy(labels).to(self._ctx.device), self._ctx.precision)
 
 
 def real_samples(
     seed: int, purpose: str, slots: np.ndarray, ipc: int, members: list[np.ndarray], draw: Draw = permutation
 ) -> np.ndarray:
-    """Sample numbers of real images for slots of a sequence of sets: none of a class comes again before all of it came.
+    """Return sample numbers of real images for slots of a sequence of sets; a sample repeats only after all others of its class.
 
     Slot s is image s mod (IPC·K) of set s div (IPC·K), sets ordered by class. ``members``: sample numbers by class;
     ``draw``: `permutation`, or a `Recent` of it.
@@ -98,9 +98,9 @@ def real_samples(
 
 
 class Sets:
-    """What a student of a row sees: a set of IPC images of each class, a fresh one each epoch (regenerate) or one (fixed).
+    """The images that a row's student sees: sets of IPC images per class, a new one in each epoch (regenerate) or only one (fixed).
 
-    ``take(places)`` gives uint8 images [n, C, H, W] and labels int64 [n] in the order of training.
+    ``take(places)`` returns uint8 images [n, C, H, W] and labels int64 [n] in the order of training.
     """
 
     def __init__(self, ctx: Context, frozen: Frozen, row: Row, seed: int) -> None:
@@ -109,7 +109,7 @@ class Sets:
         self._same = self._fixed and not row.augmented
         self._seed, self.purpose = ctx.config.step_seed("report"), f"report/{row.protocol}/{row.ipc}/{seed}"
         self.images = row.ipc * ctx.classes
-        """Images of a set."""
+        """Number of images in a set."""
         self._order = Recent(2 * self.images)  # chunks of the training sequence end within an epoch
         if row.train_on in GENERATORS:
             self._drawn = self._generated(frozen.generator(row.train_on))
@@ -118,7 +118,7 @@ class Sets:
         self._select, self._condense, self._train_on = row.select, row.condense, row.train_on
 
     def _real(self, most: int | None) -> Fetch:
-        """Real images: of each class all there are, or a fixed draw of at most ``most``."""
+        """Return the fetch of real images: from all of a class, or from a fixed draw of at most ``most`` of them."""
         images = self._ctx.images("train")
         members = [np.flatnonzero(images.labels == c) for c in range(self._ctx.classes)]
         if most is not None:
@@ -142,7 +142,7 @@ class Sets:
         return slots % self.images // self._ipc
 
     def _fetch(self, slots: np.ndarray) -> Tensor:
-        """What is seen at slots of the sequence of sets: what is drawn there, or what the teachers choose of several draws."""
+        """Return the images at slots of the sequence of sets: one draw each, or the teachers' choice from several."""
         if self._select == 1:
             return self._drawn(slots, 0)
         draws = torch.stack([self._drawn(slots, n) for n in range(self._select)])
@@ -162,24 +162,24 @@ class Sets:
 
     @cached_property
     def _only_soft_labels(self) -> Tensor:
-        """The teachers' labels of the fixed set as it is, float32 [IPC·K, K]."""
+        """The teachers' soft labels of the unaugmented fixed set, float32 [IPC·K, K]."""
         return self._label(to_float(self.only[0], self._ctx.device))
 
     def _label(self, images: Tensor) -> Tensor:
         return self._frozen.soft_labels(images, self._ctx.config.report.label_temperature)
 
     def soft_labels(self, places: np.ndarray, seen: Tensor) -> Tensor:
-        """The teachers' labels float32 [n, K] of what is ``seen`` at places, float [n, C, H, W]; once where each epoch sees the same."""
+        """Return the teachers' soft labels, float32 [n, K], of images ``seen`` at places, float; computed once if epochs are equal."""
         if not self._same:
             return self._label(seen)
         return self._only_soft_labels[torch.from_numpy(self._members(places)).to(seen.device)]
 
     def _members(self, places: np.ndarray) -> np.ndarray:
-        """Which image of its set stands at each place, int64 [n]; each epoch is shuffled anew."""
+        """Return the index within its set of the image at each place, int64 [n]; every epoch is shuffled differently."""
         return dealt(self._seed, f"{self.purpose}/order", places, self.images, self._order)
 
     def take(self, places: np.ndarray) -> tuple[Tensor, np.ndarray]:
-        """Images and labels at places of the training sequence."""
+        """Return images and labels at places of the training sequence."""
         members = self._members(places)
         if self._fixed:
             images, labels = self.only
@@ -188,7 +188,7 @@ class Sets:
 
 
 def train(ctx: Context, frozen: Frozen, job: Job) -> tuple[StudentResult, np.ndarray]:
-    """Train one student from its first weights on. Returns its result and its confusion matrix on test, int64 [K, K]."""
+    """Train one student from initial weights. Returns its result and its confusion matrix on test, int64 [K, K]."""
     seed = ctx.config.step_seed("report")
     net = ctx.classifier(job.row.student, seed, f"report/{job.row.student}/{job.seed}")
     monitor = ctx.passing(f"report: {job.row.student} on {job.row.train_on}", job.budget.optimizer_steps)
@@ -242,7 +242,7 @@ def _fit_sets(ctx: Context, net: Classifier, frozen: Frozen, job: Job, monitor: 
 
 
 def _fit_full(ctx: Context, net: Classifier, job: Job, monitor: Monitor) -> int:
-    """Train on all of train; returns how many of its images came at least once."""
+    """Train on all of train; returns the number of images that were seen at least once."""
     r, images = ctx.config.report, ctx.images("train")
     order = full_order(ctx.config, images.shards.shard_samples, job.seed)
     take = _step(ctx, net, r.full_lr)

@@ -12,9 +12,9 @@ from torch import Tensor
 from gdd_dist.models.generator import ImageGenerator
 
 CLASSES_AT_ONCE = 64
-"""Whose roots are unpacked side by side on a GPU: of 256 latents 17 MB, and as much again for each 256 rows."""
+"""Classes whose roots are unpacked together on a GPU: 17 MB for 256 latents, and as much again for each 256 rows."""
 ByRoot = Callable[[Tensor, Tensor], Tensor]
-"""Roots [..., K, K] and rows [B, K] → what each root makes of each row, [..., B, K]."""
+"""Roots [..., K, K] and rows [B, K] → the result of each root for each row, [..., B, K]."""
 
 
 class LinearGenerator(ImageGenerator):
@@ -56,7 +56,7 @@ class LinearGenerator(ImageGenerator):
         return self.linear(latents, labels).clamp(-1, 1)
 
     def linear(self, latents: Tensor, labels: Tensor) -> Tensor:
-        """What ``forward`` clamps."""
+        """Return the images before the clamp."""
         channels, size = self.channels, self.size
         with torch.autocast(latents.device.type, enabled=False):
             scaled = self._by_class(latents.float(), labels, lambda root, z: z @ root.mT)
@@ -74,12 +74,12 @@ class LinearGenerator(ImageGenerator):
             return self._by_class(codes, labels, solve) / self.arch["spread"]
 
     def _by_class(self, rows: Tensor, labels: Tensor, function: ByRoot) -> Tensor:
-        """``function`` of each row and its class's root, in the order of ``rows`` [B, K]."""
+        """Return ``function`` of each row and its class's root, in the order of ``rows`` [B, K]."""
         # Sorting saves work, and the host must know how many rows each class has: it would wait for a GPU to say so.
         return (self._sorted if rows.device.type == "cpu" else self._chosen)(rows, labels, function)
 
     def _sorted(self, rows: Tensor, labels: Tensor, function: ByRoot) -> Tensor:
-        """A root is unpacked once, not for each image, and asked for the rows of its class alone."""
+        """Unpack each root once, and apply it only to the rows of its class."""
         order = labels.argsort()
         counts = labels.bincount(minlength=self.classes).tolist()
         parts = [
@@ -90,7 +90,7 @@ class LinearGenerator(ImageGenerator):
         return torch.cat(parts)[order.argsort()] if parts else rows
 
     def _chosen(self, rows: Tensor, labels: Tensor, function: ByRoot) -> Tensor:
-        """Each root is asked for all rows; of its answers those of its class are taken."""
+        """Apply each root to all rows, and take the results of its class: this needs no value on the host."""
         found, slots = torch.zeros_like(rows), torch.arange(len(rows), device=rows.device)
         for first in range(0, self.classes, CLASSES_AT_ONCE):
             roots = unpack(self.roots[first : first + CLASSES_AT_ONCE].float(), self.places, self.latent)

@@ -23,14 +23,14 @@ LINE_SECONDS = 10.0
 
 
 def say(text: str) -> None:
-    """One line for the user, on stderr, clear of a progress bar."""
+    """Print one line for the user on stderr, without disturbing a progress bar."""
     tqdm.write(redact(text), file=sys.stderr)
     sys.stderr.flush()
 
 
 @contextmanager
 def naming(path: Path | None) -> Iterator[None]:
-    """Name ``path`` in a fault of the system inside, which may name none."""
+    """Add ``path`` to an OSError that is raised inside and names no file."""
     try:
         yield
     except OSError as e:
@@ -44,13 +44,13 @@ def due(step: int, total: int, interval: int = 20) -> bool:
 
 
 def write_text(directory: Path, name: str, text: str) -> None:
-    """Show ``text`` as it stands in TensorBoard, in place of what an earlier run wrote into ``directory``."""
+    """Show ``text`` unchanged in TensorBoard; it replaces what an earlier run wrote into ``directory``."""
     with naming(directory), _writer(directory, 0) as writer:
         writer.add_text(name, "".join(f"    {line}\n" for line in text.splitlines()), 0)
 
 
 def _writer(directory: Path, start: int) -> SummaryWriter:
-    """TensorBoard's writer, loaded where it is used: most programs draw no curves."""
+    """Return TensorBoard's writer. It is imported here, because most programs draw no curves."""
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(directory), purge_step=start)
@@ -60,7 +60,7 @@ class Monitor:
     """Scalars, pictures and progress of one step, from ``start`` (steps done) to ``total``. Silent on ranks other than 0.
 
     ``directory`` is this step's own (None: no TensorBoard): after a resume, points of ``start`` and later that an
-    interrupted run wrote are purged. ``passing``: of a part of a step; at its end its bar goes and no line is said.
+    interrupted run wrote are purged. ``passing``: of a part of a step; at its end its bar disappears, and no line is printed.
     ``whole``: returns as text how long the whole run still takes, for the seconds left of this loop; empty: unknown.
     """
 
@@ -92,7 +92,7 @@ class Monitor:
                 self._bar = tqdm(total=total, initial=start, desc=step, **options)
 
     def already(self, done: int) -> None:
-        """``done`` units are done, those since the last ``advance`` by an earlier run: they do not count in the rate."""
+        """Note that an earlier run did the units up to ``done``, which do not count in the rate."""
         self._start += done - self._done
         if self._bar is not None:
             self._bar.initial += done - self._done
@@ -110,7 +110,7 @@ class Monitor:
                     self._writer._get_file_writer().add_summary(scalar(f"{self.step}/{name}", value), step)
 
     def hparams(self, settings: Mapping[str, Any], results: Mapping[str, float]) -> None:
-        """The run's settings (flat) and what came of them, for TensorBoard's HPARAMS page."""
+        """Log the run's settings (flat) and results for TensorBoard's HPARAMS page."""
         if self._writer:
             from gdd_dist.runtime.tensorboard_layout import hparams
 
@@ -121,7 +121,7 @@ class Monitor:
             self.scalars(0, own)
 
     def histogram(self, name: str, values: np.ndarray, step: int) -> None:
-        """Log a histogram of the finite ``values`` as STEP/NAME; what is said of the others is their number."""
+        """Log a histogram of the finite ``values`` as STEP/NAME, and print the number of the others."""
         if self._writer:
             finite = values[np.isfinite(values)]
             if finite.size < values.size:
@@ -135,7 +135,7 @@ class Monitor:
             self._writer.add_image(f"{self.step}/{name}", image, step, dataformats="HWC")
 
     def advance(self, done: int, note: str = "", images: int = 0) -> None:
-        """``done`` of ``total`` are done; ``note``: a few figures; ``images`` a unit: images per second go to TensorBoard too."""
+        """Show that ``done`` of ``total`` are done. ``note``: a few figures; ``images`` per unit: logs images per second to TensorBoard."""
         if not self._active:
             return
         now = time.monotonic()
@@ -157,7 +157,7 @@ class Monitor:
             say(", ".join(filter(None, (text, note, self._whole(left)))))
 
     def flush(self) -> None:
-        """Hand all points to the system: before a checkpoint, so that a resume from it leaves no gap in the curves."""
+        """Write all points out. Called before a checkpoint, so that a resume from it leaves no gap in the curves."""
         if self._writer:
             with naming(self._directory):
                 self._writer.flush()

@@ -1,4 +1,4 @@
-"""Training and measuring a classifier on one rank: what teachers, quick students and the report's students share."""
+"""Trains and measures a classifier on one rank; shared by teachers, quick students and the report's students."""
 
 from __future__ import annotations
 
@@ -74,6 +74,6 @@ def predict(
 
 
 def accuracy(net: nn.Module, images: Images, device: torch.device, precision: str) -> float:
-    """Percent of a split that ``net`` classifies rightly."""
+    """Return the percentage of a split that ``net`` classifies correctly."""
     logits = predict(net, images.read, len(images), device, precision)
     return 100.0 * float((logits.argmax(1).numpy() == images.labels).mean())
