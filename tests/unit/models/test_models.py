@@ -228,7 +228,7 @@ def test_networks_are_rebuilt_from_their_arch() -> None:
 @pytest.mark.parametrize("options", [{"size": 36}, {"size": 2}, {"size": 16, "patch": 3}, {"size": 16, "width": 20}])
 def test_sizes_and_widths_that_do_not_fit_are_one_line(options: dict[str, int]) -> None:
     for network in (Generator, Discriminator):
-        with pytest.raises(UserError, match="another|--image-size|change one") as error:
+        with pytest.raises(UserError, match="another|--image-size|change the width") as error:
             network(**{"classes": 5, "channels": 1, **options})
         assert "\n" not in str(error.value)
 
