@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gdd_dist.config.settings import Config
-from gdd_dist.pipeline.dataset import data_of
 from gdd_dist.pipeline.finished_run import opened, settings_of
 from gdd_dist.reporting.tables import table
 from gdd_dist.runtime.arguments import Parser
 from gdd_dist.runtime.run_program import note_preemption, run_program
 from gdd_dist.storage.json_files import write_json
-from sharding.manifest import Manifest
 
 if TYPE_CHECKING:  # a command line is read, and refused, without torch
     from gdd_dist.evaluation.rows import Row
@@ -82,14 +80,16 @@ def main(argv: Sequence[str], joined: Callable[[World], None]) -> None:
     """Measure, print, write OUT/evaluate.json."""
     config = settings(parser().parse_args(argv))
     out = Path(config.out or ".")
-    from gdd_dist.evaluation.rows import check, plan
+    from gdd_dist.evaluation.rows import plan
     from gdd_dist.pipeline.verify_inputs import verify_inputs
 
-    check(config, Manifest.load(data_of(out, config)))
+    def begun(world: World) -> None:
+        joined(world)
+        note_preemption(world, out)
+
     rows = plan(config)
-    ctx, fps, dirs = opened(out, config, {step for row in rows for step in row.reads}, joined)
+    ctx, fps, dirs = opened(out, config, {step for row in rows for step in row.reads}, begun)
     world = ctx.world
-    note_preemption(world, out)
     world.enter("verify")
     if config.verify:
         verify_inputs(ctx, {step: fps[step] for step in dirs}, ("train", "test"))

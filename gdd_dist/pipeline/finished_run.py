@@ -65,13 +65,16 @@ def opened(
 ) -> tuple[Context, dict[str, str], dict[str, Path]]:
     """Return (context, fingerprints of the generator's steps and of "data", directories of ``steps``), before any file is hashed.
 
-    ``joined``: gets the World as soon as this rank has joined. Raises UserError for what is missing.
+    ``joined``: gets the World as soon as this rank has joined. Raises UserError for what is missing, and for report settings that do
+    not fit the data set.
     """
+    from gdd_dist.evaluation.rows import check
     from gdd_dist.runtime.world import World
     from gdd_dist.training.context import Context, agreed_precision
 
     data = data_of(out, config)
     manifest = Manifest.load(data)
+    check(config, manifest)
     store, fps = finished_steps(out, manifest)
     directories = needed(sorted(steps), store, fps)
     world = World(config.device, config.timeout, config.deterministic)
