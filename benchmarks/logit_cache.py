@@ -62,7 +62,8 @@ class Anew(Pool):
             here = groups.views == view
             draws[here] = logits.view_draws(ctx.config.step_seed("logits"), int(view), groups.samples[here])
         images = to_float(ctx.images("train").read(groups.samples), ctx.device)
-        return self.answer(images, groups, torch.from_numpy(draws), torch.from_numpy(groups.views == 0))
+        labels, plain = torch.from_numpy(groups.labels), torch.from_numpy(groups.views == 0)
+        return self.answer(images, labels, groups, torch.from_numpy(draws), plain)[0]
 
 
 def pools(trial: Trial) -> dict[str, Pool]:
@@ -80,10 +81,12 @@ def answers(trial: Trial, pool: Pool) -> Callable[[], None]:
         number = next(numbers)
         groups = pool.dealer.batch(number).by_teacher()
         real, plain = pool.real_logits(groups), torch.from_numpy(groups.views == 0)
+        labels = torch.from_numpy(groups.labels)
         draws = torch.from_numpy(uniform(0, "benchmark", number, groups.slots, AUGMENT_DRAWS))
 
         def loss(fake: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            return losses.PAIR[m.loss](real, pool.answer(fake, groups, draws, plain), m.temperature), {}
+            found, _ = pool.answer(fake, labels, groups, draws, plain)
+            return losses.PAIR[m.loss](real, found, m.temperature), {}
 
         image_gradient(loss, images)
 

@@ -65,7 +65,7 @@ def before_matching(folder: Path, data: Path, settings: Sequence[str]) -> Trial:
 
 def matching_step(trial: Trial, pool: Pool) -> Callable[[], None]:
     """A step of the trainer's own, with what its loop reads ahead; each call takes the next one."""
-    trainee = Matching(trial.ctx, trial.directories["matching"], pool, trial.directories["gan"])
+    trainee = Matching(trial.ctx, trial.directories["matching"], pool, trial.inputs)
     trainee.monitor = SILENT
     numbers = itertools.count(1)
 

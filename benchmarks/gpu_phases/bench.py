@@ -164,7 +164,7 @@ class Bench:
             return gan.GanTraining(ctx, self._work, self._trial.inputs)
         if step == "matching":
             pool = matching.Pool(ctx, dirs["teachers"], dirs["logits"])
-            return matching.Matching(ctx, self._work, pool, dirs["gan"])
+            return matching.Matching(ctx, self._work, pool, self._trial.inputs)
         return Student(ctx)
 
 

@@ -174,6 +174,11 @@ class Matching:
     """Training the generator until the teachers' logits on its images match those on real images."""
 
     seed: int | None = setting(None, _SEED, low=0)
+    start: str = setting(
+        "gan",
+        "generator to move: the GAN, or the Gaussian of each class, whose means and covariances are then trained",
+        choices=("gan", "gaussian"),
+    )
     steps: int = setting(600, "generator steps", low=1)
     batch: int = setting(64, "images of a global batch", low=1)
     group: int = setting(
@@ -189,6 +194,12 @@ class Matching:
     temperature: float = setting(2.0, "softmax temperature of skd and kd", above=0)
     lambda_pair: float = setting(1.0, "weight of the pair loss", low=0)
     lambda_mean: float = setting(0.1, "weight of the class-mean loss", low=0)
+    lambda_label: float = setting(0.0, "weight of the cross-entropy between the teachers' answers and the class", low=0)
+    lambda_feature: float = setting(
+        0.0,
+        "weight of the class-mean loss on the inputs of a teacher's last layer, as a share of their variance within classes",
+        low=0,
+    )
     lambda_adv: float = setting(
         0.1, "weight of the adversarial loss; the discriminator keeps training unless it is 0", low=0
     )

@@ -92,8 +92,11 @@ def _gan(config: Config) -> dict[str, Any]:
 
 def _matching(config: Config) -> dict[str, Any]:
     matching = config.shaping("matching")
-    if not refits(config):  # keeps the fingerprints from before this setting existed
+    # Left out where they change nothing: this keeps the fingerprints from before these settings existed.
+    if not refits(config):
         del matching["refit"]
+    unset = {"start": "gan", "lambda_label": 0, "lambda_feature": 0}
+    matching = {name: value for name, value in matching.items() if name not in unset or value != unset[name]}
     return {
         **matching,
         "loader": config.shaping("loader"),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from gdd_dist.config.ranks import taking_part
 from gdd_dist.config.steps import refits
@@ -33,6 +34,7 @@ from gdd_dist.training import drawing as drawn
 from gdd_dist.training.classifier_fit import PREDICT_BATCH
 from gdd_dist.training.context import Context, train_order
 from gdd_dist.training.gaussian_fit import CHOICE
+from gdd_dist.training.teacher_features import REAL, Features, images_read
 
 HASH = "0" * 64
 
@@ -177,21 +179,48 @@ def estimate_gan(trial: Trial, work: Path) -> Estimate:
 
 def make_up_matching(trial: Trial, directory: Path) -> None:
     """Write a generator like that of gan."""
-    (directory / GENERATOR).hardlink_to(trial.directories["gan"] / GENERATOR)
+    (directory / GENERATOR).hardlink_to(trial.directories[trial.ctx.config.matching.start] / GENERATOR)
 
 
 def estimate_matching(trial: Trial, work: Path) -> Estimate:
     """The cost is that of training steps, and of measurements with quick students, each with a grid of samples."""
     ctx, m = trial.ctx, trial.ctx.config.matching
     start, step = steps_done(ctx, work / CHECKPOINTS), _matching_step(trial, work)
-    parts, students_of_all = _measurement(trial, "gan", step.cost)
+    parts, students_of_all = _measurement(trial, m.start, step.cost)
     left, measurements = m.steps - start, sum(s % m.interval == 0 for s in range(start, m.steps)) + 1
     turns = measurements * -(-m.quick_students // taking_part(ctx.config, "matching", ctx.world.size))
     each = students_of_all + sample_grid.forwards(ctx)
-    beside = _refit(trial, work)
-    seconds = left * step.cost.seconds + turns * sum(part.seconds for part in parts) + beside.cost.seconds
-    images = left * step.forwards + step.settling + measurements * each + beside.images
-    return Estimate(start > 0 or beside.resumes, left, images, Cost.peak((step.cost, *parts, beside.cost), seconds))
+    beside = [_refit(trial, work), _gan_measured(trial, work), _features(trial)]
+    costs = [one.cost for one in beside]
+    seconds = (
+        left * step.cost.seconds + turns * sum(part.seconds for part in parts) + sum(cost.seconds for cost in costs)
+    )
+    images = left * step.forwards + step.settling + measurements * each + sum(one.images for one in beside)
+    resumes = start > 0 or any(one.resumes for one in beside)
+    return Estimate(resumes, left, images, Cost.peak((step.cost, *parts, *costs), seconds))
+
+
+def _gan_measured(trial: Trial, work: Path) -> Estimate:
+    """For a generator that starts at the Gaussian: measure the GAN once."""
+    done = (work / CHECKPOINTS / "gan.json").exists()
+    if done or trial.ctx.config.matching.start == "gan":
+        return Estimate(done, 0, 0, NOTHING)
+    parts, images = _measurement(trial, "gan", NOTHING)
+    turns = -(
+        -trial.ctx.config.matching.quick_students // taking_part(trial.ctx.config, "matching", trial.ctx.world.size)
+    )
+    return Estimate(False, 0, images, Cost.peak(parts, turns * sum(part.seconds for part in parts)))
+
+
+def _features(trial: Trial) -> Estimate:
+    """Each teacher's features of real images, on every rank."""
+    m, each = trial.ctx.config.matching, images_read(trial.ctx.images("train").labels)
+    if not m.lambda_feature:
+        return Estimate(False, 0, 0, NOTHING)
+    used = [name for last, name in trial.pool if last or m.teachers == "all"]
+    parts = [trial.cost(each, REAL, answering, name) for name in used]
+    seconds = sum(part.seconds for part in parts)
+    return Estimate(False, 0, len(used) * each * trial.ctx.world.size, Cost.peak(parts, seconds))
 
 
 def _refit(trial: Trial, work: Path) -> Estimate:
@@ -225,7 +254,10 @@ def _matching_step(trial: Trial, work: Path) -> Training:
 
     def build(small: Context) -> matching.Matching:
         pool = matching.Pool(small, dirs["teachers"], dirs["logits"])
-        return matching.Matching(small, work, pool, dirs["gan"])
+        if config.matching.lambda_feature:  # one mean for all features of all classes takes as long
+            zero = torch.zeros(small.classes, 1, device=small.device)
+            pool.real = dict.fromkeys(used, Features(zero, zero.new_ones(())))
+        return matching.Matching(small, work, pool, trial.inputs)
 
     unit = config.matching.group * len(config.teachers.architectures) * config.accumulate
     return trial.training("matching", trial.ctx.world.size, build, unit, in_turn)

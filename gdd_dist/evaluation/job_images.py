@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from gdd_dist.evaluation.kinds import GENERATORS
 from gdd_dist.evaluation.rows import Job
-from gdd_dist.training.condense import REAL, START
+from gdd_dist.training.condense import START
+from gdd_dist.training.teacher_features import REAL
 from sharding.manifest import Manifest
 
 

@@ -66,7 +66,7 @@ INTERVAL = "matching"
 class Candidates:
     """The candidates from which matching chooses its generator, with their measurements.
 
-    ``history``: its intervals by step, first the GAN at step 0; ``others``: candidates that it does not train, by name.
+    ``history``: its intervals by step, first the generator that it starts from; ``others``: candidates that it does not train, by name.
     """
 
     history: Sequence[Mapping[str, Any]] = ()

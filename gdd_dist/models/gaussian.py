@@ -13,8 +13,10 @@ from gdd_dist.models.generator import ImageGenerator
 
 CLASSES_AT_ONCE = 64
 """Classes whose roots are unpacked together on a GPU: 17 MB for 256 latents, and as much again for each 256 rows."""
-ByRoot = Callable[[Tensor, Tensor], Tensor]
-"""Roots [..., K, K] and rows [B, K] → the result of each root for each row, [..., B, K]."""
+ByClass = Callable[[slice], Tensor]
+"""Consecutive classes → their matrices [n, K, K]."""
+ByMatrix = Callable[[Tensor, Tensor], Tensor]
+"""Matrices [..., K, K] and rows [B, K] → the result of each matrix for each row, [..., B, K]."""
 
 
 class LinearGenerator(ImageGenerator):
@@ -59,7 +61,7 @@ class LinearGenerator(ImageGenerator):
         """Return the images before the clamp."""
         channels, size = self.channels, self.size
         with torch.autocast(latents.device.type, enabled=False):
-            scaled = self._by_class(latents.float(), labels, lambda root, z: z @ root.mT)
+            scaled = by_class(latents.float(), labels, self.classes, self._roots, lambda root, z: z @ root.mT)
             codes = self.class_means[labels] + self.arch["spread"] * scaled
             return torch.addmm(self.mean, codes, self.basis.float()).view(-1, channels, size, size)
 
@@ -71,34 +73,39 @@ class LinearGenerator(ImageGenerator):
             def solve(root: Tensor, code: Tensor) -> Tensor:
                 return torch.linalg.solve_triangular(root.mT, code, upper=True, left=False)
 
-            return self._by_class(codes, labels, solve) / self.arch["spread"]
+            return by_class(codes, labels, self.classes, self._roots, solve) / self.arch["spread"]
 
-    def _by_class(self, rows: Tensor, labels: Tensor, function: ByRoot) -> Tensor:
-        """Return ``function`` of each row and its class's root, in the order of ``rows`` [B, K]."""
-        # Sorting saves work, and the host must know how many rows each class has: it would wait for a GPU to say so.
-        return (self._sorted if rows.device.type == "cpu" else self._chosen)(rows, labels, function)
+    def _roots(self, part: slice) -> Tensor:
+        """Return the lower triangular roots of the classes ``part``, float32 [n, K, K]."""
+        return unpack(self.roots[part].float(), self.places, self.latent)
 
-    def _sorted(self, rows: Tensor, labels: Tensor, function: ByRoot) -> Tensor:
-        """Unpack each root once, and apply it only to the rows of its class."""
-        order = labels.argsort()
-        counts = labels.bincount(minlength=self.classes).tolist()
-        parts = [
-            function(unpack(self.roots[y].float(), self.places, self.latent), rows[here])
-            for y, here in enumerate(order.split(counts))
-            if counts[y]
-        ]
-        return torch.cat(parts)[order.argsort()] if parts else rows
 
-    def _chosen(self, rows: Tensor, labels: Tensor, function: ByRoot) -> Tensor:
-        """Apply each root to all rows, and take the results of its class: this needs no value on the host."""
-        found, slots = torch.zeros_like(rows), torch.arange(len(rows), device=rows.device)
-        for first in range(0, self.classes, CLASSES_AT_ONCE):
-            roots = unpack(self.roots[first : first + CLASSES_AT_ONCE].float(), self.places, self.latent)
-            place = labels - first
-            here = (place >= 0) & (place < len(roots))
-            answers = function(roots, rows)[place.clamp(0, len(roots) - 1), slots]
-            found = torch.where(here[:, None], answers, found)
-        return found
+def by_class(rows: Tensor, labels: Tensor, classes: int, matrices: ByClass, function: ByMatrix) -> Tensor:
+    """Return ``function`` of each row and the matrix of its class, in the order of ``rows`` [B, K]."""
+    # Sorting saves work, and the host must know how many rows each class has: it would wait for a GPU to say so.
+    return (_sorted if rows.device.type == "cpu" else _chosen)(rows, labels, classes, matrices, function)
+
+
+def _sorted(rows: Tensor, labels: Tensor, classes: int, matrices: ByClass, function: ByMatrix) -> Tensor:
+    """Make each matrix once, and apply it only to the rows of its class."""
+    order = labels.argsort()
+    counts = labels.bincount(minlength=classes).tolist()
+    parts = [
+        function(matrices(slice(y, y + 1))[0], rows[here]) for y, here in enumerate(order.split(counts)) if counts[y]
+    ]
+    return torch.cat(parts)[order.argsort()] if parts else rows
+
+
+def _chosen(rows: Tensor, labels: Tensor, classes: int, matrices: ByClass, function: ByMatrix) -> Tensor:
+    """Apply each matrix to all rows, and take the results of its class: this needs no value on the host."""
+    found, slots = torch.zeros_like(rows), torch.arange(len(rows), device=rows.device)
+    for first in range(0, classes, CLASSES_AT_ONCE):
+        several = matrices(slice(first, first + CLASSES_AT_ONCE))
+        place = labels - first
+        here = (place >= 0) & (place < len(several))
+        answers = function(several, rows)[place.clamp(0, len(several) - 1), slots]
+        found = torch.where(here[:, None], answers, found)
+    return found
 
 
 def lower(side: int) -> Tensor:

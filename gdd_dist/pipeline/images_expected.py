@@ -46,12 +46,14 @@ def _gan(ctx: Context, _: Mapping[str, str]) -> int:
 
 
 def _matching(ctx: Context, _: Mapping[str, str]) -> int:
-    m, refit = ctx.config.matching, 0
+    m, beside = ctx.config.matching, 0
     if refits(ctx.config):
         drawn = gaussian_refit.PLACES * max(gaussian.components(ctx)) * ctx.classes * m.refit
-        refit = drawn * (1 + _trainings(ctx)) + _measurement(ctx)
+        beside = drawn * (1 + _trainings(ctx)) + _measurement(ctx)
+    if m.start != "gan":
+        beside += _measurement(ctx)
     each = DISCRIMINATED if m.lambda_adv else MATCHED
-    return each * m.steps * m.batch + (m.steps // m.interval + 1) * _measurement(ctx) + refit
+    return each * m.steps * m.batch + (m.steps // m.interval + 1) * _measurement(ctx) + beside
 
 
 def _report(ctx: Context, fps: Mapping[str, str]) -> int:

@@ -46,7 +46,8 @@ def shortcut_gap(candidates: Candidates, select: str) -> dict[str, Any] | None:
         return None
     name, kept = found
     step = kept["step"] if name == INTERVAL else None
-    gaps = {"gan": candidates.history[0]["gap"], "matched": kept["gap"]}
+    gan = candidates.others.get("gan", candidates.history[0])
+    gaps = {"gan": gan["gap"], "matched": kept["gap"]}
     return {**gaps, "selected_step": step, "selected": name}
 
 

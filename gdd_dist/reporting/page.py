@@ -125,8 +125,12 @@ def _percent(value: float) -> str:
     return NONE if np.isnan(value) else f"{value:.1f}"
 
 
-NAMES = {"gaussian": "the Gaussian of each class", "refit": "the Gaussian refitted to draws that the teachers chose"}
-"""Candidates that matching does not train."""
+NAMES = {
+    "gaussian": "the Gaussian of each class",
+    "refit": "the Gaussian refitted to draws that the teachers chose",
+    "gan": "the GAN",
+}
+"""Candidates that matching does not train, and generators from which it starts."""
 
 
 def _matching(ctx: Context, candidates: Candidates) -> str:
@@ -143,7 +147,7 @@ def _matching(ctx: Context, candidates: Candidates) -> str:
     what = f"step {kept['step']:,}" if name == INTERVAL else NAMES.get(name, name)
     text = (
         f"Quick students ({m.quick_students} × {m.quick_student}, {m.quick_steps:,} steps of {m.quick_batch}) on fresh draws, "
-        f"measured on `val`; step 0 is the GAN itself. `matching.select: {m.select}` kept {what}. The shortcut gap "
+        f"measured on `val`; step 0 is {NAMES[m.start]} itself. `matching.select: {m.select}` kept {what}. The shortcut gap "
         "is their accuracy on fresh generated images minus that on `val`, in points: it grows when the generator encodes the class "
         "as a pattern that only students trained on such images recognize."
     )

@@ -6,10 +6,12 @@ Shapes: B this rank's slots, in G groups of n that share a class and a teacher; 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gdd_dist.config.steps import Inputs, refits
@@ -25,6 +27,8 @@ from gdd_dist.models.files import (
     save_network,
 )
 from gdd_dist.models.gaussian import LinearGenerator
+from gdd_dist.models.generator import ImageGenerator
+from gdd_dist.models.moved_gaussian import MovedGaussian
 from gdd_dist.steps.matching_groups import Groups
 from gdd_dist.steps.matching_pool import Pool
 from gdd_dist.storage.store import CHECKPOINTS
@@ -43,11 +47,12 @@ REFIT = CHECKPOINTS + "/refit.safetensors"
 def run(ctx: Context, work: Path, inputs: Inputs) -> dict[str, Any]:
     """Write generator.safetensors into ``work``. At intervals ``ctx.on_interval`` is called on rank 0."""
     pool = Pool(ctx, inputs.directories["teachers"], inputs.directories["logits"])
-    others = beside(ctx, work, pool, inputs.directories["gaussian"])
+    others = beside(ctx, work, pool, inputs)
+    pool.look()
     checkpoints = ctx.shared_checkpoints(work)
     matched = loop.train(
         ctx,
-        lambda: Matching(ctx, work, pool, inputs.directories["gan"]),
+        lambda: Matching(ctx, work, pool, inputs),
         ctx.world,
         checkpoints,
         "matching",
@@ -59,14 +64,21 @@ def run(ctx: Context, work: Path, inputs: Inputs) -> dict[str, Any]:
     return {**kept, "skipped_steps": matched.skips.total, **checkpoints.costs()}
 
 
-def beside(ctx: Context, work: Path, pool: Pool, gaussian_dir: Path) -> dict[str, dict[str, Any]]:
-    """Return the candidates that matching does not train, measured on val: the Gaussian per class, and the refitted one."""
-    found = {"gaussian": chosen(gaussian_dir)}
+def beside(ctx: Context, work: Path, pool: Pool, inputs: Inputs) -> dict[str, dict[str, Any]]:
+    """Return the candidates that matching does not train, measured on val: the Gaussian per class, the refitted one, and the GAN
+    if the intervals do not begin with it.
+    """
+    gaussian_dir, seed = inputs.directories["gaussian"], ctx.config.step_seed("matching")
+    builds: dict[str, tuple[str, Callable[[], ImageGenerator]]] = {}
     if refits(ctx.config):
-        path, seed = work / CHECKPOINTS / "refit.json", ctx.config.step_seed("matching")
-        result = measure_once(ctx, path, lambda: _refitted(ctx, work, pool, gaussian_dir), seed)
-        found["refit"] = result.as_dict()
-        ctx.world.say(f"matching: refitted Gaussian, quick students {result.val:.1f} ± {result.stderr:.1f} % on val")
+        builds["refit"] = "refitted Gaussian", lambda: _refitted(ctx, work, pool, gaussian_dir)
+    if ctx.config.matching.start != "gan":
+        builds["gan"] = "GAN", lambda: load_generator_network(inputs.directories["gan"] / GENERATOR)[0]
+    found = {"gaussian": chosen(gaussian_dir)}
+    for name, (words, build) in builds.items():
+        result = measure_once(ctx, work / CHECKPOINTS / f"{name}.json", build, seed)
+        found[name] = result.as_dict()
+        ctx.world.say(f"matching: {words}, quick students {result.val:.1f} ± {result.stderr:.1f} % on val")
     return found
 
 
@@ -101,7 +113,7 @@ class Batch(NamedTuple):
 def matching_step(
     ctx: Context, nets: Adversaries, pool: Pool, step: int, batch: Batch
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Do one step. Returns the scalars loss, pair, mean, adv and the discriminator's, and the teachers' logits float32 [B, C]."""
+    """Do one step. Returns the scalars (the loss, its terms, the discriminator's), and the teachers' logits float32 [B, C]."""
     m, labels = ctx.config.matching, batch.labels
 
     # Generate. Without micro-batches, the discriminator uses the same forward.
@@ -124,7 +136,7 @@ def matching_step(
             images: Tensor, p: slice = p, groups: Groups = groups, means: Tensor = means
         ) -> tuple[Tensor, dict[str, Tensor]]:
             # Compare with the cache.
-            logits = pool.answer(images, groups, batch.draws[p], batch.plain[p])
+            logits, apart = pool.answer(images, labels[p], groups, batch.draws[p], batch.plain[p])
             answers.append(logits.detach())
             terms = {
                 "pair": losses.PAIR[m.loss](batch.real_logits[p], logits, m.temperature),
@@ -132,6 +144,12 @@ def matching_step(
             }
             # Add the terms.
             loss = m.lambda_pair * terms["pair"] + m.lambda_mean * terms["mean"]
+            if apart is not None:
+                terms["feature"] = apart
+                loss = loss + m.lambda_feature * apart
+            if m.lambda_label:
+                terms["label"] = F.cross_entropy(logits, labels[p])
+                loss = loss + m.lambda_label * terms["label"]
             if real is not None and batch.real is not None:
                 through = augmentation(ctx, batch.real.g[p])
                 terms["adv"] = nets.generator_loss(real[p], images, labels[p], through)
@@ -150,11 +168,13 @@ class Matching(loop.Trainee):
 
     name = "matching"
 
-    def __init__(self, ctx: Context, work: Path, pool: Pool, gan_dir: Path) -> None:
-        gan = ctx.config.gan
+    def __init__(self, ctx: Context, work: Path, pool: Pool, inputs: Inputs) -> None:
+        gan, gan_dir = ctx.config.gan, inputs.directories["gan"]
         self._ctx, self._work, self._pool, self.steps = ctx, work, pool, ctx.config.matching.steps
         self._images = ctx.images("train")
-        generator, self.meta = load_generator_network(gan_dir / GENERATOR)
+        generator, self.meta = load_generator_network(inputs.directories[ctx.config.matching.start] / GENERATOR)
+        if isinstance(generator, LinearGenerator):
+            generator = MovedGaussian(generator)
         discriminator = load_discriminator_network(gan_dir / DISCRIMINATOR)
         self.nets = Adversaries(ctx, generator, discriminator, (gan.beta1, gan.beta2))
         self.nets.load_discriminator_state(gan_dir)
@@ -255,8 +275,13 @@ class Matching(loop.Trainee):
         if self._ctx.world.is_main:
             self.nets.ema.load_state_dict(self.best)
             net, meta, found = self.nets.ema, self.meta, candidates.kept(self._ctx.config.matching.select)
+            if isinstance(net, MovedGaussian):
+                net = net.folded()
+                meta = {**meta, "arch": net.arch}
             if found and found[0] != INTERVAL:
-                others = {"gaussian": inputs.directories["gaussian"] / GENERATOR, "refit": work / REFIT}
+                others = {name: inputs.directories[name] / GENERATOR for name in ("gaussian", "gan")} | {
+                    "refit": work / REFIT
+                }
                 net, meta = load_generator_network(others[found[0]])
                 self._ctx.world.say(
                     f"matching: {found[0]} did better on val ({found[1]['val']:.1f} %) than any interval: it is kept"

@@ -9,8 +9,6 @@ Shapes: N images in whole classes, n images per class, L latent, F features.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,27 +17,18 @@ from torch import Tensor, nn
 
 from gdd_dist.data.augment import AUGMENT_DRAWS
 from gdd_dist.data.images import to_float, to_uint8
-from gdd_dist.data.noise import normal, permutation, uniform
-from gdd_dist.engines.precision import autocast
+from gdd_dist.data.noise import normal, uniform
 from gdd_dist.models.generator import ImageGenerator
 from gdd_dist.training.context import Context
 from gdd_dist.training.soft_labels import class_shares
+from gdd_dist.training.teacher_features import Features, features, real_features
 
 START = 30
 """Draws from which the teachers choose each image's first latent."""
-REAL = 128
-"""Most real images of a class from which each teacher's mean features are taken."""
 LR = 0.03
 """Learning rate of Adam, in standard deviations of a latent."""
 PART = 512
 """Most images that are moved together, unless one class has more."""
-
-
-class Features(NamedTuple):
-    """A teacher's features of real images: ``mean`` float32 [C, F] by class, and the total ``variance`` within classes, a scalar."""
-
-    mean: Tensor
-    variance: Tensor
 
 
 def condensed(
@@ -57,7 +46,7 @@ def condensed(
     All random numbers are functions of (seed, purpose, step, slot). The generator is frozen, in evaluation mode.
     ``tick``: gets how many of ``steps`` are done. A large set is moved in parts, each of which counts by its share of classes.
     """
-    real = [real_features(ctx, teacher, seed, purpose) for teacher in teachers]
+    real = [real_features(ctx, teacher, seed, f"{purpose}/condense/real") for teacher in teachers]
     at_once, parts = max(1, PART // ipc), []
     for first in range(0, ctx.classes, at_once):
         classes = np.arange(first, min(first + at_once, ctx.classes))
@@ -109,33 +98,3 @@ def first_latents(
         found = z if n == 0 else torch.where((shares > best)[:, None], z, found)
         best = torch.maximum(best, shares)
     return found
-
-
-def features(ctx: Context, teacher: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (the inputs of the teacher's last linear layer, float32 [N, F]; its logits, float32 [N, C]) of float images."""
-    kept: list[Tensor] = []
-    last = [layer for layer in teacher.modules() if isinstance(layer, nn.Linear)][-1]
-    hook = last.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
-    # A compiled forward would not call the hook.
-    eager = torch.compiler.set_stance("force_eager") if ctx.config.compile else nullcontext()
-    try:
-        with eager, autocast(images.device, ctx.precision):
-            logits = teacher(images)
-    finally:
-        hook.remove()
-    return kept[0].float(), logits.float()
-
-
-@torch.no_grad()
-def real_features(ctx: Context, teacher: nn.Module, seed: int, purpose: str) -> Features:
-    """Return a teacher's mean features of augmented training images, at most REAL of each class."""
-    images, means, variances = ctx.images("train"), [], []
-    for y in range(ctx.classes):
-        members = np.flatnonzero(images.labels == y)
-        chosen = members[permutation(seed, f"{purpose}/condense/real", y, len(members))[:REAL]]
-        draws = torch.from_numpy(uniform(seed, f"{purpose}/condense/real", y, np.arange(len(chosen)), AUGMENT_DRAWS))
-        seen = ctx.augment(to_float(images.read(chosen), ctx.device), draws)
-        found, _ = features(ctx, teacher, seen)
-        means.append(found.mean(0))
-        variances.append(found.var(0, correction=0).sum())
-    return Features(torch.stack(means), torch.stack(variances).mean().clamp(min=1e-8))

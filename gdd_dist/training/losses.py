@@ -49,6 +49,11 @@ def mean_logit(class_mean: Tensor, fake_logits: Tensor) -> Tensor:
     return distance.sum(-1).mean()
 
 
+def mean_feature(class_mean: Tensor, fake_features: Tensor, variance: Tensor) -> Tensor:
+    """`mean_logit` of features, [G, F] and [G, n, F], as a share of their total ``variance`` within classes: mean over groups."""
+    return mean_logit(class_mean, fake_features) / variance
+
+
 def relativistic_discriminator(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
     """Mean softplus(-(D(real) - D(fake))) over pairs that share a class (R3GAN, Huang et al. 2024). [B] each."""
     return F.softplus(fake_scores.float() - real_scores.float()).mean()

@@ -120,7 +120,7 @@ def test_a_matching_step(on_meta, inputs, tmp_path, teachers):
     """Each teacher beyond the first adds its own forward and backward, and nothing else."""
     ctx, dirs = on_meta(), inputs.directories
     answers = matching.Pool(ctx, dirs["teachers"], dirs["logits"])
-    trainee = matching.Matching(ctx, tmp_path, answers, dirs["gan"])
+    trainee = matching.Matching(ctx, tmp_path, answers, inputs)
     batch = trainee.read(0)
     groups = replace(batch.groups, teachers=np.arange(len(batch.groups.teachers)) % teachers).by_teacher()
     step = (ctx, trainee.nets, answers, 0, batch._replace(groups=groups))
@@ -142,7 +142,8 @@ def test_a_generator_that_starts_at_the_gaussian(on_meta, inputs, tmp_path, monk
             trainee = gan.GanTraining(ctx, tmp_path, inputs)
         else:
             answers = matching.Pool(ctx, dirs["teachers"], dirs["logits"])
-            trainee = matching.Matching(ctx, tmp_path, answers, trained)
+            changed = replace(inputs, directories={**dirs, "gan": trained})
+            trainee = matching.Matching(ctx, tmp_path, answers, changed)
     assert isinstance(trainee.nets.generator.linear, LinearGenerator)
     assert counted(trainee.train, 1, trainee.read(1)) <= OPERATIONS["start gaussian"][step]  # step 0 is pictured
 

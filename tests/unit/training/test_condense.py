@@ -1,7 +1,5 @@
 """Condensation: its loss against independent numpy, and what moving latents does to it."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
@@ -9,8 +7,9 @@ from made_runs import Made, make, settings
 
 from gdd_dist.evaluation.students import Frozen
 from gdd_dist.training import condense
-from gdd_dist.training.condense import Features, condensation, condensed, features, real_features
+from gdd_dist.training.condense import condensation, condensed
 from gdd_dist.training.context import Context
+from gdd_dist.training.teacher_features import Features
 
 IPC, PURPOSE = 3, "test"
 
@@ -38,17 +37,6 @@ def test_the_loss_is_cross_entropy_and_the_distance_of_mean_features() -> None:
     assert float(found) == pytest.approx(entropy + np.mean(apart) / variance)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_features_are_what_the_last_layer_weighs(made, compiled) -> None:
-    ctx = made.context(dataclasses.replace(settings(), compile=compiled))
-    teacher = Frozen(ctx, made.dirs).teachers[0]
-    images = torch.rand(5, 1, 16, 16) * 2 - 1
-    feature, logits = features(ctx, teacher, images)
-    last = [m for m in teacher.modules() if isinstance(m, torch.nn.Linear)][-1]
-    torch.testing.assert_close(last(feature), logits)
-    torch.testing.assert_close(type(teacher).forward(teacher, images), logits)
-
-
 def test_moved_latents_bring_the_loss_down(made, ctx, monkeypatch) -> None:
     frozen, losses = Frozen(ctx, made.dirs), list[float]()
 
@@ -70,13 +58,3 @@ def test_classes_are_moved_in_parts_without_another_result(made, ctx, monkeypatc
     together = whole_set()
     monkeypatch.setattr(condense, "PART", 4 * IPC)
     assert (whole_set() - together).abs().float().mean() < 0.5  # of 255: another batch sums in another order
-
-
-def test_real_features_come_from_at_most_so_many_images_of_a_class(made, ctx, monkeypatch) -> None:
-    teacher = Frozen(ctx, made.dirs).teachers[0]
-    monkeypatch.setattr(condense, "REAL", 4)
-    before = ctx.forwards
-    found = real_features(ctx, teacher, 0, PURPOSE)
-    assert ctx.forwards - before == 4 * ctx.classes
-    assert found.mean.shape[0] == ctx.classes
-    assert float(found.variance) > 0
