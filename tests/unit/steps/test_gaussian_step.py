@@ -1,7 +1,11 @@
 """The step gaussian: chosen on val, one file for any number of ranks; matching never ends below it on val."""
 
+import functools
 import json
+import shutil
+import signal
 
+import hooks
 import pytest
 import ranks
 
@@ -67,3 +71,50 @@ def test_any_number_of_ranks_refits_the_same_bits(alone, tiny, tmp_path):
     ranks.train(tmp_path / "out", [*argv, "--matching.steps", "6"], 2)
     found = [read_network(generator(out, "matching"))[1]["others"] for out in (alone, tmp_path / "out")]
     assert found[0] == found[1]
+
+
+MOVES = [
+    "--matching.start",
+    "gaussian",
+    "--matching.lambda_label",
+    "0.1",
+    "--matching.lambda_feature",
+    "1",
+    "--matching.lr",
+    "1e-3",
+]
+
+
+@pytest.fixture(scope="module")
+def moved(alone, tiny, tmp_path_factory):
+    """Two processes, one of which is killed in the middle of matching, and which then start again."""
+    folder = tmp_path_factory.mktemp("moved")
+    argv = [*tiny, *CHOICES, *STARTS, *MOVES, "--matching.select", "last", "--until", "matching", "--store", str(alone)]
+    found = {}
+    for name in ("undisturbed", "killed"):
+        out = folder / name
+        if name == "killed":
+            argv = [*argv[:-1], str(shutil.copytree(alone, folder / "store", symlinks=True))]
+            shutil.rmtree(folder / "store" / "matching")
+            hook = functools.partial(hooks.die_in_matching, victim=1, step=8)
+            job = ranks.start(out, argv, 2, before=hook)
+            job.until(lambda job=job: any(p.exitcode == -signal.SIGKILL for p in job.processes))
+            job.wait_as_torchrun()
+        ranks.train(out, argv, 2)
+        found[name] = out
+    return found
+
+
+def test_matching_can_move_the_gaussians_themselves(alone, moved):
+    net, meta = load_generator_network(generator(moved["undisturbed"], "matching"))
+    before, _ = load_generator_network(generator(alone, "gaussian"))
+    assert isinstance(net, LinearGenerator)
+    assert not net.class_means.equal(before.class_means)
+    assert not net.roots.equal(before.roots)
+    assert net.basis.equal(before.basis)
+    assert meta["others"].keys() == {"gaussian", "gan"}
+
+
+def test_moved_gaussians_go_on_exactly_after_a_kill(moved):
+    one, two = (ranks.weights(generator(moved[name], "matching")) for name in ("undisturbed", "killed"))
+    assert one == two

@@ -151,3 +151,11 @@ def test_penalty_sums_over_pixels_and_averages_over_the_batch() -> None:
     (gradients,) = arrays((5, 3, 4, 4))
     expected = np.mean([(g**2).sum() for g in gradients])
     assert losses.zero_centred_penalty(torch.tensor(gradients)).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_mean_features_are_compared_as_a_share_of_their_variance() -> None:
+    draw = np.random.default_rng(0)
+    mean, fake, variance = draw.normal(size=(2, 5)), draw.normal(size=(2, 4, 5)), 3.0
+    apart = ((mean - fake.mean(1)) ** 2 - fake.var(1, ddof=1) / 4).sum(1).mean() / variance
+    found = losses.mean_feature(torch.from_numpy(mean), torch.from_numpy(fake), torch.tensor(variance))
+    assert float(found) == pytest.approx(apart, rel=1e-5)
