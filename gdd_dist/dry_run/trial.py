@@ -36,6 +36,15 @@ Work = Callable[[Tensor, Tensor], object]
 """The work to measure, given augmented images, float [n, C, H, W], and their labels, int64 [n]."""
 
 
+class Estimate(NamedTuple):
+    """What is left of a step. ``resumes``: a part is done; ``steps``: optimizer steps; ``images``: images forwarded; ``cost``: in total."""
+
+    resumes: bool
+    steps: int
+    images: int
+    cost: Cost
+
+
 class Training(NamedTuple):
     """One step of a trainee. ``forwards``: of its full batch, on all its ranks; ``settling``: forwards before the first step."""
 
@@ -165,3 +174,9 @@ def drawing(trial: Trial, train_on: str) -> Work:
     """Drawing from the generator of the rows ``train_on``; those of gan and matching cost the same."""
     ctx, net = trial.ctx, Frozen(trial.ctx, trial.directories).generator(train_on)
     return lambda _, labels: draw(ctx, net, labels.cpu().numpy(), 0, "dry-run", 0, batch=len(labels))
+
+
+def steps_done(ctx: Context, directory: Path) -> int:
+    """Return the step from which a loop would continue."""
+    found = ctx.checkpoints(directory).load()
+    return 0 if found is None else found[0]

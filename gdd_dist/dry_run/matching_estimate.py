@@ -1,0 +1,122 @@
+"""What the dry run says of matching: the step itself, its measurements with quick students, and what is computed beside it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from gdd_dist.config.ranks import taking_part
+from gdd_dist.config.steps import refits
+from gdd_dist.dry_run.trial import Estimate, Training, Trial, answering, drawing, labelling, steps_done, studying
+from gdd_dist.evaluation import quick_students
+from gdd_dist.models.files import GENERATOR, load_generator_network
+from gdd_dist.models.gaussian import LinearGenerator
+from gdd_dist.runtime.meter import NOTHING, Cost
+from gdd_dist.steps import matching
+from gdd_dist.storage.store import CHECKPOINTS
+from gdd_dist.training import drawing as drawn
+from gdd_dist.training import gaussian_refit, sample_grid, soft_labels
+from gdd_dist.training.classifier_fit import PREDICT_BATCH
+from gdd_dist.training.context import Context
+from gdd_dist.training.teacher_features import REAL, Features, images_read
+
+
+def make_up_matching(trial: Trial, directory: Path) -> None:
+    """Write a generator like that of gan."""
+    (directory / GENERATOR).hardlink_to(trial.directories[trial.ctx.config.matching.start] / GENERATOR)
+
+
+def estimate_matching(trial: Trial, work: Path) -> Estimate:
+    """The cost is that of training steps, and of measurements with quick students, each with a grid of samples."""
+    ctx, m = trial.ctx, trial.ctx.config.matching
+    start, step = steps_done(ctx, work / CHECKPOINTS), _matching_step(trial, work)
+    parts, students_of_all = measurement(trial, m.start, step.cost)
+    left, measurements = m.steps - start, sum(s % m.interval == 0 for s in range(start, m.steps)) + 1
+    turns = measurements * -(-m.quick_students // taking_part(ctx.config, "matching", ctx.world.size))
+    each = students_of_all + sample_grid.forwards(ctx)
+    beside = [_refit(trial, work), _gan_measured(trial, work), _features(trial)]
+    costs = [one.cost for one in beside]
+    seconds = (
+        left * step.cost.seconds + turns * sum(part.seconds for part in parts) + sum(cost.seconds for cost in costs)
+    )
+    images = left * step.forwards + step.settling + measurements * each + sum(one.images for one in beside)
+    resumes = start > 0 or any(one.resumes for one in beside)
+    return Estimate(resumes, left, images, Cost.peak((step.cost, *parts, *costs), seconds))
+
+
+def _gan_measured(trial: Trial, work: Path) -> Estimate:
+    """For a generator that starts at the Gaussian: measure the GAN once."""
+    done = (work / CHECKPOINTS / "gan.json").exists()
+    if done or trial.ctx.config.matching.start == "gan":
+        return Estimate(done, 0, 0, NOTHING)
+    parts, images = measurement(trial, "gan", NOTHING)
+    turns = -(
+        -trial.ctx.config.matching.quick_students // taking_part(trial.ctx.config, "matching", trial.ctx.world.size)
+    )
+    return Estimate(False, 0, images, Cost.peak(parts, turns * sum(part.seconds for part in parts)))
+
+
+def _features(trial: Trial) -> Estimate:
+    """Each teacher's features of real images, on every rank."""
+    m, each = trial.ctx.config.matching, images_read(trial.ctx.images("train").labels)
+    if not m.lambda_feature:
+        return Estimate(False, 0, 0, NOTHING)
+    used = [name for last, name in trial.pool if last or m.teachers == "all"]
+    parts = [trial.cost(each, REAL, answering, name) for name in used]
+    seconds = sum(part.seconds for part in parts)
+    return Estimate(False, 0, len(used) * each * trial.ctx.world.size, Cost.peak(parts, seconds))
+
+
+def _refit(trial: Trial, work: Path) -> Estimate:
+    """For the Gaussian generator: draw images, compute the last teachers' predictions for them, and measure once."""
+    ctx, done = trial.ctx, (work / CHECKPOINTS / "refit.json").exists()
+    if done or not refits(ctx.config):
+        return Estimate(done, 0, 0, NOTHING)
+    net = load_generator_network(trial.directories["gaussian"] / GENERATOR)[0]
+    assert isinstance(net, LinearGenerator)
+    drawn_images = gaussian_refit.draws(net, ctx.config.matching.refit)
+    ranks = taking_part(ctx.config, "matching", ctx.world.size)
+    parts = [
+        trial.cost(drawn_images // ranks, drawn.DRAW_BATCH, drawing, "gaussian"),
+        trial.cost(drawn_images // ranks, soft_labels.BATCH, labelling),
+    ]
+    measuring, each = measurement(trial, "gaussian", NOTHING)
+    turns = -(-ctx.config.matching.quick_students // ranks)
+    seconds = sum(part.seconds for part in parts) + turns * sum(part.seconds for part in measuring)
+    images = drawn_images * (1 + sum(last for last, _ in trial.pool)) + each
+    return Estimate(False, 0, images, Cost.peak([*parts, *measuring], seconds))
+
+
+def _matching_step(trial: Trial, work: Path) -> Training:
+    """Groups use the teachers in turn, so that a small batch has all architectures, like the full batch."""
+    config, dirs = trial.ctx.config, trial.directories
+    used = [i for i, (last, _) in enumerate(trial.pool) if last or config.matching.teachers == "all"]
+
+    def in_turn(batch: matching.Batch) -> matching.Batch:
+        turns = np.resize(used, len(batch.groups.classes))
+        return batch._replace(groups=replace(batch.groups, teachers=turns).by_teacher())
+
+    def build(small: Context) -> matching.Matching:
+        pool = matching.Pool(small, dirs["teachers"], dirs["logits"])
+        if config.matching.lambda_feature:  # one mean for all features of all classes takes as long
+            zero = torch.zeros(small.classes, 1, device=small.device)
+            pool.real = dict.fromkeys(used, Features(zero, zero.new_ones(())))
+        return matching.Matching(small, work, pool, trial.inputs)
+
+    unit = config.matching.group * len(config.teachers.architectures) * config.accumulate
+    return trial.training("matching", trial.ctx.world.size, build, unit, in_turn)
+
+
+def measurement(trial: Trial, step: str, beside: Cost) -> tuple[list[Cost], int]:
+    """Return the costs of one quick student of ``step``'s generator, and the images that all students of a measurement forward."""
+    m, name = trial.ctx.config.matching, trial.ctx.config.matching.quick_student
+    trained, fresh, answered = quick_students.forwards(trial.ctx)
+    parts = [
+        trial.cost(trained, m.quick_batch, studying, name).beside(beside),
+        trial.cost(fresh, min(drawn.DRAW_BATCH, quick_students.CHUNK * m.quick_batch), drawing, step).beside(beside),
+        trial.cost(answered, PREDICT_BATCH, answering, name).beside(beside),
+    ]
+    return parts, m.quick_students * (trained + fresh + answered)
