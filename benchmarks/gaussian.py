@@ -235,11 +235,11 @@ def rows(study: Study) -> Iterator[Row]:
 class Trained:
     """The students of a row, and what they were found to know."""
 
-    def __init__(self, study: Study, row: Row) -> None:
+    def __init__(self, study: Study, row: Row, split: str = "val") -> None:
         start = time.perf_counter()
         self.study, self.row, self.found = study, row, dict[str, list[float]]()
         self.nets = [study.train(row, student) for student in study.students]
-        self.measure("val")
+        self.measure(split)
         self.seconds = time.perf_counter() - start
 
     def measure(self, split: str) -> None:

@@ -34,10 +34,11 @@ def estimate_matching(trial: Trial, work: Path) -> Estimate:
     ctx, m = trial.ctx, trial.ctx.config.matching
     start, step = steps_done(ctx, work / CHECKPOINTS), _matching_step(trial, work)
     parts, students_of_all = measurement(trial, m.start, step.cost)
-    left, measurements = m.steps - start, sum(s % m.interval == 0 for s in range(start, m.steps)) + 1
+    first = max(start, int(m.start == "gaussian"))  # the step gaussian has measured its own
+    left, measurements = m.steps - start, sum(s % m.interval == 0 for s in range(first, m.steps)) + 1
     turns = measurements * -(-m.quick_students // taking_part(ctx.config, "matching", ctx.world.size))
     each = students_of_all + sample_grid.forwards(ctx)
-    beside = [_refit(trial, work), _gan_measured(trial, work), _features(trial)]
+    beside = [_refit(trial, work), _features(trial)]
     costs = [one.cost for one in beside]
     seconds = (
         left * step.cost.seconds + turns * sum(part.seconds for part in parts) + sum(cost.seconds for cost in costs)
@@ -45,18 +46,6 @@ def estimate_matching(trial: Trial, work: Path) -> Estimate:
     images = left * step.forwards + step.settling + measurements * each + sum(one.images for one in beside)
     resumes = start > 0 or any(one.resumes for one in beside)
     return Estimate(resumes, left, images, Cost.peak((step.cost, *parts, *costs), seconds))
-
-
-def _gan_measured(trial: Trial, work: Path) -> Estimate:
-    """For a generator that starts at the Gaussian: measure the GAN once."""
-    done = (work / CHECKPOINTS / "gan.json").exists()
-    if done or trial.ctx.config.matching.start == "gan":
-        return Estimate(done, 0, 0, NOTHING)
-    parts, images = measurement(trial, "gan", NOTHING)
-    turns = -(
-        -trial.ctx.config.matching.quick_students // taking_part(trial.ctx.config, "matching", trial.ctx.world.size)
-    )
-    return Estimate(False, 0, images, Cost.peak(parts, turns * sum(part.seconds for part in parts)))
 
 
 def _features(trial: Trial) -> Estimate:

@@ -50,10 +50,9 @@ def _matching(ctx: Context, _: Mapping[str, str]) -> int:
     if refits(ctx.config):
         drawn = gaussian_refit.PLACES * max(gaussian.components(ctx)) * ctx.classes * m.refit
         beside = drawn * (1 + _trainings(ctx)) + _measurement(ctx)
-    if m.start != "gan":
-        beside += _measurement(ctx)
     each = DISCRIMINATED if m.lambda_adv else MATCHED
-    return each * m.steps * m.batch + (m.steps // m.interval + 1) * _measurement(ctx) + beside
+    measured = m.steps // m.interval + (m.start == "gan")
+    return each * m.steps * m.batch + measured * _measurement(ctx) + beside
 
 
 def _report(ctx: Context, fps: Mapping[str, str]) -> int:

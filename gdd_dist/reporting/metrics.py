@@ -36,8 +36,8 @@ def _cpu() -> str:
     return names[0] if names else platform.machine()
 
 
-def shortcut_gap(candidates: Candidates, select: str) -> dict[str, Any] | None:
-    """Return quick students' accuracy on fresh generated images minus on val, in points, of the GAN and the kept generator.
+def shortcut_gap(candidates: Candidates, select: str, start: str = "gan") -> dict[str, Any] | None:
+    """Return quick students' accuracy on fresh generated images minus on val, in points, of the generator named ``start`` and the kept one.
 
     ``selected_step`` is None if the kept generator is not from an interval; ``selected`` then names it.
     """
@@ -46,8 +46,7 @@ def shortcut_gap(candidates: Candidates, select: str) -> dict[str, Any] | None:
         return None
     name, kept = found
     step = kept["step"] if name == INTERVAL else None
-    gan = candidates.others.get("gan", candidates.history[0])
-    gaps = {"gan": gan["gap"], "matched": kept["gap"]}
+    gaps = {start: candidates.history[0]["gap"], "matched": kept["gap"]}
     return {**gaps, "selected_step": step, "selected": name}
 
 
@@ -59,6 +58,7 @@ def document(
     more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """metrics.json. ``fingerprints``: of "data" and the steps; ``candidates``: matching's, measured on val; ``more``: further entries."""
+    m = ctx.config.matching
     return {
         "format": FORMAT,
         "fingerprints": {
@@ -72,7 +72,7 @@ def document(
         "commit": commit(),
         "verified": ctx.config.verify,
         "classes": list(ctx.manifest.classes),
-        "shortcut_gap": shortcut_gap(candidates, ctx.config.matching.select),
+        "shortcut_gap": shortcut_gap(candidates, m.select, m.start),
         **(more or {}),
         "results": [dict(r) for r in results],
     }

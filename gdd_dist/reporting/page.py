@@ -128,7 +128,7 @@ def _percent(value: float) -> str:
 NAMES = {
     "gaussian": "the Gaussian of each class",
     "refit": "the Gaussian refitted to draws that the teachers chose",
-    "gan": "the GAN",
+    "gan": "the GAN itself",
 }
 """Candidates that matching does not train, and generators from which it starts."""
 
@@ -147,7 +147,7 @@ def _matching(ctx: Context, candidates: Candidates) -> str:
     what = f"step {kept['step']:,}" if name == INTERVAL else NAMES.get(name, name)
     text = (
         f"Quick students ({m.quick_students} × {m.quick_student}, {m.quick_steps:,} steps of {m.quick_batch}) on fresh draws, "
-        f"measured on `val`; step 0 is {NAMES[m.start]} itself. `matching.select: {m.select}` kept {what}. The shortcut gap "
+        f"measured on `val`; step 0 is {NAMES[m.start]}. `matching.select: {m.select}` kept {what}. The shortcut gap "
         "is their accuracy on fresh generated images minus that on `val`, in points: it grows when the generator encodes the class "
         "as a pattern that only students trained on such images recognize."
     )

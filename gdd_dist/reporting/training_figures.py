@@ -182,7 +182,7 @@ def _history(axis: Axes, history: Sequence[Mapping[str, Any]], kept: int | None)
     if history:
         steps, val, err = ([h[k] for h in history] for k in ("step", "val", "stderr"))
         axis.errorbar(steps, val, err, fmt="o-", ms=4, lw=1.5, capsize=3, color=COLORS["matched"])
-        axis.axhline(val[0], color=COLORS["gan"], lw=1, ls="--", label="GAN before matching")
+        axis.axhline(val[0], color=COLORS["gan"], lw=1, ls="--", label="before matching")
         if kept is not None:
             _mark(axis, kept)
         axis.legend(frameon=False, fontsize=9)

@@ -6,7 +6,6 @@ Shapes: B this rank's slots, in G groups of n that share a class and a teacher; 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +26,6 @@ from gdd_dist.models.files import (
     save_network,
 )
 from gdd_dist.models.gaussian import LinearGenerator
-from gdd_dist.models.generator import ImageGenerator
 from gdd_dist.models.moved_gaussian import MovedGaussian
 from gdd_dist.steps.matching_groups import Groups
 from gdd_dist.steps.matching_pool import Pool
@@ -47,7 +45,7 @@ REFIT = CHECKPOINTS + "/refit.safetensors"
 def run(ctx: Context, work: Path, inputs: Inputs) -> dict[str, Any]:
     """Write generator.safetensors into ``work``. At intervals ``ctx.on_interval`` is called on rank 0."""
     pool = Pool(ctx, inputs.directories["teachers"], inputs.directories["logits"])
-    others = beside(ctx, work, pool, inputs)
+    others = beside(ctx, work, pool, inputs.directories["gaussian"])
     pool.look()
     checkpoints = ctx.shared_checkpoints(work)
     matched = loop.train(
@@ -64,21 +62,14 @@ def run(ctx: Context, work: Path, inputs: Inputs) -> dict[str, Any]:
     return {**kept, "skipped_steps": matched.skips.total, **checkpoints.costs()}
 
 
-def beside(ctx: Context, work: Path, pool: Pool, inputs: Inputs) -> dict[str, dict[str, Any]]:
-    """Return the candidates that matching does not train, measured on val: the Gaussian per class, the refitted one, and the GAN
-    if the intervals do not begin with it.
-    """
-    gaussian_dir, seed = inputs.directories["gaussian"], ctx.config.step_seed("matching")
-    builds: dict[str, tuple[str, Callable[[], ImageGenerator]]] = {}
+def beside(ctx: Context, work: Path, pool: Pool, gaussian_dir: Path) -> dict[str, dict[str, Any]]:
+    """Return the candidates that matching does not train, measured on val: the Gaussian per class, and the refitted one."""
+    found = {} if ctx.config.matching.start == "gaussian" else {"gaussian": chosen(gaussian_dir)}
     if refits(ctx.config):
-        builds["refit"] = "refitted Gaussian", lambda: _refitted(ctx, work, pool, gaussian_dir)
-    if ctx.config.matching.start != "gan":
-        builds["gan"] = "GAN", lambda: load_generator_network(inputs.directories["gan"] / GENERATOR)[0]
-    found = {"gaussian": chosen(gaussian_dir)}
-    for name, (words, build) in builds.items():
-        result = measure_once(ctx, work / CHECKPOINTS / f"{name}.json", build, seed)
-        found[name] = result.as_dict()
-        ctx.world.say(f"matching: {words}, quick students {result.val:.1f} ± {result.stderr:.1f} % on val")
+        path, seed = work / CHECKPOINTS / "refit.json", ctx.config.step_seed("matching")
+        result = measure_once(ctx, path, lambda: _refitted(ctx, work, pool, gaussian_dir), seed)
+        found["refit"] = result.as_dict()
+        ctx.world.say(f"matching: refitted Gaussian, quick students {result.val:.1f} ± {result.stderr:.1f} % on val")
     return found
 
 
@@ -181,6 +172,10 @@ class Matching(loop.Trainee):
         self.skips = self.nets.skips
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Tensor] = {}
+        if ctx.config.matching.start == "gaussian":  # its own step has measured it
+            kept = chosen(inputs.directories["gaussian"])
+            self.history.append({field: kept[field] for field in Measurement.__dataclass_fields__})
+            self.best = cpu_state(self.nets.ema)
 
     def begin(self, start: int) -> None:
         """Open the monitor, and tell the loader which real images follow."""
@@ -229,9 +224,7 @@ class Matching(loop.Trainee):
 
     def _measured(self, step: int) -> Measurement:
         """Measure quick students on val, once per interval."""
-        if (
-            self.history and self.history[-1]["step"] == step
-        ):  # measured before an interruption, which removed its points
+        if self.history and self.history[-1]["step"] == step:  # known, or an interruption removed its points
             found = Measurement(**self.history[-1])
             self.monitor.scalars(step, found.scalars())
             return found
@@ -279,9 +272,7 @@ class Matching(loop.Trainee):
                 net = net.folded()
                 meta = {**meta, "arch": net.arch}
             if found and found[0] != INTERVAL:
-                others = {name: inputs.directories[name] / GENERATOR for name in ("gaussian", "gan")} | {
-                    "refit": work / REFIT
-                }
+                others = {"gaussian": inputs.directories["gaussian"] / GENERATOR, "refit": work / REFIT}
                 net, meta = load_generator_network(others[found[0]])
                 self._ctx.world.say(
                     f"matching: {found[0]} did better on val ({found[1]['val']:.1f} %) than any interval: it is kept"

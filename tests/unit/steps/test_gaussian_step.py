@@ -112,7 +112,12 @@ def test_matching_can_move_the_gaussians_themselves(alone, moved):
     assert not net.class_means.equal(before.class_means)
     assert not net.roots.equal(before.roots)
     assert net.basis.equal(before.basis)
-    assert meta["others"].keys() == {"gaussian", "gan"}
+    assert (
+        meta["others"] == {}
+    )  # nothing but its intervals, the first of which is the Gaussian as its own step measured it
+    kept = chosen(alone / "gaussian" / "latest")
+    assert meta["history"][0] == {name: kept[name] for name in ("step", "val", "stderr", "gap")}
+    assert [one["step"] for one in meta["history"]] == [0, 6, 12]
 
 
 def test_moved_gaussians_go_on_exactly_after_a_kill(moved):
