@@ -13,6 +13,7 @@ from gdd_dist.evaluation.job_images import images_forwarded
 from gdd_dist.steps import gaussian
 from gdd_dist.training import gaussian_refit
 from gdd_dist.training.context import Context
+from gdd_dist.training.teacher_features import images_read
 
 DISCRIMINATED = 6
 """Forwards for each image of a step with a discriminator: two by the generator, four by itself; in matching, a teacher's is one of them."""
@@ -50,6 +51,9 @@ def _matching(ctx: Context, _: Mapping[str, str]) -> int:
     if refits(ctx.config):
         drawn = gaussian_refit.PLACES * max(gaussian.components(ctx)) * ctx.classes * m.refit
         beside = drawn * (1 + _trainings(ctx)) + _measurement(ctx)
+    if m.lambda_feature:
+        pool = _trainings(ctx) * (ctx.config.teachers.snapshots if m.teachers == "all" else 1)
+        beside += pool * images_read(ctx.images("train").labels) * ctx.world.size
     each = DISCRIMINATED if m.lambda_adv else MATCHED
     measured = m.steps // m.interval + (m.start == "gan")
     return each * m.steps * m.batch + measured * _measurement(ctx) + beside
