@@ -7,6 +7,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from gdd_dist.config.settings import PAIR_LOSSES
 from gdd_dist.training import losses
 
 Array = NDArray[np.float64]
@@ -151,3 +152,7 @@ def test_penalty_sums_over_pixels_and_averages_over_the_batch() -> None:
     (gradients,) = arrays((5, 3, 4, 4))
     expected = np.mean([(g**2).sum() for g in gradients])
     assert losses.zero_centred_penalty(torch.tensor(gradients)).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_every_pair_loss_is_a_setting_with_its_formula() -> None:
+    assert list(losses.PAIR) == list(PAIR_LOSSES)
