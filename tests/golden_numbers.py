@@ -37,15 +37,16 @@ RECORDS = Path(__file__).parent / "golden"
 SETTINGS = RECORDS / "settings.yaml"
 SHARDS = Options(shard_size=400_000, workers=1)
 """The data set is the digits in several shards, as the fixture `digits` of the tests."""
-BEFORE = {
-    "teachers": (),
-    "logits": ("teachers",),
-    "gaussian": (),
-    "gan": (),
-    "matching": ("teachers", "logits", "gaussian", "gan"),
-    "students": ("teachers", "logits", "gaussian", "gan", "matching"),
-}
-"""Step → the steps whose numbers shape its own. `students` are those of the report."""
+_CONFIG = configuration.parse(["--config", str(SETTINGS)]).config
+
+
+def _before(step: str) -> tuple[str, ...]:
+    near = TABLE[step].inputs(_CONFIG)
+    return tuple(name for name in TABLE if name in near or any(name in _before(one) for one in near))
+
+
+BEFORE = {"students" if step == "report" else step: _before(step) for step in TABLE}
+"""Step → the steps whose numbers shape its own, from config/steps.py. `students` are those of the report."""
 ROWS = (
     "full/all/hard/augmented",
     "real/regenerate/hard/augmented",
@@ -199,7 +200,7 @@ def renew(steps: Sequence[str]) -> None:
         data, out = Path(folder) / "data", Path(folder) / "out"
         build("digits", data, SHARDS)
         for step in steps:
-            run(data, out, "matching" if step == "students" else step)
+            run(data, out, BEFORE[step][-1] if step == "students" else step)
             write_record(step, numbers(step, data, out))
 
 
