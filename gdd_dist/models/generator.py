@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gdd_dist.models.files import arguments
 from gdd_dist.models.residual import ResidualStage, scaled_conv, side_widths
 
 CPU_DRAWS = 64
@@ -58,18 +59,7 @@ class Generator(ImageGenerator):
         expansion: int = 2,
         patch: int = 1,
     ) -> None:
-        arch = {
-            "classes": classes,
-            "channels": channels,
-            "size": size,
-            "latent": latent,
-            "width": width,
-            "blocks": blocks,
-            "embedding": embedding,
-            "group_size": group_size,
-            "expansion": expansion,
-            "patch": patch,
-        }
+        arch = arguments(locals())
         super().__init__(arch, arch)
         by_side = side_widths(size, width, patch)
         base, widths = min(by_side), list(by_side.values())
