@@ -1,4 +1,4 @@
-"""A finished run, opened by a program that computes more from it."""
+"""A run by its directory: its settings, and what a program opens that computes more from it."""
 
 from __future__ import annotations
 
@@ -21,9 +21,12 @@ if TYPE_CHECKING:  # a command line is read, and refused, without torch
 
 
 def settings_of(out: Path, *given: str) -> Config:
-    """Return the run's settings, overridden by the options ``given``. Raises UserError for a directory that is not a run."""
+    """Return the settings that OUT was last started with, overridden by ``given``. Raises UserError for a directory that is not a run.
+
+    OUT may have been moved since, so its present path replaces the recorded one.
+    """
     if not (out / "config.yaml").exists():
-        raise UserError(f"{out} is not a run (config.yaml is missing); give the --out of a finished gdd_dist.train")
+        raise UserError(f"{out} is not a run (config.yaml is missing); give the --out of a gdd_dist.train")
     return configuration.parse(["--config", str(out / "config.yaml"), "--out", str(out), *given]).config
 
 
