@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 from gdd_dist.config.bounds import options
+from gdd_dist.config.command_line import settings_of
 from gdd_dist.config.settings import Config
-from gdd_dist.pipeline.finished_run import opened, settings_of
+from gdd_dist.pipeline.finished_run import opened
 from gdd_dist.reporting.tables import table
 from gdd_dist.runtime.arguments import Parser
 from gdd_dist.runtime.run_program import note_preemption, run_program

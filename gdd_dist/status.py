@@ -8,10 +8,10 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from gdd_dist.config.command_line import settings_of
 from gdd_dist.config.settings import Config
 from gdd_dist.config.steps import STEPS, TABLE
 from gdd_dist.pipeline.dataset import manifest_of
-from gdd_dist.pipeline.finished_run import settings_of
 from gdd_dist.pipeline.store_users import Directory, plans_of, remove, store_of, unused
 from gdd_dist.reporting.tables import aligned, headline
 from gdd_dist.runtime.arguments import Parser

@@ -1,4 +1,4 @@
-"""A run by its directory: its settings, and what a program opens that computes more from it."""
+"""A finished run, opened by a program that computes more from it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gdd_dist.config import command_line as configuration
 from gdd_dist.config.settings import Config
 from gdd_dist.config.steps import STEPS
 from gdd_dist.pipeline.dataset import data_of
@@ -18,16 +17,6 @@ from sharding.manifest import Manifest
 if TYPE_CHECKING:  # a command line is read, and refused, without torch
     from gdd_dist.runtime.world import World
     from gdd_dist.training.context import Context
-
-
-def settings_of(out: Path, *given: str) -> Config:
-    """Return the settings that OUT was last started with, overridden by ``given``. Raises UserError for a directory that is not a run.
-
-    OUT may have been moved since, so its present path replaces the recorded one.
-    """
-    if not (out / "config.yaml").exists():
-        raise UserError(f"{out} is not a run (config.yaml is missing); give the --out of a gdd_dist.train")
-    return configuration.parse(["--config", str(out / "config.yaml"), "--out", str(out), *given]).config
 
 
 def finished_steps(out: Path, manifest: Manifest) -> tuple[Store, dict[str, str]]:

@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from gdd_dist.config.command_line import settings_of
 from gdd_dist.config.settings import Config
 from gdd_dist.config.steps import STEPS
 from gdd_dist.pipeline.dataset import manifest_of
 from gdd_dist.pipeline.fingerprints import fingerprints
-from gdd_dist.pipeline.finished_run import settings_of
 from gdd_dist.runtime.locks import Lock
 from gdd_dist.storage.json_files import read_json
 from gdd_dist.storage.store import CONTENTS

@@ -16,12 +16,11 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from gdd_dist.data.noise import normal
-from gdd_dist.data.pixels import to_float, to_uint8
+from gdd_dist.data.pixels import CPU_DRAWS, forward_size, to_float, to_uint8
 from gdd_dist.models.files import AGAIN, GENERATOR, load_generator_network, read_teachers
 from gdd_dist.models.generator import ImageGenerator
 from gdd_dist.storage.json_files import read_json
 from gdd_dist.storage.printable import printable
-from gdd_dist.training.forward_size import CPU_DRAWS, forward_size
 from sharding.errors import UserError
 
 if TYPE_CHECKING:  # only soft labels need the teachers

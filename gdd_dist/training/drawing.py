@@ -8,9 +8,9 @@ from torch import Tensor
 
 from gdd_dist.data.images import to_uint8
 from gdd_dist.data.noise import normal
+from gdd_dist.data.pixels import CPU_DRAWS, forward_size
 from gdd_dist.models.generator import ImageGenerator
 from gdd_dist.training.context import Context
-from gdd_dist.training.forward_size import CPU_DRAWS, forward_size
 
 DRAW_BATCH = 500
 

@@ -29,7 +29,7 @@ from searching import (
     steps,
 )
 
-from gdd_dist.pipeline.finished_run import settings_of
+from gdd_dist.config.command_line import settings_of
 from gdd_dist.pipeline.store_users import planned
 
 pytest.importorskip("ray")
