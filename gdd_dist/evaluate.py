@@ -6,10 +6,12 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_origin
 
+from gdd_dist.config.bounds import options
+from gdd_dist.config.command_line import settings_of
 from gdd_dist.config.settings import Config
-from gdd_dist.pipeline.finished_run import opened, settings_of
+from gdd_dist.pipeline.finished_run import opened
 from gdd_dist.reporting.tables import table
 from gdd_dist.runtime.arguments import Parser
 from gdd_dist.runtime.run_program import note_preemption, run_program
@@ -21,8 +23,8 @@ if TYPE_CHECKING:  # a command line is read, and refused, without torch
     from gdd_dist.training.context import Context
 
 FILE = "evaluate.json"
-_LISTS = ("ipc", "protocol", "labels", "students", "baselines")
-_NUMBERS = ("seeds", "epochs")
+_ASKED = ("ipc", "protocol", "labels", "students", "seeds", "baselines", "epochs")
+"""The settings of the report that this program takes, too."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,27 +36,13 @@ def parser() -> argparse.ArgumentParser:
         description="Train students on images drawn by a finished run's generator and on the baselines; print the table and write "
         f"OUT/{FILE}. Students trained earlier by a report or by this program are reused. Works with or without torchrun.",
     )
-    same = "default: the value of the run"
     p.add_argument("out", metavar="OUT", help="run directory of gdd_dist.train")
-    p.add_argument("--ipc", nargs="+", metavar="N", help=f"images per class, one or several; {same}")
-    p.add_argument(
-        "--protocol",
-        nargs="+",
-        metavar="NAME",
-        help=f"regenerate: a fresh set each epoch; fixed: one set drawn once; {same}",
-    )
-    p.add_argument(
-        "--labels", nargs="+", metavar="NAME", help=f"hard: the class; soft: mean of the teachers' softmax; {same}"
-    )
-    p.add_argument("--students", nargs="+", metavar="NAME", help=f"classifiers, NAME or NAME:WIDTH; {same}")
-    p.add_argument("--seeds", metavar="N", help=f"students per row; {same}")
-    p.add_argument(
-        "--baselines",
-        nargs="+",
-        metavar="NAME",
-        help=f"baseline rows: real, equal_bytes, gaussian, gan, full; {same}",
-    )
-    p.add_argument("--epochs", metavar="N", help=f"epochs of a student, each of IPC images per class; {same}")
+    for name, kind, field in options():
+        section, _, leaf = name.rpartition(".")
+        if section == "report" and leaf in _ASKED:
+            many, metavar = get_origin(kind) is tuple, "N" if int in (kind, *get_args(kind)) else "NAME"
+            said = f"{field.metadata['help']}; default: the value of the run"
+            p.add_argument(f"--{leaf}", dest=name, nargs="+" if many else None, metavar=metavar, help=said)
     p.add_argument("--data", metavar="DIR", help="the data set, if it was moved since the run")
     p.add_argument(
         "--device", default="auto", metavar="NAME", help="auto, cpu or cuda; default: auto, CUDA if there is a GPU"
@@ -67,10 +55,9 @@ def parser() -> argparse.ArgumentParser:
 def settings(arguments: argparse.Namespace) -> Config:
     """Return the run's settings, overridden by the command line. Raises UserError for a directory that is not a run."""
     given = ["--device", arguments.device, "--verify", "true"]
-    for name in (*_LISTS, *_NUMBERS):
-        value = getattr(arguments, name)
-        if value is not None:
-            given += [f"--report.{name}", *([value] if isinstance(value, str) else value)]
+    for name, value in vars(arguments).items():
+        if name.startswith("report.") and value is not None:
+            given += [f"--{name}", *([value] if isinstance(value, str) else value)]
     given += ["--data", arguments.data] if arguments.data else []
     given += ["--no-verify"] if arguments.no_verify else []
     return settings_of(Path(arguments.out), *given)

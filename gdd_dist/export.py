@@ -138,8 +138,9 @@ def main(argv: Sequence[str], joined: Callable[[World], None] = lambda world: No
 
 def condensed_set(generator: Sampler, arguments: argparse.Namespace, joined: Callable[[World], None]) -> Sampler:
     """Return a sampler of the set that the run's teachers condense, as in the report's rows. Raises UserError without a run directory."""
+    from gdd_dist.config.command_line import settings_of
     from gdd_dist.evaluation.students import Frozen
-    from gdd_dist.pipeline.finished_run import opened, settings_of
+    from gdd_dist.pipeline.finished_run import opened
     from gdd_dist.product.condensed_set import CondensedSet
     from gdd_dist.training.condense import condensed
 

@@ -8,10 +8,11 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from gdd_dist.config.command_line import settings_of
 from gdd_dist.config.settings import Config
 from gdd_dist.config.steps import STEPS, TABLE
 from gdd_dist.pipeline.dataset import manifest_of
-from gdd_dist.pipeline.store_users import Directory, plans_of, read_run, remove, store_of, unused
+from gdd_dist.pipeline.store_users import Directory, plans_of, remove, store_of, unused
 from gdd_dist.reporting.tables import aligned, headline
 from gdd_dist.runtime.arguments import Parser
 from gdd_dist.runtime.locks import Lock
@@ -48,7 +49,7 @@ def main(argv: Sequence[str], _joined: object = None) -> None:
     if arguments.yes and not arguments.prune:
         raise UserError("--yes needs --prune; give both")
     out = Path(arguments.out)
-    config = read_run(out)
+    config = settings_of(out)
     sys.stdout.write(f"{overview(out, config)}\n")
     if arguments.prune:
         sys.stdout.write(f"\n{prune(out, config, arguments.yes)}\n")

@@ -37,15 +37,16 @@ RECORDS = Path(__file__).parent / "golden"
 SETTINGS = RECORDS / "settings.yaml"
 SHARDS = Options(shard_size=400_000, workers=1)
 """The data set is the digits in several shards, as the fixture `digits` of the tests."""
-BEFORE = {
-    "teachers": (),
-    "logits": ("teachers",),
-    "gaussian": (),
-    "gan": (),
-    "matching": ("teachers", "logits", "gaussian", "gan"),
-    "students": ("teachers", "logits", "gaussian", "gan", "matching"),
-}
-"""Step → the steps whose numbers shape its own. `students` are those of the report."""
+_CONFIG = configuration.parse(["--config", str(SETTINGS)]).config
+
+
+def _before(step: str) -> tuple[str, ...]:
+    near = TABLE[step].inputs(_CONFIG)
+    return tuple(name for name in TABLE if name in near or any(name in _before(one) for one in near))
+
+
+BEFORE = {"students" if step == "report" else step: _before(step) for step in TABLE}
+"""Step → the steps whose numbers shape its own, from config/steps.py. `students` are those of the report."""
 ROWS = (
     "full/all/hard/augmented",
     "real/regenerate/hard/augmented",
@@ -60,6 +61,7 @@ TOLERANCE = {"losses": 2e-3, "weights": 1e-2, "logits": 1e-2}
 Measured without oneDNN, with two threads, with the instructions of older CPUs and with noise of 1e-6 in every convolution: at most an
 eighth of this for losses and weights, a quarter for logits, which are float16.
 """
+NEW, MISSING = " (new: not in the record)", " (missing: only in the record)"
 SMALL = 0.02
 """Numbers below this, such as the biases after a few steps, are not compared closer than a number of this size."""
 NOT_RECORDED = {"images_per_second", "val_accuracy", "val_stderr", "shortcut_gap"}
@@ -171,16 +173,27 @@ def read_record(step: str) -> tuple[dict[str, int], Values]:
 
 
 def deviations(recorded: Values, found: Values) -> dict[str, float]:
-    """KIND/NAME → largest difference, in tolerances: 1 is the most that passes. Infinite where names or lengths differ."""
+    """KIND/NAME → largest difference, in tolerances: 1 is the most that passes. Infinite where names or lengths differ; a name that
+    only one side has ends with ``NEW`` or ``MISSING``.
+    """
     result = {}
     for kind in recorded.keys() | found.keys():
         old, new = recorded.get(kind, {}), found.get(kind, {})
         for name in old.keys() | new.keys():
             a, b = np.array(old.get(name, [])), np.array(new.get(name, []))
-            alike = a.shape == b.shape and np.isfinite(b).all()
+            alike = name in old and name in new and a.shape == b.shape and np.isfinite(b).all()
             scale = max(np.abs(a).max(initial=0), SMALL) * TOLERANCE[kind]
-            result[f"{kind}/{name}"] = float(np.abs(a - b).max() / scale) if alike else np.inf
+            said = NEW if name not in old else MISSING if name not in new else ""
+            result[f"{kind}/{name}{said}"] = float(np.abs(a - b).max() / scale) if alike else np.inf
     return result
+
+
+def completed(recorded: Values, found: Values) -> Values:
+    """The record with the names that only ``found`` has. Empty if there are none, or a recorded number is missing or changed."""
+    off = {name for name, value in deviations(recorded, found).items() if not value <= 1}
+    if not off or not all(name.endswith(NEW) for name in off):
+        return {}
+    return {kind: {**named, **recorded.get(kind, {})} for kind, named in found.items()}
 
 
 def due(step: str) -> bool:
@@ -189,22 +202,31 @@ def due(step: str) -> bool:
 
 
 def renew(steps: Sequence[str]) -> None:
-    """Write the records of ``steps`` anew. Raises UserError where no VERSION that a record names was raised."""
-    for step in steps:
-        if step not in BEFORE:
-            raise UserError(f"unknown step {step}; there are {', '.join(BEFORE)}")
-        if not due(step):
-            raise UserError(f"VERSION of {step} is still {versions()[step]}; raise it when its numbers change")
+    """Write the records of ``steps`` anew. Where no VERSION that a record names was raised, only new names are added to it.
+
+    Raises UserError where there are none, or a recorded number is missing or changed.
+    """
+    if unknown := [step for step in steps if step not in BEFORE]:
+        raise UserError(f"unknown step {unknown[0]}; there are {', '.join(BEFORE)}")
+    found = {}
     with tempfile.TemporaryDirectory() as folder:
         data, out = Path(folder) / "data", Path(folder) / "out"
         build("digits", data, SHARDS)
         for step in steps:
-            run(data, out, "matching" if step == "students" else step)
-            write_record(step, numbers(step, data, out))
+            run(data, out, BEFORE[step][-1] if step == "students" else step)
+            values = numbers(step, data, out)
+            found[step] = values if due(step) else completed(read_record(step)[1], values)
+            if not found[step]:
+                raise UserError(f"VERSION of {step} is still {versions()[step]}; raise it when its numbers change")
+    for step, values in found.items():
+        write_record(step, values)
 
 
 def main(steps: Sequence[str]) -> int:
-    """Renew the records of ``steps``, by default of all whose VERSION was raised. Returns the exit status."""
+    """Renew the records of ``steps``, by default of all whose VERSION was raised. Returns the exit status.
+
+    A step that only shows more (another curve) must be named: its record then gets what is new.
+    """
     try:
         renew(steps or [step for step in BEFORE if due(step)])
     except UserError as e:

@@ -1,4 +1,4 @@
-"""Shards, teachers, logits and GAN: computed once, before the first trial, by one job under the store's locks."""
+"""The steps before matching: computed once, before the first trial, by one job under the store's locks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def compute(base: Job, out: Path, ranks: int, meanwhile: Callable[[], None] = la
 
     ``meanwhile`` is called every second.
     """
-    config = dataclasses.replace(base.config, out=str(out / "shared"), until="gan")
+    config = dataclasses.replace(base.config, out=str(out / "shared"), until=SHARED[-1])
     job = dataclasses.replace(base, config=config, ranks=ranks)
     steps = gang.run_all([job], _Lines(job.out, meanwhile))[0]
     path = out / FILE

@@ -204,6 +204,16 @@ def parse(argv: Sequence[str]) -> Command:
     return Command(config, preset, bool(parsed["print_config"]), bool(parsed["dry_run"]))
 
 
+def settings_of(out: Path, *given: str) -> Config:
+    """Return the settings that OUT was last started with, overridden by ``given``. Raises UserError for a directory that is not a run.
+
+    OUT may have been moved since, so its present path replaces the recorded one.
+    """
+    if not (out / "config.yaml").exists():
+        raise UserError(f"{out} is not a run (config.yaml is missing); give the --out of a gdd_dist.train")
+    return parse(["--config", str(out / "config.yaml"), "--out", str(out), *given]).config
+
+
 def _parse_typed(parser: ArgumentParser, argv: Sequence[str], where: str = "") -> dict[str, Any]:
     stderr = io.StringIO()
     try:

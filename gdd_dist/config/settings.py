@@ -32,6 +32,12 @@ def setting(
 
 
 _SEED = "seed of this step only; default: --seed"
+PAIR_LOSSES = {
+    "skd": "t^2 KL(softmax(s(f(x))/t) || softmax(s(f(g))/t))",
+    "kd": "the same without s (Hinton et al. 2015)",
+    "dim": "mean over classes of (log_softmax f(x) - log_softmax f(g))^2 (DiM, Wang et al. 2023)",
+}
+"""The pair losses of matching by name, with their formulas; `training/losses.py` computes them."""
 _YEAR = 366 * 86_400.0
 """Seconds. Longer waits make no sense, and overflow the system's clocks."""
 
@@ -188,8 +194,9 @@ class Matching:
     )
     loss: str = setting(
         "skd",
-        "pair loss: standardized KL (skd), plain KL (kd), log-softmax distance (dim)",
-        choices=("skd", "kd", "dim"),
+        "pair loss, a mean over pairs of a real image x and a generated one g of its class (f: a teacher's logits; s: standardized "
+        "over classes; t: temperature); " + "; ".join(f"{name}: {formula}" for name, formula in PAIR_LOSSES.items()),
+        choices=tuple(PAIR_LOSSES),
     )
     temperature: float = setting(2.0, "softmax temperature of skd and kd", above=0)
     lambda_pair: float = setting(1.0, "weight of the pair loss", low=0)

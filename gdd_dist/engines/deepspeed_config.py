@@ -12,17 +12,10 @@ from typing import Any
 
 from sharding.errors import UserError
 
-ALLOWED = {
-    "zero_optimization",
-    "aio",
-    "communication_data_type",
-    "prescale_gradients",
-    "gradient_predivide_factor",
-    "comms_logger",
-    "wall_clock_breakdown",
-    "memory_breakdown",
-    "steps_per_print",
-}
+ALLOWED = frozenset(
+    "zero_optimization aio communication_data_type prescale_gradients gradient_predivide_factor comms_logger wall_clock_breakdown "
+    "memory_breakdown steps_per_print".split()
+)
 INSTEAD = {
     "train_batch_size": "set --gan.batch and --matching.batch",
     "train_micro_batch_size_per_gpu": "set --gan.batch, --matching.batch and --accumulate",
@@ -34,32 +27,14 @@ INSTEAD = {
     "activation_checkpointing": "set --accumulate",
     **dict.fromkeys(("fp16", "bf16", "bfloat16", "amp", "torch_autocast", "data_types"), "set --precision"),
 }
-ZERO_ALLOWED = {
-    "stage",
-    "contiguous_gradients",
-    "reduce_scatter",
-    "reduce_bucket_size",
-    "use_multi_rank_bucket_allreduce",
-    "allgather_partitions",
-    "allgather_bucket_size",
-    "overlap_comm",
-    "offload_param",
-    "offload_optimizer",
-    "sub_group_size",
-    "round_robin_gradients",
-    "zero_hpz_partition_size",
-    *(
-        f"{prefix}{name}"
-        for prefix in ("", "stage3_")
-        for name in ("prefetch_bucket_size", "param_persistence_threshold")
-    ),
-    *(f"{prefix}{name}" for prefix in ("", "stage3_") for name in ("max_live_parameters", "max_reuse_distance")),
-    "model_persistence_threshold",
-    "stage3_model_persistence_threshold",
-    "stage3_module_granularity_threshold",
-    "stage3_use_all_reduce_for_fetch_params",
-    "log_trace_cache_warnings",
-}
+ZERO_ALLOWED = frozenset(
+    "stage contiguous_gradients reduce_scatter reduce_bucket_size use_multi_rank_bucket_allreduce allgather_partitions "
+    "allgather_bucket_size overlap_comm offload_param offload_optimizer sub_group_size round_robin_gradients zero_hpz_partition_size "
+    "prefetch_bucket_size stage3_prefetch_bucket_size param_persistence_threshold stage3_param_persistence_threshold "
+    "max_live_parameters stage3_max_live_parameters max_reuse_distance stage3_max_reuse_distance model_persistence_threshold "
+    "stage3_model_persistence_threshold stage3_module_granularity_threshold stage3_use_all_reduce_for_fetch_params "
+    "log_trace_cache_warnings".split()
+)
 STAGES = (0, 1, 2, 3)
 
 
@@ -97,6 +72,6 @@ def _check_zero(zero: Any, path: str) -> None:
             raise UserError(f"{key} to {zero[key]['device']} in {path} is not supported; offload to cpu")
 
 
-def _near(key: str, known: set[str]) -> str:
+def _near(key: str, known: frozenset[str]) -> str:
     near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.75)
     return f"did you mean {near[0]}?" if near else "leave it out: only placement and communication may be set"

@@ -3,12 +3,11 @@
 No normalisation layer anywhere, and twice differentiable, as gradient penalties need. Shapes: B batch, C channels.
 """
 
-from typing import Any
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gdd_dist.models.convolution import Conv2d, WholeMapConv2d
+from gdd_dist.models.files import arguments
 from gdd_dist.models.residual import ResidualStage, scaled_conv, side_widths
 
 
@@ -33,17 +32,7 @@ class Discriminator(nn.Module):
         patch: int = 1,
     ) -> None:
         super().__init__()
-        self.arch: dict[str, Any] = {
-            "classes": classes,
-            "channels": channels,
-            "size": size,
-            "width": width,
-            "blocks": blocks,
-            "embedding": embedding,
-            "group_size": group_size,
-            "expansion": expansion,
-            "patch": patch,
-        }
+        self.arch = arguments(locals())
         """JSON-compatible arguments that rebuild this discriminator: Discriminator(**arch)."""
         by_side = side_widths(size, width, patch)
         base, widths = min(by_side), list(by_side.values())[::-1]

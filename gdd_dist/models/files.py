@@ -36,6 +36,11 @@ FAMILIES = {
 """Kinds of generator by the name in their files, and their class in `models`; a file without a name is of the first kind."""
 
 
+def arguments(local: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a constructor that passes its ``locals()`` at its beginning; in a file they rebuild the network."""
+    return {name: value for name, value in local.items() if name not in ("self", "__class__")}
+
+
 def save_network(path: Path, net: nn.Module | dict[str, Tensor], meta: Mapping[str, Any]) -> None:
     """Write weights (of a network, or complete on the CPU) and metadata (JSON values) as safetensors, atomically."""
     weights = cpu_state(net) if isinstance(net, nn.Module) else net

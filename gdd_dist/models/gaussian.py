@@ -4,11 +4,11 @@ Shapes: B batch, K latent, D = channels · size², pixels in [-1, 1].
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from gdd_dist.models.files import arguments
 from gdd_dist.models.generator import ImageGenerator
 
 CLASSES_AT_ONCE = 64
@@ -37,14 +37,7 @@ class LinearGenerator(ImageGenerator):
     def __init__(
         self, *, classes: int, channels: int, size: int, latent: int, spread: float = 1.0, dtype: str = "float32"
     ) -> None:
-        arch: dict[str, Any] = {
-            "classes": classes,
-            "channels": channels,
-            "size": size,
-            "latent": latent,
-            "spread": spread,
-            "dtype": dtype,
-        }
+        arch = arguments(locals())
         super().__init__(arch, arch)
         pixels, stored = channels * size**2, {"float32": torch.float32, "float16": torch.float16}[dtype]
         self.register_buffer("mean", torch.zeros(pixels))

@@ -10,15 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gdd_dist.models.files import arguments
 from gdd_dist.models.residual import ResidualStage, scaled_conv, side_widths
-
-CPU_DRAWS = 64
-"""Images drawn at once on a CPU: 2.7 times as fast as 500 for a residual generator of 32 pixels, with the same bits."""
-
-
-def draws_at_once(device: torch.device, most: int) -> int:
-    """Return how many images a generator draws in one forward on ``device``, at most ``most``."""
-    return min(CPU_DRAWS, most) if device.type == "cpu" else most
 
 
 class ImageGenerator(nn.Module):
@@ -58,18 +51,7 @@ class Generator(ImageGenerator):
         expansion: int = 2,
         patch: int = 1,
     ) -> None:
-        arch = {
-            "classes": classes,
-            "channels": channels,
-            "size": size,
-            "latent": latent,
-            "width": width,
-            "blocks": blocks,
-            "embedding": embedding,
-            "group_size": group_size,
-            "expansion": expansion,
-            "patch": patch,
-        }
+        arch = arguments(locals())
         super().__init__(arch, arch)
         by_side = side_widths(size, width, patch)
         base, widths = min(by_side), list(by_side.values())

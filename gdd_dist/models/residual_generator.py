@@ -10,6 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gdd_dist.models.files import arguments
 from gdd_dist.models.gaussian import LinearGenerator
 from gdd_dist.models.generator import ImageGenerator, doubled
 from gdd_dist.models.residual import ResidualStage, scaled_conv, side_widths
@@ -34,15 +35,7 @@ class ResidualGenerator(ImageGenerator):
         expansion: int = 2,
         patch: int = 1,
     ) -> None:
-        arch = {
-            "linear": linear,
-            "noise": noise,
-            "width": width,
-            "blocks": blocks,
-            "group_size": group_size,
-            "expansion": expansion,
-            "patch": patch,
-        }
+        arch = arguments(locals())
         super().__init__(arch, {**linear, "latent": linear["latent"] + noise})
         self.linear = LinearGenerator(**linear)
         by_side = side_widths(linear["size"], width, patch)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gdd_dist.config import command_line as configuration
 from gdd_dist.config.settings import Config
 from gdd_dist.config.steps import STEPS
 from gdd_dist.pipeline.dataset import data_of
@@ -18,13 +17,6 @@ from sharding.manifest import Manifest
 if TYPE_CHECKING:  # a command line is read, and refused, without torch
     from gdd_dist.runtime.world import World
     from gdd_dist.training.context import Context
-
-
-def settings_of(out: Path, *given: str) -> Config:
-    """Return the run's settings, overridden by the options ``given``. Raises UserError for a directory that is not a run."""
-    if not (out / "config.yaml").exists():
-        raise UserError(f"{out} is not a run (config.yaml is missing); give the --out of a finished gdd_dist.train")
-    return configuration.parse(["--config", str(out / "config.yaml"), "--out", str(out), *given]).config
 
 
 def finished_steps(out: Path, manifest: Manifest) -> tuple[Store, dict[str, str]]:

@@ -22,9 +22,12 @@ MATCHED = 2
 
 
 def images_expected(ctx: Context, fps: Mapping[str, str], steps: Sequence[str]) -> dict[str, int]:
-    """Return the number of images for each unfinished step of ``steps``, over all ranks. All ranks call it."""
+    """Return the number of images for each unfinished step of ``steps``, over all ranks. All ranks call it.
+
+    A step that EXPECTED does not name is left out: the remaining time is then estimated without it.
+    """
     todo = ctx.world.broadcast([step for step in TABLE if step in steps and not ctx.store.finished(step, fps[step])])
-    return {step: EXPECTED[step](ctx, fps) for step in todo}
+    return {step: EXPECTED[step](ctx, fps) for step in todo if step in EXPECTED}
 
 
 def _teachers(ctx: Context, _: Mapping[str, str]) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from gdd_dist.config import command_line as configuration
+from gdd_dist.config.command_line import settings_of
 from gdd_dist.config.settings import Config
 from gdd_dist.config.steps import STEPS
 from gdd_dist.pipeline.dataset import manifest_of
@@ -52,14 +52,6 @@ def store_of(out: Path, config: Config) -> Path:
     return Path(config.store) if config.store else out
 
 
-def read_run(out: Path) -> Config:
-    """Return the settings that OUT was last started with. Raises UserError for a directory that is not a run."""
-    if not (out / "config.yaml").exists():
-        raise UserError(f"{out} is not a run (config.yaml is missing); give the --out of a gdd_dist.train")
-    # OUT may have been moved since, so its present path replaces the recorded one.
-    return configuration.parse(["--config", str(out / "config.yaml"), "--out", str(out)]).config
-
-
 def planned(out: Path, config: Config, precision: str) -> dict[str, str] | None:
     """Return STEP → fingerprint as planned by the run's settings; None if its data set is missing."""
     try:
@@ -72,7 +64,7 @@ def planned(out: Path, config: Config, precision: str) -> dict[str, str] | None:
 def plans_of(out: Path) -> list[dict[str, str]]:
     """Return every possible plan of OUT's settings; empty if the settings or the data set cannot be read here."""
     try:
-        config = read_run(out)
+        config = settings_of(out)
     except UserError:
         return []
     precisions = PRECISIONS if config.precision == "auto" else (config.precision,)

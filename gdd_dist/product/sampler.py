@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from gdd_dist.data.noise import normal
-from gdd_dist.data.pixels import to_float, to_uint8
+from gdd_dist.data.pixels import CPU_DRAWS, forward_size, to_float, to_uint8
 from gdd_dist.models.files import AGAIN, GENERATOR, load_generator_network, read_teachers
-from gdd_dist.models.generator import ImageGenerator, draws_at_once
+from gdd_dist.models.generator import ImageGenerator
 from gdd_dist.storage.json_files import read_json
 from gdd_dist.storage.printable import printable
 from sharding.errors import UserError
@@ -233,7 +233,7 @@ class Sampler:
             raise UserError(_SELECT.format(select))
         parts = [torch.empty(0, *self.image_shape, dtype=torch.uint8, device=self.device)]
         with torch.inference_mode(False), torch.no_grad():
-            batch = draws_at_once(self.device, DRAW_BATCH)
+            batch = forward_size(self.device, DRAW_BATCH, CPU_DRAWS)
             for i in range(0, len(labels), batch):
                 y = torch.from_numpy(labels[i : i + batch]).to(self.device)
                 draws = []

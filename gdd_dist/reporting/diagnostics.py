@@ -14,14 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gdd_dist.data.images import to_float
 from gdd_dist.data.logit_cache import LogitCache
 from gdd_dist.data.noise import permutation
-from gdd_dist.engines.precision import autocast
 from gdd_dist.evaluation.rows import Row
-from gdd_dist.models.classifiers import Classifier
 from gdd_dist.models.files import GENERATOR, load_generator_network, read_teachers
 from gdd_dist.models.generator import ImageGenerator
+from gdd_dist.training.classifier_fit import predict
 from gdd_dist.training.context import Context
 from gdd_dist.training.drawing import draw
 from gdd_dist.training.losses import standardize
@@ -109,16 +107,9 @@ def teacher_answers(
     net = ctx.teacher(best)
     for kind, generator in generators.items():
         drawn = draw(ctx, generator, labels, seed, "report/answers", 0)
-        found[kind] = split_answers(_logits(ctx, net, drawn), labels)
+        answers = predict(net, drawn.__getitem__, len(drawn), ctx.device, ctx.precision)
+        found[kind] = split_answers(answers.numpy(), labels)
     return found
-
-
-def _logits(ctx: Context, net: Classifier, images: Tensor) -> np.ndarray:
-    parts = []
-    for part in images.split(250):
-        with autocast(ctx.device, ctx.precision):
-            parts.append(net(to_float(part, ctx.device)).float().cpu())
-    return torch.cat(parts).numpy()
 
 
 def split_answers(logits: np.ndarray, labels: np.ndarray) -> Answers:

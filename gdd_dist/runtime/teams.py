@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from gdd_dist.runtime.groups import mean_over_ranks
-from gdd_dist.runtime.monitor import say
+from gdd_dist.runtime.groups import Ranks
 from gdd_dist.runtime.signals import Preempted, asked
 from gdd_dist.runtime.vote import Vote
 from gdd_dist.runtime.world import World
 
 
-class Team:
+class Team(Ranks):
     """This rank's team; ``rank`` is the rank in the team. Its leader, rank 0, takes jobs and reads and writes all files, because
     members may run on a host without these files. Teams run independently; all ranks of a team make the same calls.
     """
@@ -29,16 +27,6 @@ class Team:
         self.device = world.device
         self.group: Any = world.cut(size) if size > 1 else None
         self._voted: float | None = None
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this rank is the leader."""
-        return self.rank == 0
-
-    def say(self, line: str) -> None:
-        """Print a line for the user, from the leader; an empty line is not printed."""
-        if line and self.is_main:
-            say(line)
 
     def queue(self, jobs: int) -> Iterator[int]:
         """Yield job numbers 0 … jobs - 1, each to one team, the next free one. All ranks of all teams call it."""
@@ -59,10 +47,6 @@ class Team:
             asked.allow(now - self._voted)
         self._voted = now
         return Vote(asked.number, save and self.is_main, self.size, self.group)
-
-    def mean(self, values: Mapping[str, Tensor]) -> dict[str, float]:
-        """Like `World.mean`, over this team's ranks."""
-        return mean_over_ranks(values, self.size, self.group)
 
     def broadcast(self, value: Any = None) -> Any:
         """Return the leader's ``value`` (anything that JSON can hold) on every rank."""

@@ -14,7 +14,7 @@ UNITS = {
     "loss": "loss minimised, no unit",
     "loss_g": "generator's adversarial loss, no unit; balances loss_d; neither should fall to 0 or diverge",
     "loss_d": "discriminator's loss without penalties, no unit; ln 2 = 0.69 means that it cannot tell real from generated",
-    "pair": "standardized KL of the teachers' logits, generated against real, no unit, unweighted",
+    "pair": "pair loss (--matching.loss) of the teachers' logits, generated against real, no unit, unweighted",
     "mean": "squared distance of mean logits, logits squared, unweighted; may be negative (its bias is subtracted)",
     "adv": "generator's adversarial loss in matching, no unit, unweighted",
     "lr": "learning rate",

@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -18,9 +18,8 @@ import torch
 import torch.distributed as dist
 
 from gdd_dist.runtime.devices import allow_tf32, backend, check_identities, choose_kernels, identity, pick_device
-from gdd_dist.runtime.groups import mean_over_ranks, on_loopback
+from gdd_dist.runtime.groups import Ranks, on_loopback
 from gdd_dist.runtime.heartbeat import Pulse, describe, lives
-from gdd_dist.runtime.monitor import say
 from gdd_dist.runtime.process_identity import place
 from gdd_dist.runtime.rendezvous import claim_before_joining, meet, second_connection
 from gdd_dist.runtime.signals import LONGEST_GRACE, PeerError, Preempted, asked
@@ -38,7 +37,7 @@ _SILENT = 10
 """Heartbeats that a rank of another host must miss before it is treated as lost, after a connection broke."""
 
 
-class World:
+class World(Ranks):
     """All ranks of this run. Without torchrun ``size`` is 1, and nothing here waits. Several ranks must `join` first."""
 
     def __init__(self, device: str = "auto", timeout: float = 600.0, deterministic: bool = False) -> None:
@@ -111,11 +110,6 @@ class World:
         self.step = step
         if self._pulse is not None:
             self._pulse.beat(self._store)
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this is rank 0, which writes everything that is written once."""
-        return self.rank == 0
 
     def gather(self, value: Any = None) -> list[Any]:
         """Return every rank's ``value`` (anything that JSON can hold), in rank order, on every rank. Also a barrier."""
@@ -236,27 +230,6 @@ class World:
         except RuntimeError:  # the store's host was lost
             return False
         return bool(here >= wanted)
-
-    def mean(self, values: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        """Return the means over ranks of scalar tensors, by one all-reduce. All ranks call it."""
-        return mean_over_ranks(values, self.size, self.group)
-
-    def add(self, values: torch.Tensor) -> torch.Tensor:
-        """Replace a contiguous tensor by its sum over ranks, on all ranks."""
-        if self.size > 1:
-            dist.all_reduce(values, group=self.group)
-        return values
-
-    def total(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the sum over ranks of a CPU tensor, on rank 0; a barrier first waits for ranks that work independently."""
-        if self.size > 1:
-            dist.reduce(values, group=self.group, group_dst=0)
-        return values
-
-    def say(self, line: str) -> None:
-        """Print a line for the user, from rank 0; an empty line is not printed."""
-        if line and self.is_main:
-            say(line)
 
     def failed(self) -> bool:
         """Whether a rank has failed, or the store's host was lost."""

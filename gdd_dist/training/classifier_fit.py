@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gdd_dist.data.images import Images, to_float
+from gdd_dist.data.pixels import forward_size
 from gdd_dist.engines.nonfinite import all_finite, poisoned, step_if
 from gdd_dist.engines.precision import autocast
-from gdd_dist.training.forward_size import forward_size
 from gdd_dist.training.optimizers import SGD
 
 PREDICT_BATCH = 500

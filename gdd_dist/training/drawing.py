@@ -8,7 +8,8 @@ from torch import Tensor
 
 from gdd_dist.data.images import to_uint8
 from gdd_dist.data.noise import normal
-from gdd_dist.models.generator import ImageGenerator, draws_at_once
+from gdd_dist.data.pixels import CPU_DRAWS, forward_size
+from gdd_dist.models.generator import ImageGenerator
 from gdd_dist.training.context import Context
 
 DRAW_BATCH = 500
@@ -28,7 +29,7 @@ def draw(
     """Return uint8 images [n, C, H, W] on the device for labels int64 [n]; image i has slot i, or ``slots[i]``."""
     parts = []
     slots = np.arange(len(labels)) if slots is None else slots
-    batch = draws_at_once(ctx.device, batch)
+    batch = forward_size(ctx.device, batch, CPU_DRAWS)
     for i in range(0, len(labels), batch):
         y = labels[i : i + batch]
         z = normal(seed, f"{purpose}/z", step, slots[i : i + len(y)], generator.latent)

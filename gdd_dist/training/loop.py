@@ -7,38 +7,21 @@ A step supplies a `Trainee`: its state, how a batch is read, and one training st
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from gdd_dist.data.workers import prefetch
+from gdd_dist.runtime.groups import Ranks
 from gdd_dist.runtime.monitor import Monitor, due
 from gdd_dist.runtime.signals import Preempted
-from gdd_dist.runtime.vote import Vote
 from gdd_dist.storage.checkpoints import Checkpoints
 from gdd_dist.training.context import Context
 from gdd_dist.training.skipped_steps import Skips, going_back_once
 
 T = TypeVar("T", bound="Trainee")
-
-
-class Ranks(Protocol):
-    """The ranks that run one loop together: the World, or a Team."""
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this rank writes the files."""
-
-    def vote(self, save: bool = False) -> Vote:
-        """Begin a vote on whether to save after this step, and whether to stop."""
-
-    def mean(self, values: Mapping[str, Tensor]) -> dict[str, float]:
-        """Return the means over ranks of scalar tensors."""
-
-    def say(self, line: str) -> None:
-        """Print a line for the user, once."""
 
 
 class Trainee(ABC):

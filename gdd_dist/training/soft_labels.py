@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from gdd_dist.data.pixels import to_float
+from gdd_dist.data.pixels import forward_size, to_float
 from gdd_dist.engines.precision import autocast
-from gdd_dist.training.forward_size import forward_size
 
 BATCH = 256
 """Images per forward; fewer on a CPU."""

@@ -29,7 +29,8 @@ from searching import (
     steps,
 )
 
-from gdd_dist.pipeline.store_users import planned, read_run
+from gdd_dist.config.command_line import settings_of
+from gdd_dist.pipeline.store_users import planned
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.slow  # each runs several searches, or a long one
@@ -131,7 +132,7 @@ def at_work(out: Path, reports: int) -> dict[str, int]:
 
 def matching_of(out: Path, trial: str) -> str:
     """The fingerprint of the matching step that a trial is at."""
-    plan = planned(out / "trials" / trial, read_run(out / "trials" / trial), "float32")
+    plan = planned(out / "trials" / trial, settings_of(out / "trials" / trial), "float32")
     assert plan is not None
     return plan["matching"]
 

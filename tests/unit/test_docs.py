@@ -197,10 +197,16 @@ def test_one_cheap_example_of_each_program_runs(reported: Finished, digits: Path
 
 def test_completion_knows_settings_and_their_choices(tmp_path: Path) -> None:
     (tmp_path / "c.sh").write_text(completion.script("bash"))
-    asked = {"--until ma": "matching", "--matching.temp": "--matching.temperature", "--report.pro": "--report.protocol"}
+    asked = {
+        "gdd-train --until ma": "matching",
+        "gdd-train --matching.temp": "--matching.temperature",
+        "gdd-train --report.pro": "--report.protocol",
+        "gdd-evaluate --labels ha": "hard",
+    }
     for typed, wanted in asked.items():
-        script = f"source {tmp_path}/c.sh; COMP_WORDS=(gdd-train {typed}); COMP_CWORD={len(typed.split())}; "
-        script += "_shtab_gdd_train; echo ${COMPREPLY[@]}"
+        program = typed.split()[0].replace("-", "_")
+        script = f"source {tmp_path}/c.sh; COMP_WORDS=({typed}); COMP_CWORD={len(typed.split()) - 1}; "
+        script += f"_shtab_{program}; echo ${{COMPREPLY[@]}}"
         done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
         assert done.stdout.split() == [wanted]
 

@@ -371,5 +371,5 @@ def test_the_program_exits_with_2_after_one_error_line(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
-        f"error: {tmp_path} is not a run (config.yaml is missing); give the --out of a finished gdd_dist.train"
+        f"error: {tmp_path} is not a run (config.yaml is missing); give the --out of a gdd_dist.train"
     ]

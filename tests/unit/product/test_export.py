@@ -17,9 +17,10 @@ from PIL import Image
 
 import gdd_dist
 from gdd_dist import export
+from gdd_dist.config.command_line import settings_of
 from gdd_dist.data.images import Images
 from gdd_dist.evaluation.students import Frozen
-from gdd_dist.pipeline.finished_run import opened, settings_of
+from gdd_dist.pipeline.finished_run import opened
 from gdd_dist.training.condense import condensed
 from sharding.errors import UserError
 from sharding.manifest import Manifest

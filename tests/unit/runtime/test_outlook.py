@@ -65,3 +65,14 @@ def test_the_run_takes_no_less_than_the_loop_at_work() -> None:
     run.outlook.begin("teachers")
     run.work(20, 500)
     assert run.outlook.seconds(loop=90) == pytest.approx(90 + 3000 / 25)
+
+
+def test_a_step_without_a_count_adds_nothing_but_its_speed() -> None:
+    run = Run()
+    run.outlook.begin("another")
+    run.work(20, 500)
+    assert run.outlook.seconds() == pytest.approx(4000 / 25)
+    run.outlook.end("another")
+    run.done = 0
+    run.outlook.begin("teachers")
+    assert run.outlook.seconds() == pytest.approx(4000 / 25)

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from gdd_dist.data.images import to_float
+from gdd_dist.data.pixels import CPU_BATCH, forward_size
 from gdd_dist.training.classifier_fit import predict
-from gdd_dist.training.forward_size import CPU_BATCH, forward_size
 from gdd_dist.training.soft_labels import soft_labels
 
 IMAGES = torch.randint(256, (3 * CPU_BATCH + 7, 1, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from gdd_dist.config.settings import PAIR_LOSSES
 from gdd_dist.training import losses
 
 Array = NDArray[np.float64]
@@ -159,3 +160,7 @@ def test_mean_features_are_compared_as_a_share_of_their_variance() -> None:
     apart = ((mean - fake.mean(1)) ** 2 - fake.var(1, ddof=1) / 4).sum(1).mean() / variance
     found = losses.mean_feature(torch.from_numpy(mean), torch.from_numpy(fake), torch.tensor(variance))
     assert float(found) == pytest.approx(apart, rel=1e-5)
+
+
+def test_every_pair_loss_is_a_setting_with_its_formula() -> None:
+    assert list(losses.PAIR) == list(PAIR_LOSSES)
