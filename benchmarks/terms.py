@@ -19,11 +19,12 @@ from pathlib import Path
 
 from gaussian import Row, Study, Trained
 
+from gdd_dist.config.command_line import settings_of
 from gdd_dist.config.steps import Inputs
 from gdd_dist.dry_run.trial import SILENT
 from gdd_dist.models.files import GENERATOR, load_generator_network
 from gdd_dist.models.gaussian import LinearGenerator
-from gdd_dist.pipeline.finished_run import opened, settings_of
+from gdd_dist.pipeline.finished_run import opened
 from gdd_dist.steps.matching import Matching, Pool
 from gdd_dist.training.context import Context
 
