@@ -14,6 +14,7 @@ STEPS = tuple(golden.BEFORE)
 TARGETS = {
     "kd": "gdd_dist.training.losses.kd",
     "mean_logit": "gdd_dist.training.losses.mean_logit",
+    "mean_feature": "gdd_dist.training.losses.mean_feature",
     "augment": "gdd_dist.data.augment.augment",
     "train_discriminator": "gdd_dist.training.adversaries.Adversaries.train_discriminator",
     "update_ema": "gdd_dist.training.adversaries.Adversaries.update_ema",
@@ -46,6 +47,10 @@ def biased_mean(_mean_logit):
     return lambda class_mean, fake: (class_mean - fake.mean(1)).square().sum(-1).mean()
 
 
+def flipped_feature(mean_feature):
+    return lambda *given: -mean_feature(*given)
+
+
 def no_ema(_update_ema):
     return lambda self, decay: None
 
@@ -74,7 +79,8 @@ MUTATIONS = [
     ("kd", flipped_sign, ["matching"]),
     ("kd", flipped_gradient, ["matching"]),
     ("kd", swapped_sides, ["matching"]),
-    ("mean_logit", biased_mean, ["matching"]),
+    ("mean_logit", biased_mean, ["matching", "moved"]),
+    ("mean_feature", flipped_feature, ["moved"]),
     ("update_ema", no_ema, ["gan", "matching"]),
     ("update_ema", ema_without_memory, ["matching"]),
     ("augment", color_last, [step for step in STEPS if step != "gaussian"]),
@@ -110,6 +116,7 @@ def whole(digits, tmp_path_factory):
     """A run up to matching, and after it nothing changes there."""
     out = tmp_path_factory.mktemp("golden") / "out"
     golden.run(digits, out, "matching")
+    golden.run(digits, out, golden.MOVED)
     return out
 
 
@@ -164,10 +171,10 @@ def test_golden_record_is_renewed_only_after_its_version_was_raised(tmp_path, mo
         golden.renew(["gan"])
     assert golden.record_path("gan").read_bytes() == before
     monkeypatch.setattr(golden, "versions", lambda: {**known, "gan": 99})
-    assert [step for step in STEPS if golden.due(step)] == ["gan", "matching", "students"]
+    assert [step for step in STEPS if golden.due(step)] == ["gan", "matching", "students", "moved"]
     golden.renew(["gan"])
     assert golden.read_record("gan")[0] == {"gan": 99}
-    assert [step for step in STEPS if golden.due(step)] == ["matching", "students"]
+    assert [step for step in STEPS if golden.due(step)] == ["matching", "students", "moved"]
 
 
 @pytest.mark.parametrize(
