@@ -59,7 +59,7 @@ def _allowed(field: dataclasses.Field[Any]) -> str:
     meta = field.metadata
     if meta["choices"]:
         return " ".join(f"`{choice}`" for choice in meta["choices"])
-    limits = (("low", "at least"), ("above", "more than"), ("high", "at most"))
+    limits = (("low", "at least"), ("above", "more than"), ("high", "at most"), ("below", "less than"))
     return ", ".join(f"{words} {meta[key]}" for key, words in limits if meta[key] is not None)
 
 

@@ -7,11 +7,11 @@ rows with unchanged inputs are never trained again.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from gdd_dist.evaluation.confusion import StudentResult, pack, unpack
 from gdd_dist.evaluation.ddranking import with_scores
@@ -19,7 +19,7 @@ from gdd_dist.evaluation.job_images import images_answered, images_condensed
 from gdd_dist.evaluation.kinds import GENERATORS, kind_of
 from gdd_dist.evaluation.rows import Job, Row, jobs, result, with_ceiling_shares
 from gdd_dist.evaluation.students import Frozen, train
-from gdd_dist.models.classifiers import build_classifier
+from gdd_dist.models.classifiers import classifier_weights
 from gdd_dist.models.files import GENERATOR, read_teachers
 from gdd_dist.runtime.locks import Lock, holding
 from gdd_dist.runtime.monitor import Monitor, say
@@ -92,14 +92,7 @@ def confusions(ctx: Context, students: list[Job]) -> dict[Row, np.ndarray]:
 def costs(ctx: Context, students: list[Job], teachers: Path | None) -> dict[str, float]:
     """Return each job's approximate cost by fingerprint, in images × weights, to start the expensive ones first."""
 
-    def weights(name: str) -> int:
-        m = ctx.manifest
-        with torch.device("meta"):
-            net = build_classifier(
-                name, channels=m.channels, size=m.height, classes=ctx.classes, mean=ctx.mean, std=ctx.std
-            )
-        return sum(p.numel() for p in net.parameters())
-
+    weights = partial(classifier_weights, channels=ctx.manifest.channels, size=ctx.manifest.height, classes=ctx.classes)
     sizes = {name: weights(name) for name in {j.row.student for j in students}}
     pool = read_teachers(teachers) if teachers and any(map(images_answered, students)) else []
     forward_only = 1 / 3

@@ -253,3 +253,23 @@ def build_classifier(
     options = {} if width is None else {"width": width}
     body = CLASSIFIERS[base](channels=channels, size=size, classes=classes, **options)
     return Classifier(body, mean, divisors(std))
+
+
+def count_weights(build: Callable[[], nn.Module]) -> float:
+    """Return the number of weights of the network that ``build`` returns, without allocating them; infinity if it exceeds 64 bits.
+
+    The first call imports torch._dynamo, which takes as long as importing torch.
+    """
+    try:
+        with torch.device("meta"):
+            return sum(p.numel() for p in build().parameters())
+    except RuntimeError:
+        return float("inf")
+
+
+def classifier_weights(name: str, *, channels: int, size: int, classes: int) -> float:
+    """Return the number of weights of a classifier for such images, as `count_weights` does."""
+    one = [1.0] * channels
+    return count_weights(
+        lambda: build_classifier(name, channels=channels, size=size, classes=classes, mean=one, std=one)
+    )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gdd_dist.models.files import arguments
 from gdd_dist.models.gaussian import LinearGenerator
-from gdd_dist.models.generator import ImageGenerator, doubled
+from gdd_dist.models.generator import Generator, ImageGenerator, doubled
 from gdd_dist.models.residual import ResidualStage, scaled_conv, side_widths
 
 
@@ -84,3 +84,15 @@ def started_at(linear: LinearGenerator, **arguments: Any) -> ResidualGenerator:
     net = ResidualGenerator(linear=linear.arch, **arguments)
     net.linear.load_state_dict(linear.state_dict())
     return net
+
+
+def new_generator(
+    linear: LinearGenerator | None, *, classes: int, channels: int, size: int, latent: int, **arguments: int
+) -> ImageGenerator:
+    """Return the generator that the GAN trains: R3GAN's, or one that starts as ``linear``. Weights use torch's global RNG.
+
+    ``latent``: of the whole, or of the residual's noise; ``arguments``: width, blocks, patch.
+    """
+    if linear is not None:
+        return started_at(linear, noise=latent, **arguments)
+    return Generator(classes=classes, channels=channels, size=size, latent=latent, **arguments)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
 from gdd_dist.config.ranks import taking_part
 from gdd_dist.config.settings import Config
-from gdd_dist.models.classifiers import build_classifier, parse_classifier
+from gdd_dist.models.classifiers import classifier_weights, count_weights, parse_classifier
 from gdd_dist.models.discriminator import Discriminator
-from gdd_dist.models.generator import Generator
+from gdd_dist.models.gaussian import LinearGenerator
 from gdd_dist.models.names import TORCHVISION
+from gdd_dist.models.residual_generator import new_generator
 from gdd_dist.runtime.memory import all_memory
 from sharding.errors import UserError
 from sharding.manifest import Manifest
@@ -25,7 +26,7 @@ _SGD, _ADAM, _RUNNING_MEAN = 3, 4, 1
 def check_memory(config: Config, manifest: Manifest, world: int, device: torch.device) -> None:
     """Raise UserError for the first setting whose network or batch does not fit in the memory of a rank's device."""
     have = all_memory(device)
-    # Building on the meta device imports torch._dynamo, which takes as long as importing torch; usual widths fit anyway.
+    # Counting imports torch._dynamo, which takes as long as importing torch; usual widths fit anyway.
     counted = () if usual(config, manifest) else networks(config, manifest, world)
     for names, need in (*counted, *batches(config, manifest, world)):
         if need > have:
@@ -47,30 +48,27 @@ def networks(config: Config, manifest: Manifest, world: int) -> Iterator[tuple[s
     g, classes, m, size = config.gan, len(manifest.classes), manifest, manifest.height
     # ZeRO may distribute everything except the generator's EMA over the ranks.
     share = world if config.engine == "deepspeed" else 1
-    shape = {"classes": classes, "channels": m.channels, "size": size, "patch": g.patch}
-    generator = _numbers(lambda: Generator(**shape, latent=g.latent, width=g.width, blocks=g.blocks))
-    discriminator = _numbers(lambda: Discriminator(**shape, width=g.d_width, blocks=g.d_blocks))
-    yield "the generator (--gan.width, --gan.blocks, --gan.latent)", 4 * generator * (_ADAM / share + _RUNNING_MEAN)
-    yield "the discriminator (--gan.d_width, --gan.d_blocks)", 4 * discriminator * _ADAM / share
+    shape: dict[str, Any] = {"classes": classes, "channels": m.channels, "size": size}
+
+    def generator() -> nn.Module:
+        # What is trained of it does not depend on the latent of its linear part.
+        linear = LinearGenerator(**shape, latent=1) if g.start == "gaussian" else None
+        return new_generator(linear, **shape, latent=g.latent, width=g.width, blocks=g.blocks, patch=g.patch)
+
+    def discriminator() -> nn.Module:
+        return Discriminator(**shape, width=g.d_width, blocks=g.d_blocks, patch=g.patch)
+
+    kept = _ADAM / share + _RUNNING_MEAN
+    yield "the generator (--gan.width, --gan.blocks, --gan.latent)", 4 * count_weights(generator) * kept
+    yield "the discriminator (--gan.d_width, --gan.d_blocks)", 4 * count_weights(discriminator) * _ADAM / share
     used = {
         "teachers.architectures": () if config.teachers.pretrained else config.teachers.architectures,
         "matching.quick_student": (config.matching.quick_student,),
         "report.students": config.report.students,
     }
-    one = [1.0] * m.channels
     for setting, names in used.items():
         for name in dict.fromkeys(names):
-            build = partial(build_classifier, name, channels=m.channels, size=size, classes=classes, mean=one, std=one)
-            yield f"--{setting} {name}", 4 * _SGD * _numbers(build)
-
-
-def _numbers(build: Callable[[], nn.Module]) -> float:
-    """Return the number of parameters of a network, without allocating them."""
-    try:
-        with torch.device("meta"):
-            return sum(p.numel() for p in build().parameters())
-    except RuntimeError:  # the number exceeds 64 bits
-        return float("inf")
+            yield f"--{setting} {name}", 4 * _SGD * classifier_weights(name, **shape)
 
 
 def batches(config: Config, manifest: Manifest, world: int) -> Iterator[tuple[str, float]]:

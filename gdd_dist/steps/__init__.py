@@ -1,1 +1,1 @@
-"""The five steps after the shards: teachers, logits, gan, matching, report."""
+"""The six steps after the shards: teachers, logits, gaussian, gan, matching, report."""

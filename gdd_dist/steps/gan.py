@@ -19,8 +19,8 @@ from gdd_dist.data.order import balanced_rows
 from gdd_dist.models.discriminator import Discriminator
 from gdd_dist.models.files import GENERATOR, load_generator_network, save_network
 from gdd_dist.models.gaussian import LinearGenerator
-from gdd_dist.models.generator import Generator, ImageGenerator
-from gdd_dist.models.residual_generator import started_at
+from gdd_dist.models.generator import ImageGenerator
+from gdd_dist.models.residual_generator import new_generator
 from gdd_dist.training import loop
 from gdd_dist.training.adversaries import Adversaries, RealSide, augmentation, ema_decay, mean_scalars, mirrored
 from gdd_dist.training.context import Context, seeded, train_order
@@ -162,14 +162,10 @@ def networks(ctx: Context, inputs: Inputs) -> tuple[ImageGenerator, Discriminato
     """Return new networks, initialised from the step's seed; with ``gan.start gaussian`` the generator draws that step's images."""
     g, seed = ctx.config.gan, ctx.config.step_seed("gan")
     shape: dict[str, Any] = {"classes": ctx.classes, "channels": ctx.manifest.channels, "size": ctx.manifest.height}
+    linear = load_generator_network(inputs.directories["gaussian"] / GENERATOR)[0] if g.start == "gaussian" else None
+    assert linear is None or isinstance(linear, LinearGenerator)
     with seeded(seed, "gan/generator"):
-        generator: ImageGenerator
-        if g.start == "gaussian":
-            linear, _ = load_generator_network(inputs.directories["gaussian"] / GENERATOR)
-            assert isinstance(linear, LinearGenerator)
-            generator = started_at(linear, noise=g.latent, width=g.width, blocks=g.blocks, patch=g.patch)
-        else:
-            generator = Generator(**shape, latent=g.latent, width=g.width, blocks=g.blocks, patch=g.patch)
+        generator = new_generator(linear, **shape, latent=g.latent, width=g.width, blocks=g.blocks, patch=g.patch)
     with seeded(seed, "gan/discriminator"):
         discriminator = Discriminator(**shape, width=g.d_width, blocks=g.d_blocks, patch=g.patch)
     return generator, discriminator

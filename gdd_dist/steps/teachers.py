@@ -18,7 +18,7 @@ from gdd_dist.data.images import to_float
 from gdd_dist.data.noise import uniform
 from gdd_dist.engines.ddp import DDPEngine
 from gdd_dist.models import pretrained, pretrained_networks
-from gdd_dist.models.classifiers import Classifier
+from gdd_dist.models.classifiers import Classifier, classifier_weights
 from gdd_dist.models.files import TEACHERS
 from gdd_dist.runtime.monitor import Monitor, say
 from gdd_dist.steps.teacher_pool import (
@@ -51,10 +51,11 @@ def run(ctx: Context, work: Path, inputs: Inputs) -> dict[str, Any]:
     monitor = ctx.monitor("teachers", work, sum(t.steps for t in trainings) // team.count or 1)
     done = 0
     # Expensive ones first, so that no team starts a long training when the others are finished.
-    costs = {
-        a: sum(p.numel() for p in ctx.classifier(a, 0, "cost").parameters()) for a in ctx.config.teachers.architectures
-    }
-    trainings.sort(key=lambda t: -costs[t.architecture])
+    names = set(ctx.config.teachers.architectures)
+    if len(names) > 1:
+        shape = {"channels": ctx.manifest.channels, "size": ctx.manifest.height, "classes": ctx.classes}
+        costs = {name: classifier_weights(name, **shape) for name in names}
+        trainings.sort(key=lambda t: -costs[t.architecture])
     logged = set()
     ctx.disks.share(work, FINISHED)
     for job in team.queue(len(trainings)):

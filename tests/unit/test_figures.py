@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import figures  # noqa: E402
+from figure_blocks import records, runs  # noqa: E402
 
 PAGES = {str(page.relative_to(ROOT)): page.read_text() for page in figures.PAGES}
 CODE = re.compile(r"^```.*?^```|`[^`]*`|\]\([^)]*\)", re.MULTILINE | re.DOTALL)
@@ -73,12 +74,12 @@ def test_a_figure_without_a_record_is_found(said: str) -> None:
 
 
 def test_a_changed_record_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = figures.record("digits.json")
+    run = records.record("digits.json")
     run["metrics"]["shortcut_gap"]["matched"] += 0.1
     (tmp_path / "digits.json").write_text(json.dumps(run))
     for name in ("cifar10-cpu.json", "cifar10-fixed.json"):
-        (tmp_path / name).write_bytes((figures.RESULTS / name).read_bytes())
-    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+        (tmp_path / name).write_bytes((records.RESULTS / name).read_bytes())
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
     assert figures.differing(PAGES["README.md"]) == ["digits"]
 
 
@@ -86,12 +87,12 @@ def test_every_figure_is_shown_and_every_record_is_told_of() -> None:
     shown = {name for text in PAGES.values() for name, _ in figures.BLOCK.findall(text)}
     assert shown == set(figures.FIGURES)
     table = PAGES["benchmarks/README.md"]
-    assert [p.name for p in figures.RESULTS.iterdir() if f"`{p.name}`" not in table] == []
+    assert [p.name for p in records.RESULTS.iterdir() if f"`{p.name}`" not in table] == []
 
 
 def test_bold_is_for_what_stands_beyond_noise() -> None:
     low, high = {"mean": 90.0, "accuracies": [89.0, 90.0, 91.0]}, {"mean": 95.0, "accuracies": [94.5, 95.0, 95.5]}
     near = {"mean": 90.6, "accuracies": [89.6, 90.6, 91.6]}
-    assert figures.beats(high, low)
-    assert not figures.beats(near, low)
-    assert not figures.beats(low, high)
+    assert runs.beats(high, low)
+    assert not runs.beats(near, low)
+    assert not runs.beats(low, high)

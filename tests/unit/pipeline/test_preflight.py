@@ -7,6 +7,8 @@ import torch
 
 from gdd_dist.config.command_line import parse
 from gdd_dist.config.settings import Config
+from gdd_dist.models.gaussian import LinearGenerator
+from gdd_dist.models.residual_generator import started_at
 from gdd_dist.pipeline import memory_needed
 from gdd_dist.pipeline.dataset import data_directory
 from gdd_dist.pipeline.preflight import check, fitted
@@ -46,6 +48,14 @@ def test_memory_is_counted_without_any_being_taken_and_names_its_setting(digits,
     monkeypatch.setattr(memory_needed, "all_memory", lambda _device: most - 1)
     with pytest.raises(UserError, match="needs at least .* GB of memory"):
         check(config, manifest, 1, CPU)
+
+
+def test_memory_is_counted_for_the_generator_that_the_gan_trains(digits):
+    config, manifest = parse(["--gan.start", "gaussian", "--gan.width", "16"]).config, Manifest.load(digits)
+    needs, g = next(need for _, need in memory_needed.networks(config, manifest, 1)), config.gan
+    linear = LinearGenerator(classes=10, channels=1, size=16, latent=32)
+    made = started_at(linear, noise=g.latent, width=g.width, blocks=g.blocks, patch=g.patch)
+    assert needs == 4 * 5 * sum(p.numel() for p in made.parameters())
 
 
 def test_local_data_needs_no_home_and_remote_data_says_what_it_needs(digits, monkeypatch):

@@ -1,0 +1,87 @@
+"""Figures of speed: commands, student steps, checkpoints, engines, ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from figure_blocks.records import lines, only, table
+
+
+def startup() -> str:
+    """How long commands take to answer, beside torch's import and an earlier version."""
+    rows = [
+        [
+            one["settings"]["command"],
+            f"{1 / one['over']['import torch']:.2f}",
+            f"{1 / one['over']['e9ace49']:.2f}",
+        ]
+        for one in lines("startup.jsonl")
+    ]
+    head = ["command", "time, as a share of `import torch`", "as a share of the same at e9ace49"]
+    return table(head, rows) + "\n\nMedians of 3 rounds on two busy cores.\n"
+
+
+def student_steps() -> str:
+    """Steps of the report's students beside an earlier version, by CPU time."""
+    rows = [[one["benchmark"].partition("/")[2], f"{one['ratio']:.2f} ×"] for one in lines("students.jsonl")]
+    return (
+        table(["student", "steps a CPU second, over e9ace49 (last row: over one by one)"], rows)
+        + "\n\nMedians of 3 rounds on two busy cores.\n"
+    )
+
+
+def checkpoint() -> str:
+    cost, kill = only("checkpoint.jsonl", "checkpoint cost"), only("checkpoint.jsonl", "after a kill")
+    return (
+        f"The GAN of the digits, {cost['settings']['ranks']} ranks on 2 cores beside other jobs, once: saving takes "
+        f"{100 * cost['share']:.2f} % of the time.\nAfter a kill in the middle of an interval, {kill['seconds_of_work_repeated']:.0f} s of work "
+        f"are repeated.\nThe first new step comes {kill['seconds_to_first_new_step']:.0f} s after the kill; most of that is the start of Python "
+        "and torch.\n"
+    )
+
+
+def engines() -> str:
+    rows = [
+        [one["benchmark"].partition("/")[2].replace("zero_", "ZeRO "), f"{one['ratio']:.2f}",
+         f"{min(one['ratios']):.2f} to {max(one['ratios']):.2f}"]
+        for one in lines("engines.jsonl")
+    ]  # fmt: skip
+    one = lines("engines.jsonl")[0]["settings"]
+    return (
+        table(["engine", "images/s over DDP's, median", "range"], rows)
+        + f"\n\n{one['ranks']} ranks on two idle cores, {one['rounds']} rounds; width {one['width']}, {one['size']} pixels, {one['batch']} "
+        f"images a rank, {one['precision']}. A difference counts where the range does not hold 1.\n"
+    )
+
+
+def scaling() -> str:
+    head = [
+        "step",
+        "ranks",
+        "images/s",
+        "step, s",
+        "compute",
+        "data",
+        "communication",
+        "bytes a step, formula",
+        "counted",
+    ]
+    rows = []
+    for one in lines("scaling.jsonl"):
+        seconds, sent = one["seconds_a_step"], one["bytes_sent_a_step"]
+        over = f" (+{100 * sent['counted'] / sent['formula'] - 100:.1f} %)" if sent["formula"] else ""
+        rows.append(
+            [one["benchmark"].partition("/")[2], str(one["settings"]["ranks"]), f"{one['ours']:.0f}"]
+            + [f"{seconds[k]:.3f}" for k in ("step", "compute", "data", "communication")]
+            + [f"{sent['formula']:,}", f"{sent['counted']:,}{over}"]
+        )
+    return table(head, rows) + "\n"
+
+
+FIGURES: dict[str, Callable[[], str]] = {
+    "startup": startup,
+    "student-steps": student_steps,
+    "checkpoint": checkpoint,
+    "engines": engines,
+    "scaling": scaling,
+}

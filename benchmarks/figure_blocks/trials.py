@@ -1,0 +1,109 @@
+"""Figures of single questions: the trivial generator, standardization, the search; and what the presets' students see."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any
+
+from scipy.stats import ttest_rel
+
+from figure_blocks import records
+from figure_blocks.records import lines, only, table
+from gdd_dist.config.presets import PRESETS
+from gdd_dist.config.settings import Report
+
+
+def trivial() -> str:
+    """What students learn from the trivial generator, real images and what teachers choose, on test."""
+    rows = []
+    for one in (d for d in gaussians() if "test" in d):
+        settings, size, of = one["settings"], one["bytes"], one["test"]["of_students"]
+        what = {
+            "real": "real images, drawn anew",
+            "gaussian": f"a Gaussian a class, {settings.get('components')} components, spread {settings.get('spread')}",
+            "equal_bytes": f"real images, {settings.get('images_a_class', ['?'])[0]} a class",
+            "best": f"the Gaussian of spread {settings.get('spread')}, of {settings.get('of')} draws the one that teachers choose",
+            "refit": f"a Gaussian fitted to the best of {settings.get('of')} draws of it",
+        }[one["row"]]
+        kept = "–" if size is None else f"{size / 1e6:.2f}"
+        rows.append(
+            [
+                one["data"].partition("-")[0],
+                what,
+                kept,
+                f"{one['test']['mean']:.1f} ± {one['test']['std']:.1f}",
+                str(len(of)),
+            ]
+        )
+    return table(["data", "trained on", "MB", "accuracy %", "students"], rows) + "\n"
+
+
+def gaussians() -> list[dict[str, Any]]:
+    """The lines of the trivial generator, in the order in which they were measured."""
+    return [json.loads(text) for text in (records.RESULTS / "gaussian.jsonl").read_text().splitlines()]
+
+
+def protocols() -> str:
+    """What a student of each preset for GPUs sees, by IPC: arithmetic on the settings, nothing measured."""
+    rows = []
+    for preset, classes in (("cifar10", 10), ("cifar100", 100), ("tiny-imagenet", 200)):
+        report = {field.name: field.default for field in dataclasses.fields(Report)}
+        report |= {name.removeprefix("report."): value for name, value in PRESETS[preset].items()}
+        for ipc in (1, 10, 50):
+            images, epochs = ipc * classes, report["epochs"]
+            batch = min(report["batch"], images)
+            steps = epochs * -(-images // batch)
+            rows.append(
+                [preset, str(ipc), f"{epochs:,}", f"{steps:,}", f"{batch}", f"{epochs * images:,}", f"{images:,}"]
+            )
+    head = [
+        "preset",
+        "IPC",
+        "epochs",
+        "steps",
+        "images a step",
+        "images seen (regenerate: all distinct)",
+        "distinct in `fixed`",
+    ]
+    return table(head, rows) + "\n"
+
+
+def standardization() -> str:
+    text = []
+    for labels in ("hard", "soft"):
+        (one,) = (o for o in lines("standardization.jsonl") if o["unit"].endswith(f"{labels} labels"))
+        test = ttest_rel(one["settings"]["skd"], one["settings"]["kd"])
+        text.append(
+            f"- {labels} labels: {one['ours']:.1f} % standardized, {one['other']['kd']:.1f} % not. The difference is "
+            f"{one['difference']:.2f} ± {one['stderr']:.2f} points (standard error over {one['settings']['seeds']} runs): "
+            f"{'proved' if test.pvalue < 0.05 else 'no proof'} (t = {test.statistic:.1f}, {test.df} degrees of freedom)."
+        )
+    return "\n".join(text) + "\n"
+
+
+def search_outcome() -> str:
+    return (
+        next(t for t in (records.RESULTS / "search-digits.md").read_text().splitlines() if t.startswith("Best on val"))
+        + "\n"
+    )
+
+
+def search_cost() -> str:
+    over, reuse = only("search.jsonl", "search-overhead"), only("search.jsonl", "search-reuse")
+    trials = over["settings"]["trials"]
+    return (
+        f"On two idle cores, one round: {trials} trials of {over['ours'] / trials:.0f} s took "
+        f"{100 / over['ratio'] - 100:.1f} % longer through the search than by hand.\n"
+        f"A trial that computes teachers, logits and GAN for itself takes {reuse['ratio']:.1f} times as long.\n"
+    )
+
+
+FIGURES: dict[str, Callable[[], str]] = {
+    "protocols": protocols,
+    "trivial": trivial,
+    "standardization": standardization,
+    "search-outcome": search_outcome,
+    "search-cost": search_cost,
+}
