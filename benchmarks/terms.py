@@ -35,7 +35,6 @@ ARMS: dict[str, dict[str, float]] = {
     "feature": {"feature": 1.0},
     "label, mean": {"label": 0.05, "mean": 0.1},
     "pair, mean": {"pair": 1.0, "mean": 0.1},
-    "pair, feature": {"pair": 1.0, "feature": 1.0},
     "pair, label, feature": {"pair": 1.0, "label": 0.05, "feature": 1.0},
 }
 """Name → weights λ of the terms; the others are 0. pair: standardized (skd)."""

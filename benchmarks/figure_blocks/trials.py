@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +44,29 @@ def trivial() -> str:
 def gaussians() -> list[dict[str, Any]]:
     """The lines of the trivial generator, in the order in which they were measured."""
     return [json.loads(text) for text in (records.RESULTS / "gaussian.jsonl").read_text().splitlines()]
+
+
+def terms() -> str:
+    """What each set of terms makes of the Gaussians: means over runs, and differences from the Gaussians before, paired by run."""
+    found = [json.loads(text) for text in (records.RESULTS / "terms.jsonl").read_text().splitlines()]
+    budgets, names = (list(dict.fromkeys(one[key] for one in found)) for key in ("budget", "row"))
+    reached = {(one["row"], one["budget"], one["run"]): one["test"]["mean"] for one in found}
+    runs = list(dict.fromkeys(one["run"] for one in found))
+    rows = []
+    for name in names:
+        cells = []
+        for budget in budgets:
+            own, before = ([reached[row, budget, run] for run in runs] for row in (name, "gaussian"))
+            cells.append(f"{statistics.mean(own):.1f}")
+            test = ttest_rel(own, before)
+            each = ", ".join(f"{a - b:+.1f}" for a, b in zip(own, before, strict=True))
+            cells.append("–" if name == "gaussian" else f"{each} (p = {test.pvalue:.3f})")
+        rows.append([name, *cells])
+    head = [text for budget in budgets for text in (f"{budget}: accuracy %", "minus gaussian, of each run")]
+    students = len(found[0]["test"]["of_students"])
+    return table(["trained on", *head], rows) + (
+        f"\nBudgets are steps × images of a student; {students} students a row and run, {len(runs)} runs; p: paired t-test over runs.\n"
+    )
 
 
 def protocols() -> str:
@@ -101,6 +125,7 @@ def search_cost() -> str:
 
 
 FIGURES: dict[str, Callable[[], str]] = {
+    "terms": terms,
     "protocols": protocols,
     "trivial": trivial,
     "standardization": standardization,
