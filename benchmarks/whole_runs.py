@@ -29,6 +29,8 @@ PAIRS = (
     ("gan", "gaussian"),
     ("matched", "real"),
     ("matched", "equal_bytes"),
+    ("matched", "gaussian, best of 3"),
+    ("matched", "real, best of 3"),
 )
 """Which plain rows are compared. Besides, of each what is chosen or condensed with what is drawn, and condensed sets with real ones."""
 Key = tuple[str, str, str, str, int]

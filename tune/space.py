@@ -64,7 +64,8 @@ SPACE: tuple[Axis, ...] = (
     Axis("matching.teachers", choices=("all", "last"), why="all snapshots, or only the last of each training"),
     Axis("matching.views", choices=(0, 1, 2), why="number of cached views used; 0: all, 1: only the plain image"),
 )
-_WEIGHTS = ("matching.lambda_pair", "matching.lambda_mean", "matching.lambda_adv")
+_WEIGHTS = tuple(f.name for f in dataclasses.fields(Matching) if f.name.startswith("lambda_"))
+"""The weights of all terms of the loss."""
 
 
 def apply(config: Config, settings: Mapping[str, Any]) -> Config:
@@ -85,7 +86,7 @@ def trainable(config: Config, settings: Mapping[str, Any]) -> bool:
         validate(drawn)
     except UserError:
         return False
-    return any(getattr(drawn.matching, name.rpartition(".")[2]) for name in _WEIGHTS)
+    return any(getattr(drawn.matching, name) for name in _WEIGHTS)
 
 
 def load(path: str | None, alone: bool = False) -> tuple[Axis, ...]:

@@ -137,3 +137,10 @@ def test_no_module_of_ours_hides_one_of_the_standard_library():
     hidden = {p.relative_to(root).as_posix() for p in root.rglob("*.py") if p.stem in sys.stdlib_module_names}
     assert len(ours) > 50
     assert not hidden
+
+
+@pytest.mark.parametrize(("given", "found"), [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")])
+def test_threads_wait_without_spinning_unless_the_user_has_said_otherwise(monkeypatch, given, found):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    ended = run("print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)", **given)
+    assert ended.stdout.decode() == f"{found} False\n"

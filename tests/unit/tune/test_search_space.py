@@ -88,6 +88,7 @@ def test_trials_that_failed_and_defaults_outside_the_space_do_not_break_the_samp
 def test_a_trial_that_would_train_nothing_is_never_drawn():
     off = {"matching.lambda_pair": 0.0, "matching.lambda_mean": 0.0, "matching.lambda_adv": 0.0}
     assert not space.trainable(Config(), off)
+    assert space.trainable(Config(), {**off, "matching.lambda_label": 0.1})
     axes = tuple(Axis(name, choices=(0.0,)) for name in off)
     with pytest.raises(UserError, match="random settings from the space can be trained"):
         Proposals(axes, "random", 0, lambda s: space.trainable(Config(), s)).propose("001")
