@@ -60,13 +60,8 @@ def main() -> None:
             rounds = [{way: milliseconds(way, args.seconds) for way in WAYS} for _ in range(args.rounds)]
         found = {way: round(statistics.median(one[way] for one in rounds), 1) for way in WAYS}
         ratio = round(statistics.median(one["active"] / one["passive"] for one in rounds), 2)
-        line = {
-            "benchmark": "busy",
-            "loops": loops,
-            "milliseconds": found,
-            "active / passive": ratio,
-            "rounds": args.rounds,
-        }
+        settings = {"loops": loops, "rounds": args.rounds, "seconds": args.seconds}
+        line = {"benchmark": "busy", "milliseconds": found, "ratio": ratio, "settings": settings}
         print(json.dumps({**line, "machine": machine(), "versions": versions("torch")}), flush=True)
 
 

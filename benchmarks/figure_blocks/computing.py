@@ -78,7 +78,25 @@ def scaling() -> str:
     return table(head, rows) + "\n"
 
 
+def busy() -> str:
+    """A step on all cores beside other work, by how its threads wait for each other."""
+    found = lines("busy.jsonl")
+    head = ["busy loops beside it", "sleeping, ms", "spinning, ms", "one thread, ms", "spinning over sleeping"]
+    rows = [
+        [
+            str(one["settings"]["loops"]),
+            *(f"{one['milliseconds'][way]:.1f}" for way in ("passive", "active", "one thread")),
+            f"{one['ratio']:.1f} ×",
+        ]
+        for one in found
+    ]
+    return table(head, rows) + (
+        f"\n\nA training step of 20 images, ConvNet of width 32, on two cores. Medians of {found[0]['settings']['rounds']} rounds.\n"
+    )
+
+
 FIGURES: dict[str, Callable[[], str]] = {
+    "busy": busy,
     "startup": startup,
     "student-steps": student_steps,
     "checkpoint": checkpoint,
