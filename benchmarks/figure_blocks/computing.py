@@ -81,11 +81,18 @@ def scaling() -> str:
 def busy() -> str:
     """A step on all cores beside other work, by how its threads wait for each other."""
     found = lines("busy.jsonl")
-    head = ["busy loops beside it", "sleeping, ms", "spinning, ms", "one thread, ms", "spinning over sleeping"]
+    head = [
+        "busy loops beside it",
+        "short spin, ms",
+        "long spin, ms",
+        "no spin, ms",
+        "one thread, ms",
+        "long over short",
+    ]
     rows = [
         [
             str(one["settings"]["loops"]),
-            *(f"{one['milliseconds'][way]:.1f}" for way in ("passive", "active", "one thread")),
+            *(f"{one['milliseconds'][way]:.1f}" for way in ("short", "default", "sleep", "one")),
             f"{one['ratio']:.1f} ×",
         ]
         for one in found

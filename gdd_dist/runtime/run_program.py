@@ -42,9 +42,10 @@ def run_program(main: Callable[[list[str], Callable[[World], None]], None], argv
         asked.patient = True
 
     os.umask(os.umask(0) | 0o002)  # the user's umask, but no file is writable by all
-    # Read when torch is imported. By default OpenMP's threads wait by spinning, which takes the core from the thread that they wait for
-    # as soon as other work runs on the machine: a step of a small network was measured twenty times as slow.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Read when torch is imported. By default GNU OpenMP's threads spin for milliseconds before they sleep, which takes the core from
+        # the thread that they wait for, if other work runs on the machine (benchmarks/busy.py). They sleep sooner so.
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     make_printable()
     threading.excepthook = _in_thread
     listen(_rank())

@@ -139,8 +139,12 @@ def test_no_module_of_ours_hides_one_of_the_standard_library():
     assert not hidden
 
 
-@pytest.mark.parametrize(("given", "found"), [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")])
-def test_threads_wait_without_spinning_unless_the_user_has_said_otherwise(monkeypatch, given, found):
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    ended = run("print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)", **given)
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+)
+def test_threads_spin_shortly_unless_the_user_has_said_otherwise(monkeypatch, given, found):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    ended = run("print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)", **given)
     assert ended.stdout.decode() == f"{found} False\n"
