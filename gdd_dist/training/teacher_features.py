@@ -48,10 +48,11 @@ def features(ctx: Context, teacher: nn.Module, images: Tensor) -> tuple[Tensor, 
 def real_features(ctx: Context, teacher: nn.Module, seed: int, purpose: str, views: int = 0) -> Features:
     """Return a teacher's features of training images, at most REAL of each class. Each rank forwards all of them.
 
-    Random numbers are functions of (seed, purpose, class). One of ``views`` images is not augmented; with 0 all are.
+    Random numbers are functions of (seed, purpose, class). One of ``views`` images is not augmented; with 0 all are. A class without
+    images gets the mean of the others.
     """
-    images, means, variances = ctx.images("train"), [], []
-    for y in range(ctx.classes):
+    images, means, variances = ctx.images("train"), dict[int, Tensor](), []
+    for y in np.unique(images.labels).tolist():
         members = np.flatnonzero(images.labels == y)
         chosen = members[permutation(seed, purpose, y, len(members))[:REAL]]
         draws = torch.from_numpy(uniform(seed, purpose, y, np.arange(len(chosen)), AUGMENT_DRAWS))
@@ -60,9 +61,11 @@ def real_features(ctx: Context, teacher: nn.Module, seed: int, purpose: str, vie
         if views:
             seen[::views] = plain[::views]
         found, _ = features(ctx, teacher, seen)
-        means.append(found.mean(0))
+        means[y] = found.mean(0)
         variances.append(found.var(0, correction=0).sum())
-    return Features(torch.stack(means), torch.stack(variances).mean().clamp(min=1e-8))
+    others = torch.stack(list(means.values())).mean(0)
+    mean = torch.stack([means.get(y, others) for y in range(ctx.classes)])
+    return Features(mean, torch.stack(variances).mean().clamp(min=1e-8))
 
 
 def images_read(labels: np.ndarray) -> int:

@@ -36,11 +36,24 @@ def long(step, steps):
 def twenty(request, undisturbed, tmp_path_factory):
     """(argv, directory) of STEPS steps of gan and matching under DDP on 2 ranks, from teachers and logits that all here share.
 
-    The parameter is where the generator starts.
+    The parameter is where the generator starts; "moved": at the Gaussian, and matching moves the Gaussian itself.
     """
     out = tmp_path_factory.mktemp("twenty") / "out"
     argv = [*undisturbed.argv, "--checkpoint_seconds", "600", *long("gan", STEPS), *long("matching", STEPS)]
-    argv += ["--gan.start", request.param, "--gaussian.components", "8", "--gaussian.spread", "1.0"]
+    moved = request.param == "moved"
+    argv += [
+        "--gan.start",
+        "gaussian" if moved else request.param,
+        "--gaussian.components",
+        "8",
+        "--gaussian.spread",
+        "1.0",
+    ]
+    argv += (
+        ["--matching.start", "gaussian", "--matching.lambda_label", "1", "--matching.lambda_feature", "1"]
+        if moved
+        else []
+    )
     undisturbed.copy(out, "teachers", "logits")
     ranks.train(out, argv, 2)
     return argv, out
@@ -60,7 +73,8 @@ def deepspeed(tmp_path, stage):
     return ["--engine", "deepspeed", "--deepspeed-config", str(path)]
 
 
-EVERY = [("noise", stage, size) for size in (2, 4) for stage in range(4)] + [("gaussian", s, 2) for s in range(4)]
+EVERY = [("noise", stage, size) for size in (2, 4) for stage in range(4)]
+EVERY += [(start, stage, 2) for start in ("gaussian", "moved") for stage in range(4)]
 
 
 @pytest.mark.parametrize(

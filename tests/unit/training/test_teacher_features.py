@@ -54,3 +54,12 @@ def test_with_one_view_no_image_is_augmented(made, ctx) -> None:
     feature, _ = features(ctx, teacher, to_float(train.read(members), ctx.device))
     assert len(members) <= teacher_features.REAL  # so all of them are taken
     torch.testing.assert_close(found.mean[2], feature.mean(0))
+
+
+def test_a_class_without_images_gets_the_mean_of_the_others(made, ctx, monkeypatch) -> None:
+    teacher, train = Frozen(ctx, made.dirs).teachers[0], ctx.images("train")
+    monkeypatch.setattr(train, "labels", np.where(train.labels == 3, 4, train.labels))
+    found = real_features(ctx, teacher, 0, PURPOSE)
+    others = [y for y in range(ctx.classes) if y != 3]
+    torch.testing.assert_close(found.mean[3], found.mean[others].mean(0))
+    assert found.variance.isfinite()
