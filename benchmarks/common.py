@@ -51,8 +51,8 @@ def rates(step: Callable[[], object], images: int, seconds: float) -> tuple[floa
 
 
 def rounded(values: Mapping[str, float]) -> dict[str, float]:
-    """To thousandths."""
-    return {name: round(float(value), 3) for name, value in values.items()}
+    """To six digits."""
+    return {name: float(f"{value:.6g}") for name, value in values.items()}
 
 
 def machine() -> str:
