@@ -84,19 +84,13 @@ def _gaussian(config: Config) -> dict[str, Any]:
 
 
 def _gan(config: Config) -> dict[str, Any]:
-    gan = config.shaping("gan")
-    if gan["start"] == "noise":  # keeps the fingerprints from before this setting existed
-        del gan["start"]
+    gan = _changed(config.shaping("gan"), start="noise")
     return {**gan, "loader": _some(config.shaping("loader"), "streams", "window", "flip")}
 
 
 def _matching(config: Config) -> dict[str, Any]:
-    matching = config.shaping("matching")
-    # Left out where they change nothing: this keeps the fingerprints from before these settings existed.
-    if not refits(config):
-        del matching["refit"]
-    unset = {"start": "gan", "lambda_label": 0, "lambda_feature": 0}
-    matching = {name: value for name, value in matching.items() if name not in unset or value != unset[name]}
+    matching = {**config.shaping("matching"), "refit": config.matching.refit if refits(config) else 0}
+    matching = _changed(matching, start="gan", lambda_label=0, lambda_feature=0, refit=0)
     return {
         **matching,
         "loader": config.shaping("loader"),
@@ -112,14 +106,17 @@ def refits(config: Config) -> bool:
 
 def _report(config: Config) -> dict[str, Any]:
     report, loader = config.shaping("report"), _some(config.shaping("loader"), "augment", "flip", "window")
-    if not config.report.condense:  # keeps the fingerprints from before this setting existed
-        del report["condense"]
-    return {**report, "rows": ROWS_VERSION, "loader": loader}
+    return {**_changed(report, condense=0), "rows": ROWS_VERSION, "loader": loader}
 
 
 def _student(config: Config) -> dict[str, Any]:
     """Return the settings of the report's students that also apply to quick students."""
     return _some(config.shaping("report"), "lr", "momentum", "weight_decay")
+
+
+def _changed(settings: Mapping[str, Any], **before: Any) -> dict[str, Any]:
+    """Return ``settings`` without those at the value ``before`` they existed, which keeps the fingerprints from then."""
+    return {name: value for name, value in settings.items() if name not in before or value != before[name]}
 
 
 def _some(settings: Mapping[str, Any], *names: str) -> dict[str, Any]:

@@ -68,6 +68,16 @@ class LinearGenerator(ImageGenerator):
 
             return by_class(codes, labels, self.classes, self._roots, solve) / self.arch["spread"]
 
+    def root(self, y: int) -> Tensor:
+        """Return the root of class ``y``'s covariance, the spread included: lower triangular, float64 [K, K] on the CPU."""
+        return self.arch["spread"] * unpack(self.roots[y].cpu().double(), self.places.cpu(), self.latent)
+
+    def with_classes(self, means: Tensor, roots: Tensor) -> "LinearGenerator":
+        """Return a generator with these class means [classes, K] and packed roots [classes, K(K+1)/2], in which the spread is contained."""
+        other = LinearGenerator(**{**self.arch, "spread": 1.0})
+        other.load_state_dict({**self.state_dict(), "class_means": means, "roots": roots})
+        return other
+
     def _roots(self, part: slice) -> Tensor:
         """Return the lower triangular roots of the classes ``part``, float32 [n, K, K]."""
         return unpack(self.roots[part].float(), self.places, self.latent)

@@ -6,7 +6,7 @@ Shapes: B batch, C classes, K latent.
 import torch
 from torch import Tensor, nn
 
-from gdd_dist.models.gaussian import LinearGenerator, by_class, pack, unpack
+from gdd_dist.models.gaussian import LinearGenerator, by_class, pack
 from gdd_dist.models.generator import ImageGenerator
 
 SHIFT = 30.0
@@ -40,13 +40,11 @@ class MovedGaussian(ImageGenerator):
         net = self.linear
         means, roots = net.class_means.cpu().double(), torch.zeros(net.roots.shape)
         for y in range(net.classes):
-            root = net.arch["spread"] * unpack(net.roots[y].cpu().double(), net.places.cpu(), net.latent)
+            root = net.root(y)
             moved = root + root @ self.turn[y].cpu().double()
             means[y] += SHIFT * root @ self.shift[y].cpu().double()
             # QR finds the lower triangular root of the same covariance without squaring small values.
             triangle = torch.linalg.qr(moved.T).R.T
             signs = torch.where(triangle.diagonal() < 0, -1.0, 1.0)
             roots[y] = pack(triangle * signs, net.places.cpu())
-        other = LinearGenerator(**{**net.arch, "spread": 1.0})
-        other.load_state_dict({**net.state_dict(), "class_means": means, "roots": roots})
-        return other
+        return net.with_classes(means, roots)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gdd_dist.data.images import to_float, to_uint8
 from gdd_dist.data.noise import normal
-from gdd_dist.models.gaussian import LinearGenerator, pack, unpack
+from gdd_dist.models.gaussian import LinearGenerator, pack
 from gdd_dist.training.context import Context
 from gdd_dist.training.drawing import DRAW_BATCH
 from gdd_dist.training.gaussian_fit import one_thread
@@ -35,9 +35,7 @@ def refit(ctx: Context, net: LinearGenerator, teachers: Sequence[nn.Module], of:
         means[y], roots[y] = refitted_class(ctx, net, teachers, of, y)
     world.add(means)
     world.add(roots)
-    other = LinearGenerator(**{**net.arch, "spread": 1.0})
-    other.load_state_dict({**net.state_dict(), "class_means": means, "roots": roots})
-    return other
+    return net.with_classes(means, roots)
 
 
 @torch.no_grad()
@@ -62,7 +60,7 @@ def refitted_class(
 @one_thread()
 def moved(net: LinearGenerator, y: int, chosen: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean [K] and packed root [K(K+1)/2] of class ``y``, refitted to its ``chosen`` latents, float64 [M, K]."""
-    root = net.arch["spread"] * unpack(net.roots[y].cpu().double(), net.places.cpu(), net.latent)
+    root = net.root(y)
     codes = chosen @ root.T
     covariance = (1 - KEPT) * codes.T.cov() + KEPT * root @ root.T
     mean = net.class_means[y].cpu() + codes.mean(0)
