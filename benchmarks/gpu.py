@@ -1,6 +1,7 @@
 """Everything that a first GPU should say, in one command: `python benchmarks/gpu.py OUT [--device cpu] [--source cifar10:FILE]`.
 
-Each phase is a process of its own with a deadline: one that hangs is killed, the others go on. What a phase finds is appended to
+Each phase is a process of its own with a deadline: one that hangs is killed, the others go on. Neighbours that measure no time run side by
+side, as many as there are four cores for. What a phase finds is appended to
 OUT/gpu.jsonl as JSON lines, each flushed to the disk, and ended by a line with its `status`: ok, failed, late or no time. Ends with 1 where any
 phase is not ok; a phase that finds nothing has failed. On a CPU all phases run too, on small sizes: a rehearsal.
 
@@ -15,6 +16,7 @@ phase is not ok; a phase that finds nothing has failed. On a CPU all phases run 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import signal
@@ -22,6 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +53,20 @@ def main() -> int:
         return 0
     out.mkdir(parents=True, exist_ok=True)
     names = args.phases or (CALLS[args.call] if args.call else list(PHASES))
-    end, failed = time.monotonic() + 60 * args.minutes - GRACE, []
-    for name in names:
+    end, failed = time.monotonic() + 60 * args.minutes - GRACE, list[str]()
+
+    def tried(name: str) -> bool:
         left = end - time.monotonic()
         seconds = PHASES[name].seconds * (REHEARSAL if args.device == "cpu" else 1)
         limit = left if name == "run" else min(seconds, left)
         if limit <= 0:
             write(out, {"phase": name, "status": "no time"})
-        if limit <= 0 or attempt(out, name, limit, command(name, limit, args)) != "ok":
-            failed.append(name)
+        return limit > 0 and attempt(out, name, limit, command(name, limit, args)) == "ok"
+
+    for timed, group in itertools.groupby(names, lambda name: PHASES[name].timed):
+        with ThreadPoolExecutor(1 if timed else max(1, (os.cpu_count() or 1) // 4)) as beside:
+            phases = list(group)
+            failed += [name for name, ok in zip(phases, beside.map(tried, phases), strict=True) if not ok]
     print(
         f"{len(names) - len(failed)} phases ok; not ok: {', '.join(failed) or 'none'}; {out / RECORD}", file=sys.stderr
     )
@@ -80,7 +88,8 @@ def attempt(out: Path, name: str, limit: float, command: Sequence[str]) -> str:
     print(f"{name}: at most {limit:.0f} s", file=sys.stderr, flush=True)
     begin, rest, found, log = time.monotonic(), b"", 0, out / f"{name.replace('/', '-')}.log"
     with log.open("wb") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, start_new_session=True)
+        env = {"GOMP_SPINCOUNT": "1000", **os.environ}  # as the product sets it: phases run side by side
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, start_new_session=True, env=env)
         assert process.stdout is not None
         os.set_blocking(process.stdout.fileno(), False)
         ended = False

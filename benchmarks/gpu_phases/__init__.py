@@ -31,12 +31,13 @@ class Task:
 
 @dataclass(frozen=True)
 class Phase:
-    """``seconds``: its deadline on a GPU. It raises where something is wrong."""
+    """``seconds``: its deadline on a GPU; ``timed``: it measures speed, so nothing may run beside it. It raises where something is wrong."""
 
     what: str
     seconds: float
     module: str
     arguments: tuple[Any, ...] = ()
+    timed: bool = True
 
     def run(self, task: Task) -> Iterator[Line]:
         """What it finds, line by line."""
@@ -51,14 +52,22 @@ PHASES = {
     "shards": Phase(
         "the data set, built with all workers and read; resident none, ram and device give equal images", 120, "shards"
     ),
-    "agreement": Phase("five losses of each training step, CPU against device, float32 and bf16", 150, "agreement"),
-    "skip": Phase("fp16: a step that overflows moves nothing, lowers the scale, and the next one moves", 60, "skip"),
-    "synchronisations": Phase(
-        "how often a step of each kind makes the host wait for the device", 90, "synchronisations"
+    "agreement": Phase(
+        "five losses of each training step, CPU against device, float32 and bf16", 150, "agreement", timed=False
     ),
-    "resume": Phase("killed in gan and in matching, and gone on: the weights of an undisturbed run", 240, "resume"),
-    "captured": Phase("a student's step replayed as a CUDA graph: the losses of the step as it is", 60, "captured"),
-    "one-rank": Phase("a process group of one rank, DDP wrapped around both networks", 60, "one_rank"),
+    "skip": Phase(
+        "fp16: a step that overflows moves nothing, lowers the scale, and the next one moves", 60, "skip", timed=False
+    ),
+    "synchronisations": Phase(
+        "how often a step of each kind makes the host wait for the device", 90, "synchronisations", timed=False
+    ),
+    "resume": Phase(
+        "killed in gan and in matching, and gone on: the weights of an undisturbed run", 240, "resume", timed=False
+    ),
+    "captured": Phase(
+        "a student's step replayed as a CUDA graph: the losses of the step as it is", 60, "captured", timed=False
+    ),
+    "one-rank": Phase("a process group of one rank, DDP wrapped around both networks", 60, "one_rank", timed=False),
     "double-backward": Phase(
         "the discriminator's layers, differentiated twice: torch's convolution against ours", 60, "double_backward"
     ),
@@ -68,22 +77,12 @@ PHASES = {
         )
         for v in VARIANTS
     },
-    "run": Phase("a whole run that fits the time that is left, its table", 360, "run"),
+    "run": Phase("whole runs of three seeds that fit the time that is left, their tables", 360, "run"),
 }
-_CHECKS = [
-    "environment",
-    "shards",
-    "agreement",
-    "skip",
-    "synchronisations",
-    "resume",
-    "captured",
-    "one-rank",
-    "double-backward",
-]
-_SPEEDS = [f"speed/{v}" for v in ("bf16", "tf32", "float32", "fp16", "streamed")]
+_CHECKS = ["resume", "agreement", "skip", "synchronisations", "captured", "one-rank"]
+_FIRST = ("bf16", "deterministic", "channels_first", "tf32", "streamed", "fp16", "float32", "compile")
 CALLS = {
-    "1": [*_CHECKS, *_SPEEDS],
-    "2": ["environment", "shards", "speed/deterministic", "speed/channels_first", "speed/compile", "run"],
+    "1": ["environment", "shards", *_CHECKS, "double-backward", *(f"speed/{v}" for v in _FIRST)],
+    "2": ["environment", "shards", "run"],
 }
-"""First whether all is right, and as many rates as time allows; then the switches, and a whole run."""
+"""First whether all is right, and as many rates as time allows, dear ones last; then whole runs."""

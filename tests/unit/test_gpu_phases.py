@@ -62,16 +62,22 @@ def test_two_calls_give_every_phase():
 
 
 @pytest.mark.parametrize("seconds", [60.0, 240.0, 600.0])
-@pytest.mark.parametrize("rates", [{}, {"teachers": 30_000.0, "gan": 9_000.0, "matching": 4_000.0}])
-def test_the_last_run_fits_the_time_that_is_left(seconds, rates):
+@pytest.mark.parametrize("rates", [{}, {"teachers": 30_000.0, "student": 9_000.0, "matching": 4_000.0}])
+def test_the_last_runs_fit_the_time_that_is_left(seconds, rates):
     config = command_line.parse(["--preset", "cifar10", *run.sized(seconds, rates)]).config
     known = {**run.SLOW, **rates}
-    images = {step: getattr(config, step).steps * 256 for step in ("gan", "matching")}
-    images["teachers"] = config.teachers.epochs * run.TRAININGS * run.TRAIN_IMAGES
-    least = {"gan": 100 * 256, "matching": 100 * 256, "teachers": 2 * run.TRAININGS * run.TRAIN_IMAGES}
+    row = run.ROWS * config.report.epochs * config.report.batch
+    of_an_epoch = run.TRAININGS * run.TRAIN_IMAGES
+    images = {
+        "teachers": config.teachers.epochs * of_an_epoch,
+        "matching": config.matching.steps * config.matching.batch,
+        "student": config.report.seeds * row,
+    }
+    least = {"teachers": 2 * of_an_epoch, "matching": 200 * 256, "student": row}
     for step, share in run.SHARES.items():
-        assert images[step] <= max(0.75 * share * seconds * known[step], least[step])
+        assert images[step] <= max(0.75 * share * seconds * known[step] / run.RUNS, least[step])
     assert (config.report.ipc, config.report.protocol) == ((10,), ("regenerate",))
+    assert (config.report.epochs, config.report.batch) == (1_000, 10 * 10)  # a step an epoch
 
 
 def test_rates_are_read_from_a_record(tmp_path):
