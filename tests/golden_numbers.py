@@ -84,11 +84,11 @@ def versions() -> dict[str, int]:
     return {step: special.get(step) or TABLE[step].version for step in BEFORE}
 
 
-def run(data: Path, out: Path, step: str) -> None:
-    """Compute the steps up to ``step`` into ``out``, but for those that lie there finished."""
+def run(data: Path, out: Path, step: str, *given: str) -> None:
+    """Compute the steps up to ``step`` into ``out``, but for those that lie there finished; ``given``: more settings."""
     own, name = place(step, out)
     argv = ["--config", str(SETTINGS), "--data", str(data), "--out", str(own), "--store", str(out), "--until", name]
-    asked = configuration.parse([*argv, *(MOVES if step == MOVED else [])])
+    asked = configuration.parse([*argv, *(MOVES if step == MOVED else []), *given])
     run_steps(World("cpu"), asked.config, asked.preset, data, own)
 
 

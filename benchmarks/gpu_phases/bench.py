@@ -39,7 +39,7 @@ _SMALL = (
     "--logits.views 2 --gan.steps 12 --gan.batch 16 --gan.width 32 --gan.d_width 32 --gan.blocks 1 --gan.d_blocks 1 --gan.patch 2 "
     "--matching.steps 12 --matching.batch 16 --matching.group 4 --matching.interval 6 --matching.quick_students 2 --matching.quick_steps 5 "
     "--matching.quick_student convnet:8 --matching.quick_batch 10 --gaussian.components 8 --report.ipc 2 --report.epochs 4 "
-    "--report.students convnet:8 --report.full_epochs 1 --report.seeds 2 --report.batch 16"
+    "--report.students convnet:8 --report.full_epochs 1 --report.seeds 2 --report.batch 16 --channels_last true"
 )
 SMALL = _SMALL.split()
 """Settings of a rehearsal, and of whatever the CPU of a GPU's host must do too."""

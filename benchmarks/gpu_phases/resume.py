@@ -47,6 +47,8 @@ def find(task: Task) -> Iterator[Line]:
         task.device,
         "--until",
         "matching",
+        "--teachers.batch",
+        "500",
     ]
     argv += [
         "--checkpoint_seconds",

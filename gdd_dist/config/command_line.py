@@ -222,10 +222,22 @@ def _parse_typed(parser: ArgumentParser, argv: Sequence[str], where: str = "") -
     except SystemExit as e:
         if not e.code:
             raise
-        reason = stderr.getvalue().rpartition("error:")[2].strip().rstrip(".")
-        reason = re.sub(r'Parser key "([^"]+)":', r"--\1:", re.sub(r"<class '(\w+)'>", r"\1", reason))
-        raise UserError(f"{reason}{where}; see --help") from None
+        raise UserError(f"{_plain(stderr.getvalue().rpartition('error:')[2])}{where}; see --help") from None
     return _flatten(namespace.as_dict())
+
+
+_TYPES = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
+_UNION = re.compile(
+    r"Does not validate against any of the Union subtypes Subtypes: \[(.*?)\] Errors:.* Given value: ", re.S
+)
+
+
+def _plain(reason: str) -> str:
+    """Return the parser's ``reason`` in the words of this program."""
+    reason = " ".join(re.sub(r"<class '(\w+)'>", r"\1", reason).split()).rstrip(".")
+    reason = re.sub(r'Parser key "([^"]+)"', r"--\1", reason)
+    reason = _UNION.sub(lambda m: f"Expected a {m[1].replace(', ', ' or a ')}. Got value: ", reason)
+    return re.sub(r"\ba (int|float|bool|str|NoneType)\b", lambda m: _TYPES[m[1]], reason)
 
 
 def _build(parsed: Mapping[str, Any]) -> Config:

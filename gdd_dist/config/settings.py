@@ -316,8 +316,10 @@ class Config:
         "later ones less time",
         where=True,
     )
-    channels_last: bool = setting(
-        True, "use the channels-last memory format for generator and discriminator on a GPU (--engine ddp)", where=True
+    channels_last: bool | None = setting(
+        None,
+        "use the channels-last memory format for generator and discriminator (--engine ddp); default: on a GPU",
+        where=True,
     )
     deterministic: bool = setting(
         False,

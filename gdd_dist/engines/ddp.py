@@ -103,7 +103,7 @@ class DDPEngine:
     def state_dict(self) -> dict[str, Any]:
         """Return the state of network, optimizer and loss scale."""
         return {
-            "module": self.module.state_dict(),
+            "module": self.weights(),
             "optimizer": self._optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),
         }

@@ -49,7 +49,8 @@ class Adversaries:
         self.ema = ctx.watch(copy.deepcopy(generator)).eval().requires_grad_(False)
         self.generator, self.discriminator = ctx.watch(ctx.compiled(generator)), ctx.watch(discriminator)
         # Not for classifiers, whose group norms would convert it back, nor for DeepSpeed, which splits weights as they are in memory.
-        if ctx.device.type == "cuda" and ctx.config.channels_last and ctx.config.engine == "ddp":
+        on_gpu, wanted = ctx.device.type == "cuda", ctx.config.channels_last
+        if (on_gpu if wanted is None else wanted) and ctx.config.engine == "ddp":
             channels_last(self.generator, self.discriminator, self.ema)
         # DeepSpeed splits the weights, and decides itself which steps to skip.
         adam = partial(_adam, betas=betas, fused=ctx.config.engine == "ddp")

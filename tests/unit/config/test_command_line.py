@@ -267,7 +267,9 @@ def test_an_unknown_setting_in_a_file_names_file_and_nearest(tmp_path):
         (["--report.ipc"], "report.ipc"),
         (["--config"], "config"),
         (["stray"], "stray"),
-        (["--report.ipc", "1", "ten"], "report.ipc"),
+        (["--report.ipc", "1", "ten"], "--report.ipc element 2: Expected an integer. Got value: ten"),
+        (["--gan.seed", "x"], "--gan.seed: Expected an integer or null. Got value: x"),
+        (["--channels_last", "maybe"], "--channels_last: Expected true or false or null. Got value: maybe"),
     ],
 )
 def test_wrong_use_is_one_line_that_says_what(argv, says):

@@ -143,6 +143,14 @@ def test_golden_numbers(step, digits, whole):
     )
 
 
+def test_golden_numbers_hold_where_channels_lie_last_in_memory(digits, whole, tmp_path):
+    """As they do on a GPU; the next step reads the files of such a run."""
+    out = after(whole, tmp_path / "out", golden.BEFORE["gan"])
+    golden.run(digits, out, "matching", "--channels_last", "true")
+    assert worst("gan", digits, out)[1] == []
+    assert worst("matching", digits, out)[1] == []
+
+
 @pytest.mark.parametrize(
     ("target", "mutate", "step"),
     [pytest.param(t, m, step, id=f"{m.__name__}-{step}") for t, m, steps in MUTATIONS for step in steps],
