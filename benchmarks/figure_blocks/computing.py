@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
-from figure_blocks.records import lines, only, table
+from figure_blocks.records import RESULTS, lines, only, table
 
 
 def startup() -> str:
@@ -102,7 +103,47 @@ def busy() -> str:
     )
 
 
+GPU_RECORD = "gpu-h200.jsonl"
+SWITCHES = {
+    "bf16": "bf16",
+    "deterministic": "bf16, deterministic",
+    "channels_first": "bf16, channels first",
+    "tf32": "tf32",
+}
+
+
+def gpu() -> str:
+    """What one GPU did: agreement with the CPU, and how fast the steps were that ran."""
+    found = [json.loads(text) for text in (RESULTS / GPU_RECORD).read_text().splitlines()]
+    name = next(one["gpu"]["name"] for one in found if "gpu" in one)
+    off = {
+        precision: max(one["off"] for one in found if one.get("precision") == precision)
+        for precision in ("float32", "bf16")
+    }
+    rows = [
+        [
+            one["step"] + (f", {one['architecture']}" if one["architecture"] else ""),
+            SWITCHES[one["variant"]],
+            f"{one['images_per_second']:,.0f}",
+            f"{1e3 * one['seconds']:.1f}",
+            f"{1e3 * one['busy_seconds']:.1f}",
+            f"{one['launches']:,}",
+            f"{100 * one['share_of_bf16_peak']:.1f}",
+        ]
+        for one in found
+        if "images_per_second" in one and "step" in one
+    ]
+    head = ["step", "switches", "images/s", "step, ms", "GPU busy, ms", "kernels started", "% of bf16's peak"]
+    failed = [one["phase"] for one in found if one.get("status") == "failed" and "/" not in one["phase"]]
+    return table(head, rows) + (
+        f"\n\nOne {name}, preset cifar10, 256 images a step.\nThe first five losses of teachers, gan, matching and a student were those of the "
+        f"CPU: at most {off['float32']:.1g} apart in float32, {off['bf16']:.1g} in bf16 (relative).\nWhat failed, and its cause, are in the "
+        f"record: {', '.join(failed)}.\n"
+    )
+
+
 FIGURES: dict[str, Callable[[], str]] = {
+    "gpu": gpu,
     "busy": busy,
     "startup": startup,
     "student-steps": student_steps,

@@ -23,6 +23,8 @@ PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """bf16 without sparsity, by data sheet."""
 SECONDS, SHORT, SMALL_SECONDS, MOST = 3.0, 1.5, 0.5, 10_000
 """Of measuring a step in bf16, in the other variants, and in a rehearsal; steps at most."""
+LONGEST = 10
+"""Kernels that are named."""
 
 
 def find(task: Task, variant: str) -> Iterator[Line]:
@@ -96,7 +98,9 @@ def measured(bench: Bench, trainee: Any, seconds: float) -> Line:
 
 
 def launched(device: torch.device, trainee: Any, step: int, batch: Any) -> Line:
-    """Kernels that the host starts in a step, on a CPU operations; and of a GPU the seconds that it was busy."""
+    """Kernels that the host starts in a step, on a CPU operations; of a GPU the seconds that it was busy, and its longest
+    kernels: name, how many, milliseconds of all.
+    """
     if device.type == "cpu":
         with Waits(device) as waits:
             trainee.train(step, batch)
@@ -106,8 +110,13 @@ def launched(device: torch.device, trainee: Any, step: int, batch: Any) -> Line:
         synchronize(device)
     events = seen.key_averages()
     counts = {e.key: e.count for e in events if e.key.startswith("cu")}
-    busy = sum(e.self_device_time_total for e in events if e.device_type == torch.autograd.DeviceType.CUDA) / 1e6
-    return {"launches": sum(n for key, n in counts.items() if "Launch" in key), "calls": counts, "busy_seconds": busy}
+    kernels = sorted(
+        (e for e in events if e.device_type == torch.autograd.DeviceType.CUDA), key=lambda e: -e.self_device_time_total
+    )
+    busy = sum(e.self_device_time_total for e in kernels) / 1e6
+    longest = [[e.key[:100], e.count, round(e.self_device_time_total / 1e3, 3)] for e in kernels[:LONGEST]]
+    launches = sum(n for key, n in counts.items() if "Launch" in key)
+    return {"launches": launches, "calls": counts, "busy_seconds": busy, "kernels": longest}
 
 
 def operations(bench: Bench, step: str, architecture: str | None, variant: str, record: Path) -> float | None:
