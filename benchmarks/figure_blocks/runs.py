@@ -98,9 +98,15 @@ def refitted() -> str:
     run = record("cifar10-refit.json")
     by = {r["train_on"]: r["mean"] for r in run["rows"]}
     gain = next(d for d in run["differences"] if (d["row"], d["minus"]) == ("matched", "gaussian"))
+    moved, fitted = (
+        next(r["of_runs"] for r in one["rows"] if r["train_on"] == "matched")
+        for one in (record("cifar10-cpu.json"), run)
+    )
+    more = {"of_runs": [a - b for a, b in zip(moved, fitted, strict=True)]}
     return (
         f"Of {len(run['seconds'])} whole runs: Gaussian {by['gaussian']:.1f} %, refitted {by['matched']:.1f} %, the difference "
         f"{gain['mean']:+.2f} ± {gain['stderr']:.2f} points ({proof(gain)}, paired by run).\n"
+        f"Moved minus refitted, on the same teachers: {', '.join(f'{d:+.1f}' for d in more['of_runs'])} points ({proof(more)}).\n"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -134,10 +135,13 @@ class Bench:
         for step in ("teachers", "logits", "gaussian", "gan"):
             directory = self._trial.directories[step]
             if not directory.exists():
-                directory.mkdir(parents=True)
-                ESTIMATES[step][0](self._trial, directory)
+                part = directory.with_name(f"{step}.part")  # what a phase that fails leaves, the next must not read
+                shutil.rmtree(part, ignore_errors=True)
+                part.mkdir(parents=True)
+                ESTIMATES[step][0](self._trial, part)
                 if step == "logits":
-                    _fill(directory)
+                    _fill(part)
+                part.rename(directory)
 
     @property
     def batch(self) -> dict[str, int]:

@@ -122,6 +122,10 @@ def _last(argv: Sequence[str], name: str) -> str | None:
     return value
 
 
+RETIRED = frozenset({"matching.refit"})
+"""Settings of earlier versions. Their runs' config.yaml can still be read; a step that they shaped is stale."""
+
+
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
@@ -138,9 +142,9 @@ def _read_file(path: str) -> dict[str, Any]:
     for name in flat:
         if name in SECTIONS:
             raise UserError(f"{name} in {path} is a section; write each of its settings on its own line below it")
-        if name not in known:
+        if name not in known | RETIRED:
             raise UserError(_unknown(name, known, f" in {path}"))
-    return flat
+    return {name: value for name, value in flat.items() if name in known}
 
 
 def _as_typed(flat: Mapping[str, Any], path: str) -> list[str]:

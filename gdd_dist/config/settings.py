@@ -221,13 +221,6 @@ class Matching:
     select: str = setting(
         "best", "generator to keep: the best on val of all intervals and the GAN, or the last", choices=("best", "last")
     )
-    refit: int = setting(
-        0,
-        "draws of the trivial generator from which the teachers choose one; the Gaussian refitted to the chosen images is one more candidate "
-        "of --matching.select best; 0: none",
-        low=0,
-        high=1024,
-    )
     interval: int = setting(200, "steps between measurements with quick students", low=1)
     quick_students: int = setting(4, "quick students per measurement", low=1)
     quick_student: str = setting("convnet:64", "classifier of the quick students")

@@ -89,19 +89,13 @@ def _gan(config: Config) -> dict[str, Any]:
 
 
 def _matching(config: Config) -> dict[str, Any]:
-    matching = {**config.shaping("matching"), "refit": config.matching.refit if refits(config) else 0}
-    matching = _changed(matching, start="gan", lambda_label=0, lambda_feature=0, refit=0)
+    matching = _changed(config.shaping("matching"), start="gan", lambda_label=0, lambda_feature=0)
     return {
         **matching,
         "loader": config.shaping("loader"),
         "student": _student(config),
         "gan": _some(config.shaping("gan"), "augment", "augment_p", "beta1", "beta2"),
     }
-
-
-def refits(config: Config) -> bool:
-    """Whether matching also refits the Gaussian, as one more candidate for --matching.select best."""
-    return bool(config.matching.refit) and config.matching.select == "best"
 
 
 def _report(config: Config) -> dict[str, Any]:

@@ -9,16 +9,14 @@ import numpy as np
 import torch
 
 from gdd_dist.config.ranks import taking_part
-from gdd_dist.config.steps import refits
-from gdd_dist.dry_run.trial import Estimate, Training, Trial, answering, drawing, labelling, steps_done, studying
+from gdd_dist.dry_run.trial import Estimate, Training, Trial, answering, drawing, steps_done, studying
 from gdd_dist.evaluation import quick_students
-from gdd_dist.models.files import GENERATOR, load_generator_network
-from gdd_dist.models.gaussian import LinearGenerator
+from gdd_dist.models.files import GENERATOR
 from gdd_dist.runtime.meter import NOTHING, Cost
 from gdd_dist.steps import matching
 from gdd_dist.storage.store import CHECKPOINTS
 from gdd_dist.training import drawing as drawn
-from gdd_dist.training import gaussian_refit, sample_grid, soft_labels
+from gdd_dist.training import sample_grid
 from gdd_dist.training.classifier_fit import PREDICT_BATCH
 from gdd_dist.training.context import Context
 from gdd_dist.training.teacher_features import REAL, Features, images_read
@@ -38,14 +36,10 @@ def estimate_matching(trial: Trial, work: Path) -> Estimate:
     left, measurements = m.steps - start, sum(s % m.interval == 0 for s in range(first, m.steps)) + 1
     turns = measurements * -(-m.quick_students // taking_part(ctx.config, "matching", ctx.world.size))
     each = students_of_all + sample_grid.forwards(ctx)
-    beside = [_refit(trial, work), _features(trial)]
-    costs = [one.cost for one in beside]
-    seconds = (
-        left * step.cost.seconds + turns * sum(part.seconds for part in parts) + sum(cost.seconds for cost in costs)
-    )
-    images = left * step.forwards + step.settling + measurements * each + sum(one.images for one in beside)
-    resumes = start > 0 or any(one.resumes for one in beside)
-    return Estimate(resumes, left, images, Cost.peak((step.cost, *parts, *costs), seconds))
+    features = _features(trial)
+    seconds = left * step.cost.seconds + turns * sum(part.seconds for part in parts) + features.cost.seconds
+    images = left * step.forwards + step.settling + measurements * each + features.images
+    return Estimate(start > 0, left, images, Cost.peak((step.cost, *parts, features.cost), seconds))
 
 
 def _features(trial: Trial) -> Estimate:
@@ -57,26 +51,6 @@ def _features(trial: Trial) -> Estimate:
     parts = [trial.cost(each, REAL, answering, name) for name in used]
     seconds = sum(part.seconds for part in parts)
     return Estimate(False, 0, len(used) * each * trial.ctx.world.size, Cost.peak(parts, seconds))
-
-
-def _refit(trial: Trial, work: Path) -> Estimate:
-    """For the Gaussian generator: draw images, compute the last teachers' predictions for them, and measure once."""
-    ctx, done = trial.ctx, (work / CHECKPOINTS / "refit.json").exists()
-    if done or not refits(ctx.config):
-        return Estimate(done, 0, 0, NOTHING)
-    net = load_generator_network(trial.directories["gaussian"] / GENERATOR)[0]
-    assert isinstance(net, LinearGenerator)
-    drawn_images = gaussian_refit.draws(net, ctx.config.matching.refit)
-    ranks = taking_part(ctx.config, "matching", ctx.world.size)
-    parts = [
-        trial.cost(drawn_images // ranks, drawn.DRAW_BATCH, drawing, "gaussian"),
-        trial.cost(drawn_images // ranks, soft_labels.BATCH, labelling),
-    ]
-    measuring, each = measurement(trial, "gaussian", NOTHING)
-    turns = -(-ctx.config.matching.quick_students // ranks)
-    seconds = sum(part.seconds for part in parts) + turns * sum(part.seconds for part in measuring)
-    images = drawn_images * (1 + sum(last for last, _ in trial.pool)) + each
-    return Estimate(False, 0, images, Cost.peak([*parts, *measuring], seconds))
 
 
 def _matching_step(trial: Trial, work: Path) -> Training:

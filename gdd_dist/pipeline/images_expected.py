@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from gdd_dist.config.steps import TABLE, refits
+from gdd_dist.config.steps import TABLE
 from gdd_dist.evaluation import quick_students, rows, student_results
 from gdd_dist.evaluation.job_images import images_forwarded
 from gdd_dist.steps import gaussian
-from gdd_dist.training import gaussian_refit
 from gdd_dist.training.context import Context
 from gdd_dist.training.teacher_features import images_read
 
@@ -51,12 +50,9 @@ def _gan(ctx: Context, _: Mapping[str, str]) -> int:
 
 def _matching(ctx: Context, _: Mapping[str, str]) -> int:
     m, beside = ctx.config.matching, 0
-    if refits(ctx.config):
-        drawn = gaussian_refit.PLACES * max(gaussian.components(ctx)) * ctx.classes * m.refit
-        beside = drawn * (1 + _trainings(ctx)) + _measurement(ctx)
     if m.lambda_feature:
         pool = _trainings(ctx) * (ctx.config.teachers.snapshots if m.teachers == "all" else 1)
-        beside += pool * images_read(ctx.images("train").labels) * ctx.world.size
+        beside = pool * images_read(ctx.images("train").labels) * ctx.world.size
     each = DISCRIMINATED if m.lambda_adv else MATCHED
     measured = m.steps // m.interval + (m.start == "gan")
     return each * m.steps * m.batch + measured * _measurement(ctx) + beside

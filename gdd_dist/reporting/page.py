@@ -127,7 +127,6 @@ def _percent(value: float) -> str:
 
 NAMES = {
     "gaussian": "the Gaussian of each class",
-    "refit": "the Gaussian refitted to draws that the teachers chose",
     "gan": "the GAN itself",
 }
 """Candidates that matching does not train, and generators from which it starts."""

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gdd_dist.config.steps import Inputs, refits
+from gdd_dist.config.steps import Inputs
 from gdd_dist.data.augment import AUGMENT_DRAWS
 from gdd_dist.data.noise import normal, uniform
-from gdd_dist.evaluation.quick_students import INTERVAL, Candidates, Measurement, best, measure, measure_once
+from gdd_dist.evaluation.quick_students import INTERVAL, Candidates, Measurement, best, measure
 from gdd_dist.models.files import (
     DISCRIMINATOR,
     GENERATOR,
@@ -29,23 +29,17 @@ from gdd_dist.models.gaussian import LinearGenerator
 from gdd_dist.models.moved_gaussian import MovedGaussian
 from gdd_dist.steps.matching_groups import Groups
 from gdd_dist.steps.matching_pool import Pool
-from gdd_dist.storage.store import CHECKPOINTS
 from gdd_dist.training import loop, losses
 from gdd_dist.training.adversaries import Adversaries, RealSide, augmentation, ema_decay, mean_scalars, mirrored
 from gdd_dist.training.context import Context
 from gdd_dist.training.gaussian_fit import chosen
-from gdd_dist.training.gaussian_refit import refit
 from gdd_dist.training.sample_grid import sample_grid
 from gdd_dist.training.schedules import cosine
-
-REFIT = CHECKPOINTS + "/refit.safetensors"
-"""File of the refitted Gaussian, kept until the step ends."""
 
 
 def run(ctx: Context, work: Path, inputs: Inputs) -> dict[str, Any]:
     """Write generator.safetensors into ``work``. At intervals ``ctx.on_interval`` is called on rank 0."""
     pool = Pool(ctx, inputs.directories["teachers"], inputs.directories["logits"])
-    others = beside(ctx, work, pool, inputs.directories["gaussian"])
     pool.look()
     checkpoints = ctx.shared_checkpoints(work)
     matched = loop.train(
@@ -56,31 +50,12 @@ def run(ctx: Context, work: Path, inputs: Inputs) -> dict[str, Any]:
         "matching",
         "lower --matching.lr, or raise --matching.temperature",
     )
+    # Where the Gaussians move, the first interval has measured them.
+    others = {} if ctx.config.matching.start == "gaussian" else {"gaussian": chosen(inputs.directories["gaussian"])}
     candidates = Candidates(matched.history, others)
     matched.finish(work, inputs, candidates)
     kept = {"history": matched.history, "others": others, "selected": ctx.config.matching.select}
     return {**kept, "skipped_steps": matched.skips.total, **checkpoints.costs()}
-
-
-def beside(ctx: Context, work: Path, pool: Pool, gaussian_dir: Path) -> dict[str, dict[str, Any]]:
-    """Return the candidates that matching does not train, measured on val: the Gaussian per class, and the refitted one."""
-    found = {} if ctx.config.matching.start == "gaussian" else {"gaussian": chosen(gaussian_dir)}
-    if refits(ctx.config):
-        path, seed = work / CHECKPOINTS / "refit.json", ctx.config.step_seed("matching")
-        result = measure_once(ctx, path, lambda: _refitted(ctx, work, pool, gaussian_dir), seed)
-        found["refit"] = result.as_dict()
-        ctx.world.say(f"matching: refitted Gaussian, quick students {result.val:.1f} ± {result.stderr:.1f} % on val")
-    return found
-
-
-def _refitted(ctx: Context, work: Path, pool: Pool, gaussian_dir: Path) -> LinearGenerator:
-    ctx.world.say("matching: the Gaussian is fitted to what the teachers choose of its draws")
-    net, meta = load_generator_network(gaussian_dir / GENERATOR)
-    assert isinstance(net, LinearGenerator)
-    found = refit(ctx, ctx.watch(net), pool.last, ctx.config.matching.refit)
-    if ctx.world.is_main:
-        save_network(work / REFIT, found, {**meta, "arch": found.arch})
-    return found
 
 
 class Batch(NamedTuple):
@@ -272,8 +247,7 @@ class Matching(loop.Trainee):
                 net = net.folded()
                 meta = {**meta, "arch": net.arch}
             if found and found[0] != INTERVAL:
-                others = {"gaussian": inputs.directories["gaussian"] / GENERATOR, "refit": work / REFIT}
-                net, meta = load_generator_network(others[found[0]])
+                net, meta = load_generator_network(inputs.directories[found[0]] / GENERATOR)
                 self._ctx.world.say(
                     f"matching: {found[0]} did better on val ({found[1]['val']:.1f} %) than any interval: it is kept"
                 )

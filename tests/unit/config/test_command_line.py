@@ -307,6 +307,12 @@ def test_a_wrong_file_is_one_line(tmp_path, text):
     assert ";" in message
 
 
+def test_a_file_of_an_earlier_version_may_hold_a_setting_that_is_gone(tmp_path):
+    (tmp_path / "c.yaml").write_text("matching: {refit: 3, steps: 7}")
+    assert parse(["--config", str(tmp_path / "c.yaml")]).config.matching.steps == 7
+    assert "unknown setting matching.refit" in fault("--matching.refit", "3")
+
+
 def test_a_file_of_other_bytes_is_named(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_bytes(b"\xff\xfe\x00")

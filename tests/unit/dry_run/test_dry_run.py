@@ -92,10 +92,10 @@ def test_what_it_says_is_what_the_run_does(tiny: list[str], tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("start", ["gan", "gaussian"])
-def test_a_refit_and_moved_gaussians_are_counted(
+def test_candidates_and_moved_gaussians_are_counted(
     start: str, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    argv = [*tiny, "--out", str(tmp_path / "out"), "--matching.refit", "2", "--gaussian.components", "8"]
+    argv = [*tiny, "--out", str(tmp_path / "out"), "--gaussian.components", "8"]
     argv += ["--matching.start", start, "--matching.lambda_feature", "1" if start == "gaussian" else "0"]
     argv += ["--gaussian.spread", "1.0", "--report.select", "1", "2", "--report.condense", "3", "--report.ars", "false"]
     said, expected = predicted(argv, monkeypatch), list[dict[str, int]]()

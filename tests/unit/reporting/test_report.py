@@ -112,10 +112,10 @@ def test_best_keeps_the_first_best_interval_and_last_the_last() -> None:
 def test_another_generator_is_kept_where_no_interval_is_better_and_its_own_gap_is_told() -> None:
     equal, better = ({"step": 0, "val": v, "stderr": 1.0, "gap": 2.0} for v in (60.0, 61.0))
     assert Candidates(HISTORY, {"gaussian": equal}).kept("best") == ("matching", HISTORY[1])
-    found = Candidates(HISTORY, {"gaussian": equal, "refit": better})
-    assert found.kept("best") == ("refit", better)
+    found = Candidates(HISTORY, {"gaussian": equal, "another": better})
+    assert found.kept("best") == ("another", better)
     assert found.kept("last") == ("matching", HISTORY[-1])
-    gaps = {"gan": 9.0, "matched": 2.0, "selected_step": None, "selected": "refit"}
+    gaps = {"gan": 9.0, "matched": 2.0, "selected_step": None, "selected": "another"}
     assert shortcut_gap(found, "best") == gaps
 
 

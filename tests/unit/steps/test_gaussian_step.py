@@ -27,7 +27,7 @@ def generator(out, step):
 def alone(tiny, tmp_path_factory):
     """One process, up to matching; the generator starts at the Gaussian."""
     out = tmp_path_factory.mktemp("gaussian") / "out"
-    ended = ranks.start(out, [*tiny, *CHOICES, *STARTS, "--matching.refit", "2", "--until", "matching"]).wait()
+    ended = ranks.start(out, [*tiny, *CHOICES, *STARTS, "--until", "matching"]).wait()
     assert ended.codes == [0], ended.text
     return out
 
@@ -61,16 +61,9 @@ def test_the_gan_starts_there_and_its_linear_part_is_not_moved(alone):
 
 def test_matching_keeps_the_best_on_val_of_its_intervals_and_of_those_that_it_does_not_train(alone):
     net, meta = load_generator_network(generator(alone, "matching"))
-    assert meta["others"].keys() == {"gaussian", "refit"}
+    assert meta["others"].keys() == {"gaussian"}
     beside, best = max(o["val"] for o in meta["others"].values()), max(h["val"] for h in meta["history"])
     assert isinstance(net, LinearGenerator if beside > best else ResidualGenerator)
-
-
-def test_any_number_of_ranks_refits_the_same_bits(alone, tiny, tmp_path):
-    argv = [*tiny, *CHOICES, *STARTS, "--matching.refit", "2", "--until", "matching", "--store", str(alone)]
-    ranks.train(tmp_path / "out", [*argv, "--matching.steps", "6"], 2)
-    found = [read_network(generator(out, "matching"))[1]["others"] for out in (alone, tmp_path / "out")]
-    assert found[0] == found[1]
 
 
 MOVES = [

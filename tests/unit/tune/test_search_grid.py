@@ -92,7 +92,6 @@ def test_any_setting_that_does_not_measure_can_be_studied(tmp_path):
         "teachers": "[all, last]",
         "lr": "[1e-4, 3e-4]",
         "group": "[4, 8]",
-        "refit": "[0, 3]",
     }
     for leaf, choices in tried.items():
         assert a_search(tmp_path, text=f"matching.{leaf}: {{choices: {choices}}}").options.trials > 3
