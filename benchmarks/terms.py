@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from gaussian import Row, Study, Trained
 
@@ -64,55 +65,69 @@ def _trained(ctx: Context, inputs: Inputs, work: Path) -> Matching:
     return trainee
 
 
-def generators(
-    out: Path, arms: dict[str, dict[str, float]], given: list[str]
-) -> Iterator[tuple[str, LinearGenerator | None, float]]:
-    """(row, generator or None for real images, seconds of moving): the Gaussians of the run, and as each set of terms moved them."""
-    yield "real", None, 0.0
+def before(out: Path) -> Iterator[tuple[str, LinearGenerator | None]]:
+    """(row, generator or None for real images) of what matching starts from."""
+    yield "real", None
     net = load_generator_network(out / "gaussian" / "latest" / GENERATOR)[0]
     assert isinstance(net, LinearGenerator)
-    yield "gaussian", net, 0.0
-    for name, weights in arms.items():
-        yield name, *moved(out, weights, given)
+    yield "gaussian", net
 
 
-def study_of(args: argparse.Namespace, out: Path, steps: int, batch: int) -> Study:
-    """The protocol of one budget."""
-    config = settings_of(out)
-    protocol = argparse.Namespace(
-        data=Path(str(config.data)),
-        components=[max(config.gaussian.components)],
-        students=args.students,
-        first=0,
-        student=args.student,
-        steps=steps,
-        batch=batch,
-        precision=args.precision,
-        every=args.every,
-        flip=config.loader.flip,
-    )
-    return Study(protocol)
+def studies(args: argparse.Namespace, out: Path) -> dict[str, Study]:
+    """Budget → its protocol, on the data of a run."""
+    config, found = settings_of(out), {}
+    for budget in args.budgets:
+        steps, batch = map(int, budget.split("x"))
+        protocol = argparse.Namespace(
+            data=Path(str(config.data)),
+            components=[max(config.gaussian.components)],
+            students=args.students,
+            first=0,
+            student=args.student,
+            steps=steps,
+            batch=batch,
+            precision=args.precision,
+            every=args.every,
+            flip=config.loader.flip,
+        )
+        found[budget] = Study(protocol)
+    return found
+
+
+def judge(
+    of: dict[str, Study], name: str, net: LinearGenerator | None, settings: dict[str, Any], about: dict[str, Any]
+) -> None:
+    """Train the students of a row and print a JSON line for each budget."""
+    for budget, study in of.items():
+        draw = study.real if net is None else partial(study.drawn, net)
+        trained = Trained(study, Row(name, settings, None, draw, True), "test")
+        print(json.dumps({**trained.line(), **about, "budget": budget}), flush=True)
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """What says which students judge."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("runs", type=Path, nargs="+", help="finished runs of gdd_dist.train")
+    made.add_argument("--budgets", nargs="+", default=["300x20", "500x64"], help="steps × images of a student")
+    made.add_argument("--students", type=int, default=3, help="of each row, 2 or more (default %(default)s)")
+    made.add_argument("--student", default="convnet:32", help="architecture (default %(default)s)")
+    made.add_argument("--precision", choices=("float32", "bf16"), default="bf16")
+    made.add_argument("--every", type=int, default=2, help="which images of test are measured (default each 2nd)")
+    return made
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", help="finished runs of gdd_dist.train")
-    parser.add_argument("--budgets", nargs="+", default=["300x20", "500x64"], help="steps × images of a student")
-    parser.add_argument("--students", type=int, default=3, help="of each row, 2 or more (default %(default)s)")
-    parser.add_argument("--student", default="convnet:32", help="architecture (default %(default)s)")
-    parser.add_argument("--precision", choices=("float32", "bf16"), default="bf16")
-    parser.add_argument("--every", type=int, default=2, help="which images of test are measured (default each 2nd)")
-    parser.add_argument("--arms", type=Path, help="JSON file in place of the built-in sets of terms: name → weights")
-    args, given = parser.parse_known_args()
+    asked = parser(__doc__ or "")
+    asked.add_argument("--arms", type=Path, help="JSON file in place of the built-in sets of terms: name → weights")
+    args, given = asked.parse_known_args()
     arms = json.loads(args.arms.read_text()) if args.arms else ARMS
     for out in args.runs:
-        studies = {b: study_of(args, out, *map(int, b.split("x"))) for b in args.budgets}
-        for name, net, seconds in generators(out, arms, given):
-            for budget, study in studies.items():
-                draw = study.real if net is None else partial(study.drawn, net)
-                trained = Trained(study, Row(name, dict(arms.get(name, {})), None, draw, True), "test")
-                about = {"benchmark": "terms", "run": out.name, "budget": budget, "moving": round(seconds, 1)}
-                print(json.dumps({**trained.line(), **about}), flush=True)
+        of, about = studies(args, out), {"benchmark": "terms", "run": out.name}
+        for name, net in before(out):
+            judge(of, name, net, {}, {**about, "moving": 0.0})
+        for name, weights in arms.items():
+            net, seconds = moved(out, weights, given)
+            judge(of, name, net, dict(weights), {**about, "moving": round(seconds, 1)})
 
 
 if __name__ == "__main__":
