@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +19,10 @@ def logit_file(directory: Path, teacher: int, shard: int) -> Path:
     return directory / f"teacher-{teacher:03d}" / f"train-{shard:06d}.npy"
 
 
+def _damaged(path: Path, why: Exception) -> UserError:
+    return UserError(f"{path} is damaged ({why}); remove its directory to compute it again")
+
+
 class LogitCache:
     """A finished logits step, memory-mapped: ``take(teacher, samples, views)`` and ``class_means``."""
 
@@ -26,22 +31,36 @@ class LogitCache:
         self._directory, self._counts = directory, tuple(shard_samples)
         # Each memory map needs a file descriptor, and there may be more files than a process may have descriptors.
         self._file = lru_cache(maxsize=256)(self._open_file)
-        self.class_means: np.ndarray = self._open(directory / MEANS, None)
+        self.class_means: np.ndarray = self._read_means(directory / MEANS)
         """float32 [T, V, classes, C]: mean logits of each class's training images."""
 
     def _open_file(self, teacher: int, shard: int) -> np.ndarray:
-        return self._open(logit_file(self._directory, teacher, shard), self._counts[shard])
+        """Map the file of a teacher and shard: float16 [V, n, C].
+
+        Threads that read ahead call this at once. `np.load` parses a header as Python source, which CPython 3.11 cannot do in two threads at a
+        time (python/cpython#106905), so the header's bytes are compared instead.
+        """
+        path = logit_file(self._directory, teacher, shard)
+        shape = (self.views, self._counts[shard], self.class_means.shape[-1])
+        expected = io.BytesIO()
+        np.lib.format.write_array_header_1_0(expected, {"descr": "<f2", "fortran_order": False, "shape": shape})
+        header = expected.getvalue()
+        try:
+            with path.open("rb") as f:
+                found = f.read(len(header))
+            if found != header:
+                raise ValueError(f"it does not hold float16 {shape}")
+            return np.memmap(path, "<f2", "r", offset=len(header), shape=shape)
+        except (OSError, ValueError) as e:
+            raise _damaged(path, e) from e
 
     @staticmethod
-    def _open(path: Path, rows: int | None) -> np.ndarray:
+    def _read_means(path: Path) -> np.ndarray:
         try:
-            array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+            means: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as e:
-            raise UserError(f"{path} is damaged ({e}); remove its directory to compute it again") from e
-        if rows is not None and (array.ndim != 3 or array.shape[1] != rows or array.dtype != np.float16):
-            what = f"{path} holds {array.dtype} {array.shape}, expected float16 with {rows} rows"
-            raise UserError(f"{what}; remove its directory to compute it again")
-        return array
+            raise _damaged(path, e) from e
+        return means
 
     @property
     def views(self) -> int:

@@ -1,6 +1,9 @@
 """The cache of logits, joined to samples by (shard, row)."""
 
+import gc
 import io
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -56,6 +59,32 @@ def test_more_files_than_a_process_may_hold_open(tmp_path):
         samples = np.arange(300)
         assert cache.take(t, samples, np.zeros(300, np.int64))[:, 0].tolist() == (t * 1000 + samples * 3).tolist()
     assert cache._file.cache_info().currsize <= 256
+
+
+@pytest.fixture
+def busy_collector():
+    """Garbage is collected all the time, with a callback, so that threads take turns even inside the parser."""
+    found, interval = gc.get_threshold(), sys.getswitchinterval()
+
+    def callback(phase, info):
+        sum(range(20))
+
+    gc.callbacks.append(callback)
+    gc.set_threshold(1)
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+    gc.set_threshold(*found)
+    gc.callbacks.remove(callback)
+
+
+def test_threads_that_read_ahead_may_open_files_at_once(tmp_path, busy_collector):
+    """CPython 3.11 fails where two threads parse source at a time, as `np.load` does with a header."""
+    shards = [1] * 40
+    cache, every = LogitCache(write(tmp_path, shards), shards), np.arange(40)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda t: cache.take(t % 2, every, np.zeros(40, np.int64))[:, 0].tolist(), range(4)))
+    assert found == [((t % 2) * 1000 + every * 3).tolist() for t in range(4)]
 
 
 def damaged(kind, good):
