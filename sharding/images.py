@@ -3,8 +3,8 @@
 Images are brought to 8 bits, upright, L or RGB:
 EXIF orientation is applied; transparency is laid over white; palettes are expanded; CMYK goes through Pillow's plain
 formula; 16-bit values v become round(v / 257); pixels without a defined range (32-bit integers, floats) are refused
-unless the user gives the range; only the first frame of an animation is used. To change the size, the short side is
-scaled (bicubic, antialiased) and the centre is cropped.
+unless the user gives the range; of 16-bit colours Pillow gives the upper 8 bits; only the first frame of an animation
+is used. To change the size, the short side is scaled (bicubic, antialiased) and the centre is cropped.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, features
 
+from sharding.depth import COLOUR, Values, depth_of, highest_of, to_8_bits
 from sharding.shards import decode
 
 # PostScript is missing because it would start an interpreter; container formats are missing, too.
@@ -35,8 +36,6 @@ _TURNS |= dict(enumerate((_TURN.ROTATE_270, _TURN.TRANSVERSE, _TURN.ROTATE_90), 
 # PNG chunks of texts and colour profiles. Pillow refuses an image if they are too long.
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 
-Values = tuple[float, float]
-"""The pixel values that become 0 and 255, for images of more than 8 bits."""
 Result = TypeVar("Result")
 Item = bytes | NDArray[np.uint8]
 """What a source yields for a sample: an encoded image, or uint8 pixels [H, W, C]."""
@@ -47,7 +46,8 @@ class Seen:
     """What inspecting an image found. Height and width in pixels after EXIF rotation; `sha256` is of the source bytes.
 
     `kept_as` is the file extension under which the source bytes may be stored unchanged, or empty if they must be
-    converted. `highest`: the largest value of a 16-bit image that is read as 0 … 65535, else -1.
+    converted. `depth`: COLOUR if several channels have more than 8 bits, GREY if one has, else empty. `highest`: the
+    largest value of a 16-bit image that is read as 0 … 65535 (a bound for colours), else -1.
     """
 
     sha256: bytes
@@ -55,6 +55,7 @@ class Seen:
     width: int
     grey: bool
     kept_as: str
+    depth: str = ""
     highest: int = -1
 
 
@@ -94,7 +95,8 @@ def inspect(item: Item, values: Values | None = None) -> Seen:
 
 
 def _inspect(image: Image.Image, payload: bytes, values: Values | None) -> Seen:
-    grey, kept_as, highest = _is_grey(image), _kept_as(image, payload), -1
+    depth, highest = depth_of(image, payload), -1
+    grey, kept_as = _is_grey(image), "" if depth else _kept_as(image)
     width, height = image.size
     if kept_as:
         # Decoded again by the decoder of training, which accepts fewer files than Pillow.
@@ -102,10 +104,10 @@ def _inspect(image: Image.Image, payload: bytes, values: Values | None) -> Seen:
     else:
         if payload[:2] == b"\xff\xd8":
             simplejpeg.decode_jpeg(payload, "CMYK" if image.mode == "CMYK" else "RGB")
-        if values is None and image.mode.startswith("I"):
-            highest = int(np.asarray(image).max())
         width, height = plain(image, values).size
-    return Seen(digest_of(payload), height, width, grey, kept_as, highest)
+        if depth == COLOUR or (depth and values is None):
+            highest = highest_of(image, depth)
+    return Seen(digest_of(payload), height, width, grey, kept_as, depth, highest)
 
 
 def _from_pixels(function: Callable[[Image.Image, bytes], Result], payload: bytes) -> Result:
@@ -136,11 +138,10 @@ def _without_texts(payload: bytes) -> bytes:
     return b"".join(kept)
 
 
-def _kept_as(image: Image.Image, payload: bytes) -> str:
-    deep = image.format == "PNG" and payload[24:25] == b"\x10"
+def _kept_as(image: Image.Image) -> str:
     still = getattr(image, "n_frames", 1) == 1
     upright = _turn(image) is None
-    if image.mode not in ("L", "RGB") or "transparency" in image.info or deep or not still or not upright:
+    if image.mode not in ("L", "RGB") or "transparency" in image.info or not still or not upright:
         return ""
     return _KEPT.get(image.format or "", "")
 
@@ -170,29 +171,12 @@ def plain(image: Image.Image, values: Values | None = None) -> Image.Image:
     if (turn := _turn(image)) is not None:
         image = image.transpose(turn)
     if image.mode == "F" or image.mode.startswith("I"):
-        image = _from_deep(image, values, kind)
+        image = to_8_bits(image, values, kind)
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         white = Image.new("RGBA", image.size, "white")
         white.alpha_composite(image.convert("RGBA"))
         image = white
     return image.convert("L" if grey else "RGB")
-
-
-def _from_deep(image: Image.Image, values: Values | None, kind: str | None) -> Image.Image:
-    """Convert single-channel pixels of more than 8 bits to 8: scaled from `values`, or from 0 … 65535 for 16 bits."""
-    pixels = np.asarray(image)
-    if values is not None:
-        low, high = values
-        if not np.isfinite(pixels).all():
-            raise ValueError("some of its pixels are NaN or infinite")
-        scaled = (pixels.astype(np.float64) - low) * (255 / (high - low))
-        return Image.fromarray(np.floor(scaled + 0.5).clip(0, 255).astype(np.uint8))
-    # Pillow uses mode I for the 32-bit or signed integers of a TIFF, but for the 16-bit pixels of other formats.
-    if image.mode == "F" or (image.mode == "I" and kind == "TIFF"):
-        what = "32-bit float" if image.mode == "F" else "32-bit or signed"
-        found = f"these lie between {pixels.min():g} and {pixels.max():g}"
-        raise ValueError(f"{what} pixels have no defined range; give --value-range LOW HIGH ({found})")
-    return Image.fromarray(((pixels.astype(np.int64) + 128) // 257).astype(np.uint8))
 
 
 def to_pixels(item: Item, target: Target) -> NDArray[np.uint8]:

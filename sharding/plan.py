@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sharding.containers import TarMember
+from sharding.depth import COLOUR, GREY, Values
 from sharding.errors import UserError
 from sharding.images import Seen, Target
 from sharding.links import Member
@@ -134,27 +135,43 @@ def _check_classes(splits: dict[str, list[Planned]], classes: tuple[str, ...]) -
 
 def _check_depth(seen: list[Seen]) -> None:
     """Raise UserError if 16-bit images use only values so small that they would be black in 8 bits."""
-    highest = max(look.highest for look in seen)
-    if 0 < highest < 256:
-        count = sum(look.highest >= 0 for look in seen)
-        what = f"no pixel of {count:,} 16-bit images is above {highest}, so that they would be black"
-        raise UserError(f"{what}; give --value-range 0 {highest}, or other values that become black and white")
+    for depth, images, least in ((GREY, "16-bit images", 256), (COLOUR, "images of 16-bit colours", 512)):
+        tops = [look.highest for look in seen if look.depth == depth]
+        if 0 < (highest := max(tops, default=-1)) < least:
+            cure = f"give --value-range 0 {highest}, or other values that become black and white"
+            if depth == COLOUR:
+                cure = "convert them to 8 bits first, because --value-range does not apply to colours"
+            raise UserError(
+                f"no pixel of {len(tops):,} {images} is above {highest}, so that they would be black; {cure}"
+            )
 
 
 def about(plan: Plan) -> list[str]:
     """Return what the user should know about a plan: images found in two classes or splits, and unused pixel values."""
-    first, twice, highest = dict[bytes, tuple[str, Planned]](), dict[str, list[str]](), -1
+    first, twice = dict[bytes, tuple[str, Planned]](), dict[str, list[str]]()
     for shard in plan.shards:
         for sample in shard.samples:
-            highest = max(highest, sample.seen.highest)
             split, other = first.setdefault(sample.seen.sha256, (shard.split, sample))
             if other.label != sample.label or split != shard.split:
                 kind = "classes" if other.label != sample.label else "splits"
                 twice.setdefault(kind, []).append(f"{shown(other.member.name)} and {shown(sample.member.name)}")
     notes = [f"images found in two {kind}: {len(pairs):,} ({pairs[0]})" for kind, pairs in twice.items()]
-    if 0 <= highest < 2**15 and plan.target.values is None:
+    return notes + _about_depth([s.seen for shard in plan.shards for s in shard.samples], plan.target.values)
+
+
+def _about_depth(seen: list[Seen], values: Values | None) -> list[str]:
+    """Return notes about 16-bit images that will be dark, and about a range that does not apply to images."""
+    notes, tops = [], {depth: [s.highest for s in seen if s.depth == depth] for depth in (GREY, COLOUR)}
+    if 0 <= (highest := max(tops[GREY], default=-1)) < 2**15:
         spread = f"--value-range 0 {highest} makes them brighter"
         notes.append(f"16-bit images are read as 0 … 65535, but their largest value is {highest}: {spread}")
+    if 0 <= (highest := max(tops[COLOUR], default=-1)) < 2**15:
+        convert = "convert them to 8 bits to make them brighter"
+        notes.append(f"16-bit colours are read as 0 … 65535, but no value is above {highest}: {convert}")
+    if values is not None and tops[COLOUR]:
+        notes.append(f"--value-range has no effect on {len(tops[COLOUR]):,} images of 16-bit colours")
+    elif values is not None and not tops[GREY]:
+        notes.append("--value-range has no effect, because no image has more than 8 bits")
     return notes
 
 
