@@ -19,6 +19,8 @@ LARGEST_FILE = 256 * 2**20
 _ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
 _UNIX = (3, 19)
 _UTF8, _ENCRYPTED, _UNICODE_NAME = 0x800, 1, b"up"
+# Encodings of Windows in Japan, China and Taiwan, where the byte of a backslash may be the second half of a character.
+_EAST_ASIA = ("cp932", "gbk", "cp950")
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,11 +125,12 @@ class ZipFiles(Files):
         found = Found()
         infos = self._opened().infolist()
         written = [_zip_name(info) for info in infos]
-        windows = not any("/" in name for name in written)
-        for place, (info, name) in enumerate(zip(infos, written, strict=True)):
-            if windows or info.create_system == 0:  # some programs on Windows write backslashes
+        windows = not any("/" in name for name, _ in written)
+        for place, (info, (name, unknown)) in enumerate(zip(infos, written, strict=True)):
+            half = _may_be_half(unknown)
+            if (windows or info.create_system == 0) and not half:  # some programs on Windows write backslashes
                 name = name.replace("\\", "/")
-            self._check(info, name)
+            self._check(info, name, half=windows and half)
             kind = stat.S_IFMT(info.external_attr >> 16) if info.create_system in _UNIX else 0
             folder, name = name.endswith("/") or kind == stat.S_IFDIR, posixpath.normpath(name)
             odd = "" if kind in (0, stat.S_IFREG, stat.S_IFLNK) else SPECIAL
@@ -147,9 +150,11 @@ class ZipFiles(Files):
         except Exception as error:  # zipfile raises many types for damaged files
             raise ValueError(str(error) or type(error).__name__) from error
 
-    def _check(self, info: zipfile.ZipInfo, name: str) -> None:
+    def _check(self, info: zipfile.ZipInfo, name: str, *, half: bool) -> None:
         try:
             checked_name(name)
+            if half:
+                raise ValueError(f"a backslash in {shown(name)} separates names or is the half of a character")
             if info.flag_bits & _ENCRYPTED:
                 raise ValueError(f"{shown(name)} is encrypted")
             if info.compress_type not in _ZIP_METHODS:
@@ -169,20 +174,32 @@ class ZipFiles(Files):
         return self._archive
 
 
-def _zip_name(info: zipfile.ZipInfo) -> str:
-    """Return a member's name: UTF-8 if it is marked or valid as such; other names from unix as a directory gives them."""
+def _zip_name(info: zipfile.ZipInfo) -> tuple[str, bytes]:
+    """Return a member's name, and its bytes if their encoding is unknown, else none.
+
+    The name is UTF-8 if it is marked or valid as such; other names from unix are as a directory gives them.
+    """
     if info.flag_bits & _UTF8:
-        return info.orig_filename
+        return info.orig_filename, b""
     extra = info.extra
     while len(extra) > 4:  # Info-ZIP stores the real name here if the header has a substitute
         size = int.from_bytes(extra[2:4], "little")
         if extra[:2] == _UNICODE_NAME:
-            return extra[9 : 4 + size].decode("utf-8", "surrogateescape")
+            return extra[9 : 4 + size].decode("utf-8", "surrogateescape"), b""
         extra = extra[4 + size :]
     name = info.orig_filename.encode("cp437")
     with suppress(UnicodeDecodeError):
-        return name.decode("utf-8")
-    return info.orig_filename if info.create_system == 0 else os.fsdecode(name)
+        return name.decode("utf-8"), b""
+    return info.orig_filename if info.create_system == 0 else os.fsdecode(name), name
+
+
+def _may_be_half(name: bytes) -> bool:
+    """Whether a backslash of a name may be the second byte of a character, as it is in 83 5C, the Japanese so."""
+    for encoding in _EAST_ASIA:
+        with suppress(UnicodeDecodeError):
+            if name.decode(encoding).count("\\") < name.count(b"\\"):
+                return True
+    return False
 
 
 def _look(path: str, name: str) -> Member:

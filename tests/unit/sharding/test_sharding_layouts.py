@@ -3,6 +3,7 @@
 import json
 import os
 import unicodedata
+import zipfile
 
 import numpy as np
 import pytest
@@ -188,8 +189,6 @@ def test_a_tilde_behind_a_colon_is_the_home(tmp_path, monkeypatch):
 
 
 def test_pixels_of_an_archive_with_names_from_windows(tmp_path):
-    import zipfile
-
     folder = write_folder(tmp_path / "s", {"a": 6, "b": 6})
     with zipfile.ZipFile(tmp_path / "s.zip", "w") as archive:
         for path in sorted(folder.rglob("*.png")):
@@ -203,3 +202,48 @@ def test_pixels_of_an_archive_with_names_from_windows(tmp_path):
     assert np.asarray(Image.open(folder / "a/0000.png")).tobytes() in [
         x for x, label in stored(tmp_path / "1") if label == 0
     ]
+
+
+def zip_of(path, names: list[bytes], system: int = 0):
+    """A zip whose members have these bytes as names, not marked as UTF-8, and pixels(i) as content."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for i, name in enumerate(names):
+            info = zipfile.ZipInfo("x")
+            info.filename = info.orig_filename = "".join(f"{i:03d}" + "x" * (len(name) - 3))
+            info.create_system = system
+            archive.writestr(info, encoded(pixels(i)))
+    data = path.read_bytes()
+    for i, name in enumerate(names):
+        data = data.replace((f"{i:03d}" + "x" * (len(name) - 3)).encode(), name)
+    path.write_bytes(data)
+    return path
+
+
+EAST = {"cp932": ["ソース", "ソフト", "tea"], "gbk": ["擻a", "擻b", "tea"], "cp950": ["功a", "功b", "tea"]}
+
+
+@pytest.mark.parametrize("encoding", EAST)
+def test_a_backslash_that_is_half_a_character_separates_no_names(encoding, tmp_path):
+    classes = [name.encode(encoding) for name in EAST[encoding]]
+    assert sum(b"\\" in name for name in classes) == 2
+    names = [name + b"/%02d.png" % i for name in classes for i in range(6)]
+    manifest = build(f"folder:{zip_of(tmp_path / 's.zip', names)}", tmp_path / "d", CUT).manifest
+    labels = [sorted(name.decode("cp437") for name in classes).index(name.decode("cp437")) for name in classes]
+    assert stored(tmp_path / "d") == sorted((pixels(i).tobytes(), labels[i // 6]) for i in range(18))
+    assert len(manifest.classes) == 3
+    separated = [name.replace(b"/", b"\\") for name in names]
+    with pytest.raises(
+        UserError, match="a backslash in .* is the half of a character; unpack it and give the directory"
+    ):
+        build(f"folder:{zip_of(tmp_path / 'w.zip', separated)}", tmp_path / "w", CUT)
+
+
+@pytest.mark.parametrize("extra", [[], [b"tea/me.txt"]])
+def test_other_backslashes_of_windows_separate(extra, tmp_path):
+    classes = ["狗".encode("gbk"), "猫犬".encode("cp932"), "café".encode(), b"tea"]
+    names = [name + b"\\%02d.png" % i for name in classes for i in range(6)]
+    build(f"folder:{zip_of(tmp_path / 's.zip', names + extra)}", tmp_path / "d", CUT)
+    counts = {text: label for label, text in enumerate(Manifest.load(tmp_path / "d").classes)}
+    assert len(counts) == 4
+    labels = [counts[text] for text in (classes[0].decode("cp437"), classes[1].decode("cp437"), "café", "tea")]
+    assert stored(tmp_path / "d") == sorted((pixels(i).tobytes(), labels[i // 6]) for i in range(24))
