@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image, features
 
 from sharding.depth import COLOUR, Values, depth_of, highest_of, to_8_bits
+from sharding.metadata import bare
 from sharding.shards import decode
 
 # PostScript is missing because it would start an interpreter; container formats are missing, too.
@@ -33,9 +34,6 @@ _ORIENTATION = 0x0112
 _TURN = Image.Transpose
 _TURNS = dict(enumerate((_TURN.FLIP_LEFT_RIGHT, _TURN.ROTATE_180, _TURN.FLIP_TOP_BOTTOM, _TURN.TRANSPOSE), 2))
 _TURNS |= dict(enumerate((_TURN.ROTATE_270, _TURN.TRANSVERSE, _TURN.ROTATE_90), 6))
-# PNG chunks of texts and colour profiles. Pillow refuses an image if they are too long.
-_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
-
 Result = TypeVar("Result")
 Item = bytes | NDArray[np.uint8]
 """What a source yields for a sample: an encoded image, or uint8 pixels [H, W, C]."""
@@ -111,7 +109,7 @@ def _inspect(image: Image.Image, payload: bytes, values: Values | None) -> Seen:
 
 
 def _from_pixels(function: Callable[[Image.Image, bytes], Result], payload: bytes) -> Result:
-    """Call `function` with the opened image and its bytes; for a PNG that it cannot read, again without text chunks."""
+    """Call `function` with the opened image and its bytes; for a PNG or JPEG that it cannot read, again without metadata."""
     with warnings.catch_warnings():
         # Warnings about damaged metadata are ignored, because no pixel changes; a size that looks like an attack is refused.
         warnings.simplefilter("ignore")
@@ -119,23 +117,11 @@ def _from_pixels(function: Callable[[Image.Image, bytes], Result], payload: byte
         try:
             with Image.open(io.BytesIO(payload), formats=FORMATS) as image:
                 return function(image, payload)
-        except (ValueError, OSError):
-            if (bare := _without_texts(payload)) == payload:
+        except Exception:  # Pillow's plugins raise many types, here also for metadata
+            if (rest := bare(payload)) == payload:
                 raise
-            with Image.open(io.BytesIO(bare), formats=FORMATS) as image:
-                return function(image, bare)
-
-
-def _without_texts(payload: bytes) -> bytes:
-    kept, position = [payload[:8]], 8
-    if kept[0] != b"\x89PNG\r\n\x1a\n":
-        return payload
-    while position < len(payload):
-        end = position + 12 + int.from_bytes(payload[position : position + 4], "big")
-        if payload[position + 4 : position + 8] not in _TEXTS:
-            kept.append(payload[position:end])
-        position = end
-    return b"".join(kept)
+            with Image.open(io.BytesIO(rest), formats=FORMATS) as image:
+                return function(image, rest)
 
 
 def _kept_as(image: Image.Image) -> str:

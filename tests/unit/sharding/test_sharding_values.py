@@ -81,6 +81,79 @@ def test_long_texts_of_a_png_stop_no_pixel(text, last, tmp_path):
     assert (image.tobytes(), 0) in stored(tmp_path / "d")
 
 
+def broken(kind: bytes, data: bytes) -> bytes:
+    """A chunk whose checksum is wrong."""
+    return chunk(kind, data)[:-1] + bytes([chunk(kind, data)[-1] ^ 1])
+
+
+BAD_CHUNKS = {name: chunk(name.encode(), b"\0") for name in ("pHYs", "gAMA", "cHRM", "acTL", "tIME", "fcTL")}
+BAD_CHUNKS |= {
+    "sRGB": chunk(b"sRGB", b""),
+    "tIME-crc": broken(b"tIME", bytes(7)),
+    "eXIf-crc": broken(b"eXIf", b"II*\0"),
+}
+BAD_CHUNKS |= {"private-crc": broken(b"prVt", b"z" * 99), "iCCP": chunk(b"iCCP", b"x\0\0junk")}
+
+
+@pytest.mark.parametrize("name", BAD_CHUNKS)
+@pytest.mark.parametrize("transparent", [False, True])
+@pytest.mark.parametrize("last", [False, True])
+def test_damaged_chunks_of_a_png_stop_no_pixel(name, transparent, last):
+    image = pixels(3)
+    plain = encoded(image, **({"transparency": tuple(map(int, image[2, 2]))} if transparent else {}))
+    at = len(plain) - 12 if last else 33
+    found = read(plain[:at] + BAD_CHUNKS[name] + plain[at:])
+    assert (found == read(plain)).all()
+    assert (found[2, 2] == (255 if transparent else image[2, 2])).all()
+
+
+def test_a_damaged_chunk_that_pixels_depend_on_is_damage():
+    plain = encoded(pixels(3), transparency=(1, 2, 3))
+    at = plain.index(b"tRNS") + 4
+    with pytest.raises(ValueError):
+        inspect(plain[:at] + bytes([plain[at] ^ 1]) + plain[at + 1 :])
+
+
+def segment(marker: int, data: bytes) -> bytes:
+    return bytes([255, marker]) + struct.pack(">H", len(data) + 2) + data
+
+
+PHOTOSHOP = b"Photoshop 3.0\0" + b"8BIM\x03\xed\0\0\0\0\0\x10"
+BAD_SEGMENTS = {
+    "icc": segment(0xE2, b"ICC_PROFILE\0\5\2junk"),
+    "icc twice": segment(0xE2, b"ICC_PROFILE\0\1\1junk") * 2,
+    "icc short": segment(0xE2, b"ICC_PROFILE\0"),
+    "photoshop": segment(0xED, PHOTOSHOP),
+    "photoshop name": segment(0xED, b"Photoshop 3.0\x008BIM\x03\xed"),
+    "jfif": segment(0xE0, b"JFIF\0"),
+    "adobe": segment(0xEE, b"Adobe"),
+    "mpf": segment(0xE2, b"MPF\0II*\0"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SEGMENTS)
+@pytest.mark.parametrize("kind", ["RGB", "grey", "turned", "CMYK", "as RGB"])
+def test_damaged_segments_of_a_jpeg_stop_no_pixel(name, kind):
+    image, exif, stream = pixels(3, 16, 24, 1 if kind == "grey" else 3), Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6 if kind == "turned" else 1
+    options = {"keep_rgb": True} if kind == "as RGB" else {}
+    Image.fromarray(image).convert("CMYK" if kind == "CMYK" else None).save(stream, "JPEG", exif=exif, **options)
+    plain = stream.getvalue()
+    payload = plain[:2] + BAD_SEGMENTS[name] + plain[2:]
+    found = read(payload)
+    assert found.shape[:2] == ((24, 16) if kind == "turned" else (16, 24))
+    assert (found == read(plain)).all()
+
+
+def test_a_jpeg_with_a_damaged_colour_profile_is_stored_as_its_pixels(tmp_path):
+    plain = jpeg(pixels(3))
+    folder = write_folder(tmp_path / "s", {"a": 6, "b": 6})
+    (folder / "a/profile.jpg").write_bytes(plain[:2] + BAD_SEGMENTS["icc"] + plain[2:])
+    build(f"folder:{folder}", tmp_path / "d", CUT)
+    verify(tmp_path / "d", deep=True, log=lambda _line: None)
+    assert (Image.open(io.BytesIO(plain)).tobytes(), 0) in stored(tmp_path / "d")
+
+
 def test_short_texts_are_kept_with_the_bytes():
     info = PngImagePlugin.PngInfo()
     info.add_text("k", "text", zip=True)
