@@ -20,7 +20,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, features
 
-from sharding.depth import COLOUR, Values, depth_of, highest_of, to_8_bits
+from sharding.depth import COLOUR, Values, depth_of, highest_of, is_deep_grey, to_8_bits
 from sharding.metadata import bare
 from sharding.shards import decode
 
@@ -152,12 +152,13 @@ def plain(image: Image.Image, values: Values | None = None) -> Image.Image:
 
     Raises ValueError for pixels without a defined range where `values` is None, and what Pillow raises for damaged files.
     """
-    grey, kind = _is_grey(image), image.format
+    grey = _is_grey(image)
     image.load()  # loading also turns a TIFF upright
-    if (turn := _turn(image)) is not None:
+    turn = _turn(image)
+    if is_deep_grey(image):
+        image = to_8_bits(image, values)
+    if turn is not None:
         image = image.transpose(turn)
-    if image.mode == "F" or image.mode.startswith("I"):
-        image = to_8_bits(image, values, kind)
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         white = Image.new("RGBA", image.size, "white")
         white.alpha_composite(image.convert("RGBA"))

@@ -134,7 +134,7 @@ def _check_classes(splits: dict[str, list[Planned]], classes: tuple[str, ...]) -
 
 
 def _check_depth(seen: list[Seen]) -> None:
-    """Raise UserError if 16-bit images use only values so small that they would be black in 8 bits."""
+    """Raise UserError if 16-bit images use only values so small that 8 bits keep nothing of them."""
     for depth, images, least in ((GREY, "16-bit images", 256), (COLOUR, "images of 16-bit colours", 512)):
         tops = [look.highest for look in seen if look.depth == depth]
         if 0 < (highest := max(tops, default=-1)) < least:
@@ -142,7 +142,7 @@ def _check_depth(seen: list[Seen]) -> None:
             if depth == COLOUR:
                 cure = "convert them to 8 bits first, because --value-range does not apply to colours"
             raise UserError(
-                f"no pixel of {len(tops):,} {images} is above {highest}, so that they would be black; {cure}"
+                f"no pixel of {len(tops):,} {images} is above {highest}, so that they would be of one shade; {cure}"
             )
 
 
@@ -160,13 +160,13 @@ def about(plan: Plan) -> list[str]:
 
 
 def _about_depth(seen: list[Seen], values: Values | None) -> list[str]:
-    """Return notes about 16-bit images that will be dark, and about a range that does not apply to images."""
+    """Return notes about 16-bit images that use a small part of their range, and about a range that does not apply to images."""
     notes, tops = [], {depth: [s.highest for s in seen if s.depth == depth] for depth in (GREY, COLOUR)}
     if 0 <= (highest := max(tops[GREY], default=-1)) < 2**15:
-        spread = f"--value-range 0 {highest} makes them brighter"
+        spread = f"--value-range 0 {highest} spreads them over all shades"
         notes.append(f"16-bit images are read as 0 … 65535, but their largest value is {highest}: {spread}")
     if 0 <= (highest := max(tops[COLOUR], default=-1)) < 2**15:
-        convert = "convert them to 8 bits to make them brighter"
+        convert = "convert them to 8 bits to spread them over all shades"
         notes.append(f"16-bit colours are read as 0 … 65535, but no value is above {highest}: {convert}")
     if values is not None and tops[COLOUR]:
         notes.append(f"--value-range has no effect on {len(tops[COLOUR]):,} images of 16-bit colours")

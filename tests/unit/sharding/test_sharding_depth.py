@@ -95,7 +95,7 @@ def test_colours_of_16_bits_that_use_a_part_of_them_are_told(kind, high, tmp_pat
     encode, channels, suffix = KINDS[kind]
     folder, lines = made(tmp_path / "s", encode, high, channels, suffix), list[str]()
     build(f"folder:{folder}", tmp_path / "d", CUT, log=lines.append)
-    told = [line for line in lines if "convert them to 8 bits to make them brighter" in line]
+    told = [line for line in lines if "convert them to 8 bits to spread them over all shades" in line]
     assert len(told) == (high == 4095)
     assert not any("--value-range" in line for line in lines)
     if kind != "PPM":  # Pillow rounds those
@@ -126,3 +126,44 @@ def test_a_range_without_effect_is_said(tmp_path):
     lines.clear()
     build(f"folder:{folder}", tmp_path / "e", ranged, log=lines.append)
     assert not any("no effect" in line for line in lines)
+
+
+def written(tmp_path, array, options=CUT, **tags):
+    """Build a set whose 12 TIFFs hold `array`; the pixels of its samples, all the same."""
+    folder = tmp_path / "s"
+    for name in "ab":
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(6):
+            (folder / name / f"{i}.tif").write_bytes(tiff(np.roll(array, 0 if name == "a" else 1), **tags))
+    build(f"folder:{folder}", tmp_path / "d", options)
+    (content,) = {content for content, label in stored(tmp_path / "d") if label == 0}
+    return np.frombuffer(content, np.uint8).reshape(array.shape)
+
+
+SIGNED = {"int8": np.arange(-32, 32, dtype=np.int8), "int16": np.arange(-32, 32, dtype=np.int16) * 1000}
+SIGNED |= {
+    "int32": np.arange(-32, 32, dtype=np.int32) * 60_000_000,
+    "uint32": np.arange(64, dtype=np.uint32) * 65_000_000,
+}
+
+
+@pytest.mark.parametrize("kind", SIGNED)
+def test_signs_of_a_tiff_are_what_it_says(kind, tmp_path):
+    array = SIGNED[kind].reshape(8, 8)
+    tags, low, high = {"sample_format": 1 if kind == "uint32" else 2}, float(array.min()), float(array.max())
+    with pytest.raises(UserError, match="no defined range") as refused:
+        written(tmp_path, array, **tags)
+    assert f"these lie between {low:g} and {high:g}" in str(refused.value)
+    found = written(tmp_path, array, Options(workers=1, test_fraction=0.2, value_range=(low, high)), **tags)
+    assert (found == np.floor((array.astype(float) - low) / (high - low) * 255 + 0.5)).all()
+
+
+@pytest.mark.parametrize("values", [None, (0.0, 40000.0)])
+def test_the_smallest_value_is_white_where_a_tiff_says_so(values, tmp_path):
+    array = np.linspace(0, 40000, 64).astype(np.uint16).reshape(8, 8)
+    options = Options(workers=1, test_fraction=0.2, value_range=values)
+    found = written(tmp_path, array, options, photometric=0)
+    whole = 40000 if values else 65535
+    assert (found == 255 - np.floor(array / whole * 255 + 0.5)).all()
+    eight = written(tmp_path / "8", (array // 257).astype(np.uint8), photometric=0)
+    assert (eight == 255 - array // 257).all()

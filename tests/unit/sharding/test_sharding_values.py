@@ -226,7 +226,7 @@ def test_sixteen_bits_that_use_a_part_of_them_are_not_darkened_without_a_word(tm
     else:
         build(f"folder:{folder}", tmp_path / "d", CUT, log=lines.append)
         assert ((((ramp.astype(int) + 128) // 257).astype(np.uint8).tobytes(), 0)) in stored(tmp_path / "d")
-        assert any(f"--value-range 0 {high} makes them brighter" in line for line in lines) == (says == "said")
+        assert any(f"--value-range 0 {high} spreads them over all shades" in line for line in lines) == (says == "said")
     build(f"folder:{folder}", tmp_path / "e", Options(workers=1, test_fraction=0.2, value_range=(0, high)))
     spread = np.floor(ramp / high * 255 + 0.5).astype(np.uint8)
     assert (spread.tobytes(), 0) in stored(tmp_path / "e")
