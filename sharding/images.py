@@ -45,7 +45,8 @@ class Seen:
 
     `kept_as` is the file extension under which the source bytes may be stored unchanged, or empty if they must be
     converted. `depth`: COLOUR if several channels have more than 8 bits, GREY if one has, else empty. `highest`: the
-    largest value of a 16-bit image that is read as 0 … 65535 (a bound for colours), else -1.
+    largest value of a 16-bit image that is read as 0 … 65535 (a bound for colours), else -1. `further`: the number of pages or frames after
+    the first, which are not used.
     """
 
     sha256: bytes
@@ -55,6 +56,7 @@ class Seen:
     kept_as: str
     depth: str = ""
     highest: int = -1
+    further: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ def inspect(item: Item, values: Values | None = None) -> Seen:
 
 def _inspect(image: Image.Image, payload: bytes, values: Values | None) -> Seen:
     depth, highest = depth_of(image, payload), -1
-    grey, kept_as = _is_grey(image), "" if depth else _kept_as(image)
+    grey, further = _is_grey(image), 0 if image.format == "TIFF" else getattr(image, "n_frames", 1) - 1
+    kept_as = "" if depth or further else _kept_as(image)
     width, height = image.size
     if kept_as:
         # Decoded again by the decoder of training, which accepts fewer files than Pillow.
@@ -105,7 +108,9 @@ def _inspect(image: Image.Image, payload: bytes, values: Values | None) -> Seen:
         width, height = plain(image, values).size
         if depth == COLOUR or (depth and values is None):
             highest = highest_of(image, depth)
-    return Seen(digest_of(payload), height, width, grey, kept_as, depth, highest)
+        if image.format == "TIFF":
+            further = _further_pages(image)
+    return Seen(digest_of(payload), height, width, grey, kept_as, depth, highest, further)
 
 
 def _from_pixels(function: Callable[[Image.Image, bytes], Result], payload: bytes) -> Result:
@@ -124,10 +129,17 @@ def _from_pixels(function: Callable[[Image.Image, bytes], Result], payload: byte
                 return function(image, rest)
 
 
+def _further_pages(image: Image.Image) -> int:
+    """Return the number of pages after the first of a TIFF; one if they are damaged. The image is of no use afterwards."""
+    try:
+        return image.n_frames - 1  # type: ignore[attr-defined]
+    except Exception:  # of many types, as above
+        return 1
+
+
 def _kept_as(image: Image.Image) -> str:
-    still = getattr(image, "n_frames", 1) == 1
     upright = _turn(image) is None
-    if image.mode not in ("L", "RGB") or "transparency" in image.info or not still or not upright:
+    if image.mode not in ("L", "RGB") or "transparency" in image.info or not upright:
         return ""
     return _KEPT.get(image.format or "", "")
 

@@ -191,6 +191,7 @@ def _state(dest: Path) -> dict[str, object]:
 def _left_out(listing: Listing, seen: dict[str, list[Seen | None]]) -> dict[str, int]:
     unreadable = sum(look is None for looks in seen.values() for look in looks)
     counts = {"unreadable images": unreadable, "samples without image or label": len(listing.faults)}
+    counts["further pages or frames"] = sum(look.further for looks in seen.values() for look in looks if look)
     return {what: count for what, count in counts.items() if count} | listing.left_out
 
 

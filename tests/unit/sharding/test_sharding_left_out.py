@@ -85,6 +85,39 @@ def test_the_last_lines_and_info_tell_classes_with_counts_and_what_is_left_out(f
     assert [line.split() for line in told[-2:]] == [["0", "7", "1", "2", "cat"], ["1", "7", "1", "2", "dog"]]
 
 
+@pytest.mark.parametrize(
+    ("kind", "suffix"), [("TIFF", "tif"), ("GIF", "gif"), ("MPO", "jpg"), ("PNG", "png"), ("WEBP", "webp")]
+)
+def test_pages_and_frames_behind_the_first_are_counted(folder, tmp_path, kind, suffix):
+    pages = [Image.fromarray(np.full((8, 8, 3), shade, np.uint8)) for shade in (0, 100, 255)]
+    stream = io.BytesIO()
+    options = {"lossless": True} if kind == "WEBP" else {}
+    pages[0].save(stream, kind, save_all=True, append_images=pages[1:], **options)
+    put(folder / f"cat/pages.{suffix}", stream.getvalue())
+    assert build(f"folder:{folder}", tmp_path / "d", ONE).manifest.left_out == {"further pages or frames": 2}
+    assert (bytes(8 * 8 * 3), 0) in stored(tmp_path / "d")
+
+
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+def test_pages_of_sixteen_bits_are_counted_too(tmp_path, compression):
+    folder = write_folder(tmp_path / "s", {"cat": 10, "dog": 10}, channels=1)
+    pages = [Image.fromarray(np.full((8, 8), shade * 257, np.uint16)) for shade in (200, 100)]
+    stream = io.BytesIO()
+    pages[0].save(stream, "TIFF", save_all=True, append_images=pages[1:], compression=compression)
+    put(folder / "cat/pages.tif", stream.getvalue())
+    assert build(f"folder:{folder}", tmp_path / "d", ONE).manifest.left_out == {"further pages or frames": 1}
+    assert (bytes([200]) * 64, 0) in stored(tmp_path / "d")
+    # An offset to a next page that leads nowhere is damage behind the pixels.
+    stream = io.BytesIO()
+    pages[0].save(stream, "TIFF")
+    lost = stream.getvalue()
+    start = int.from_bytes(lost[4:8], "little")
+    end = start + 2 + 12 * int.from_bytes(lost[start : start + 2], "little")
+    put(folder / "cat/pages.tif", lost[:end] + b"\xff\xff\xff\x7f" + lost[end + 4 :])
+    assert build(f"folder:{folder}", tmp_path / "e", ONE).manifest.left_out == {"further pages or frames": 1}
+    assert (bytes([200]) * 64, 0) in stored(tmp_path / "e")
+
+
 def test_many_kinds_are_summed_up():
     assert summary({f"k{i}": 30 - i for i in range(15)}).endswith("k11 19, 3 more kinds 51")
 
