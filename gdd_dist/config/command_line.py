@@ -24,7 +24,6 @@ from gdd_dist.config.yaml_files import read_yaml
 from gdd_dist.data.location import PATIENCE, is_remote, read_manifest
 from gdd_dist.models import pretrained
 from sharding.errors import UserError
-from sharding.tars import shown
 
 _FLAGS = {
     "print_config": "print every setting as YAML and exit",
@@ -234,7 +233,8 @@ def parse(argv: Sequence[str]) -> Command:
     config = _build(parsed)
     config = dataclasses.replace(config, out=config.out or f"runs/{preset}")
     if not _is_utf8(config.out or ""):
-        what = f"--out {shown(config.out or '')} is not UTF-8, and TensorBoard cannot write there"
+        name = os.fsencode(config.out or "").decode("utf-8", "backslashreplace")
+        what = f"--out {name} is not UTF-8, and TensorBoard cannot write there"
         raise UserError(f"{what}; choose another name, or set PYTHONUTF8=1 where only the locale is not UTF-8")
     validate(config)
     return Command(config, preset, bool(parsed["print_config"]), bool(parsed["dry_run"]))
