@@ -1,6 +1,7 @@
 """python -m sharding build | info | verify."""
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -79,6 +80,7 @@ def _drop_output() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status, 2 after an error the user can fix, 1 after any other error."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    _prepare_streams()
     try:
         options = parser().parse_args(arguments)
         {"build": _build, "info": _info, "verify": _verify}[options.command](options)
@@ -168,10 +170,14 @@ def _log(line: str) -> None:
     tqdm.write(line, file=sys.stderr)
 
 
-if __name__ == "__main__":
+def _prepare_streams() -> None:
     # A stream that was closed before the program started is None.
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
-        # File names may contain bytes that are not valid UTF-8.
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        if isinstance(stream, io.TextIOWrapper):
+            # File names may contain bytes that are not valid UTF-8.
+            stream.reconfigure(errors="backslashreplace")
+
+
+if __name__ == "__main__":
     sys.exit(main())

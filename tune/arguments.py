@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
 
+from gdd_dist.config.settings import MOST
 from gdd_dist.runtime.arguments import Parser
 from sharding.errors import UserError
 
@@ -140,6 +141,8 @@ def check_options(o: Options) -> None:
     for name, low in (("trials", 1), ("seeds", 1), ("max_concurrent", 0), ("ranks_per_trial", 1), ("final_seeds", 0)):
         if getattr(o, name) < low:
             raise UserError(f"--{name.replace('_', '-')} {getattr(o, name)} is too small; give at least {low}")
+        if getattr(o, name) > MOST:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(o, name)} is too large; give at most {MOST}")
     if o.time_budget is not None and o.time_budget <= 0:
         raise UserError("--time-budget must be more than 0 seconds; raise it")
     if not 0 < o.cpus_per_trial < float("inf"):

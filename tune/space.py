@@ -64,8 +64,6 @@ SPACE: tuple[Axis, ...] = (
     Axis("matching.teachers", choices=("all", "last"), why="all snapshots, or only the last of each training"),
     Axis("matching.views", choices=(0, 1, 2), why="number of cached views used; 0: all, 1: only the plain image"),
 )
-_WEIGHTS = tuple(f.name for f in dataclasses.fields(Matching) if f.name.startswith("lambda_"))
-"""The weights of all terms of the loss."""
 
 
 def apply(config: Config, settings: Mapping[str, Any]) -> Config:
@@ -86,7 +84,7 @@ def trainable(config: Config, settings: Mapping[str, Any]) -> bool:
         validate(drawn)
     except UserError:
         return False
-    return any(getattr(drawn.matching, name) for name in _WEIGHTS)
+    return True
 
 
 def load(path: str | None, alone: bool = False) -> tuple[Axis, ...]:
@@ -103,6 +101,8 @@ def merged(tree: Mapping[str, Any], source: str, base: Sequence[Axis] = SPACE) -
     """``base`` with the axes of ``tree`` in their place; those it names and ``base`` has not come last."""
     axes: dict[str, Axis] = {axis.setting: axis for axis in base}
     for name, body in tree.items():
+        if body is None and str(name) not in {f"{SECTION}.{f.name}" for f in dataclasses.fields(Matching)}:
+            raise UserError(f"{name} in {source} is no setting of matching; see --print-space")
         if body is None:
             axes.pop(str(name), None)
         else:
@@ -117,6 +117,10 @@ def _axis(name: str, body: Any, source: str) -> Axis:
     fields = {f.name for f in dataclasses.fields(Axis)} - {"setting"}
     if not isinstance(body, dict) or not set(body) <= fields:
         raise UserError(f"{name} in {source} must have some of {', '.join(sorted(fields))}; see --print-space")
+    if "choices" in body and set(body) & {"low", "high", "log", "zero"}:
+        raise UserError(f"{name} in {source} has choices and a range; keep one of them")
+    if not isinstance(body.get("log", False), bool):
+        raise UserError(f"log of {name} in {source} is {body['log']}; give true or false")
     choices = body.get("choices", ())
     if not isinstance(choices, (list, tuple)):
         raise UserError(f"choices of {name} in {source} is not a list; give one")

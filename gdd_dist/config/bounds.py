@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, get_type_hints
 
-from gdd_dist.config.settings import SECTIONS, Config
+from gdd_dist.config.settings import SECTIONS, Config, Matching
 from sharding.errors import UserError
 from sharding.sizes import parse_size
 
@@ -34,6 +34,10 @@ def value_of(config: Config, name: str) -> Any:
     return getattr(getattr(config, section) if section else config, leaf)
 
 
+WEIGHTS = tuple(f"matching.{f.name}" for f in dataclasses.fields(Matching) if f.name.startswith("lambda_"))
+"""The weights of the terms of matching's loss."""
+
+
 def validate(config: Config) -> None:
     """Raise UserError for the first setting outside its bounds."""
     for name, _, f in options():
@@ -47,6 +51,8 @@ def validate(config: Config) -> None:
         if augment != "none" and not set(augment.split("_")) <= {"color", "crop", "cutout"}:
             raise UserError(f"--{name} {augment} is not known; join color, crop, cutout by _, or give none")
     parse_size(config.loader.cache_limit)
+    if not any(value_of(config, name) for name in WEIGHTS):
+        raise UserError(f"every weight of matching's loss is 0, so it trains nothing; give --{WEIGHTS[0]} or another")
     batch, group = config.matching.batch, config.matching.group
     if batch % group:
         what = f"--matching.batch {batch} is not a multiple of --matching.group {group}"

@@ -104,6 +104,30 @@ def _canonical(argv: Sequence[str]) -> list[str]:
     return out
 
 
+_NAMED = ("config", "data", "out", "store")
+_ODD = re.compile(r"[-+]?(0[0-9_xob]|[0-9_]+:)\S*")
+"""Integers that YAML 1.1 reads to another base: 017 is 15, and 1:30 is 90."""
+
+
+def _as_written(argv: Sequence[str]) -> list[str]:
+    """Keep from the parser, which reads values as YAML, what that would change: ~ as a path, and integers to another base."""
+    hints = {name: _item_type(hint)[0] for name, hint, _ in options()}
+    out, name = list[str](), ""
+    for token in argv:
+        opened = token.startswith("--")
+        value = token
+        if opened:
+            name, eq, value = token[2:].partition("=")
+        if name in _NAMED and not value and (not opened or eq):
+            raise UserError(f"--{name} is empty; give a path, or leave it out")
+        if name in (*_PATHS, "out"):
+            value = os.path.expanduser(value)
+        elif int in (hints.get(name), *get_args(hints.get(name))) and _ODD.fullmatch(value):
+            raise UserError(f"--{name} {value} is not a decimal number; write it as one, without zeros before it")
+        out.append(f"--{name}{eq}{value}" if opened else value)
+    return out
+
+
 def _unknown(name: str, known: set[str], where: str = "") -> str:
     near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
     near = near or [k for k in sorted(known) if k.rpartition(".")[2] == name.rpartition(".")[2]]
@@ -137,7 +161,7 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _read_file(path: str) -> dict[str, Any]:
-    flat = _flatten(read_yaml(path, "--config", "--print_config prints an example"))
+    flat = _flatten(read_yaml(path, "--config", "--print_config prints an example", text=True))
     known = {name for name, _, _ in options()} | {"preset"}
     for name in flat:
         if name in SECTIONS:
@@ -161,7 +185,7 @@ def _as_typed(flat: Mapping[str, Any], path: str) -> list[str]:
         if isinstance(value, list) and not several:
             raise UserError(f"{name} in {path} is a list; give one value")
         values = value if isinstance(value, list) else [value]
-        items = [str(v).lower() if isinstance(v, bool) else str(v) for v in values]
+        items = [str(v) for v in values]
         argv += [f"--{name}", *items] if several else [f"--{name}={items[0]}"]
     return argv
 
@@ -169,6 +193,10 @@ def _as_typed(flat: Mapping[str, Any], path: str) -> list[str]:
 def _located(path: str) -> str:
     """Return an absolute path, with ``~`` expanded (shells do not expand it after ``=``); a URL unchanged."""
     return path if not path or is_remote(path) else str(Path(os.path.expanduser(path)).absolute())
+
+
+def _is_utf8(text: str) -> bool:
+    return text == text.encode("utf-8", "ignore").decode()
 
 
 def _preset_of_data(data: str | None, patience: str | None) -> str:
@@ -186,9 +214,9 @@ def _preset_of_data(data: str | None, patience: str | None) -> str:
 
 def parse(argv: Sequence[str]) -> Command:
     """Parse and validate a command line. Raises UserError; SystemExit(0) after --help."""
-    argv = _canonical(argv)
+    argv = _as_written(_canonical(argv))
     from_file = _read_file(os.path.expanduser(path)) if (path := _last(argv, "config")) else {}
-    typed = _as_typed(from_file, path or "")
+    typed = _as_written(_as_typed(from_file, path or ""))
     given = [*typed, *argv]
     preset = _last(argv, "preset") or str(
         from_file.get("preset") or _preset_of_data(_last(given, "data"), _last(given, "loader.patience"))
@@ -203,7 +231,11 @@ def parse(argv: Sequence[str]) -> Command:
         _parse_typed(parser, typed, f" in {path}")
     parsed = _parse_typed(parser, [*typed, *argv])
     config = _build(parsed)
-    config = dataclasses.replace(config, out=os.path.expanduser(config.out or f"runs/{preset}"))
+    config = dataclasses.replace(config, out=config.out or f"runs/{preset}")
+    if not _is_utf8(config.out or ""):
+        name = os.fsencode(config.out or "").decode("utf-8", "backslashreplace")
+        what = f"--out {name} is not UTF-8, and TensorBoard cannot write there"
+        raise UserError(f"{what}; choose another name, or set PYTHONUTF8=1 where only the locale is not UTF-8")
     validate(config)
     return Command(config, preset, bool(parsed["print_config"]), bool(parsed["dry_run"]))
 

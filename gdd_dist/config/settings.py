@@ -40,6 +40,8 @@ PAIR_LOSSES = {
 """The pair losses of matching by name, with their formulas; `training/losses.py` computes them."""
 _YEAR = 366 * 86_400.0
 """Seconds. Longer waits make no sense, and overflow the system's clocks."""
+MOST = 10_000
+"""Of what a run makes a list: seeds, snapshots, students."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,10 @@ class Teachers:
         ("convnet", "resnet10"),
         "classifiers of the pool; NAME or NAME:WIDTH of convnet resnet10 resnet18 resnet10_ap resnet18_ap resnet10_bn resnet18_bn vgg11 alexnet",
     )
-    seeds: int = setting(4, "trainings per architecture, each with its own seed", low=1)
-    snapshots: int = setting(3, "snapshots kept from each training, including early ones; each is a teacher", low=1)
+    seeds: int = setting(4, "trainings per architecture, each with its own seed", low=1, high=MOST)
+    snapshots: int = setting(
+        3, "snapshots kept from each training, including early ones; each is a teacher", low=1, high=MOST
+    )
     epochs: int = setting(30, "epochs of each training", low=1)
     batch: int = setting(128, "images per step", low=1)
     lr: float = setting(0.05, "peak learning rate of SGD (linear warm-up over 5 %, then cosine to 0)", above=0)
@@ -222,7 +226,7 @@ class Matching:
         "best", "generator to keep: the best on val of all intervals and the GAN, or the last", choices=("best", "last")
     )
     interval: int = setting(200, "steps between measurements with quick students", low=1)
-    quick_students: int = setting(4, "quick students per measurement", low=1)
+    quick_students: int = setting(4, "quick students per measurement", low=1, high=MOST)
     quick_student: str = setting("convnet:64", "classifier of the quick students")
     quick_steps: int = setting(200, "optimizer steps of a quick student", low=1)
     quick_batch: int = setting(64, "newly drawn images per step of a quick student, balanced over classes", low=1)
@@ -234,7 +238,7 @@ class Report:
 
     seed: int | None = setting(None, _SEED, low=0)
     ipc: tuple[int, ...] = setting((1,), "images per class; one or several numbers", low=1)
-    seeds: int = setting(3, "students per row, each with its own seed", low=1)
+    seeds: int = setting(3, "students per row, each with its own seed", low=1, high=MOST)
     students: tuple[str, ...] = setting(("convnet",), "architectures of the students; NAME or NAME:WIDTH")
     protocol: tuple[str, ...] = setting(
         ("regenerate", "fixed"),

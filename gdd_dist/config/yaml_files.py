@@ -21,12 +21,26 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_yaml(path: str, what: str, help: str) -> dict[Any, Any]:
-    """Return the mapping in a file. Raises UserError if there is none; it calls the file ``what`` and ends with ``help``."""
+class _TextLoader(yaml.SafeLoader):
+    """A scalar is its text, as on a command line; only an empty one, null and ~ are None."""
+
+
+_TextLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def read_yaml(path: str, what: str, help: str, text: bool = False) -> dict[Any, Any]:
+    """Return the mapping in a file; with ``text``, every value as it is written there.
+
+    Raises UserError if there is none; it calls the file ``what`` and ends with ``help``.
+    """
+    loader = _TextLoader if text else _Loader
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-        _check_once(yaml.compose(text, Loader=_Loader), path, {})
-        tree = _Loader(text).get_single_data()
+        content = Path(path).read_bytes().decode("utf-8-sig")
+        _check_once(yaml.compose(content, Loader=loader), path, {})
+        tree = loader(content).get_single_data()
     except OSError as e:
         raise UserError(f"cannot read {what} {path} ({e.strerror}); give a YAML file; {help}") from e
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as e:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import os
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,31 @@ def test_a_file_may_write_numbers_as_people_do(tmp_path):
     assert (config.gan.lr, config.gan.steps, config.loader.flip, config.matching.seed) == (1e-3, 12, False, None)
 
 
+@pytest.mark.parametrize("text", ["5e-4", "2024_01", "1e5", "010", "12:30", "yes", "on", "1_0", "2024-11-28", "'null'"])
+def test_a_path_in_a_file_is_the_text_that_stands_there(tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text(f"out: {text}\n")
+    command = parse(["--config", "c.yaml"])
+    assert command.config.out == ("runs/digits" if text == "'null'" else text)
+    (tmp_path / "again.yaml").write_text(to_yaml(command.config, command.preset))
+    assert parse(["--config", "again.yaml"]).config == command.config
+
+
+@pytest.mark.parametrize("value", ["017", "1:30", "0x1f", "0b1", "0o7", "-01"])
+@pytest.mark.parametrize("name", ["seed", "gan.steps", "report.ipc", "matching.seed"])
+def test_an_integer_is_decimal(tmp_path, name, value):
+    said = f"--{name} {value} is not a decimal number"
+    assert said in fault(f"--{name}={value}")
+    (tmp_path / "c.yaml").write_text(f"{name}: {value}\n")
+    assert said in fault("--config", str(tmp_path / "c.yaml"))
+
+
+def test_a_run_directory_whose_name_is_not_utf8_is_refused():
+    message = fault("--out", os.fsdecode(b"caf\xe9"))
+    assert r"--out caf\xe9 is not UTF-8" in message
+    message.encode()  # it can be printed
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -252,6 +278,12 @@ def test_an_unknown_setting_in_a_file_names_file_and_nearest(tmp_path):
         (["--seed", "99999999999999999999"], "--seed 99999999999999999999 is too large"),
         (["--timeout", "1e20"], "--timeout 1e+20 is too large"),
         (["--gan.steps", "1.5"], "gan.steps"),
+        (["--report.seeds", "2147483647"], "--report.seeds 2147483647 is too large; give at most 10000"),
+        (["--teachers.snapshots", "2147483647"], "give at most 10000"),
+        (["--config="], "--config is empty"),
+        (["--config", ""], "--config is empty"),
+        (["--data="], "--data is empty"),
+        (["--matching.lambda_pair=0", "--matching.lambda_mean=0", "--matching.lambda_adv=0"], "it trains nothing"),
         (["--gan.steps", "0"], "--gan.steps 0"),
         (["--gan.beta1", "1.5"], "--gan.beta1 1.5"),
         (["--seed", "-1"], "--seed -1"),

@@ -4,7 +4,6 @@ import shutil
 
 import numpy as np
 import pytest
-from test_sharding_support import command as argv
 from test_sharding_support import contents, environment, flip, run, write_folder
 
 import sharding
@@ -189,6 +188,11 @@ def test_digits_are_built_quietly_from_python(tmp_path, capsys):
         sharding.build_digits(tmp_path)
 
 
+PROGRAMS = ("-m sharding", "-c 'import gdd_dist.entry_points as e; e.shards()'")
+"""By its module, and as the program gdd-shards that a wheel installs."""
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize(
     ("command", "status"),
     [
@@ -200,12 +204,12 @@ def test_digits_are_built_quietly_from_python(tmp_path, capsys):
         ("build folder:{folder} {dest}-more --test-fraction 0.2 >&- 2>&-", 0),
     ],
 )
-def test_outputs_that_are_closed_broken_or_full_are_no_traceback(dest, tmp_path, command, status):
+def test_outputs_that_are_closed_broken_or_full_are_no_traceback(dest, tmp_path, command, status, program):
     import subprocess
     import sys
 
     folder = write_folder(tmp_path / "data", {"a": 20, "b": 20})
-    line = f"{sys.executable} -m sharding {command.format(dest=dest, folder=folder)}"
+    line = f"{sys.executable} {program} {command.format(dest=dest, folder=folder)}"
     buffered = {k: v for k, v in environment().items() if k != "PYTHONUNBUFFERED"}  # as most people have it
     done = subprocess.run(["bash", "-c", line], env=buffered, capture_output=True, text=True, check=False)
     assert "Traceback" not in done.stderr
@@ -244,14 +248,16 @@ def test_options_reach_the_build(tmp_path, capsys):
     )
 
 
-def test_what_ascii_cannot_say_is_replaced(dest):
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_what_ascii_cannot_say_is_replaced(dest, program):
     import subprocess
+    import sys
 
     classes = dataclasses.replace(Manifest.load(dest), classes=("猫", "a\nb"))
     classes.save(dest)
     env = environment() | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
-    done = subprocess.run(argv("info", dest), env=env, capture_output=True, check=False)
-    assert done.returncode == 0
+    done = subprocess.run(["bash", "-c", f"{sys.executable} {program} info {dest}"], env=env, capture_output=True)
+    assert done.returncode == 0, done.stderr
     assert b"\\u732b" in done.stdout
     assert b"a\\nb" in done.stdout
 
