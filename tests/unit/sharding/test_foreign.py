@@ -12,10 +12,11 @@ from PIL import Image
 from tars import image, labelled, samples, tar
 
 from sharding.errors import UserError
-from sharding.foreign import TarSet, split_patterns, tars
+from sharding.foreign import TarSet
 from sharding.foreign import samples as listed
 from sharding.manifest import Manifest
 from sharding.options import Options
+from sharding.patterns import split_patterns, tars
 from sharding.shards import Shards, decode
 from sharding.verify import verify
 from sharding.writer import build
@@ -107,6 +108,12 @@ def test_patterns_name_the_tars_that_they_should(tmp_path):
     for pattern, message in [("s-{000..003}.tar", "s-003.tar does not exist"), ("t*", "matches no file")]:
         with pytest.raises(UserError, match=message):
             tars(str(tmp_path / pattern))
+
+
+def test_two_asterisks_stand_for_any_number_of_directories(tmp_path):
+    made = [tar(tmp_path / name, samples(i, 1)) for i, name in enumerate(("a.tar", "x/b.tar", "x/y/c.tar", "x/y.tar"))]
+    assert tars(f"{tmp_path}/**/*.tar") == sorted(made, key=str)
+    assert tars(f"{tmp_path}/{{x,x/y}}/*.tar") == [made[1], made[3], made[2]]
 
 
 def test_splits_are_named_by_pattern():
