@@ -2,7 +2,9 @@
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 from glob import glob
+from itertools import islice
 from pathlib import Path
 
 from braceexpand import braceexpand
@@ -11,6 +13,8 @@ from sharding.errors import UserError
 from sharding.manifest import SPLITS
 from sharding.tars import shown
 
+MOST_NAMES = 1_000_000
+_RANGE = re.compile(r"\{(-?[0-9]+)\.\.(-?[0-9]+)((?:\.\.-?[0-9]+)?)\}")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _SPLIT = re.compile(rf",(?=(?:{'|'.join(SPLITS)})=)")
 
@@ -38,7 +42,7 @@ def _local(pattern: str) -> str:
         if part.lower().startswith("pipe:") or part.startswith(("|", "!")):
             raise UserError(f"{shown(part)} is a command, and commands are never run; give the paths of tar files")
         # The name of a local file may also contain a colon.
-        if "://" in part or (_SCHEME.match(part) and not any(map(_matches, _names(part)))):
+        if "://" in part or (_SCHEME.match(part) and not any(map(_matches, islice(_names(part), 1000)))):
             raise UserError(f"{shown(part)} is a URL; download the tars and give their paths (no such file exists)")
     return pattern
 
@@ -52,7 +56,7 @@ def tars(pattern: str, left_out: Counter[str] | None = None) -> list[Path]:
     for part in parts(pattern):
         if Path(part).is_dir():
             inside = sorted(Path(part).iterdir())
-            paths += (found := [path for path in inside if path.suffix == ".tar"])
+            paths += map(_file, found := [path for path in inside if path.suffix == ".tar"])
             if not found:
                 raise UserError(f"{part} holds no .tar; give a directory of tars or a pattern")
             for path in {*inside} - {*found}:
@@ -63,20 +67,35 @@ def tars(pattern: str, left_out: Counter[str] | None = None) -> list[Path]:
             matches = _matches(name)
             if not matches and any(c in name for c in "*?["):
                 raise UserError(f"{name} matches no file; check the pattern")
-            paths += map(Path, matches or [name])
-    for path in paths:
-        if not path.is_file():
-            what = "is a directory, a pipe or a device" if path.exists() else "does not exist"
-            raise UserError(f"{path} {what}; check the pattern")
+            paths += [_file(Path(match)) for match in matches or [name]]
     return [path.absolute() for path in paths]
 
 
-def _names(pattern: str) -> list[str]:
-    """The names, or patterns with asterisks, that a pattern with braces stands for."""
+def _file(path: Path) -> Path:
+    if not path.is_file():
+        what = "is a directory, a pipe or a device" if path.exists() else "does not exist"
+        raise UserError(f"{path} {what}; check the pattern")
+    return path
+
+
+def _names(pattern: str) -> Iterator[str]:
+    """The names, or patterns with asterisks, that a pattern with braces stands for; at most MOST_NAMES."""
     try:
-        return list(braceexpand(pattern))
+        yield from islice(names := braceexpand(_RANGE.sub(_clipped, pattern)), MOST_NAMES)
     except ValueError as error:
         raise UserError(f"{pattern} is not a pattern ({error}); write it as shards-{{000..123}}.tar") from None
+    if next(names, None) is not None:
+        raise UserError(f"{pattern} names more than {MOST_NAMES:,} tars; give several patterns, as A::B")
+
+
+def _clipped(found: re.Match[str]) -> str:
+    """Shorten a range of numbers to one name too many: braceexpand holds all numbers of a range in memory."""
+    first, last, step = int(found[1]), int(found[2]), found[3]
+    if abs(last - first) <= (reach := MOST_NAMES * max(abs(int(step[2:] or 1)), 1)):
+        return found[0]
+    width = max(map(len, found.groups()[:2])) if re.search(r"(^|,)-?0[0-9]", f"{found[1]},{found[2]}") else 0
+    ends = (str(number).zfill(width) for number in (first, first + reach if first < last else first - reach))
+    return f"{{{'..'.join(ends)}{step}}}"
 
 
 def _matches(name: str) -> list[str]:

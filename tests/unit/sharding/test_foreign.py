@@ -110,6 +110,32 @@ def test_patterns_name_the_tars_that_they_should(tmp_path):
             tars(str(tmp_path / pattern))
 
 
+@pytest.mark.parametrize(
+    ("pattern", "missing"),
+    [
+        ("{0..99999999999}", "2"),
+        ("{00000..99999999999}", "00000000000"),
+        ("{0..2}-{0..99999999}{0..99999999}", "0-00"),
+        ("{1..-99999999}", "-1"),
+        ("{0..99999999..2}", "2"),
+    ],
+)
+def test_the_first_tar_that_a_range_too_wide_lacks_is_named_at_once(tmp_path, pattern, missing):
+    for name in "01":
+        tar(tmp_path / f"{name}.tar", samples(0, 1))
+    with pytest.raises(UserError, match=rf"/{missing}\.tar does not exist"):
+        tars(f"{tmp_path}/{pattern}.tar")
+
+
+def test_more_names_than_a_pattern_may_stand_for_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("sharding.patterns.MOST_NAMES", 3)
+    made = [tar(tmp_path / f"{i:02d}.tar", samples(i, 1)) for i in range(8, 12)]
+    assert tars(f"{tmp_path}/{{08..10}}.tar") == made[:3]
+    for pattern in ("{08..11}", "{08..99}", "{08,09,10,11}"):
+        with pytest.raises(UserError, match="names more than 3 tars; give several patterns"):
+            tars(f"{tmp_path}/{pattern}.tar")
+
+
 def test_two_asterisks_stand_for_any_number_of_directories(tmp_path):
     made = [tar(tmp_path / name, samples(i, 1)) for i, name in enumerate(("a.tar", "x/b.tar", "x/y/c.tar", "x/y.tar"))]
     assert tars(f"{tmp_path}/**/*.tar") == sorted(made, key=str)
