@@ -75,11 +75,11 @@ class Folder(Source):
             return {"train": root}, []
         if layout is None and not shaped:
             return ({"train": root}, _doubts(tree, root)) if len(like) < len(names) else ({}, [])
-        notes, found = [], _few(shaped)
+        notes, found = [], few(shaped)
         if layout is None and not set(shaped) <= set(SPLITS):
             notes = [f"{found} are read as splits; --layout classes reads them as classes"]
         if layout is None and others:
-            rest = _few(others)
+            rest = few(others)
             if not _agree(tree, root, shaped):
                 note = f"{found} and {rest} are read as classes; --layout splits reads {found} as splits"
                 return {"train": root}, [note]
@@ -141,9 +141,9 @@ def _doubts(tree: Tree, root: str) -> list[str]:
     filled = [name for name in tree.folders(root) if _filled(tree, posixpath.join(root, name))]
     notes, cure = [], "for splits, lay them out as PATH/train/CLASS/IMAGE and PATH/test/CLASS/IMAGE"
     if like := [name for name in filled if split_of(name)]:
-        notes.append(f"{_few(like)}: read as classes, though called like splits; {cure}")
+        notes.append(f"{few(like)}: read as classes, though called like splits; {cure}")
     if hold := {name: parts for name in filled if (parts := _later_splits(tree, posixpath.join(root, name)))}:
-        what = f"{_few(hold)}: read as classes, with all images of {_few(sorted(set().union(*hold.values())))} in them"
+        what = f"{few(hold)}: read as classes, with all images of {few(sorted(set().union(*hold.values())))} in them"
         enter = f"give folder:PATH/{shown(posixpath.join(root, *hold))}, or " if len(hold) == 1 else ""
         notes.append(f"{what}; {enter}{cure}")
     elif alike := _alike(tree, root, filled):
@@ -151,7 +151,7 @@ def _doubts(tree: Tree, root: str) -> list[str]:
         if len({*loose.values()}) == len(loose) > 1 and "train" in loose.values():
             read = ", ".join(f"{shown(name)} as {split}" for name, split in loose.items())
             cure = f"--layout splits reads {read}"
-        notes.append(f"{_few(alike)}: read as classes, though they hold directories of the same names; {cure}")
+        notes.append(f"{few(alike)}: read as classes, though they hold directories of the same names; {cure}")
     return notes
 
 
@@ -201,12 +201,13 @@ def _about_names(folders: dict[str, dict[str, list[str]]], names: dict[str, str]
     """Return notes for the user on class names that are written with escapes, and on names joined into one class."""
     notes, raws = [], {raw for found in folders.values() for same in found.values() for raw in same}
     if odd := sorted({writable(raw) for raw in raws if writable(raw) != raw}):
-        notes.append(f"class names that are not UTF-8 are written with escaped bytes such as \\xe9: {_few(odd)}")
+        notes.append(f"class names that are not UTF-8 are written with escaped bytes such as \\xe9: {few(odd)}")
     if joined := [key for key in names if len({raw for found in folders.values() for raw in found.get(key, ())}) > 1]:
-        notes.append(f"class names that differ only in their Unicode form are one class: {_few(joined)}")
+        notes.append(f"class names that differ only in their Unicode form are one class: {few(joined)}")
     return notes
 
 
-def _few(names: Iterable[str], most: int = 3) -> str:
+def few(names: Iterable[str], most: int = 3) -> str:
+    """Return the first names, made fit to be printed, and how many there are if there are more."""
     names = list(names)
     return ", ".join(map(shown, names[:most])) + (f", … ({len(names)})" if len(names) > most else "")

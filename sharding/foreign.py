@@ -15,7 +15,7 @@ from sharding.kinds import unread
 from sharding.links import Member
 from sharding.listing import Listing, Sample, Source
 from sharding.manifest import SPLITS
-from sharding.patterns import parts, split_patterns, tars
+from sharding.patterns import mixed, parts, split_patterns, tars
 from sharding.tars import BLOCK, Entry, Unfit, entries, is_tar, read_at, shown, writable
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -84,8 +84,9 @@ class WebDataset(Source):
         names = tuple(str(label) for label in range(first, last + 1))
         # The labels in the tars must be those of the data set, because other programs read the tars without the index.
         in_place = tuple(paths) if "=" in self.argument and len(patterns) > 1 and not first else ()
-        name, left_out, faults = self._name(patterns), dict(aside.left_out.most_common()), tuple(aside.faults)
-        return Listing(name, names, splits, reader, in_place=in_place, left_out=left_out, faults=faults)
+        name, left_out = self._name(patterns), dict(aside.left_out.most_common())
+        notes, faults = tuple(mixed(found)), tuple(aside.faults)
+        return Listing(name, names, splits, reader, in_place=in_place, left_out=left_out, notes=notes, faults=faults)
 
     @staticmethod
     def _name(patterns: dict[str, str]) -> str:

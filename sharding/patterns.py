@@ -1,15 +1,18 @@
 """Patterns that name the tars of a data set, split by split."""
 
+import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from glob import glob
 from itertools import islice
 from pathlib import Path
+from shlex import quote
 
 from braceexpand import braceexpand
 
 from sharding.errors import UserError
+from sharding.folders import few, split_in
 from sharding.manifest import SPLITS
 from sharding.tars import shown
 
@@ -101,3 +104,29 @@ def _clipped(found: re.Match[str]) -> str:
 def _matches(name: str) -> list[str]:
     """The file of that name, or those that it matches."""
     return [name] if Path(name).exists() else sorted(glob(name, recursive=True))
+
+
+def mixed(found: dict[str, list[Path]]) -> list[str]:
+    """Return notes for the user on tars that are read as one split although their names tell several."""
+    notes = []
+    for split, paths in found.items():
+        named: dict[str, list[Path]] = defaultdict(list)
+        for path in paths:
+            if told := split_in(path.stem) or split_in(path.parent.name):
+                named[told].append(path)
+        if len(named) > 1:
+            patterns = {told: _pattern(named[told]) if "train" in named else "GLOB" for told in SPLITS if told in named}
+            cure = ",".join(f"{told}={pattern}" for told, pattern in ({"train": "GLOB"} | patterns).items())
+            tars = few(f"{path.parent.name}/{path.name}" for told in named.values() for path in told[:1])
+            notes.append(f"{tars} are all read as {split}; {quote('webdataset:' + cure)} keeps the splits apart")
+    return notes
+
+
+def _pattern(paths: list[Path]) -> str:
+    """Return a pattern that names just those tars, or ``GLOB`` if none with one asterisk does."""
+    names = sorted(map(str, paths))
+    head = os.path.commonprefix(names)
+    tail = os.path.commonprefix([name[len(head) :][::-1] for name in names])[::-1]
+    pattern = f"{head}*{tail}" if len(names) > 1 else names[0]
+    plain = not set("*?[]{}\\") & set(head + tail) and "::" not in pattern
+    return pattern if plain and _matches(pattern) == names else "GLOB"

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shlex
 import shutil
 import tarfile
 
@@ -108,6 +109,40 @@ def test_patterns_name_the_tars_that_they_should(tmp_path):
     for pattern, message in [("s-{000..003}.tar", "s-003.tar does not exist"), ("t*", "matches no file")]:
         with pytest.raises(UserError, match=message):
             tars(str(tmp_path / pattern))
+
+
+@pytest.mark.parametrize(
+    ("names", "pattern", "cure"),
+    [
+        (("s-train-0", "s-train-1", "s-val-0"), "", "train={0}/s-train-*.tar,val={0}/s-val-0.tar"),
+        (("train/0", "train/1", "test/0", "test/1"), "/**/*.tar", "train={0}/train/*.tar,test={0}/test/*.tar"),
+        (("0-train", "1-train", "0-test"), "", "train={0}/*-train.tar,test={0}/0-test.tar"),
+        (("train0", "train1", "trainee", "test"), "", "train=GLOB,test={0}/test.tar"),
+        (("val-0", "test-0"), "", "train=GLOB,val=GLOB,test=GLOB"),
+        (("train-0", "train-1"), "", None),
+        (("a", "b"), "", None),
+    ],
+)
+def test_tars_of_several_splits_in_one_pattern_are_said_with_the_command_that_parts_them(
+    tmp_path, names, pattern, cure
+):
+    for i, name in enumerate(names):
+        tar(tmp_path / "in" / f"{name}.tar", samples(100 * i, 12))
+    lines: list[str] = []
+    options = Options(workers=1, test_fraction=0.2)
+    built = build(f"webdataset:{tmp_path}/in{pattern}", tmp_path / "d", options, log=lines.append)
+    assert sum(split.samples for split in built.manifest.splits.values()) == 12 * len(names)
+    said = [line for line in lines if "are all read as train; " in line]
+    if cure is None:
+        assert not said
+        return
+    command = f"webdataset:{cure.format(tmp_path / 'in')}"
+    assert [shlex.split(line.partition("; ")[2]) for line in said] == [[command, *"keeps the splits apart".split()]]
+    if "GLOB" not in command:
+        again: list[str] = []
+        options = Options(workers=1) if "test=" in command else options
+        assert len(build(command, tmp_path / "e", options, log=again.append).manifest.splits) == 3
+        assert not any("read as" in line for line in again)
 
 
 @pytest.mark.parametrize(
