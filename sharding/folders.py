@@ -2,7 +2,6 @@
 
 import posixpath
 import re
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
@@ -10,7 +9,7 @@ from sharding.archives import base_name, open_files
 from sharding.containers import Files
 from sharding.errors import UserError
 from sharding.layout import Tree, summary
-from sharding.listing import Listing, Sample, Source
+from sharding.listing import Listing, Sample, Source, composed
 from sharding.manifest import SPLITS
 from sharding.tars import shown, writable
 
@@ -177,7 +176,7 @@ def _classes(tree: Tree, folder: str) -> dict[str, list[str]]:
     """Class → its directories. Names that differ only in their Unicode form are one class."""
     found: dict[str, list[str]] = defaultdict(list)
     for name in tree.folders(folder):
-        found[unicodedata.normalize("NFC", writable(name))].append(name)
+        found[composed(name)].append(name)
     return found
 
 

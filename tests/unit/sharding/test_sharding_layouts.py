@@ -192,9 +192,19 @@ def test_one_name_in_two_unicode_forms_is_one_class(tmp_path):
         assert any("one class: café" in line for line in lines)
 
 
-def test_a_name_in_one_unicode_form_stays_as_it_is(tmp_path):
+def test_a_name_in_one_unicode_form_stays_as_it_is_and_may_be_asked_for_in_any(tmp_path):
     decomposed = unicodedata.normalize("NFD", "café")
-    assert counts(write_folder(tmp_path / "s", {decomposed: 6, "b": 6}), tmp_path / "d")[0] == ("b", decomposed)
+    folder = write_folder(tmp_path / "s", {decomposed: 6, "b": 6, "c": 6})
+    assert counts(folder, tmp_path / "d")[0] == ("b", "c", decomposed)
+    asked = [("café", "b"), (decomposed, "b")]
+    made = [
+        build(f"folder:{folder}", tmp_path / f"{i}", Options(workers=1, test_fraction=0.2, classes=names)).manifest
+        for i, names in enumerate(asked)
+    ]
+    assert made[0] == made[1]
+    assert made[0].classes == (decomposed, "b")
+    with pytest.raises(UserError, match="is named twice"):
+        counts(folder, tmp_path / "e", Options(test_fraction=0.2, classes=("café", decomposed)))
 
 
 def test_names_that_are_not_utf8_are_written_so_that_they_can_be_and_found_again(tmp_path):
