@@ -14,6 +14,7 @@ from braceexpand import braceexpand
 from sharding.errors import UserError
 from sharding.folders import few, split_in
 from sharding.manifest import SPLITS
+from sharding.systems import HIDDEN
 from sharding.tars import shown
 
 MOST_NAMES = 1_000_000
@@ -59,12 +60,12 @@ def tars(pattern: str, left_out: Counter[str] | None = None) -> list[Path]:
     for part in parts(pattern):
         if Path(part).is_dir():
             inside = sorted(Path(part).iterdir())
-            paths += map(_file, found := [path for path in inside if path.suffix == ".tar"])
+            paths += map(_file, found := [path for path in inside if path.suffix == ".tar" and not _by_macos(path)])
             if not found:
                 raise UserError(f"{part} holds no .tar; give a directory of tars or a pattern")
             for path in {*inside} - {*found}:
-                kind = "directories" if path.is_dir() else f"{shown(path.suffix) or 'other'} files"
-                left_out[f"{kind} beside the tars"] += 1
+                kind = HIDDEN if _by_macos(path) else f"{shown(path.suffix) or 'other'} files"
+                left_out[f"{'directories' if path.is_dir() else kind} beside the tars"] += 1
             continue
         for name in _names(part):
             matches = _matches(name)
@@ -72,6 +73,11 @@ def tars(pattern: str, left_out: Counter[str] | None = None) -> list[Path]:
                 raise UserError(f"{name} matches no file; check the pattern")
             paths += [_file(Path(match)) for match in matches or [name]]
     return [path.absolute() for path in paths]
+
+
+def _by_macos(path: Path) -> bool:
+    """Whether a file holds what macOS knows of another file: its name is that of the other behind ``._``."""
+    return path.name.startswith("._")
 
 
 def _file(path: Path) -> Path:

@@ -338,8 +338,10 @@ def test_one_class_alone_is_refused_before_anything_is_read(tmp_path):
 def test_files_of_samples_that_are_not_read_are_counted(tmp_path):
     path = tar(tmp_path / "in/x.tar", samples(0, 12) | {"00011.txt": b"x", "00011.json": b"{}", "README": b"x"})
     (tmp_path / "in/more.tar.gz").touch()
+    (tmp_path / "in/._x.tar").write_bytes(b"\0\5\x16\7 what macOS leaves beside a file on other disks")
     (tmp_path / "in/sub").mkdir()
-    for text, beside in ((path, {}), (path.parent, {".gz files beside the tars": 1, "directories beside the tars": 1})):
+    more = {f"{kind} beside the tars": 1 for kind in (".gz files", "directories", "hidden files")}
+    for text, beside in ((path, {}), (path.parent, more)):
         shutil.rmtree(tmp_path / "d", ignore_errors=True)
         manifest = build(f"webdataset:{text}", tmp_path / "d", Options(test_fraction=0.2)).manifest
         assert manifest.left_out == {".txt files": 1, ".json files": 1, "files without a key": 1} | beside
