@@ -41,6 +41,14 @@ class Folder(Source):
         tree = Tree(files)
         root = _root(tree)
         where, notes = self._splits(files, tree, root)
+        try:
+            return self._listed(files, tree, root, where, notes)
+        except UserError as error:  # how the directories were read may explain it
+            for note in notes:
+                error.add_note(note)
+            raise
+
+    def _listed(self, files: Files, tree: Tree, root: str, where: dict[str, str], notes: list[str]) -> Listing:
         folders = {split: _classes(tree, folder) for split, folder in where.items()}
         # A class is named like its directory in train; a name found in several Unicode forms takes the composed form.
         train = folders.get("train", {})
@@ -54,7 +62,7 @@ class Folder(Source):
         ordered = sorted(names, key=lambda key: names[key])
         splits = {split: _samples(files, tree, where[split], ordered, found) for split, found in folders.items()}
         used = {sample.member.name for samples in splits.values() for sample in samples}
-        notes += _about_names(folders, names)
+        notes = [*notes, *_about_names(folders, names)]
         if taken := len(used & tree.by_content):
             notes.append(f"images recognized by their first bytes, because their names have no image suffix: {taken:,}")
         classes = tuple(names[key] for key in ordered)

@@ -66,10 +66,8 @@ def build(
 
 
 def _build(source: str, dest: Path, options: Options, log: Log, bar: bool) -> Built:
-    listing = open_source(source, dest / WORK, options)
+    listing = open_source(source, dest / WORK, options, log)
     check_splits(listing, options)
-    for note in listing.notes:
-        log(note)
     versions = library_versions() | listing.versions
     images = sum(len(samples) for samples in listing.splits.values())
     workers = min(options.workers or available_cores(), images if options.workers else -(-images // IMAGES_PER_WORKER))

@@ -145,6 +145,23 @@ def test_a_split_that_repeats_its_own_name_is_entered_but_its_only_class_is_not(
     assert counts(folder, tmp_path / "e", Options(workers=1))[1]["test"] == 6
 
 
+@pytest.mark.parametrize(
+    ("more", "options", "refused"),
+    [
+        ({}, {"test_fraction": 0.2}, "already has a test set"),
+        ({}, {"classes": ("extra",)}, "extra is not a class of s"),
+        ({"test/b/": 0, "train/c/": 0}, {}, "class c is empty"),
+    ],
+)
+def test_how_the_directories_were_read_is_said_before_a_refusal(tmp_path, more, options, refused):
+    names = {"train/a": 6, "train/b": 6, "test/a": 3, "test/b": 3, "extra": 4}
+    folder = write_folder(tmp_path / "s", names | more)
+    lines: list[str] = []
+    with pytest.raises(UserError, match=refused):
+        counts(folder, tmp_path / "d", Options(workers=1, **options), lines.append)
+    assert lines == ["test, train are read as splits, extra left out; --layout classes reads all of them as classes"]
+
+
 def test_a_stray_image_in_train_does_not_hide_its_classes(tmp_path):
     folder = write_folder(tmp_path / "s", {"train/a": 6, "train/b": 6, "train": 1, "test/a": 3, "test/b": 3})
     manifest = build(f"folder:{folder}", tmp_path / "d", Options(workers=1)).manifest
