@@ -111,7 +111,7 @@ def samples(path: Path, tar: int, reader: TarSet, aside: Aside | None = None) ->
             except ValueError as error:
                 if not aside.skip:
                     raise
-                aside.faults.append((tar, f"{path.name}: {error}"))
+                aside.faults.append((tar, f"{shown(path.name)}: {error}"))
             else:
                 yield sample
     except OSError as error:

@@ -26,6 +26,7 @@ from sharding.pool import Pool, available_cores
 from sharding.progress import Log, Progress
 from sharding.shards import verify_shard
 from sharding.sources import expanded, open_source, parse
+from sharding.tars import writable
 
 WORK = ".build"
 BUILD_FORMAT = "gdd-build/1"
@@ -102,16 +103,22 @@ def _inspect(
     chunks = [members[start : start + CHUNK] for start in range(0, len(members), CHUNK)]
     look_at = partial(inspect_all, values=options.value_range)
     results = [look for chunk in pool.map(look_at, chunks, progress) for look in chunk]
-    skipped = [reason for _, reason in listing.faults]
-    skipped += [f"{m.name}: {look}" for m, look in zip(members, results, strict=True) if isinstance(look, str)]
-    if skipped and options.on_error == "stop":
-        more = f", and {len(skipped) - 1} more" if len(skipped) > 1 else ""
-        name, _, reason = skipped[0].partition(": ")
+    named = [(_one_line(m.name), look) for m, look in zip(members, results, strict=True) if isinstance(look, str)]
+    skipped = [reason for _, reason in listing.faults] + [f"{name}: {why}" for name, why in named]
+    if named and options.on_error == "stop":
+        more = f", and {len(named) - 1} more" if len(named) > 1 else ""
+        name, reason = named[0]
         raise UserError(f"cannot read {name} ({reason}){more}; repair or remove it, or give --on-error skip")
     for line in skipped:
         log(f"skipped {line}")
     looks = iter([None if isinstance(look, str) else look for look in results])
     return {split: [next(looks) for _ in samples] for split, samples in listing.splits.items()}, skipped
+
+
+def _one_line(name: str) -> str:
+    """Return a member's whole name for printing, on one line and without control characters."""
+    parts = writable(name).split("/")
+    return "/".join(part if part.isprintable() else ascii(part)[1:-1] for part in parts)
 
 
 def _write(pool: Pool, tasks: list[ShardTask], log: Log, bar: bool) -> list[Written]:

@@ -229,6 +229,21 @@ def test_unreadable_images_and_published_layouts_are_counted_too(folder, tmp_pat
     }
 
 
+def test_a_name_of_two_lines_is_said_on_one(folder, tmp_path):
+    put(folder / "cat/bad\nname: \x1b[2Jx.png")
+    put(folder / f"dog/{'long' * 60}.png")
+    with pytest.raises(UserError, match=r"cannot read cat/bad\\nname: \\x1b\[2Jx\.png \(.*\), and 1 more; repair"):
+        build(f"folder:{folder}", tmp_path / "d", ONE)
+    lines: list[str] = []
+    build(f"folder:{folder}", tmp_path / "d", dataclasses.replace(ONE, on_error="skip"), log=lines.append)
+    skipped = [line for line in lines if line.startswith("skipped ")]
+    assert [line.partition(".png: ")[0] for line in skipped] == [
+        "skipped cat/bad\\nname: \\x1b[2Jx",
+        f"skipped dog/{'long' * 60}",
+    ]
+    assert not any("\n" in line for line in lines)
+
+
 def test_some_classes_alone(tmp_path):
     folder = write_folder(tmp_path / "s", {"a": 10, "b": 10, "c": 10, "7": 10})
     first = build(f"folder:{folder}", tmp_path / "first", dataclasses.replace(ONE, classes=("2",))).manifest
