@@ -60,6 +60,12 @@ class WebDataset(Source):
 
     usage = "webdataset:GLOB"
 
+    @classmethod
+    def places(cls, argument: str) -> list[str]:
+        """Return the paths of all splits; of one with ``**``, which enters directories, the part before."""
+        found = [part for pattern in split_patterns(argument).values() for part in parts(pattern)]
+        return [part.partition("**")[0] or "." if "**" in part else part for part in found]
+
     def listing(self) -> Listing:
         """List the samples of all tars, by their headers; images are not read."""
         patterns = split_patterns(self.argument)

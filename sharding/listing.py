@@ -63,6 +63,11 @@ class Source(ABC):
         """`argument` is what follows the colon; `scratch` is a directory for temporary files."""
         self.argument, self.scratch, self.options = argument, scratch, options or Options()
 
+    @classmethod
+    def places(cls, argument: str) -> list[str]:
+        """Return the paths that the argument names and whose content is read; they need not exist."""
+        return [argument] if argument else []
+
     @abstractmethod
     def listing(self) -> Listing:
         """List the samples. Raises UserError when the source is missing or malformed."""
