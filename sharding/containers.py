@@ -7,11 +7,13 @@ import zipfile
 from abc import ABC, abstractmethod
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sharding.errors import UserError
 from sharding.links import LOST, SPECIAL, Found, Member, check_walk
+from sharding.systems import system_files
 from sharding.tars import LONGEST_NAME, Unfit, checked_name, read_at, shown, tree
 
 # A larger encoded image is treated as damaged, or as an attempt to exhaust the memory.
@@ -71,7 +73,8 @@ class DirectoryFiles(Files):
         members: list[Member] = []
         directories: set[str] = set()
         entered: set[str] = set()
-        for walked, (folder, names, files) in enumerate(os.walk(self.path, followlinks=True, onerror=_fail)):
+        closed = partial(_closed, self.path, members)
+        for walked, (folder, names, files) in enumerate(os.walk(self.path, followlinks=True, onerror=closed)):
             entered.add(os.path.realpath(folder))
             check_walk(walked, len(entered))
             relative = os.path.relpath(folder, self.path)
@@ -218,5 +221,9 @@ def _leads_back(path: str) -> bool:
     return os.path.islink(path) and os.path.realpath(path) in map(os.path.realpath, Path(path).parents)
 
 
-def _fail(error: OSError) -> None:
-    raise UserError(f"cannot read {error.filename} ({error.strerror}); check its permissions")
+def _closed(root: Path, members: list[Member], error: OSError) -> None:
+    """Count a directory that cannot be read as one file if it would be left out anyway. Raises UserError for others."""
+    name = os.path.relpath(error.filename, root)
+    if name == "." or not system_files(name):
+        raise UserError(f"cannot read {error.filename} ({error.strerror}); check its permissions")
+    members.append(Member(name, 0))

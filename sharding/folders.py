@@ -2,26 +2,32 @@
 
 import posixpath
 import re
-import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 from sharding.archives import base_name, open_files
 from sharding.containers import Files
 from sharding.errors import UserError
 from sharding.layout import Tree, summary
-from sharding.listing import Listing, Sample, Source
+from sharding.listing import Listing, Sample, Source, composed
 from sharding.manifest import SPLITS
 from sharding.tars import shown, writable
 
 _NAMES = {"train": "train(?:ing)?|trn", "val": "val(?:id(?:ation)?)?|dev", "test": "test(?:ing)?|tst"}
 _TAIL = r"(?:[\s._-]*(?:set|data|images|split))?"
+_WORD = re.compile(r"[^\W\d_]+")
 _SPLIT_NAMES = {split: re.compile(f"(?:{names}){_TAIL}") for split, names in _NAMES.items()}
 
 
 def split_of(name: str) -> str | None:
     """Return the split that a directory of this name stands for, or None; upper and lower case are not distinguished."""
     return next((split for split, names in _SPLIT_NAMES.items() if names.fullmatch(name.casefold())), None)
+
+
+def split_in(name: str) -> str | None:
+    """Return the split that one word of a longer name stands for, as in ``seg_train`` or ``val2017``; None if words disagree."""
+    found = {split for word in _WORD.findall(name) if (split := split_of(word))}
+    return found.pop() if len(found) == 1 else None
 
 
 class Folder(Source):
@@ -35,6 +41,14 @@ class Folder(Source):
         tree = Tree(files)
         root = _root(tree)
         where, notes = self._splits(files, tree, root)
+        try:
+            return self._listed(files, tree, root, where, notes)
+        except UserError as error:  # how the directories were read may explain it
+            for note in notes:
+                error.add_note(note)
+            raise
+
+    def _listed(self, files: Files, tree: Tree, root: str, where: dict[str, str], notes: list[str]) -> Listing:
         folders = {split: _classes(tree, folder) for split, folder in where.items()}
         # A class is named like its directory in train; a name found in several Unicode forms takes the composed form.
         train = folders.get("train", {})
@@ -48,7 +62,7 @@ class Folder(Source):
         ordered = sorted(names, key=lambda key: names[key])
         splits = {split: _samples(files, tree, where[split], ordered, found) for split, found in folders.items()}
         used = {sample.member.name for samples in splits.values() for sample in samples}
-        notes += _about_names(folders, names)
+        notes = [*notes, *_about_names(folders, names)]
         if taken := len(used & tree.by_content):
             notes.append(f"images recognized by their first bytes, because their names have no image suffix: {taken:,}")
         classes = tuple(names[key] for key in ordered)
@@ -61,16 +75,18 @@ class Folder(Source):
         # A class may also be named train; its directory then holds images, while a split's directory holds directories.
         like = {name: split for name in names if (split := split_of(name))}
         shaped = {name: split for name, split in like.items() if tree.folders(posixpath.join(root, name))}
+        if layout == "splits" and "train" not in shaped.values():
+            shaped = _loosely(tree, root)
         others = [n for n in names if n not in like and tree.images_below(posixpath.join(root, n))]
         if layout == "classes":
             return {"train": root}, []
         if layout is None and not shaped:
-            return {"train": root} if len(like) < len(names) else {}, []
-        notes, found = [], _few(shaped)
+            return ({"train": root}, _doubts(tree, root)) if len(like) < len(names) else ({}, [])
+        notes, found = [], few(shaped)
         if layout is None and not set(shaped) <= set(SPLITS):
             notes = [f"{found} are read as splits; --layout classes reads them as classes"]
         if layout is None and others:
-            rest = _few(others)
+            rest = few(others)
             if not _agree(tree, root, shaped):
                 note = f"{found} and {rest} are read as classes; --layout splits reads {found} as splits"
                 return {"train": root}, [note]
@@ -84,7 +100,8 @@ class Folder(Source):
         if "train" not in called:
             found = " and ".join(shown(called[s]) for s in SPLITS if s in called) or "no split"
             raise UserError(f"{files.shown} has {found} but no train; add PATH/train/CLASS/IMAGE")
-        return {split: posixpath.join(root, called[split]) for split in SPLITS if split in called}, notes
+        inner = _entered(tree, root, shaped)
+        return {split: inner[called[split]] for split in SPLITS if split in called}, notes
 
 
 def _root(tree: Tree) -> str:
@@ -101,16 +118,73 @@ def _root(tree: Tree) -> str:
 def _agree(tree: Tree, root: str, shaped: dict[str, str]) -> bool:
     """Whether directories named like splits are splits: train and at least one more, without classes that train lacks."""
     found: dict[str, set[str]] = defaultdict(set)
-    for name, split in shaped.items():
-        found[split] |= set(_classes(tree, posixpath.join(root, name)))
+    for name, folder in _entered(tree, root, shaped).items():
+        found[shaped[name]] |= set(_classes(tree, folder))
     return len(found) > 1 and "train" in found and all(classes <= found["train"] for classes in found.values())
+
+
+def _entered(tree: Tree, root: str, shaped: dict[str, str]) -> dict[str, str]:
+    """Name of a split's directory → the directory of its classes: a single directory in it that is no class is entered."""
+    found, known = dict[str, str](), set[str]()
+    for name in sorted(shaped, key=lambda name: shaped[name] != "train"):
+        folder = posixpath.join(root, name)
+        while len(names := tree.folders(folder)) == 1 and not known & set(_classes(tree, folder)):
+            if not tree.folders(inner := posixpath.join(folder, names[0])):
+                break
+            folder = inner
+        found[name] = folder
+        known |= set(_classes(tree, folder)) if shaped[name] == "train" else set()
+    return found
+
+
+def _loosely(tree: Tree, root: str) -> dict[str, str]:
+    """Directories of directories that have the name of a split as one word of theirs → the split."""
+    found = {name: split for name in tree.folders(root) if (split := split_in(name))}
+    return {name: split for name, split in found.items() if tree.folders(posixpath.join(root, name))}
+
+
+def _doubts(tree: Tree, root: str) -> list[str]:
+    """Return notes for the user if directories that are read as classes may be splits, or hold splits."""
+    filled = [name for name in tree.folders(root) if _filled(tree, posixpath.join(root, name))]
+    notes, cure = [], "for splits, lay them out as PATH/train/CLASS/IMAGE and PATH/test/CLASS/IMAGE"
+    if like := [name for name in filled if split_of(name)]:
+        notes.append(f"{few(like)}: read as classes, though called like splits; {cure}")
+    if hold := {name: parts for name in filled if (parts := _later_splits(tree, posixpath.join(root, name)))}:
+        what = f"{few(hold)}: read as classes, with all images of {few(sorted(set().union(*hold.values())))} in them"
+        enter = f"give folder:PATH/{shown(posixpath.join(root, *hold))}, or " if len(hold) == 1 else ""
+        notes.append(f"{what}; {enter}{cure}")
+    elif alike := _alike(tree, root, filled):
+        loose = {name: split for name, split in _loosely(tree, root).items() if name in alike}
+        if len({*loose.values()}) == len(loose) > 1 and "train" in loose.values():
+            read = ", ".join(f"{shown(name)} as {split}" for name, split in loose.items())
+            cure = f"--layout splits reads {read}"
+        notes.append(f"{few(alike)}: read as classes, though they hold directories of the same names; {cure}")
+    return notes
+
+
+def _later_splits(tree: Tree, folder: str) -> set[str]:
+    """Names of directories below one that are called like val or test and hold images; a vehicle may be called train."""
+    below = [inner for inner in tree.walk(folder) if inner != folder and _filled(tree, inner)]
+    return {name for name in map(posixpath.basename, below) if split_of(name) in ("val", "test")}
+
+
+def _filled(tree: Tree, folder: str) -> bool:
+    return any(map(tree.images, tree.walk(folder)))
+
+
+def _alike(tree: Tree, root: str, names: list[str]) -> list[str]:
+    """Return those directories that have the names of two or more directories in them in common with others."""
+    inner = _entered(tree, root, dict.fromkeys(names, ""))
+    held = {n: [c for c in tree.folders(folder) if _filled(tree, f"{folder}/{c}")] for n, folder in inner.items()}
+    often = Counter(name for found in held.values() for name in found)
+    return [name for name, found in held.items() if sum(often[inner] > 1 for inner in found) > 1]
 
 
 def _classes(tree: Tree, folder: str) -> dict[str, list[str]]:
     """Class → its directories. Names that differ only in their Unicode form are one class."""
     found: dict[str, list[str]] = defaultdict(list)
     for name in tree.folders(folder):
-        found[unicodedata.normalize("NFC", writable(name))].append(name)
+        found[composed(name)].append(name)
     return found
 
 
@@ -134,12 +208,13 @@ def _about_names(folders: dict[str, dict[str, list[str]]], names: dict[str, str]
     """Return notes for the user on class names that are written with escapes, and on names joined into one class."""
     notes, raws = [], {raw for found in folders.values() for same in found.values() for raw in same}
     if odd := sorted({writable(raw) for raw in raws if writable(raw) != raw}):
-        notes.append(f"class names that are not UTF-8 are written with escaped bytes such as \\xe9: {_few(odd)}")
+        notes.append(f"class names that are not UTF-8 are written with escaped bytes such as \\xe9: {few(odd)}")
     if joined := [key for key in names if len({raw for found in folders.values() for raw in found.get(key, ())}) > 1]:
-        notes.append(f"class names that differ only in their Unicode form are one class: {_few(joined)}")
+        notes.append(f"class names that differ only in their Unicode form are one class: {few(joined)}")
     return notes
 
 
-def _few(names: Iterable[str], most: int = 3) -> str:
+def few(names: Iterable[str], most: int = 3) -> str:
+    """Return the first names, made fit to be printed, and how many there are if there are more."""
     names = list(names)
     return ", ".join(map(shown, names[:most])) + (f", … ({len(names)})" if len(names) > most else "")

@@ -6,11 +6,8 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from glob import glob
 from pathlib import Path
 from typing import Any
-
-from braceexpand import braceexpand
 
 from sharding.containers import LARGEST_FILE, TarMember
 from sharding.errors import UserError
@@ -18,12 +15,11 @@ from sharding.kinds import unread
 from sharding.links import Member
 from sharding.listing import Listing, Sample, Source
 from sharding.manifest import SPLITS
+from sharding.patterns import mixed, parts, split_patterns, tars
 from sharding.tars import BLOCK, Entry, Unfit, entries, is_tar, read_at, shown, writable
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 LONGEST_CLS, LONGEST_JSON = 32, 2**20
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
-_SPLIT = re.compile(rf",(?=(?:{'|'.join(SPLITS)})=)")
 
 
 @dataclass
@@ -64,11 +60,17 @@ class WebDataset(Source):
 
     usage = "webdataset:GLOB"
 
+    @classmethod
+    def places(cls, argument: str) -> list[str]:
+        """Return the paths of all splits; of one with ``**``, which enters directories, the part before."""
+        found = [part for pattern in split_patterns(argument).values() for part in parts(pattern)]
+        return [part.partition("**")[0] or "." if "**" in part else part for part in found]
+
     def listing(self) -> Listing:
         """List the samples of all tars, by their headers; images are not read."""
         patterns = split_patterns(self.argument)
         aside = Aside(self.options.on_error == "skip")
-        found = {split: tars(pattern, aside) for split, pattern in patterns.items()}
+        found = {split: tars(pattern, aside.left_out) for split, pattern in patterns.items()}
         paths = [path for split in SPLITS for path in found.get(split, ())]
         reader, splits = TarSet(paths), dict[str, list[Sample]]()
         if twice := sorted({path for path in paths if paths.count(path) > 1}):
@@ -88,85 +90,17 @@ class WebDataset(Source):
         names = tuple(str(label) for label in range(first, last + 1))
         # The labels in the tars must be those of the data set, because other programs read the tars without the index.
         in_place = tuple(paths) if "=" in self.argument and len(patterns) > 1 and not first else ()
-        name, left_out, faults = self._name(patterns), dict(aside.left_out.most_common()), tuple(aside.faults)
-        return Listing(name, names, splits, reader, in_place=in_place, left_out=left_out, faults=faults)
+        name, left_out = self._name(patterns), dict(aside.left_out.most_common())
+        notes, faults = tuple(mixed(found)), tuple(aside.faults)
+        return Listing(name, names, splits, reader, in_place=in_place, left_out=left_out, notes=notes, faults=faults)
 
     @staticmethod
     def _name(patterns: dict[str, str]) -> str:
         """Return the fixed beginning of the pattern, or the name of the nearest directory that is not named like a split."""
-        path = Path(_parts(patterns["train"])[0]).absolute()
+        path = Path(parts(patterns["train"])[0]).absolute()
         stem = path.name if path.is_dir() else re.split(r"[*?\[{]", path.name)[0].removesuffix(".tar")
         names = [stem.strip("-_. "), *(parent.name for parent in path.parents)]
         return writable(next((name for name in names if name and name not in SPLITS), "webdataset"))
-
-
-def split_patterns(argument: str) -> dict[str, str]:
-    """SPLIT → pattern, from ``train=PATTERN,test=PATTERN`` or one pattern (train). Raises UserError for anything else."""
-    parts = _SPLIT.split(argument)
-    if not any(part.startswith(f"{split}=") for part in parts for split in SPLITS):
-        return {"train": _local(argument)}
-    patterns = {split: _local(pattern) for split, _, pattern in (part.partition("=") for part in parts)}
-    if "train" not in patterns or len(patterns) < len(parts) or not all(patterns.values()):
-        raise UserError(f"webdataset:{argument} does not name each split once; write webdataset:train=GLOB,test=GLOB")
-    return patterns
-
-
-def _parts(pattern: str) -> list[str]:
-    """The patterns of a list ``a::b``, as stock webdataset writes them."""
-    return [pattern] if Path(pattern).exists() else pattern.split("::")
-
-
-def _local(pattern: str) -> str:
-    """Refuse commands and URLs: stock webdataset hands pipe:, and many other schemes, to a shell."""
-    pattern = pattern.strip()
-    for part in _parts(pattern):
-        if part.lower().startswith("pipe:") or part.startswith(("|", "!")):
-            raise UserError(f"{shown(part)} is a command, and commands are never run; give the paths of tar files")
-        # The name of a local file may also contain a colon.
-        if "://" in part or (_SCHEME.match(part) and not any(map(_matches, _names(part)))):
-            raise UserError(f"{shown(part)} is a URL; download the tars and give their paths (no such file exists)")
-    return pattern
-
-
-def tars(pattern: str, aside: Aside | None = None) -> list[Path]:
-    """The tars of directories, or those that patterns with braces and asterisks name, sorted within each brace.
-
-    Other files of a directory are counted in `aside`. Raises UserError when there are no tars, or one is missing.
-    """
-    paths, aside = list[Path](), aside or Aside()
-    for part in _parts(pattern):
-        if Path(part).is_dir():
-            inside = sorted(Path(part).iterdir())
-            paths += (found := [path for path in inside if path.suffix == ".tar"])
-            if not found:
-                raise UserError(f"{part} holds no .tar; give a directory of tars or a pattern")
-            for path in {*inside} - {*found}:
-                kind = "directories" if path.is_dir() else f"{shown(path.suffix) or 'other'} files"
-                aside.left_out[f"{kind} beside the tars"] += 1
-            continue
-        for name in _names(part):
-            matches = _matches(name)
-            if not matches and any(c in name for c in "*?["):
-                raise UserError(f"{name} matches no file; check the pattern")
-            paths += map(Path, matches or [name])
-    for path in paths:
-        if not path.is_file():
-            what = "is a directory, a pipe or a device" if path.exists() else "does not exist"
-            raise UserError(f"{path} {what}; check the pattern")
-    return [path.absolute() for path in paths]
-
-
-def _names(pattern: str) -> list[str]:
-    """The names, or patterns with asterisks, that a pattern with braces stands for."""
-    try:
-        return list(braceexpand(pattern))
-    except ValueError as error:
-        raise UserError(f"{pattern} is not a pattern ({error}); write it as shards-{{000..123}}.tar") from None
-
-
-def _matches(name: str) -> list[str]:
-    """The file of that name, or those that it matches."""
-    return [name] if Path(name).exists() else sorted(glob(name))
 
 
 def samples(path: Path, tar: int, reader: TarSet, aside: Aside | None = None) -> Iterator[Sample]:
@@ -183,7 +117,7 @@ def samples(path: Path, tar: int, reader: TarSet, aside: Aside | None = None) ->
             except ValueError as error:
                 if not aside.skip:
                     raise
-                aside.faults.append((tar, f"{path.name}: {error}"))
+                aside.faults.append((tar, f"{shown(path.name)}: {error}"))
             else:
                 yield sample
     except OSError as error:

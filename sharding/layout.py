@@ -9,15 +9,10 @@ from sharding.containers import Files
 from sharding.images import SUFFIXES
 from sharding.kinds import HEAD, is_image
 from sharding.links import LOST, Member
+from sharding.systems import system_files
 from sharding.tars import shown
 
-# Files and directories that operating systems add.
-_SYSTEM = frozenset(
-    ("__macosx", "@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "$recycle.bin")
-    + ("system volume information", "lost+found", "__pycache__")
-)
 _TYPE = re.compile(r"\.[a-z][a-z0-9]{0,7}")
-HIDDEN = "hidden files"
 
 
 class Tree:
@@ -35,7 +30,7 @@ class Tree:
         for name in directories:
             self._add_folder(posixpath.normpath(name))
         for member in members:
-            name, system = posixpath.normpath(member.name), _system(member.name)
+            name, system = posixpath.normpath(member.name), system_files(member.name)
             if what := system or self._other(member):
                 self._others[name] = what
             else:
@@ -45,7 +40,7 @@ class Tree:
                 self._add_folder(posixpath.dirname(name))
 
     def _add_folder(self, name: str) -> None:
-        while name not in ("", ".", "/") and not _system(name):
+        while name not in ("", ".", "/") and not system_files(name):
             parent, base = posixpath.split(name)
             if base in self._folders[parent]:
                 break
@@ -119,16 +114,6 @@ def summary(left_out: dict[str, int], most: int = 12) -> str:
 
 def _inside(name: str, folder: str) -> bool:
     return not folder or name == folder or name.startswith(folder + "/")
-
-
-def _system(name: str) -> str:
-    """Return why a file or directory is ignored (hidden, or an operating system's); "" if it is not ignored."""
-    for part in name.split("/"):
-        if part.startswith(".") and part not in (".", ".."):
-            return HIDDEN
-        if part.casefold() in _SYSTEM:
-            return f"files in {part}"
-    return ""
 
 
 def _suffix(name: str) -> str:

@@ -1,5 +1,6 @@
 """What every source provides: its samples, and a reader of their bytes."""
 
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -62,17 +63,29 @@ class Source(ABC):
         """`argument` is what follows the colon; `scratch` is a directory for temporary files."""
         self.argument, self.scratch, self.options = argument, scratch, options or Options()
 
+    @classmethod
+    def places(cls, argument: str) -> list[str]:
+        """Return the paths that the argument names and whose content is read; they need not exist."""
+        return [argument] if argument else []
+
     @abstractmethod
     def listing(self) -> Listing:
         """List the samples. Raises UserError when the source is missing or malformed."""
 
 
+def composed(name: str) -> str:
+    """Return a class name in the one Unicode form, and with the escapes, in which names are compared."""
+    return unicodedata.normalize("NFC", writable(name))
+
+
 def chosen(listing: Listing, wanted: Sequence[str]) -> Listing:
-    """Return the listing restricted to some classes: those named, in that order, or the first N.
+    """Return the listing restricted to some classes: those named in any Unicode form, in that order, or the first N.
 
     Raises UserError for a class that is not there, or is named twice.
     """
+    same = {composed(name): name for name in listing.classes}
     names = tuple(map(writable, wanted))
+    names = tuple(name if name in listing.classes else same.get(composed(name), name) for name in names)
     if len(names) == 1 and names[0] not in listing.classes and names[0].isdecimal():
         if not 0 < int(names[0]) <= len(listing.classes):
             raise UserError(f"--classes is {names[0]}; {listing.name} has {len(listing.classes)} classes")

@@ -36,8 +36,11 @@ class Mnist(Source):
                 images = _array(files, tree, f"{prefix}-images-idx3-ubyte", used)
                 labels = _array(files, tree, f"{prefix}-labels-idx1-ubyte", used)
                 shapes.add(images.shape[1:])
-                if len(images) != len(labels) or not len(labels) or labels.max() >= len(DIGITS) or len(shapes) > 1:
+                if len(images) != len(labels) or not len(labels) or len(shapes) > 1:
                     raise UserError(f"the {prefix} files in {files.shown} do not match each other; download them again")
+                if labels.max() >= len(DIGITS):
+                    found = f"the {prefix} labels in {files.shown} are {labels.min()} … {labels.max()}, not 0 … 9"
+                    raise UserError(f"{found}; write such a set as files, PATH/CLASS/IMAGE, and give folder:PATH")
                 stream.write(images.data)
                 members = (Member(f"{prefix}[{i}]", images[0].size, offset=rows + i) for i in range(len(labels)))
                 splits[split] = list(map(Sample, members, labels.tolist()))

@@ -20,6 +20,7 @@ from sharding.layout import Tree
 from sharding.listing import Listing, Sample, Source, chosen
 from sharding.mnist import Mnist
 from sharding.options import Options
+from sharding.progress import Log
 
 _TEXTS = ("wnids.txt", "words.txt", "val/val_annotations.txt")
 
@@ -88,15 +89,25 @@ SOURCES: dict[str, type[Source]] = {
 }
 
 
-def open_source(text: str, scratch: Path, options: Options | None = None) -> Listing:
-    """List what SOURCE, as a user writes it, holds. Raises UserError when it is unknown, missing or malformed."""
-    options, text = options or Options(), expanded(text)
+def open_source(text: str, scratch: Path, options: Options | None = None, log: Log | None = None) -> Listing:
+    """List what SOURCE, as a user writes it, holds. Raises UserError when it is unknown, missing or malformed.
+
+    `log` gets the listing's notes, before anything is refused because of how the source was read.
+    """
+    options, log, text = options or Options(), log or (lambda line: None), expanded(text)
     source = parse(text)
     if options.layout and source is not Folder:
         raise UserError("--layout works only with folder: sources; leave it out")
     if options.first_label and source is not WebDataset:
         raise UserError("--first-label works only with webdataset: sources; leave it out")
-    listing = source(text.partition(":")[2], scratch, options).listing()
+    try:
+        listing = source(text.partition(":")[2], scratch, options).listing()
+    except UserError as error:
+        for note in getattr(error, "__notes__", ()):
+            log(note)
+        raise
+    for note in listing.notes:
+        log(note)
     return chosen(listing, options.classes) if options.classes else listing
 
 

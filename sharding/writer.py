@@ -5,7 +5,9 @@ of each finished shard. The manifest is written last: a directory without one is
 """
 
 import json
+import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -26,6 +28,7 @@ from sharding.pool import Pool, available_cores
 from sharding.progress import Log, Progress
 from sharding.shards import verify_shard
 from sharding.sources import expanded, open_source, parse
+from sharding.tars import shown, writable
 
 WORK = ".build"
 BUILD_FORMAT = "gdd-build/1"
@@ -52,8 +55,7 @@ def build(
     OSError when the disk is full or not writable; the next run uses the shards that were finished by then.
     """
     options, log, dest, source = options or Options(), log or (lambda line: None), Path(dest), expanded(source)
-    parse(source)
-    check_destination(dest, source.partition(":")[2])
+    check_destination(dest, parse(source).places(source.partition(":")[2]))
     work, fresh = dest / WORK, not dest.exists()
     work.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(work / "lock", f"another build is writing {dest}; wait for it"):
@@ -66,10 +68,8 @@ def build(
 
 
 def _build(source: str, dest: Path, options: Options, log: Log, bar: bool) -> Built:
-    listing = open_source(source, dest / WORK, options)
+    listing = open_source(source, dest / WORK, options, log)
     check_splits(listing, options)
-    for note in listing.notes:
-        log(note)
     versions = library_versions() | listing.versions
     images = sum(len(samples) for samples in listing.splits.values())
     workers = min(options.workers or available_cores(), images if options.workers else -(-images // IMAGES_PER_WORKER))
@@ -104,16 +104,22 @@ def _inspect(
     chunks = [members[start : start + CHUNK] for start in range(0, len(members), CHUNK)]
     look_at = partial(inspect_all, values=options.value_range)
     results = [look for chunk in pool.map(look_at, chunks, progress) for look in chunk]
-    skipped = [reason for _, reason in listing.faults]
-    skipped += [f"{m.name}: {look}" for m, look in zip(members, results, strict=True) if isinstance(look, str)]
-    if skipped and options.on_error == "stop":
-        more = f", and {len(skipped) - 1} more" if len(skipped) > 1 else ""
-        name, _, reason = skipped[0].partition(": ")
+    named = [(_one_line(m.name), look) for m, look in zip(members, results, strict=True) if isinstance(look, str)]
+    skipped = [reason for _, reason in listing.faults] + [f"{name}: {why}" for name, why in named]
+    if named and options.on_error == "stop":
+        more = f", and {len(named) - 1} more" if len(named) > 1 else ""
+        name, reason = named[0]
         raise UserError(f"cannot read {name} ({reason}){more}; repair or remove it, or give --on-error skip")
     for line in skipped:
         log(f"skipped {line}")
     looks = iter([None if isinstance(look, str) else look for look in results])
     return {split: [next(looks) for _ in samples] for split, samples in listing.splits.items()}, skipped
+
+
+def _one_line(name: str) -> str:
+    """Return a member's whole name for printing, on one line and without control characters."""
+    parts = writable(name).split("/")
+    return "/".join(part if part.isprintable() else ascii(part)[1:-1] for part in parts)
 
 
 def _write(pool: Pool, tasks: list[ShardTask], log: Log, bar: bool) -> list[Written]:
@@ -128,14 +134,24 @@ def _write(pool: Pool, tasks: list[ShardTask], log: Log, bar: bool) -> list[Writ
     return [written or next(new) for written in done]
 
 
-def check_destination(dest: Path, path: str) -> None:
-    """Raise UserError when `dest` lies in the source's directory or holds anything that is not from a build of ours."""
-    if path and Path(path).is_dir() and dest.resolve().is_relative_to(Path(path).resolve()):
-        raise UserError(f"{dest} lies inside the source {path}; choose another DEST")
-    if not dest.exists():
+def check_destination(dest: Path, sources: Sequence[str]) -> None:
+    """Raise UserError when `dest` lies in a directory of `sources`, or cannot be a directory, or holds what is not ours."""
+    try:
+        real, there = dest.resolve(), dest.exists()
+        first = next(path for path in (dest, *dest.absolute().parents) if os.path.lexists(path))
+    except PermissionError:
+        raise
+    except (OSError, RuntimeError) as error:  # a name that is too long, or links in a circle
+        why = getattr(error, "strerror", "") or error
+        raise UserError(f"{shown(str(dest))} cannot be a directory ({why}); choose another DEST") from None
+    for path in sources:
+        if Path(path).is_dir() and real.is_relative_to(Path(path).resolve()):
+            raise UserError(f"{dest} lies inside the source {path}; choose another DEST")
+    if not first.is_dir():
+        what = "a link that leads nowhere" if not first.exists() else "not a directory"
+        raise UserError(f"{first} is {what}; choose another DEST")
+    if not there:
         return
-    if not dest.is_dir():
-        raise UserError(f"{dest} is not a directory; choose another DEST")
     names = {path.name for path in dest.iterdir()} - {WORK}
     if (dest / BUILD_FILE).exists():
         names -= {BUILD_FILE, FILE, *SPLITS}

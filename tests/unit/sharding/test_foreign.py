@@ -2,6 +2,7 @@
 
 import io
 import json
+import shlex
 import shutil
 import tarfile
 
@@ -12,10 +13,11 @@ from PIL import Image
 from tars import image, labelled, samples, tar
 
 from sharding.errors import UserError
-from sharding.foreign import TarSet, split_patterns, tars
+from sharding.foreign import TarSet
 from sharding.foreign import samples as listed
 from sharding.manifest import Manifest
 from sharding.options import Options
+from sharding.patterns import split_patterns, tars
 from sharding.shards import Shards, decode
 from sharding.verify import verify
 from sharding.writer import build
@@ -107,6 +109,72 @@ def test_patterns_name_the_tars_that_they_should(tmp_path):
     for pattern, message in [("s-{000..003}.tar", "s-003.tar does not exist"), ("t*", "matches no file")]:
         with pytest.raises(UserError, match=message):
             tars(str(tmp_path / pattern))
+
+
+@pytest.mark.parametrize(
+    ("names", "pattern", "cure"),
+    [
+        (("s-train-0", "s-train-1", "s-val-0"), "", "train={0}/s-train-*.tar,val={0}/s-val-0.tar"),
+        (("train/0", "train/1", "test/0", "test/1"), "/**/*.tar", "train={0}/train/*.tar,test={0}/test/*.tar"),
+        (("0-train", "1-train", "0-test"), "", "train={0}/*-train.tar,test={0}/0-test.tar"),
+        (("train0", "train1", "trainee", "test"), "", "train=GLOB,test={0}/test.tar"),
+        (("val-0", "test-0"), "", "train=GLOB,val=GLOB,test=GLOB"),
+        (("train-0", "train-1"), "", None),
+        (("a", "b"), "", None),
+    ],
+)
+def test_tars_of_several_splits_in_one_pattern_are_said_with_the_command_that_parts_them(
+    tmp_path, names, pattern, cure
+):
+    for i, name in enumerate(names):
+        tar(tmp_path / "in" / f"{name}.tar", samples(100 * i, 12))
+    lines: list[str] = []
+    options = Options(workers=1, test_fraction=0.2)
+    built = build(f"webdataset:{tmp_path}/in{pattern}", tmp_path / "d", options, log=lines.append)
+    assert sum(split.samples for split in built.manifest.splits.values()) == 12 * len(names)
+    said = [line for line in lines if "are all read as train; " in line]
+    if cure is None:
+        assert not said
+        return
+    command = f"webdataset:{cure.format(tmp_path / 'in')}"
+    assert [shlex.split(line.partition("; ")[2]) for line in said] == [[command, *"keeps the splits apart".split()]]
+    if "GLOB" not in command:
+        again: list[str] = []
+        options = Options(workers=1) if "test=" in command else options
+        assert len(build(command, tmp_path / "e", options, log=again.append).manifest.splits) == 3
+        assert not any("read as" in line for line in again)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "missing"),
+    [
+        ("{0..99999999999}", "2"),
+        ("{00000..99999999999}", "00000000000"),
+        ("{0..2}-{0..99999999}{0..99999999}", "0-00"),
+        ("{1..-99999999}", "-1"),
+        ("{0..99999999..2}", "2"),
+    ],
+)
+def test_the_first_tar_that_a_range_too_wide_lacks_is_named_at_once(tmp_path, pattern, missing):
+    for name in "01":
+        tar(tmp_path / f"{name}.tar", samples(0, 1))
+    with pytest.raises(UserError, match=rf"/{missing}\.tar does not exist"):
+        tars(f"{tmp_path}/{pattern}.tar")
+
+
+def test_more_names_than_a_pattern_may_stand_for_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("sharding.patterns.MOST_NAMES", 3)
+    made = [tar(tmp_path / f"{i:02d}.tar", samples(i, 1)) for i in range(8, 12)]
+    assert tars(f"{tmp_path}/{{08..10}}.tar") == made[:3]
+    for pattern in ("{08..11}", "{08..99}", "{08,09,10,11}"):
+        with pytest.raises(UserError, match="names more than 3 tars; give several patterns"):
+            tars(f"{tmp_path}/{pattern}.tar")
+
+
+def test_two_asterisks_stand_for_any_number_of_directories(tmp_path):
+    made = [tar(tmp_path / name, samples(i, 1)) for i, name in enumerate(("a.tar", "x/b.tar", "x/y/c.tar", "x/y.tar"))]
+    assert tars(f"{tmp_path}/**/*.tar") == sorted(made, key=str)
+    assert tars(f"{tmp_path}/{{x,x/y}}/*.tar") == [made[1], made[3], made[2]]
 
 
 def test_splits_are_named_by_pattern():
@@ -270,8 +338,10 @@ def test_one_class_alone_is_refused_before_anything_is_read(tmp_path):
 def test_files_of_samples_that_are_not_read_are_counted(tmp_path):
     path = tar(tmp_path / "in/x.tar", samples(0, 12) | {"00011.txt": b"x", "00011.json": b"{}", "README": b"x"})
     (tmp_path / "in/more.tar.gz").touch()
+    (tmp_path / "in/._x.tar").write_bytes(b"\0\5\x16\7 what macOS leaves beside a file on other disks")
     (tmp_path / "in/sub").mkdir()
-    for text, beside in ((path, {}), (path.parent, {".gz files beside the tars": 1, "directories beside the tars": 1})):
+    more = {f"{kind} beside the tars": 1 for kind in (".gz files", "directories", "hidden files")}
+    for text, beside in ((path, {}), (path.parent, more)):
         shutil.rmtree(tmp_path / "d", ignore_errors=True)
         manifest = build(f"webdataset:{text}", tmp_path / "d", Options(test_fraction=0.2)).manifest
         assert manifest.left_out == {".txt files": 1, ".json files": 1, "files without a key": 1} | beside

@@ -4,6 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
+from tars import samples, tar
 from test_sharding_support import contents, environment, flip, run, write_folder
 
 import sharding
@@ -96,6 +97,34 @@ def test_wrong_use_is_one_line(capsys, tmp_path, monkeypatch, arguments, message
 
 def test_a_destination_that_cannot_be_written_is_one_line(capsys):
     assert "cannot read or write /proc/" in failure(capsys, "build", "digits", "/proc/nowhere/d")
+
+
+def test_a_destination_that_cannot_be_a_directory_is_told_from_a_full_disk(capsys, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "lost").symlink_to("nowhere")
+    (tmp_path / "circle").symlink_to("circle")
+    for dest, why in (
+        ("file", "file is not a directory; choose another DEST"),
+        ("file/d/e", "file is not a directory; choose another DEST"),
+        ("lost", "lost is a link that leads nowhere; choose another DEST"),
+        ("lost/d", "lost is a link that leads nowhere; choose another DEST"),
+        ("circle/d", "choose another DEST"),
+        ("x" * 300, "cannot be a directory (File name too long); choose another DEST"),
+        (f"{'y' * 300}/d", "cannot be a directory (File name too long); choose another DEST"),
+    ):
+        assert why in failure(capsys, "build", "digits", tmp_path / dest)
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "lost", "circle"}
+
+
+def test_a_destination_inside_any_directory_of_tars_is_refused(tmp_path):
+    for i in range(2):
+        tar(tmp_path / f"{i}/x/{i}.tar", samples(100 * i, 12))
+    one, two = (tmp_path / name for name in "01")
+    for source in (f"{one}", f"{two}::{one}", f"train={two}/x,test={one}", f"train={two}/x/1.tar,test={one}/**/*.tar"):
+        with pytest.raises(UserError, match=rf"lies inside the source {one}/?; choose another DEST"):
+            build(f"webdataset:{source}", one / "d")
+    assert not (one / "d").exists()
+    assert build(f"webdataset:train={one}/x/*.tar,test={two}/x", one / "d", Options(workers=1)).manifest
 
 
 def test_a_sound_data_set_passes(dest):

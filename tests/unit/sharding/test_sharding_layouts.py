@@ -12,7 +12,7 @@ from test_sharding_left_out import stored
 from test_sharding_support import encoded, pixels, run, to_tar, to_zip, write_folder
 
 from sharding.errors import UserError
-from sharding.folders import split_of
+from sharding.folders import split_in, split_of
 from sharding.manifest import Manifest
 from sharding.options import Options
 from sharding.writer import build
@@ -88,6 +88,81 @@ def test_splits_beside_other_images_are_splits_and_it_is_said(tmp_path):
     assert counts(folder, tmp_path / "e", options)[0] == ("extra", "test", "train")
 
 
+SHARED = "read as classes, though they hold directories of the same names; "
+LAY_OUT = "for splits, lay them out as PATH/train/CLASS/IMAGE and PATH/test/CLASS/IMAGE"
+
+
+@pytest.mark.parametrize(
+    ("names", "note"),
+    [
+        (("fold1/a", "fold1/b", "fold2/a", "fold2/b"), f"fold1, fold2: {SHARED}{LAY_OUT}"),
+        (
+            ("train_dataset/a", "train_dataset/b", "test_dataset/a", "test_dataset/b"),
+            f"test_dataset, train_dataset: {SHARED}--layout splits reads test_dataset as test, train_dataset as train",
+        ),
+        (
+            ("cat/train", "cat/test", "dog/train", "dog/test"),
+            f"cat, dog: read as classes, with all images of test in them; {LAY_OUT}",
+        ),
+        (
+            ("data/train/a", "data/train/b", "data/test/a", "data/test/b", "docs"),
+            f"data: read as classes, with all images of test in them; give folder:PATH/data, or {LAY_OUT}",
+        ),
+        (("train", "test", "unlabeled"), f"test, train: read as classes, though called like splits; {LAY_OUT}"),
+        (("plane/jet", "plane/prop", "rail/train", "rail/tram"), None),
+        (("cat/front", "dog/front"), None),
+    ],
+)
+def test_classes_that_may_be_splits_are_said_and_classes_they_stay(tmp_path, names, note):
+    folder = write_folder(tmp_path / "s", dict.fromkeys(names, 5))
+    lines: list[str] = []
+    plain = build(f"folder:{folder}", tmp_path / "d", CUT, log=lines.append).manifest
+    assert plain.classes == tuple(sorted({name.partition("/")[0] for name in names}))
+    assert [line for line in lines if "read as" in line] == ([note] if note else [])
+    told = Options(workers=1, test_fraction=0.2, layout="classes")
+    lines.clear()
+    assert build(f"folder:{folder}", tmp_path / "e", told, log=lines.append).manifest == plain
+    assert not [line for line in lines if "read as" in line]
+
+
+def test_splits_by_longer_names_are_read_where_they_are_asked_for(tmp_path):
+    names = {"seg_train/seg_train/a": 6, "seg_train/seg_train/b": 6, "seg_test/seg_test/a": 3, "seg_test/seg_test/b": 3}
+    folder = write_folder(tmp_path / "s", names | {"seg_pred/seg_pred": 5})
+    lines: list[str] = []
+    assert counts(folder, tmp_path / "d", log=lines.append)[0] == ("seg_pred", "seg_test", "seg_train")
+    assert f"seg_test, seg_train: {SHARED}--layout splits reads seg_test as test, seg_train as train" in lines
+    splits = Options(workers=1, val_fraction=0.2, layout="splits")
+    manifest = build(f"folder:{folder}", tmp_path / "e", splits).manifest
+    assert (manifest.classes, manifest.left_out) == (("a", "b"), {"images in seg_pred": 5})
+    assert manifest.splits["test"].class_counts == (3, 3)
+    assert [split_in(name) for name in ("val2017", "images-test", "train_val", "steam")] == ["val", "test", None, None]
+
+
+def test_a_split_that_repeats_its_own_name_is_entered_but_its_only_class_is_not(tmp_path):
+    names = {f"{s}_set/{s}_set/{c}": n for s, n in (("training", 6), ("test", 3)) for c in ("cats", "dogs")}
+    folder = write_folder(tmp_path / "s", names)
+    assert counts(folder, tmp_path / "d", Options(workers=1)) == (("cats", "dogs"), {"train": 10, "val": 2, "test": 6})
+    folder = write_folder(tmp_path / "t", {"train/a/x": 4, "train/a/y": 4, "train/b": 6, "test/a/x": 3, "test/a/y": 3})
+    assert counts(folder, tmp_path / "e", Options(workers=1))[1]["test"] == 6
+
+
+@pytest.mark.parametrize(
+    ("more", "options", "refused"),
+    [
+        ({}, {"test_fraction": 0.2}, "already has a test set"),
+        ({}, {"classes": ("extra",)}, "extra is not a class of s"),
+        ({"test/b/": 0, "train/c/": 0}, {}, "class c is empty"),
+    ],
+)
+def test_how_the_directories_were_read_is_said_before_a_refusal(tmp_path, more, options, refused):
+    names = {"train/a": 6, "train/b": 6, "test/a": 3, "test/b": 3, "extra": 4}
+    folder = write_folder(tmp_path / "s", names | more)
+    lines: list[str] = []
+    with pytest.raises(UserError, match=refused):
+        counts(folder, tmp_path / "d", Options(workers=1, **options), lines.append)
+    assert lines == ["test, train are read as splits, extra left out; --layout classes reads all of them as classes"]
+
+
 def test_a_stray_image_in_train_does_not_hide_its_classes(tmp_path):
     folder = write_folder(tmp_path / "s", {"train/a": 6, "train/b": 6, "train": 1, "test/a": 3, "test/b": 3})
     manifest = build(f"folder:{folder}", tmp_path / "d", Options(workers=1)).manifest
@@ -135,9 +210,19 @@ def test_one_name_in_two_unicode_forms_is_one_class(tmp_path):
         assert any("one class: café" in line for line in lines)
 
 
-def test_a_name_in_one_unicode_form_stays_as_it_is(tmp_path):
+def test_a_name_in_one_unicode_form_stays_as_it_is_and_may_be_asked_for_in_any(tmp_path):
     decomposed = unicodedata.normalize("NFD", "café")
-    assert counts(write_folder(tmp_path / "s", {decomposed: 6, "b": 6}), tmp_path / "d")[0] == ("b", decomposed)
+    folder = write_folder(tmp_path / "s", {decomposed: 6, "b": 6, "c": 6})
+    assert counts(folder, tmp_path / "d")[0] == ("b", "c", decomposed)
+    asked = [("café", "b"), (decomposed, "b")]
+    made = [
+        build(f"folder:{folder}", tmp_path / f"{i}", Options(workers=1, test_fraction=0.2, classes=names)).manifest
+        for i, names in enumerate(asked)
+    ]
+    assert made[0] == made[1]
+    assert made[0].classes == (decomposed, "b")
+    with pytest.raises(UserError, match="is named twice"):
+        counts(folder, tmp_path / "e", Options(test_fraction=0.2, classes=("café", decomposed)))
 
 
 def test_names_that_are_not_utf8_are_written_so_that_they_can_be_and_found_again(tmp_path):

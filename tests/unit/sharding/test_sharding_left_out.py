@@ -1,10 +1,12 @@
 """Nothing is left out without a word: what a build does not use is counted by kind, said, and recorded."""
 
 import dataclasses
+import errno
 import io
 import json
 import os
 import socket
+from functools import partial
 
 import numpy as np
 import pytest
@@ -160,6 +162,31 @@ def test_pipes_sockets_and_lost_links_are_counted_and_never_opened(folder, tmp_p
     assert stored(tmp_path / "0") == stored(tmp_path / "1")
 
 
+def test_directories_that_cannot_be_read_stop_nothing_if_they_are_left_out_anyway(folder, tmp_path, monkeypatch):
+    closed = ("lost+found", ".Trash-1000", "System Volume Information", "cat/@eaDir")
+    for name in (*closed, "dog/inner"):
+        (folder / name).mkdir()
+    look = os.scandir
+
+    def scan(path, *, also=()):
+        if not isinstance(path, int) and os.path.relpath(path, folder) in (*closed, *also):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(path))
+        return look(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    expected = {
+        "files in lost+found": 1,
+        "hidden files": 1,
+        "files in System Volume Information": 1,
+        "files in @eaDir": 1,
+    }
+    assert build(f"folder:{folder}", tmp_path / "d", ONE).manifest.left_out == expected
+    for other in ("dog/inner", "."):
+        monkeypatch.setattr(os, "scandir", partial(scan, also=(other,)))
+        with pytest.raises(UserError, match=r"cannot read .*/s.* \(Permission denied\); check its permissions"):
+            build(f"folder:{folder}", tmp_path / "e", ONE)
+
+
 def test_a_lost_link_that_is_called_like_an_image_is_an_unreadable_image(folder, tmp_path):
     (folder / "cat/gone.png").symlink_to("/nowhere.png")
     for path in (folder, to_tar(folder, tmp_path / "s.tar")):
@@ -233,6 +260,21 @@ def test_unreadable_images_and_published_layouts_are_counted_too(folder, tmp_pat
     assert build(f"folder:{to_zip(folder, tmp_path / 'x.zip')}", tmp_path / "z", skip).manifest.left_out == {
         "unreadable images": 1
     }
+
+
+def test_a_name_of_two_lines_is_said_on_one(folder, tmp_path):
+    put(folder / "cat/bad\nname: \x1b[2Jx.png")
+    put(folder / f"dog/{'long' * 60}.png")
+    with pytest.raises(UserError, match=r"cannot read cat/bad\\nname: \\x1b\[2Jx\.png \(.*\), and 1 more; repair"):
+        build(f"folder:{folder}", tmp_path / "d", ONE)
+    lines: list[str] = []
+    build(f"folder:{folder}", tmp_path / "d", dataclasses.replace(ONE, on_error="skip"), log=lines.append)
+    skipped = [line for line in lines if line.startswith("skipped ")]
+    assert [line.partition(".png: ")[0] for line in skipped] == [
+        "skipped cat/bad\\nname: \\x1b[2Jx",
+        f"skipped dog/{'long' * 60}",
+    ]
+    assert not any("\n" in line for line in lines)
 
 
 def test_some_classes_alone(tmp_path):

@@ -74,7 +74,16 @@ def test_fashion_is_told_by_the_path(tmp_path):
         ("train-images-idx3-ubyte", lambda data: data[:-1], "is malformed"),
         ("train-images-idx3-ubyte", lambda data: data[:3], "is malformed"),
         ("t10k-labels-idx1-ubyte", lambda data: b"\0\0\x0d\x01" + data[4:], "it is not an idx file of bytes"),
-        ("t10k-labels-idx1-ubyte", lambda data: data[:-1] + b"\x0a", "the t10k files in .* do not match each other"),
+        (
+            "t10k-labels-idx1-ubyte",
+            lambda data: data[:-1] + b"\x0a",
+            "the t10k labels in .* are 0 … 10, not 0 … 9; write",
+        ),
+        (
+            "train-labels-idx1-ubyte",
+            lambda data: data[:8] + bytes(1 + i % 26 for i in range(60)),
+            "the train labels in .* are 1 … 26, not 0 … 9; write such a set as files",
+        ),
         (
             "train-labels-idx1-ubyte",
             lambda data: data[:4] + b"\0\0\0\x01\0",
