@@ -11,11 +11,13 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gdd_dist.runtime.monitor import naming
-from gdd_dist.runtime.signals import PeerError, Preempted, asked, end_with, listen
+from gdd_dist.runtime.process_identity import place
+from gdd_dist.runtime.signals import PeerError, Preempted, Unreachable, asked, end_with, listen
 from gdd_dist.runtime.versions import versions
 from gdd_dist.storage.json_files import write_json
 from sharding.errors import UserError
@@ -123,13 +125,7 @@ def report_failure(fault: Exception, world: World | None, debug: bool) -> int:
     if not user and isinstance(fault, RuntimeError) and world is not None and (gone := world.silent()):
         cure, user = "run the same command again to continue from the last checkpoint", True
         fault = UserError(f"{gone} is gone; {cure}")
-    if world is not None:
-        mine = world.claim_failure()
-    elif not (mine := os.environ.get("WORLD_SIZE", "1") == "1"):
-        from gdd_dist.runtime.rendezvous import claim_before_joining  # loads torch
-
-        mine = claim_before_joining()
-    if not mine:
+    if not _is_mine(fault, world):
         sys.stderr.write(f"stopped: rank {rank}, because another rank failed\n")
         time.sleep(_PEER_FAULT)  # torchrun reports the rank that exits first as the cause
         return 2
@@ -137,6 +133,20 @@ def report_failure(fault: Exception, world: World | None, debug: bool) -> int:
         sys.stderr.write(_traceback(fault))
     sys.stderr.write(f"error: {describe(fault) if user or debug else unforeseen(fault)}\n")
     return 2 if user else 1
+
+
+def _is_mine(fault: Exception, world: World | None) -> bool:
+    """Whether this rank reports the fault: the first one that asks, and one that cannot ask."""
+    if isinstance(fault, Unreachable):
+        return True
+    if world is not None:
+        return world.claim_failure()
+    with suppress(UserError):  # a wrong environment names no other ranks
+        if asked.among_ranks and place()[1] > 1:
+            from gdd_dist.runtime.rendezvous import claim_before_joining  # loads torch
+
+            return claim_before_joining()
+    return True
 
 
 def _traceback(fault: BaseException) -> str:

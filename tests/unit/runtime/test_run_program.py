@@ -1,11 +1,15 @@
 """The net under every program: outputs that are closed, broken or not UTF-8, and faults that nobody foresaw."""
 
+import datetime
 import os
+import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import ranks
 
 from gdd_dist.runtime.process_identity import place
 from sharding.errors import UserError
@@ -148,3 +152,79 @@ def test_threads_spin_shortly_unless_the_user_has_said_otherwise(monkeypatch, gi
         monkeypatch.delenv(name, raising=False)
     ended = run("print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)", **given)
     assert ended.stdout.decode() == f"{found} False\n"
+
+
+JOIN = "from gdd_dist.runtime.world import World; joined(World('cpu', 1.0))"
+AMONG = "from gdd_dist.runtime.signals import asked; asked.among_ranks = True; "
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("port", ["http", "²"])
+def test_each_rank_that_cannot_look_for_the_others_says_why(rank, port):
+    done = run(AMONG + JOIN, RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    assert done.returncode == 2
+    assert done.stderr.decode().startswith(f"error: MASTER_PORT is '{port}'; "), done.stderr
+
+
+@pytest.mark.parametrize("place", [{"WORLD_SIZE": "2"}, {"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "²"}])
+def test_a_wrong_place_is_said_without_a_look_for_other_ranks(place):
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ranks.free_port())}
+    done = run(AMONG + JOIN, "--help", **where, **place)
+    assert done.returncode == 2
+    assert re.fullmatch(rb"error: \S+.* in the environment.*\n", done.stderr), done.stderr
+
+
+def test_a_port_in_use_is_named():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = run(AMONG + JOIN, RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    assert done.returncode == 2
+    assert f"error: port {port} of 127.0.0.1 is in use; choose another MASTER_PORT" in done.stderr.decode()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["gdd_dist.status", "nowhere"],
+        ["gdd_dist.export", "nowhere", "to", "--ipc", "1"],
+        ["gdd_dist.doctor", "--bad"],
+        ["gdd_dist.train", "--print_config", "--bad"],
+        ["tune.search", "--bad"],
+    ],
+)
+def test_a_program_without_ranks_looks_for_none_when_it_fails(command, tmp_path):
+    """The store would see a connection, and the program would wait for it."""
+    with socket.socket() as store:
+        store.bind(("127.0.0.1", 0))
+        store.listen()
+        port = str(store.getsockname()[1])
+        env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+        env |= {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        done = subprocess.run([sys.executable, "-m", *command], cwd=tmp_path, env=env, capture_output=True, check=False)
+        store.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            store.accept()
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"error: "), done.stderr
+
+
+def test_a_rank_that_cannot_claim_its_fault_says_it(monkeypatch):
+    """Whatever prevents the claim: no address, a name that does not resolve, nobody there, a fault inside torch."""
+    from gdd_dist.runtime import rendezvous
+
+    for name, value in {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "no.such.host.invalid",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert rendezvous.claim_before_joining()
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(ranks.free_port()))
+    monkeypatch.setattr(rendezvous, "_LATER", datetime.timedelta(seconds=0.5))
+    assert rendezvous.claim_before_joining()
+    monkeypatch.delenv("RANK")
+    assert rendezvous.claim_before_joining()
