@@ -30,7 +30,20 @@ PREEMPTED = "preempted"
 """The file in OUT that tells launchers to start the job again, because torchrun exits with 1 in any case."""
 _PEER_FAULT = 5.0
 """Seconds that a failing rank waits for others to report that they failed first."""
+_OUTPUT = "standard output"
 _GONE = "check that the disk is still mounted, then run the same command again"
+
+
+class _Output(io.TextIOWrapper):
+    """Standard output, which is named by the faults of writing to it."""
+
+    def write(self, text: str) -> int:
+        with naming(Path(_OUTPUT)):
+            return super().write(text)
+
+    def flush(self) -> None:
+        with naming(Path(_OUTPUT)):
+            super().flush()
 
 
 def run_program(main: Callable[[list[str], Callable[[World], None]], None], argv: list[str]) -> None:
@@ -53,8 +66,7 @@ def run_program(main: Callable[[list[str], Callable[[World], None]], None], argv
     listen(_rank())
     try:
         main(argv, joined)
-        with naming(Path("standard output")):
-            sys.stdout.flush()
+        sys.stdout.flush()
         if world is not None:
             world.close()
     except Preempted:
@@ -78,6 +90,14 @@ def make_printable() -> None:
             setattr(sys, name, open(nowhere, "r" if number == 0 else "w", encoding="utf-8", closefd=False))  # noqa: SIM115
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+            if name == "stdout":
+                sys.stdout = _Output(
+                    stream.buffer,
+                    stream.encoding,
+                    stream.errors,
+                    line_buffering=stream.line_buffering,
+                    write_through=stream.write_through,
+                )
 
 
 def _rank() -> str:
@@ -89,7 +109,13 @@ def _in_thread(fault: threading.ExceptHookArgs) -> None:
     """Report a thread's fault in one line; that of TensorBoard's writer is raised and reported in the main thread."""
     if type(fault.thread).__name__ != "_AsyncWriterThread" and isinstance(fault.exc_value, Exception):
         name = fault.thread.name if fault.thread else "unknown"
-        sys.stderr.write(f"thread {name} has ended: {unforeseen(fault.exc_value)}\n")
+        _say(f"thread {name} has ended: {unforeseen(fault.exc_value)}")
+
+
+def _say(line: str) -> None:
+    """Print a last line; if nobody can read it, the exit status still tells what happened."""
+    with suppress(OSError, ValueError):
+        sys.stderr.write(f"{line}\n")
 
 
 def note_preemption(world: World, out: Path) -> None:
@@ -120,18 +146,18 @@ def report_failure(fault: Exception, world: World | None, debug: bool) -> int:
     if world is not None:
         world.quiet()
     if not user and _is_peer_fault(fault, world):
-        sys.stderr.write(f"stopped: rank {rank}, because another rank failed\n")
+        _say(f"stopped: rank {rank}, because another rank failed")
         return asked.status if asked.number else 2
     if not user and isinstance(fault, RuntimeError) and world is not None and (gone := world.silent()):
         cure, user = "run the same command again to continue from the last checkpoint", True
         fault = UserError(f"{gone} is gone; {cure}")
     if not _is_mine(fault, world):
-        sys.stderr.write(f"stopped: rank {rank}, because another rank failed\n")
+        _say(f"stopped: rank {rank}, because another rank failed")
         time.sleep(_PEER_FAULT)  # torchrun reports the rank that exits first as the cause
         return 2
     if debug:
-        sys.stderr.write(_traceback(fault))
-    sys.stderr.write(f"error: {describe(fault) if user or debug else unforeseen(fault)}\n")
+        _say(_traceback(fault).rstrip())
+    _say(f"error: {describe(fault) if user or debug else unforeseen(fault)}")
     return 2 if user else 1
 
 
@@ -194,6 +220,8 @@ def describe(fault: Exception) -> str:
             errno.EPIPE: "the program that read this output has ended; write the output to a file",
             **dict.fromkeys((errno.ENOENT, errno.EIO, errno.ESTALE, errno.ENOTCONN), _GONE),
         }
+        if fault.filename == _OUTPUT:
+            remedies |= dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EIO), "send the output to another place")
         name = f"{os.fsdecode(fault.filename)}: " if isinstance(fault.filename, (str, bytes)) else ""
         cure = remedies.get(fault.errno or 0, "fix this and run the same command again")
         return redact(f"{name}{fault.strerror or fault}; {cure}")

@@ -14,6 +14,7 @@ import ranks
 from gdd_dist.runtime.process_identity import place
 from sharding.errors import UserError
 
+ROOT = Path(__file__).parents[3]
 PROGRAM = """
 import os, sys, threading
 from gdd_dist.runtime.run_program import run_program
@@ -54,14 +55,25 @@ def test_closed_outputs_swallow_what_is_printed_and_no_file_takes_their_place(tm
 @pytest.mark.parametrize(
     ("to", "says"), [("/dev/full", b"No space left"), ("", b"the program that read")], ids=["full", "gone"]
 )
-def test_an_output_that_takes_nothing_is_said_in_one_line(to, says):
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_an_output_that_takes_nothing_is_said_in_one_line(to, says, unbuffered):
     shell = f'exec "$@" > {to}' if to else '{ "$@"; echo $? >&2; } | true'
-    done = run("__import__('time').sleep(1); print('x' * 100_000)", shell=shell)
+    done = run("__import__('time').sleep(1); print('x' * 100_000)", shell=shell, PYTHONUNBUFFERED=unbuffered)
     lines = [line for line in done.stderr.splitlines() if line != b"2"]
     assert done.returncode == 2 if to else done.stderr.endswith(b"2\n")
     assert len(lines) == 1, done.stderr
-    assert lines[0].startswith(b"error: ")
+    assert lines[0].startswith(b"error: standard output: ")
     assert says in lines[0]
+    assert b"same command again" not in lines[0]  # the work itself is done
+
+
+def test_the_status_is_right_though_nobody_can_read_the_error():
+    do = "raise __import__('sharding').errors.UserError('x; y')"
+    assert run(do, shell='exec "$@" 2>/dev/full').returncode == 2
+    assert run("{}['key']", shell='exec "$@" 2>/dev/full').returncode == 1
+    assert run("{}['key']", "--debug", shell='exec "$@" 2>/dev/full').returncode == 1
+    command = f"{sys.executable} -m sharding info nowhere >/dev/full 2>/dev/full"
+    assert subprocess.run(["sh", "-c", command], check=False, cwd=ROOT).returncode == 2
 
 
 def test_an_unforeseen_fault_is_one_line_that_names_a_file_and_debug_shows_it(tmp_path):
@@ -200,7 +212,7 @@ def test_a_program_without_ranks_looks_for_none_when_it_fails(command, tmp_path)
         store.bind(("127.0.0.1", 0))
         store.listen()
         port = str(store.getsockname()[1])
-        env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
         env |= {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         done = subprocess.run([sys.executable, "-m", *command], cwd=tmp_path, env=env, capture_output=True, check=False)
         store.setblocking(False)
