@@ -14,6 +14,7 @@ from tqdm import tqdm
 from sharding import __version__
 from sharding.arguments import Parser
 from sharding.errors import UserError
+from sharding.interrupts import raise_again
 from sharding.layout import summary
 from sharding.manifest import Manifest
 from sharding.options import DEFAULT_VAL_FRACTION, Options
@@ -182,4 +183,5 @@ if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         # File names may contain bytes that are not valid UTF-8.
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    raise_again()
     sys.exit(main())

@@ -17,6 +17,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from sharding.errors import UserError
+from sharding.interrupts import raise_again
 
 GRACE = 15.0
 """Seconds in which ranks must agree to stop; launchers must allow the job more (torchrun, SLURM, Kubernetes: 30 s)."""
@@ -111,6 +112,7 @@ def listen(rank: str) -> None:
         signal.signal(number, _handler)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _end_with_parent()
+    raise_again()
 
 
 def _handler(_number: int, _frame: object) -> None:

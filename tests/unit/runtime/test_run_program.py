@@ -3,6 +3,7 @@
 import datetime
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import ranks
 
 from gdd_dist.runtime.process_identity import place
 from sharding.errors import UserError
+from sharding.interrupts import started
 
 ROOT = Path(__file__).parents[3]
 PROGRAM = """
@@ -240,3 +242,46 @@ def test_a_rank_that_cannot_claim_its_fault_says_it(monkeypatch):
     assert rendezvous.claim_before_joining()
     monkeypatch.delenv("RANK")
     assert rendezvous.claim_before_joining()
+
+
+INTERRUPTED = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == os.environ["AT"]:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "at"),
+    [
+        (["-m", "gdd_dist.train", "--help"], "gdd_dist.config.command_line"),
+        (["-m", "gdd_dist.status", "nowhere"], "gdd_dist.runtime.run_program"),
+        (["-m", "sharding", "info", "nowhere"], "sharding.manifest"),
+        (["-m", "tune.search", "--help"], "tune.options"),
+        ([str(ROOT / "tune" / "search.py"), "--help"], "tune.options"),
+        (["-c", "from gdd_dist.entry_points import status; status()"], "gdd_dist.status"),
+        (["-c", "from gdd_dist.entry_points import shards; shards()"], "sharding.manifest"),
+    ],
+)
+def test_an_interrupt_while_a_program_is_loaded_shows_no_traceback(command, at, tmp_path):
+    """The first import of module ``at`` sends it."""
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTED)
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "AT": at}
+    done = subprocess.run([sys.executable, *command], cwd=tmp_path, env=env, capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
+
+
+def test_a_loaded_program_says_that_it_was_interrupted():
+    done = run("import signal; os.kill(os.getpid(), signal.SIGINT); __import__('time').sleep(60)")
+    assert done.returncode == 130
+    assert done.stderr.startswith(b"stopped: interrupted; ")
+
+
+def test_only_our_programs_change_what_an_interrupt_does():
+    assert started(["-m"], ["python", "-u", "-m", "gdd_dist.train", "-m", "x"])
+    assert not started(["-m"], ["python", "-m", "pytest", "-m", "gdd_dist"])
+    assert not started(["prog.py"], ["python", "prog.py", "-m", "gdd_dist.train"])
+    assert not started(["-m"], ["python", "-mtimeit"])
