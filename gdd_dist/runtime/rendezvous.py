@@ -18,8 +18,8 @@ from sharding.errors import UserError
 
 _POLL = 0.002
 _A_YEAR = datetime.timedelta(days=365)
-_SOON, _LATER = datetime.timedelta(seconds=30), datetime.timedelta(seconds=120)
-"""How long rank 0, which hosts the store, and the other ranks try to report a fault from before the rendezvous."""
+_SOON, _LATER = 30.0, 60.0
+"""Seconds that rank 0, which hosts the store, and the other ranks try to report a fault from before the rendezvous."""
 _AGAIN = datetime.timedelta(seconds=5)
 """Timeout of one attempt to open a second connection to the store, whose host may have exited."""
 _RESOLVE = 60.0
@@ -88,11 +88,10 @@ def _meet(store: Any, rank: int, size: int, timeout: float) -> str:
 
 def _store(rank: int, size: int, timeout: float) -> Any:
     """Return torchrun's store; without torchrun, rank 0 hosts one, and returns after all ranks have connected."""
-    limit = datetime.timedelta(seconds=timeout + (0 if rank == 0 else _ECHO))
     _check_address(timeout)
     try:
-        store, _, _ = next(iter(dist.rendezvous("env://", timeout=limit)))
-    except dist.DistError as e:
+        return _connect(rank, timeout + (0 if rank == 0 else _ECHO))
+    except (dist.DistError, OSError) as e:
         host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
         if "EADDRINUSE" in str(e):
             raise Unreachable(f"port {port} of {host} is in use; choose another MASTER_PORT") from e
@@ -101,6 +100,20 @@ def _store(rank: int, size: int, timeout: float) -> Any:
         why = "check that all are running, or raise --timeout"
         kind = UserError if rank == 0 else Unreachable  # rank 0 hosts the store for a while, for ranks that are late
         raise kind(f"{size} ranks did not connect at {host}:{port} within {timeout:g} s; {why}") from e
+
+
+def _connect(rank: int, limit: float) -> Any:
+    """Return the store within ``limit`` seconds. Raises OSError if nobody listens, DistError if it cannot be used."""
+    deadline = time.monotonic() + limit
+    while rank > 0:  # torch would print its C++ stack each time that rank 0 does not listen yet
+        try:
+            socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=limit).close()
+            break
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.1)
+    store, _, _ = next(iter(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=limit))))
     return store
 
 
@@ -159,8 +172,8 @@ def claim_before_joining() -> bool:
     """
     try:
         _check_address(0.0)
-        limit = _SOON if os.environ.get("RANK", "0") == "0" else _LATER
-        store, _, _ = next(iter(dist.rendezvous("env://", timeout=limit)))
+        rank = int(os.environ["RANK"])
+        store = _connect(rank, _LATER if rank else _SOON)
     except Exception:  # whatever prevents it, the fault that is being reported must not be lost
         return True
     try:

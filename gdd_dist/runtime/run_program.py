@@ -37,6 +37,11 @@ _GONE = "check that the disk is still mounted, then run the same command again"
 class _Output(io.TextIOWrapper):
     """Standard output, which is named by the faults of writing to it."""
 
+    def __init__(self, stream: io.TextIOWrapper) -> None:
+        lines, through = stream.line_buffering, stream.write_through
+        super().__init__(stream.buffer, stream.encoding, stream.errors, line_buffering=lines, write_through=through)
+        self._stream = stream  # kept, because it closes the buffer when it is collected
+
     def write(self, text: str) -> int:
         with naming(Path(_OUTPUT)):
             return super().write(text)
@@ -91,13 +96,7 @@ def make_printable() -> None:
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
             if name == "stdout":
-                sys.stdout = _Output(
-                    stream.buffer,
-                    stream.encoding,
-                    stream.errors,
-                    line_buffering=stream.line_buffering,
-                    write_through=stream.write_through,
-                )
+                sys.stdout = _Output(stream)
 
 
 def _rank() -> str:

@@ -1,6 +1,5 @@
 """The net under every program: outputs that are closed, broken or not UTF-8, and faults that nobody foresaw."""
 
-import datetime
 import os
 import re
 import signal
@@ -67,6 +66,14 @@ def test_an_output_that_takes_nothing_is_said_in_one_line(to, says, unbuffered):
     assert lines[0].startswith(b"error: standard output: ")
     assert says in lines[0]
     assert b"same command again" not in lines[0]  # the work itself is done
+
+
+def test_an_output_that_was_replaced_before_stays_open():
+    replaced = "import os, sys; sys.stdout = os.fdopen(1, 'w', closefd=False)\n"
+    code = PROGRAM.replace("run_program(main", f"{replaced}run_program(main")
+    env = {**os.environ, "DO": "import gc; gc.collect(); print('seen')"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=env, check=False)
+    assert (done.returncode, done.stdout) == (0, b"seen\n"), done.stderr
 
 
 def test_the_status_is_right_though_nobody_can_read_the_error():
@@ -238,7 +245,7 @@ def test_a_rank_that_cannot_claim_its_fault_says_it(monkeypatch):
     assert rendezvous.claim_before_joining()
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(ranks.free_port()))
-    monkeypatch.setattr(rendezvous, "_LATER", datetime.timedelta(seconds=0.5))
+    monkeypatch.setattr(rendezvous, "_LATER", 0.5)
     assert rendezvous.claim_before_joining()
     monkeypatch.delenv("RANK")
     assert rendezvous.claim_before_joining()
@@ -285,3 +292,12 @@ def test_only_our_programs_change_what_an_interrupt_does():
     assert not started(["-m"], ["python", "-m", "pytest", "-m", "gdd_dist"])
     assert not started(["prog.py"], ["python", "prog.py", "-m", "gdd_dist.train"])
     assert not started(["-m"], ["python", "-mtimeit"])
+
+
+def test_a_rank_whose_rank_0_never_comes_says_so_itself_and_torch_prints_no_stack():
+    port = str(ranks.free_port())
+    do = f"from gdd_dist.runtime import rendezvous; rendezvous._ECHO = 1.0; {AMONG}{JOIN}"
+    done = run(do, RANK="1", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    assert done.returncode == 2
+    line = f"error: 2 ranks did not connect at 127.0.0.1:{port} within 1 s; check that all are running, or raise --timeout\n"
+    assert done.stderr.decode() == line
