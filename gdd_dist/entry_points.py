@@ -6,10 +6,13 @@ import importlib
 import sys
 from functools import partial
 
-from gdd_dist.runtime.run_program import run_program
+from sharding.interrupts import end_silently, raise_again
 
 
 def _run(module: str) -> None:
+    end_silently()
+    from gdd_dist.runtime.run_program import run_program
+
     run_program(importlib.import_module(f"gdd_dist.{module}").main, sys.argv[1:])
 
 
@@ -22,6 +25,8 @@ doctor = partial(_run, "doctor")
 
 def shards() -> None:
     """gdd-shards: python -m sharding."""
+    end_silently()
     from sharding.__main__ import main
 
+    raise_again()
     sys.exit(main())

@@ -15,6 +15,7 @@ from gdd_dist.pipeline.finished_run import opened
 from gdd_dist.reporting.tables import table
 from gdd_dist.runtime.arguments import Parser
 from gdd_dist.runtime.run_program import note_preemption, run_program
+from gdd_dist.runtime.signals import asked
 from gdd_dist.storage.json_files import write_json
 
 if TYPE_CHECKING:  # a command line is read, and refused, without torch
@@ -65,6 +66,7 @@ def settings(arguments: argparse.Namespace) -> Config:
 
 def main(argv: Sequence[str], joined: Callable[[World], None]) -> None:
     """Measure, print, write OUT/evaluate.json."""
+    asked.among_ranks = True
     config = settings(parser().parse_args(argv))
     out = Path(config.out or ".")
     from gdd_dist.evaluation.rows import plan

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from gdd_dist.config import command_line as configuration
 from gdd_dist.runtime.process_identity import place
 from gdd_dist.runtime.run_program import note_preemption, run_program
+from gdd_dist.runtime.signals import asked
 
 if TYPE_CHECKING:
     from gdd_dist.runtime.world import World
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 def main(argv: list[str], joined: Callable[[World], None]) -> None:
     """Run, or estimate with --dry-run, what the command line requests."""
+    asked.among_ranks = "--print_config" not in argv
     command = configuration.parse(argv)
     config = command.config
     if command.print_config:

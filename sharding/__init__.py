@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sharding.interrupts import end_silently, started
+
 __version__ = "0.1.0"
+
+if started(sys.argv, sys.orig_argv):  # before the slow imports of the program
+    end_silently()
 
 if TYPE_CHECKING:
     from sharding.manifest import Manifest

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from sharding import __version__
 from sharding.arguments import Parser
 from sharding.errors import UserError
+from sharding.interrupts import raise_again
 from sharding.layout import summary
 from sharding.manifest import Manifest
 from sharding.options import DEFAULT_VAL_FRACTION, Options
@@ -70,11 +71,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _drop_output() -> None:
-    """Discard what standard output still has to write; otherwise the interpreter tries to write it again at exit."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Discard what the outputs cannot write; otherwise the interpreter tries to write it again at exit."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,8 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         line = f"cannot read or write{where} ({error.strerror or error}); free space or check permissions"
         return _failed(line, USER_ERROR)
     except KeyboardInterrupt:
-        print("stopped: run the same command again to continue", file=sys.stderr)
-        return INTERRUPTED
+        return _ended("stopped: run the same command again to continue", INTERRUPTED)
     except Exception as error:
         if "--debug" in arguments:
             raise
@@ -107,7 +108,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _failed(line: str, status: int) -> int:
-    print(f"error: {redact(line)}", file=sys.stderr)
+    return _ended(f"error: {redact(line)}", status)
+
+
+def _ended(line: str, status: int) -> int:
+    """Print the last line and return the status, which tells what happened even if nobody can read the line."""
+    try:
+        print(line, file=sys.stderr)
+    except OSError:
+        _drop_output()
     return status
 
 
@@ -180,4 +189,5 @@ def _prepare_streams() -> None:
 
 
 if __name__ == "__main__":
+    raise_again()
     sys.exit(main())

@@ -7,8 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__" and not __package__:  # as a script: what it imports lies beside its directory, not in it
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":
+    if not __package__:  # as a script: what it imports lies beside its directory, not in it
+        sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    from sharding.interrupts import end_silently
+
+    end_silently()
 
 from gdd_dist.runtime.run_program import run_program
 from tune import environment

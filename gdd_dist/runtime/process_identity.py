@@ -56,4 +56,6 @@ def place() -> tuple[int, int, int, int]:
     if not (0 <= rank < size and local >= 0 and here >= 1):
         words = ", ".join(f"{name}={value}" for name, value in given.items())
         raise UserError(f"{words} in the environment are not valid; start with torchrun, or unset them")
+    if size > 1 and not os.environ.get("RANK"):
+        raise UserError(f"WORLD_SIZE={size} is set in the environment, but not RANK; start with torchrun, or unset it")
     return rank, size, local, here

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-from gdd_dist.runtime.signals import PeerError
+from gdd_dist.runtime.signals import PeerError, Unreachable
 from sharding.errors import UserError
 
 _POLL = 0.002
 _A_YEAR = datetime.timedelta(days=365)
-_SOON, _LATER = datetime.timedelta(seconds=30), datetime.timedelta(seconds=120)
-"""How long rank 0, which hosts the store, and the other ranks try to report a fault from before the rendezvous."""
+_SOON, _LATER = 30.0, 60.0
+"""Seconds that rank 0, which hosts the store, and the other ranks try to report a fault from before the rendezvous."""
 _AGAIN = datetime.timedelta(seconds=5)
 """Timeout of one attempt to open a second connection to the store, whose host may have exited."""
 _RESOLVE = 60.0
@@ -88,25 +88,43 @@ def _meet(store: Any, rank: int, size: int, timeout: float) -> str:
 
 def _store(rank: int, size: int, timeout: float) -> Any:
     """Return torchrun's store; without torchrun, rank 0 hosts one, and returns after all ranks have connected."""
-    limit = datetime.timedelta(seconds=timeout + (0 if rank == 0 else _ECHO))
     _check_address(timeout)
     try:
-        store, _, _ = next(iter(dist.rendezvous("env://", timeout=limit)))
-    except dist.DistError as e:
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        return _connect(rank, timeout + (0 if rank == 0 else _ECHO))
+    except (dist.DistError, OSError) as e:
+        host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+        if "EADDRINUSE" in str(e):
+            raise Unreachable(f"port {port} of {host} is in use; choose another MASTER_PORT") from e
+        if "failed to listen" in str(e):
+            raise Unreachable(f"rank 0 may not listen on port {port} of {host}; choose another MASTER_PORT") from e
         why = "check that all are running, or raise --timeout"
-        raise UserError(f"{size} ranks did not connect at {where} within {timeout:g} s; {why}") from e
+        kind = UserError if rank == 0 else Unreachable  # rank 0 hosts the store for a while, for ranks that are late
+        raise kind(f"{size} ranks did not connect at {host}:{port} within {timeout:g} s; {why}") from e
+
+
+def _connect(rank: int, limit: float) -> Any:
+    """Return the store within ``limit`` seconds. Raises OSError if nobody listens, DistError if it cannot be used."""
+    deadline = time.monotonic() + limit
+    while rank > 0:  # torch would print its C++ stack each time that rank 0 does not listen yet
+        try:
+            socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=limit).close()
+            break
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.1)
+    store, _, _ = next(iter(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=limit))))
     return store
 
 
 def _check_address(timeout: float) -> None:
-    """Raise UserError if MASTER_ADDR and MASTER_PORT are missing or wrong, because torch would retry for ``timeout`` seconds."""
+    """Raise Unreachable if MASTER_ADDR and MASTER_PORT are missing or wrong, because torch would retry for ``timeout`` seconds."""
     if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
         cure = "set them to rank 0's host and a free port, or start with torchrun"
-        raise UserError(f"RANK and WORLD_SIZE are set, but not {' and '.join(missing)}; {cure}")
+        raise Unreachable(f"RANK and WORLD_SIZE are set, but not {' and '.join(missing)}; {cure}")
     host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    if not (port.isdigit() and 0 < int(port) < 65536):
-        raise UserError(f"MASTER_PORT is {port!r}; set it to the number of a free port of {host}")
+    if not (port.isdecimal() and 0 < int(port) < 65536):
+        raise Unreachable(f"MASTER_PORT is {port!r}; set it to the number of a free port of {host}")
     deadline = time.monotonic() + min(timeout, _RESOLVE)
     while True:
         try:
@@ -115,7 +133,7 @@ def _check_address(timeout: float) -> None:
         except (OSError, UnicodeError) as e:
             if time.monotonic() > deadline:
                 cure = "check that it is rank 0's host, or add it to /etc/hosts"
-                raise UserError(f"MASTER_ADDR {host} does not resolve on this host ({e}); {cure}") from None
+                raise Unreachable(f"MASTER_ADDR {host} does not resolve on this host ({e}); {cure}") from None
         time.sleep(1.0)
 
 
@@ -148,11 +166,17 @@ def failed_early() -> str:
 
 
 def claim_before_joining() -> bool:
-    """Return True for the first rank that fails before joining (wrong settings, no data on this host)."""
+    """Return True for the first rank that fails before joining (wrong settings, no data on this host).
+
+    Also True if this rank cannot connect to the store, because no other rank can know of its fault.
+    """
     try:
         _check_address(0.0)
-        limit = _SOON if os.environ.get("RANK", "0") == "0" else _LATER
-        store, _, _ = next(iter(dist.rendezvous("env://", timeout=limit)))
+        rank = int(os.environ["RANK"])
+        store = _connect(rank, _LATER if rank else _SOON)
+    except Exception:  # whatever prevents it, the fault that is being reported must not be lost
+        return True
+    try:
         return bool(store.add(failed_early(), 1) == 1)
-    except (RuntimeError, UserError):  # the store cannot be reached
-        return os.environ.get("RANK", "0") == "0"
+    except RuntimeError:  # rank 0 hosted the store; it has reported a fault, and has exited
+        return False

@@ -11,11 +11,13 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gdd_dist.runtime.monitor import naming
-from gdd_dist.runtime.signals import PeerError, Preempted, asked, end_with, listen
+from gdd_dist.runtime.process_identity import place
+from gdd_dist.runtime.signals import PeerError, Preempted, Unreachable, asked, end_with, listen
 from gdd_dist.runtime.versions import versions
 from gdd_dist.storage.json_files import write_json
 from sharding.errors import UserError
@@ -28,7 +30,25 @@ PREEMPTED = "preempted"
 """The file in OUT that tells launchers to start the job again, because torchrun exits with 1 in any case."""
 _PEER_FAULT = 5.0
 """Seconds that a failing rank waits for others to report that they failed first."""
+_OUTPUT = "standard output"
 _GONE = "check that the disk is still mounted, then run the same command again"
+
+
+class _Output(io.TextIOWrapper):
+    """Standard output, which is named by the faults of writing to it."""
+
+    def __init__(self, stream: io.TextIOWrapper) -> None:
+        lines, through = stream.line_buffering, stream.write_through
+        super().__init__(stream.buffer, stream.encoding, stream.errors, line_buffering=lines, write_through=through)
+        self._stream = stream  # kept, because it closes the buffer when it is collected
+
+    def write(self, text: str) -> int:
+        with naming(Path(_OUTPUT)):
+            return super().write(text)
+
+    def flush(self) -> None:
+        with naming(Path(_OUTPUT)):
+            super().flush()
 
 
 def run_program(main: Callable[[list[str], Callable[[World], None]], None], argv: list[str]) -> None:
@@ -51,8 +71,7 @@ def run_program(main: Callable[[list[str], Callable[[World], None]], None], argv
     listen(_rank())
     try:
         main(argv, joined)
-        with naming(Path("standard output")):
-            sys.stdout.flush()
+        sys.stdout.flush()
         if world is not None:
             world.close()
     except Preempted:
@@ -76,6 +95,8 @@ def make_printable() -> None:
             setattr(sys, name, open(nowhere, "r" if number == 0 else "w", encoding="utf-8", closefd=False))  # noqa: SIM115
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+            if name == "stdout":
+                sys.stdout = _Output(stream)
 
 
 def _rank() -> str:
@@ -87,7 +108,13 @@ def _in_thread(fault: threading.ExceptHookArgs) -> None:
     """Report a thread's fault in one line; that of TensorBoard's writer is raised and reported in the main thread."""
     if type(fault.thread).__name__ != "_AsyncWriterThread" and isinstance(fault.exc_value, Exception):
         name = fault.thread.name if fault.thread else "unknown"
-        sys.stderr.write(f"thread {name} has ended: {unforeseen(fault.exc_value)}\n")
+        _say(f"thread {name} has ended: {unforeseen(fault.exc_value)}")
+
+
+def _say(line: str) -> None:
+    """Print a last line; if nobody can read it, the exit status still tells what happened."""
+    with suppress(OSError, ValueError):
+        sys.stderr.write(f"{line}\n")
 
 
 def note_preemption(world: World, out: Path) -> None:
@@ -118,25 +145,33 @@ def report_failure(fault: Exception, world: World | None, debug: bool) -> int:
     if world is not None:
         world.quiet()
     if not user and _is_peer_fault(fault, world):
-        sys.stderr.write(f"stopped: rank {rank}, because another rank failed\n")
+        _say(f"stopped: rank {rank}, because another rank failed")
         return asked.status if asked.number else 2
     if not user and isinstance(fault, RuntimeError) and world is not None and (gone := world.silent()):
         cure, user = "run the same command again to continue from the last checkpoint", True
         fault = UserError(f"{gone} is gone; {cure}")
-    if world is not None:
-        mine = world.claim_failure()
-    elif not (mine := os.environ.get("WORLD_SIZE", "1") == "1"):
-        from gdd_dist.runtime.rendezvous import claim_before_joining  # loads torch
-
-        mine = claim_before_joining()
-    if not mine:
-        sys.stderr.write(f"stopped: rank {rank}, because another rank failed\n")
+    if not _is_mine(fault, world):
+        _say(f"stopped: rank {rank}, because another rank failed")
         time.sleep(_PEER_FAULT)  # torchrun reports the rank that exits first as the cause
         return 2
     if debug:
-        sys.stderr.write(_traceback(fault))
-    sys.stderr.write(f"error: {describe(fault) if user or debug else unforeseen(fault)}\n")
+        _say(_traceback(fault).rstrip())
+    _say(f"error: {describe(fault) if user or debug else unforeseen(fault)}")
     return 2 if user else 1
+
+
+def _is_mine(fault: Exception, world: World | None) -> bool:
+    """Whether this rank reports the fault: the first one that asks, and one that cannot ask."""
+    if isinstance(fault, Unreachable):
+        return True
+    if world is not None:
+        return world.claim_failure()
+    with suppress(UserError):  # a wrong environment names no other ranks
+        if asked.among_ranks and place()[1] > 1:
+            from gdd_dist.runtime.rendezvous import claim_before_joining  # loads torch
+
+            return claim_before_joining()
+    return True
 
 
 def _traceback(fault: BaseException) -> str:
@@ -184,6 +219,8 @@ def describe(fault: Exception) -> str:
             errno.EPIPE: "the program that read this output has ended; write the output to a file",
             **dict.fromkeys((errno.ENOENT, errno.EIO, errno.ESTALE, errno.ENOTCONN), _GONE),
         }
+        if fault.filename == _OUTPUT:
+            remedies |= dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EIO), "send the output to another place")
         name = f"{os.fsdecode(fault.filename)}: " if isinstance(fault.filename, (str, bytes)) else ""
         cure = remedies.get(fault.errno or 0, "fix this and run the same command again")
         return redact(f"{name}{fault.strerror or fault}; {cure}")

@@ -16,6 +16,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
+from sharding.errors import UserError
+from sharding.interrupts import raise_again
+
 GRACE = 15.0
 """Seconds in which ranks must agree to stop; launchers must allow the job more (torchrun, SLURM, Kubernetes: 30 s)."""
 LONGEST_GRACE = 25.0
@@ -30,14 +33,21 @@ class PeerError(Exception):
     """Another rank failed; its own message says why."""
 
 
+class Unreachable(UserError):
+    """This rank cannot connect to the others, so it reports this itself, without asking them."""
+
+
 class Asked:
     """Whether this job was asked to stop. ``number``: the signal, 0 if there was none; ``heard``: an event, set by a signal.
 
     ``patient``: there is progress to save, so a signal must not end this process at once. ``ranks``: number of ranks of the job.
+    ``among_ranks``: this program is one of the ranks that RANK and WORLD_SIZE describe, so a fault before they join is reported once
+    for all. Other programs never look for ranks, because a shell inside a job has these variables, too.
     """
 
     def __init__(self) -> None:
         self.number, self.agreed, self.grace, self.patient, self.ranks = 0, False, GRACE, False, 1
+        self.among_ranks = False
         self.heard = threading.Event()
         self.wake: Callable[[], object] = lambda: None
 
@@ -102,6 +112,7 @@ def listen(rank: str) -> None:
         signal.signal(number, _handler)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _end_with_parent()
+    raise_again()
 
 
 def _handler(_number: int, _frame: object) -> None:

@@ -101,7 +101,7 @@ class World(Ranks):
         """Return the number of CPU threads of this rank: its share of the usable cores, or fewer if OMP_NUM_THREADS is lower."""
         share = max(1, len(os.sched_getaffinity(0)) // self.local_size)
         asked = os.environ.get("OMP_NUM_THREADS", "")
-        if "TORCHELASTIC_RUN_ID" in os.environ or not asked.isdigit() or int(asked) == 0:
+        if "TORCHELASTIC_RUN_ID" in os.environ or not asked.isdecimal() or int(asked) == 0:
             return share  # torchrun sets it to 1 if the user has not set it
         return min(share, int(asked))
 

@@ -143,6 +143,7 @@ def program(rank, kind, failing, joins):
     """A program of which some ranks fail, before or after all have joined, while the others wait."""
 
     def main(argv, joined):
+        asked.among_ranks = True
         if rank in failing and not joins:
             raise fault(kind)
         world = World("cpu")
@@ -243,6 +244,7 @@ def fails_while_another_is_slow(rank, failing, fails, slow):
         before(slow, lambda: time.sleep(4))
 
     def main(argv, joined):
+        asked.among_ranks = True
         if rank == failing and fails == "starts":
             fail()
         joined(World("cpu", 60))
@@ -408,6 +410,9 @@ def test_a_user_may_ask_for_fewer_threads_but_what_torchrun_sets_is_not_asking(m
     alone = World("cpu").threads
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     under_torchrun = World("cpu").threads
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    monkeypatch.setenv("OMP_NUM_THREADS", "²")  # a digit, but not a number
+    assert World("cpu").threads == under_torchrun
     torch.set_num_threads(1)
     assert (alone, under_torchrun) == (1, len(os.sched_getaffinity(0)))
 
