@@ -17,9 +17,9 @@ from torch.utils.data import Dataset, get_worker_info
 
 from gdd_dist.data.noise import normal
 from gdd_dist.data.pixels import CPU_DRAWS, forward_size, to_float, to_uint8
-from gdd_dist.models.files import AGAIN, GENERATOR, load_generator_network, read_teachers
+from gdd_dist.models.files import GENERATOR, load_generator_network, read_teachers
 from gdd_dist.models.generator import ImageGenerator
-from gdd_dist.storage.json_files import read_json
+from gdd_dist.storage.json_files import again
 from gdd_dist.storage.printable import printable
 from sharding.errors import UserError
 
@@ -64,15 +64,13 @@ def usable_device(device: str | torch.device) -> torch.device:
 
 def verify(directory: Path, *names: str) -> None:
     """Raise UserError if files of a finished step changed since they were written."""
-    from gdd_dist.storage.store import CONTENTS, verify_file
+    from gdd_dist.storage.store import files_of, verify_file
 
-    files = read_json(directory / CONTENTS)["files"]
+    files = files_of(directory)
     for name in names:
-        entry = files.get(name)
-        if entry is None:
-            raise UserError(f"{directory / name} is not a file of its step; remove {directory} to compute it again")
-        cure = f"remove {directory} and run gdd_dist.train again"
-        verify_file(directory / name, entry["bytes"], entry["sha256"], cure)
+        if name not in files:
+            raise UserError(f"{directory / name} is not a file of its step; {again(directory / name)}")
+        verify_file(directory / name, *files[name], again(directory / name))
 
 
 class Sampler:
@@ -83,7 +81,7 @@ class Sampler:
     """
 
     def __init__(self, file: Path, device: torch.device, step: Path | None = None, out: Path | None = None) -> None:
-        network, self.meta = load_generator_network(file, _GIVE if step is None else AGAIN)
+        network, self.meta = load_generator_network(file, _GIVE if step is None else None)
         self.network: ImageGenerator = network.to(device).eval().requires_grad_(False)
         self.file, self.device = file, device
         self._step, self._out = step, out
@@ -291,9 +289,9 @@ def truncated(z: Tensor, limit: float | None) -> Tensor:
 
 def load_teachers(step: Path, net: ImageGenerator, device: torch.device) -> list[Classifier]:
     """Return the last snapshots of the teachers of a finished matching step, frozen. Raises UserError if they are missing."""
-    from gdd_dist.storage.store import CONTENTS, Store
+    from gdd_dist.storage.store import Store, made_from
 
-    fp = read_json(step / CONTENTS)["provenance"]["fingerprints"]["teachers"]
+    fp = made_from(step, "teachers")["teachers"]
     store = Store(step.parent.parent)
     if not store.finished("teachers", fp):
         raise UserError(f"{store.path('teachers', fp)} is missing; run the same gdd_dist.train again to compute it")

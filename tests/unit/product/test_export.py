@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -289,3 +290,15 @@ def test_more_than_fits_is_refused_before_the_first_image_is_written(
     with pytest.raises(UserError, match=says):
         export.main([str(made.out), str(tmp_path / "x"), "--total", str(10**12), "--format", kind, "--device", "cpu"])
     assert not any(tmp_path.iterdir())
+
+
+def test_a_damaged_report_costs_the_set_only_the_figures_in_its_card(
+    reported: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = Path(shutil.copytree(reported.out, tmp_path / "out", symlinks=True))
+    for number, text in enumerate(("{}", '{"results": [{}]}', '{"a')):
+        (out / "report" / "latest" / "metrics.json").write_text(text)
+        dest = tmp_path / f"set-{number}"
+        export.main([str(out), str(dest), "--ipc", "1", "--device", "cpu"])
+        assert "Not shown: the report beside the generator is damaged." in (dest / "README.md").read_text()
+        assert "metrics.json is damaged" in capsys.readouterr().err

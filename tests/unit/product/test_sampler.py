@@ -296,3 +296,36 @@ def test_class_names_that_are_no_text_can_be_printed(bare: Path, tmp_path: Path)
     weights, meta = read_network(bare)
     save_network(tmp_path / "g.safetensors", weights, {**meta, "classes": ["caf\udce9", *map(str, range(9))]})
     assert gdd_dist.load_generator(tmp_path / "g.safetensors", "cpu").classes[0] == "caf\\udce9"
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"files": {"generator.safetensors": 3}}', '{"a'])
+def test_contents_of_another_shape_are_one_line(digits: Path, tmp_path: Path, text: str) -> None:
+    made = make(tmp_path / "out", digits)
+    directory = made.dirs["matching"]
+    generator = gdd_dist.load_generator(made.out, "cpu")
+    (directory / "contents.json").write_text(text)
+    said = f"{directory}/contents.json is damaged .*; remove {directory} and run gdd_dist.train again"
+    with pytest.raises(UserError, match=said):
+        gdd_dist.load_generator(made.out, "cpu")
+    with pytest.raises(UserError, match=said):
+        generator.dataset(1, soft_labels=True)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"family": ["x"]},
+        {"classes": 5},
+        {"provenance": []},
+        {"provenance": {"fingerprints": 3}},
+        {"arch": []},
+        {"arch": {}},
+        {"arch": {"classes": "many"}},
+    ],
+)
+def test_metadata_of_another_shape_are_one_line(bare: Path, tmp_path: Path, changed: dict[str, object]) -> None:
+    weights, meta = read_network(bare)
+    path = tmp_path / "g.safetensors"
+    save_network(path, weights, {**meta, **changed})
+    with pytest.raises(UserError, match=f"{path} does not hold the generator that it names .*; give a run directory"):
+        gdd_dist.load_generator(path, "cpu")
