@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from gdd_dist.config.command_line import settings_of
 from gdd_dist.data.images import Images
 from gdd_dist.evaluation.students import Frozen
 from gdd_dist.pipeline.finished_run import opened
+from gdd_dist.product.whole_directory import whole_directory
 from gdd_dist.training.condense import condensed
 from sharding.errors import UserError
 from sharding.manifest import Manifest
@@ -302,3 +305,46 @@ def test_a_damaged_report_costs_the_set_only_the_figures_in_its_card(
         export.main([str(out), str(dest), "--ipc", "1", "--device", "cpu"])
         assert "Not shown: the report beside the generator is damaged." in (dest / "README.md").read_text()
         assert "metrics.json is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_after_a_signal_the_same_command_starts_anew(
+    made: Made, tmp_path: Path, there: bool, number: signal.Signals
+) -> None:
+    dest = tmp_path / "sets" / ("x" * 250)  # the longest names are possible too
+    (dest if there else dest.parent).mkdir(parents=True)
+    argv = [str(made.out), str(dest), "--device", "cpu", "--format", "folder"]
+    command = [sys.executable, "-m", "gdd_dist.export", *argv, "--ipc", "100000"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not any(dest.parent.rglob("*.png")) and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(number)
+        err = process.communicate()[1]
+    left = [p for p in dest.parent.rglob("*") if p != dest]
+    if number == signal.SIGKILL:
+        assert left
+    else:
+        assert process.returncode == 128 + number
+        assert err == f"stopped: by {number.name}; {dest} was not written; run the same command again\n"
+        assert not left
+    export.main([*argv, "--ipc", "1"])
+    assert [p for p in dest.parent.iterdir()] == [dest]
+    assert len(list(dest.rglob("*.png"))) == 10 + 1
+
+
+def test_one_export_at_a_time_writes_a_directory(made: Made, tmp_path: Path) -> None:
+    dest = tmp_path / "set"
+    with whole_directory(dest, "README.md") as work:
+        (work / "README.md").touch()
+        with pytest.raises(UserError, match=f"{dest} is being written by process {os.getpid()} on .*; wait for it"):
+            export.main([str(made.out), str(dest), "--ipc", "1", "--device", "cpu"])
+    assert [p.name for p in tmp_path.rglob("*")] == ["set", "README.md"]
+
+
+def test_a_finished_step_is_not_written_into(made: Made) -> None:
+    for dest in (made.dirs["matching"] / "set", made.out / "matching" / "latest" / "a" / "b"):
+        with pytest.raises(UserError, match=f"{dest} would lie in a finished step of a run"):
+            export.main([str(made.out), str(dest), "--ipc", "1", "--device", "cpu"])
+        assert not dest.parent.exists() or "set" not in {p.name for p in dest.parent.iterdir()}
