@@ -95,6 +95,8 @@ def main(argv: Sequence[str], joined: Callable[[World], None] = lambda world: No
     if arguments.condense < 0 or arguments.condense and (arguments.ipc is None or arguments.truncation is not None):
         raise UserError("--condense needs a number of steps above 0 and --ipc, and takes no --truncation")
     dest = Path(arguments.dest)
+    if arguments.condense and Path(arguments.out).is_file():
+        raise UserError("--condense needs the run's teachers and data; give the run directory (OUT) instead of a file")
     check_new(dest)
     from gdd_dist.product.card import Drawn, card, sample_picture
     from gdd_dist.product.sampler import load_generator
@@ -138,13 +140,17 @@ def condensed_set(generator: Sampler, arguments: argparse.Namespace, joined: Cal
 
 
 def check_room(generator: Sampler, drawn: Drawn, directory: Path) -> None:
-    """Raise UserError if the set, estimated from a few images, does not fit on the disk, or as one array in memory."""
+    """Raise UserError if the set, estimated from a few images, does not fit on the disk or in memory, or cannot be labelled."""
     import torch
 
     from gdd_dist.runtime.memory import all_memory
 
     few, _ = generator.balanced(min(drawn.total, ROOM_IMAGES), drawn.seed, drawn.truncation)
     images = few.cpu().permute(0, 2, 3, 1)
+    if drawn.soft:
+        generator.soft_labels(
+            few
+        )  # so that a fault of the teachers or of config.yaml is learnt before anything is written
     soft = 4 * len(generator.classes) if drawn.soft else 0
     disk = drawn.total * (sum(len(png(image)) for image in images.numpy()) / len(images) + soft)
     array = drawn.total * (images[0].numel() + soft) if drawn.format == "npz" else 0

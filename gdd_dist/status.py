@@ -19,8 +19,7 @@ from gdd_dist.runtime.locks import Lock
 from gdd_dist.runtime.run_program import run_program
 from gdd_dist.storage.checkpoint_records import newest_records
 from gdd_dist.storage.json_files import read_json
-from gdd_dist.storage.run_records import read_records
-from gdd_dist.storage.store import CHECKPOINTS, CONTENTS, Store
+from gdd_dist.storage.store import CHECKPOINTS, CONTENTS, Store, read_records
 from sharding.errors import UserError
 from sharding.progress import duration
 from sharding.redact import redact

@@ -25,7 +25,7 @@ from gdd_dist.pipeline.dataset import data_directory
 from gdd_dist.pipeline.run import run as run_steps
 from gdd_dist.runtime.monitor import say
 from gdd_dist.runtime.world import World
-from gdd_dist.storage.run_records import read_records
+from gdd_dist.storage.store import read_records
 from gdd_dist.training.context import OnInterval
 from sharding.errors import UserError
 

@@ -15,8 +15,7 @@ from gdd_dist.config.steps import STEPS
 from gdd_dist.engines.precision import resolve_precision
 from gdd_dist.runtime.monitor import say
 from gdd_dist.storage.json_files import ALONE, read_json, write_json
-from gdd_dist.storage.run_records import FILE as RECORDS
-from gdd_dist.storage.run_records import read_records
+from gdd_dist.storage.store import RECORDS, read_records
 from tune import gang
 from tune.gang import Job
 

@@ -28,8 +28,7 @@ from gdd_dist.runtime.outlook import Outlook
 from gdd_dist.runtime.versions import commit, versions
 from gdd_dist.runtime.world import World
 from gdd_dist.storage.json_files import read_json
-from gdd_dist.storage.run_records import write_records
-from gdd_dist.storage.store import CHECKPOINTS, Store, clean, link_latest
+from gdd_dist.storage.store import CHECKPOINTS, Store, clean, link_latest, write_records
 from gdd_dist.training.context import Context, OnInterval, agreed_precision
 from sharding.errors import UserError
 from sharding.files import write_atomic

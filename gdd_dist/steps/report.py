@@ -28,8 +28,7 @@ from gdd_dist.reporting.page import page
 from gdd_dist.reporting.tables import table
 from gdd_dist.reporting.verdict import first_screen
 from gdd_dist.storage.json_files import ALONE, json_bytes, read_json, write_json
-from gdd_dist.storage.run_records import read_records
-from gdd_dist.storage.store import CHECKPOINTS, CONTENTS
+from gdd_dist.storage.store import CHECKPOINTS, CONTENTS, read_records
 from gdd_dist.training.context import Context
 from gdd_dist.training.drawing import draw
 from sharding.files import write_atomic

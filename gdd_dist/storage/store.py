@@ -11,11 +11,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from gdd_dist.storage.json_files import again, append_json, json_lines, read_json, write_json
+from gdd_dist.storage.json_files import ALONE, again, append_json, json_lines, read_json, write_json
 from sharding.errors import UserError
 from sharding.files import fsync_dir, remove_temporaries, sha256_file
 
 CONTENTS = "contents.json"
+RECORDS = "steps.json"
 CHECKPOINTS = "checkpoints"
 
 
@@ -136,6 +137,29 @@ def made_from(directory: Path, *needed: str) -> dict[str, str]:
         return found | {step: found[step] for step in needed}
 
     found: dict[str, str] = read_json(directory / CONTENTS, take)
+    return found
+
+
+def write_records(out: Path, records: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write OUT/steps.json: STEP → {status, fingerprint, seconds, …} of each step that the last command on OUT reached."""
+    write_json(out / RECORDS, {"format": "gdd-steps/1", "steps": records})
+
+
+def read_records(out: Path) -> dict[str, dict[str, Any]]:
+    """Return what `write_records` wrote; {} if no command has run. Raises UserError naming a damaged file."""
+
+    def take(document: Any) -> dict[str, dict[str, Any]]:
+        return {
+            step: {
+                **r,
+                "status": str(r["status"]),
+                "fingerprint": str(r["fingerprint"]),
+                "seconds": float(r["seconds"]),
+            }
+            for step, r in document["steps"].items()
+        }
+
+    found: dict[str, dict[str, Any]] = read_json(out / RECORDS, take, ALONE) if (out / RECORDS).exists() else {}
     return found
 
 

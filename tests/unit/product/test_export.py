@@ -348,3 +348,21 @@ def test_a_finished_step_is_not_written_into(made: Made) -> None:
         with pytest.raises(UserError, match=f"{dest} would lie in a finished step of a run"):
             export.main([str(made.out), str(dest), "--ipc", "1", "--device", "cpu"])
         assert not dest.parent.exists() or "set" not in {p.name for p in dest.parent.iterdir()}
+
+
+def test_what_soft_labels_lack_is_learnt_before_anything_is_written(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = make(tmp_path / "out", digits)
+    argv = [str(out.out), str(tmp_path / "set"), "--ipc", "1", "--labels", "soft", "--device", "cpu"]
+    monkeypatch.setattr(export, "write", lambda *_: pytest.fail("the set was begun"))
+    (out.out / "config.yaml").write_text("")
+    with pytest.raises(UserError, match=f"cannot read report.label_temperature in {out.out}/config.yaml"):
+        export.main(argv)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_condensing_a_file_asks_for_the_run(made: Made, tmp_path: Path) -> None:
+    argv = [str(made.dirs["matching"] / "generator.safetensors"), str(tmp_path / "x"), "--ipc", "1"]
+    with pytest.raises(UserError, match="--condense needs the run's teachers and data; give the run directory"):
+        export.main([*argv, "--condense", "3"])

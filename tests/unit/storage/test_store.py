@@ -9,8 +9,16 @@ from hypothesis import strategies as st
 
 from gdd_dist.storage import store as store_module
 from gdd_dist.storage.json_files import fingerprint, read_json, write_json
-from gdd_dist.storage.run_records import read_records, write_records
-from gdd_dist.storage.store import Store, Whole, files_of, link_latest, made_from, verify_file
+from gdd_dist.storage.store import (
+    Store,
+    Whole,
+    files_of,
+    link_latest,
+    made_from,
+    read_records,
+    verify_file,
+    write_records,
+)
 from sharding.errors import UserError
 from sharding.files import sha256_file
 
