@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,13 +14,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from gdd_dist.product.whole_directory import check_new, whole_directory
 from gdd_dist.runtime.arguments import Parser
 from gdd_dist.runtime.monitor import Monitor
 from gdd_dist.runtime.run_program import run_program
 from gdd_dist.runtime.versions import versions
 from sharding.encode import Moments, Stored, mean_and_std, write_tar
 from sharding.errors import UserError
-from sharding.files import fsync_dir, write_atomic
+from sharding.files import write_atomic
 from sharding.manifest import Manifest, ShardInfo, SplitInfo
 
 if TYPE_CHECKING:  # a command line is read, and refused, without torch
@@ -95,43 +95,26 @@ def main(argv: Sequence[str], joined: Callable[[World], None] = lambda world: No
     if arguments.condense < 0 or arguments.condense and (arguments.ipc is None or arguments.truncation is not None):
         raise UserError("--condense needs a number of steps above 0 and --ipc, and takes no --truncation")
     dest = Path(arguments.dest)
-    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
-        raise UserError(f"{dest} is not empty; choose a new DEST")
-    if dest.is_symlink() and not dest.exists():
-        raise UserError(f"{dest} is a link whose target does not exist; choose a new DEST")
+    if arguments.condense and Path(arguments.out).is_file():
+        raise UserError("--condense needs the run's teachers and data; give the run directory (OUT) instead of a file")
+    check_new(dest)
     from gdd_dist.product.card import Drawn, card, sample_picture
     from gdd_dist.product.sampler import load_generator
 
     generator = load_generator(arguments.out, arguments.device)
     if generator.device.type == "meta":  # possible if a Python program calls this
         raise UserError("device meta cannot draw images; give auto, cpu or cuda")
-    if arguments.condense:
-        generator = condensed_set(generator, arguments, joined)
     total = arguments.total or arguments.ipc * len(generator.classes)
     a, soft = arguments, arguments.labels == "soft"
     drawn = Drawn(total, a.ipc, a.format, soft, a.seed, a.truncation, a.licence, a.condense)
-    # An existing directory may be a link, a mount or somebody's working directory, so it is filled, not replaced.
-    there, part = dest.is_dir(), f".{dest.name}.{os.getpid()}.partial"
-    work = dest / part if there else dest.with_name(part)
-    work.mkdir(parents=True)
-    try:
+    with whole_directory(dest, "README.md") as work:
         check_room(generator, drawn, work)
+        if arguments.condense:
+            generator = condensed_set(generator, arguments, joined)
         write(generator, drawn, work)
         write_atomic(work / "samples.png", sample_picture(generator, drawn))
         text = card(generator, drawn, Path(arguments.out))
         write_atomic(work / "README.md", text.encode("utf-8", "backslashreplace"))
-        for directory in (*(d for d in work.rglob("*") if d.is_dir()), work):
-            fsync_dir(directory)
-        if there:
-            for path in sorted(work.iterdir(), key=lambda p: p.name == "README.md"):  # the card is moved last
-                os.replace(path, dest / path.name)
-            work.rmdir()
-        else:
-            os.replace(work, dest)
-        fsync_dir(dest if there else dest.parent)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
     what = f"{total:,} images of {len(generator.classes)} classes"
     sys.stdout.write(f"{what}: {dest} (how to read it: {dest}/README.md)\n")
 
@@ -157,13 +140,17 @@ def condensed_set(generator: Sampler, arguments: argparse.Namespace, joined: Cal
 
 
 def check_room(generator: Sampler, drawn: Drawn, directory: Path) -> None:
-    """Raise UserError if the set, estimated from a few images, does not fit on the disk, or as one array in memory."""
+    """Raise UserError if the set, estimated from a few images, does not fit on the disk or in memory, or cannot be labelled."""
     import torch
 
     from gdd_dist.runtime.memory import all_memory
 
     few, _ = generator.balanced(min(drawn.total, ROOM_IMAGES), drawn.seed, drawn.truncation)
     images = few.cpu().permute(0, 2, 3, 1)
+    if drawn.soft:
+        generator.soft_labels(
+            few
+        )  # so that a fault of the teachers or of config.yaml is learnt before anything is written
     soft = 4 * len(generator.classes) if drawn.soft else 0
     disk = drawn.total * (sum(len(png(image)) for image in images.numpy()) / len(images) + soft)
     array = drawn.total * (images[0].numel() + soft) if drawn.format == "npz" else 0

@@ -19,7 +19,7 @@ from gdd_dist.runtime.locks import Lock
 from gdd_dist.runtime.run_program import run_program
 from gdd_dist.storage.checkpoint_records import newest_records
 from gdd_dist.storage.json_files import read_json
-from gdd_dist.storage.store import CHECKPOINTS, CONTENTS, Store
+from gdd_dist.storage.store import CHECKPOINTS, CONTENTS, Store, read_records
 from sharding.errors import UserError
 from sharding.progress import duration
 from sharding.redact import redact
@@ -60,12 +60,12 @@ def overview(out: Path, config: Config) -> str:
     root = store_of(out, config)
     lines = [f"{out}: {running(out)}", f"data: {data_line(out, config)}", f"store: {root}", ""]
     plan = plan_of(out, root)
-    steps, why = STEPS[1 : STEPS.index(config.until) + 1], stale(config, plan, recorded(out))
+    steps, why = STEPS[1 : STEPS.index(config.until) + 1], stale(config, plan, recorded(out, lines))
     rows = [COLUMNS, *(step_line(out, root, step, plan.get(step), why.get(step, "")) for step in steps)]
     lines += aligned(rows, left=len(COLUMNS))
     report = out / "report" / "latest" / "metrics.json"
     if report.exists():
-        lines += ["", headline(read_json(report)["results"]).replace("**", ""), f"report: {report.parent}/report.md"]
+        lines += ["", measured(report), f"report: {report.parent}/report.md"]
     return "\n".join(lines)
 
 
@@ -101,10 +101,22 @@ def plan_of(out: Path, root: Path) -> Mapping[str, str]:
     return max(plans, key=there)
 
 
-def recorded(out: Path) -> dict[str, str]:
-    """Return STEP → fingerprint of the steps that the last command on OUT reached."""
-    path = out / "steps.json"
-    return {step: one["fingerprint"] for step, one in read_json(path)["steps"].items()} if path.exists() else {}
+def measured(report: Path) -> str:
+    """Return the headline of a report's metrics, or what is wrong with the file."""
+    try:
+        found: str = read_json(report, lambda metrics: headline(metrics["results"]))
+    except UserError as e:
+        return str(e)
+    return found.replace("**", "")
+
+
+def recorded(out: Path, faults: list[str]) -> dict[str, str]:
+    """Return STEP → fingerprint of the steps that the last command on OUT reached; if that is unreadable, {} and a line in ``faults``."""
+    try:
+        return {step: record["fingerprint"] for step, record in read_records(out).items()}
+    except UserError as e:
+        faults[-1:-1] = [str(e)]
+        return {}
 
 
 def stale(config: Config, plan: Mapping[str, str], before: Mapping[str, str]) -> dict[str, str]:

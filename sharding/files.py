@@ -38,8 +38,8 @@ def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
             os.fsync(stream.fileno())
         temporary.replace(path)
     except BaseException as error:
-        if isinstance(error, OSError):
-            error.filename = str(path)  # the error of a failed write names no file
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+            error.filename = str(path)  # the error of a failed write names no file; that of another file names it
         with suppress(OSError):  # the first error is the one to report
             temporary.unlink()
         raise

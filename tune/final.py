@@ -10,7 +10,7 @@ from typing import Any
 
 from gdd_dist.config.settings import Config
 from gdd_dist.reporting.verdict import Difference, difference
-from gdd_dist.storage.json_files import read_json, write_json
+from gdd_dist.storage.json_files import ALONE, read_json, write_json
 from tune import gang, space
 from tune.gang import Job
 from tune.record import DEFAULTS, Outcome
@@ -49,8 +49,7 @@ def measure(base: Job, out: Path, best: Outcome, seeds: Sequence[int]) -> Gain:
         for n in numbers
     }
     gang.run_all(list(jobs.values()))
-    found = {k: read_json(job.out / "report" / "latest" / "metrics.json")["results"] for k, job in jobs.items()}
-    rows = {key: {str(r["train_on"]): r for r in results} for key, results in found.items()}
+    rows = {key: read_json(job.out / "report" / "latest" / "metrics.json", _rows) for key, job in jobs.items()}
     arm = "best" if "best" in arms else "defaults"
     row = rows[arm, numbers[0]]["matched"]
     gain = Gain(
@@ -69,10 +68,17 @@ def load(out: Path, trial: str, seeds: Sequence[int]) -> Gain | None:
     """What an earlier invocation measured of this trial with these seeds, if any did."""
     if not (out / FILE).exists():
         return None
-    body: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in read_json(out / FILE).items()}
-    body.pop("format")
-    gain = Gain(**body)
+    gain: Gain = read_json(out / FILE, _gain, ALONE)
     return gain if gain.trial == trial and gain.seeds == tuple(seeds) else None
+
+
+def _rows(metrics: Any) -> dict[str, Any]:
+    return {str(row["train_on"]): row for row in metrics["results"]}
+
+
+def _gain(body: Any) -> Gain:
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in body.items() if k != "format"}
+    return Gain(**values)
 
 
 def config_of(config: Config, out: Path, arm: str, settings: Mapping[str, Any], number: int) -> Config:

@@ -25,7 +25,7 @@ from gdd_dist.pipeline.dataset import data_directory
 from gdd_dist.pipeline.run import run as run_steps
 from gdd_dist.runtime.monitor import say
 from gdd_dist.runtime.world import World
-from gdd_dist.storage.json_files import read_json
+from gdd_dist.storage.store import read_records
 from gdd_dist.training.context import OnInterval
 from sharding.errors import UserError
 
@@ -55,8 +55,7 @@ class Job:
 
     def steps(self) -> dict[str, Any]:
         """Its steps.json, once it has run."""
-        found: dict[str, Any] = read_json(self.out / "steps.json")["steps"]
-        return found
+        return read_records(self.out)
 
 
 class PeerLost(Exception):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gdd_dist.runtime.monitor import say
-from gdd_dist.storage.json_files import append_json, json_lines, read_json, write_json
+from gdd_dist.storage.json_files import ALONE, append_json, json_lines, read_json, write_json
 from sharding.errors import UserError
 
 FINISHED, STOPPED, DIVERGED, FAILED = "finished", "stopped", "diverged", "failed"
@@ -68,7 +68,7 @@ class Record:
     def proposed(self) -> dict[str, dict[str, Any]]:
         """Id → settings of every trial that was ever begun, in order."""
         found = sorted((self.out / "trials").glob("*/trial.json"))
-        return {path.parent.name: read_json(path)["settings"] for path in found}
+        return {path.parent.name: read_json(path, lambda trial: dict(trial["settings"]), ALONE) for path in found}
 
     def report(self, trial: str, line: Mapping[str, Any]) -> None:
         """What a trial measured at an interval."""

@@ -14,7 +14,8 @@ from gdd_dist.config.settings import Config
 from gdd_dist.config.steps import STEPS
 from gdd_dist.engines.precision import resolve_precision
 from gdd_dist.runtime.monitor import say
-from gdd_dist.storage.json_files import read_json, write_json
+from gdd_dist.storage.json_files import ALONE, read_json, write_json
+from gdd_dist.storage.store import RECORDS, read_records
 from tune import gang
 from tune.gang import Job
 
@@ -30,34 +31,40 @@ def compute(base: Job, out: Path, ranks: int, meanwhile: Callable[[], None] = la
     config = dataclasses.replace(base.config, out=str(out / "shared"), until=SHARED[-1])
     job = dataclasses.replace(base, config=config, ranks=ranks)
     steps = gang.run_all([job], _Lines(job.out, meanwhile))[0]
-    path = out / FILE
-    cost: dict[str, Any] = read_json(path) if path.exists() else {"format": "gdd-shared/1", "steps": {}}
+    costs = _costs(out)
     for name in SHARED:
         if steps[name]["status"] != "reused":
-            before = cost["steps"].get(name, {"seconds": 0.0})["seconds"]
-            cost["steps"][name] = {"seconds": before + steps[name]["seconds"], "ranks": job.ranks}
-    write_json(path, cost)
+            before = costs.get(name, {"seconds": 0.0})["seconds"]
+            costs[name] = {"seconds": before + steps[name]["seconds"], "ranks": job.ranks}
+    write_json(out / FILE, {"format": "gdd-shared/1", "steps": costs})
 
 
 def cost(out: Path) -> float:
     """Rank-seconds that the shared steps took this search; 0 where another run had computed them."""
-    path = out / FILE
-    steps: dict[str, Any] = read_json(path)["steps"] if path.exists() else {}
-    return float(sum(s["seconds"] * s["ranks"] for s in steps.values()))
+    return float(sum(s["seconds"] * s["ranks"] for s in _costs(out).values()))
+
+
+def _costs(out: Path) -> dict[str, dict[str, Any]]:
+    """Return STEP → {seconds, ranks} of OUT/shared.json; {} without the file."""
+
+    def take(document: Any) -> dict[str, dict[str, Any]]:
+        steps = document["steps"].items()
+        return {name: {"seconds": float(s["seconds"]), "ranks": int(s["ranks"])} for name, s in steps}
+
+    found: dict[str, dict[str, Any]] = read_json(out / FILE, take, ALONE) if (out / FILE).exists() else {}
+    return found
 
 
 class _Lines:
     """Says once of each shared step how it went, as it ends; calls ``meanwhile`` too."""
 
     def __init__(self, directory: Path, meanwhile: Callable[[], None]) -> None:
-        self._path, self._told, self._meanwhile = directory / "steps.json", set[str](), meanwhile
-        self._path.unlink(missing_ok=True)
+        self._out, self._told, self._meanwhile = directory, set[str](), meanwhile
+        (directory / RECORDS).unlink(missing_ok=True)
 
     def __call__(self) -> None:
         self._meanwhile()
-        if not self._path.exists():
-            return
-        for name, step in read_json(self._path)["steps"].items():
+        for name, step in read_records(self._out).items():
             if name not in self._told:
                 self._told.add(name)
                 say(f"search: {name} {step['status']} ({step['seconds']:.1f} s)")

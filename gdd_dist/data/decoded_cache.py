@@ -149,8 +149,13 @@ def key(manifest: Manifest) -> str:
 def decoded_files(cache: Path, manifest: Manifest, splits: Sequence[str]) -> list[tuple[Path, int, str, Path]]:
     """Return (path, bytes, sha256, directory) of each finished file of these splits, for verification before use."""
     places = [cache / key(manifest) / split for split in splits]
-    found = [(place, read_json(place / NOTE)) for place in places if (place / NOTE).exists()]
-    return [(place / FILE, note["bytes"], note["sha256"], place) for place, note in found]
+
+    def noted(place: Path) -> tuple[int, str]:
+        remedy = f"remove {place} and run the same command again; the images are decoded anew"
+        found: tuple[int, str] = read_json(place / NOTE, lambda note: (int(note["bytes"]), str(note["sha256"])), remedy)
+        return found
+
+    return [(place / FILE, *noted(place), place) for place in places if (place / NOTE).exists()]
 
 
 def _disk(path: Path) -> int:

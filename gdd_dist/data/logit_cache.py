@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gdd_dist.storage.json_files import again
 from sharding.errors import UserError
 
 MEANS = "class-means.npy"
@@ -19,8 +20,8 @@ def logit_file(directory: Path, teacher: int, shard: int) -> Path:
     return directory / f"teacher-{teacher:03d}" / f"train-{shard:06d}.npy"
 
 
-def _damaged(path: Path, why: Exception) -> UserError:
-    return UserError(f"{path} is damaged ({why}); remove its directory to compute it again")
+def _damaged(path: Path, why: Exception, directory: Path) -> UserError:
+    return UserError(f"{path} is damaged ({why}); {again(directory / MEANS)}")
 
 
 class LogitCache:
@@ -52,14 +53,14 @@ class LogitCache:
                 raise ValueError(f"it does not hold float16 {shape}")
             return np.memmap(path, "<f2", "r", offset=len(header), shape=shape)
         except (OSError, ValueError) as e:
-            raise _damaged(path, e) from e
+            raise _damaged(path, e, self._directory) from e
 
     @staticmethod
     def _read_means(path: Path) -> np.ndarray:
         try:
             means: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as e:
-            raise _damaged(path, e) from e
+            raise _damaged(path, e, path.parent) from e
         return means
 
     @property

@@ -37,7 +37,7 @@ from gdd_dist.pipeline.run import provenance
 from gdd_dist.reporting import diagnostics
 from gdd_dist.runtime.meter import NOTHING, Cost
 from gdd_dist.steps import gan, gaussian, logits, report, teacher_pool, teachers
-from gdd_dist.storage.json_files import read_json, write_json
+from gdd_dist.storage.json_files import ALONE, read_json, write_json
 from gdd_dist.storage.store import CHECKPOINTS
 from gdd_dist.training import condense, sample_grid, soft_labels
 from gdd_dist.training import drawing as drawn
@@ -182,7 +182,7 @@ def estimate_report(trial: Trial, work: Path) -> Estimate:
     images = sum(job_images.images_forwarded(j, t.seeds * len(t.architectures), ctx.manifest) for j in left)
     images += 2 * min(ctx.classes, report.SAMPLE_CLASSES) * report.SAMPLE_COLUMNS + diagnostics.forwards(ctx)
     note = work / CHECKPOINTS / "start.json"
-    resumes = note.exists() and len(known) > read_json(note)["students"]
+    resumes = note.exists() and len(known) > read_json(note, lambda found: int(found["students"]), ALONE)
     return Estimate(resumes, sum(j.budget.optimizer_steps for j in left), images, cost)
 
 

@@ -17,7 +17,7 @@ from gdd_dist.data.images import to_float
 from gdd_dist.data.noise import uniform
 from gdd_dist.data.order import dealt
 from gdd_dist.models.generator import ImageGenerator
-from gdd_dist.storage.json_files import read_json, write_json
+from gdd_dist.storage.json_files import ALONE, read_json, write_json
 from gdd_dist.training.classifier_fit import accuracy, predict, sgd, train_step
 from gdd_dist.training.context import Context
 from gdd_dist.training.drawing import draw
@@ -113,8 +113,10 @@ def measure(ctx: Context, generator: ImageGenerator, step: int, seed: int) -> Me
 
 def measure_once(ctx: Context, path: Path, build: Callable[[], ImageGenerator], seed: int) -> Measurement:
     """``measure`` the result of ``build``; kept in ``path``, so that an interrupted step repeats neither. All ranks call it."""
-    kept = ctx.world.broadcast(read_json(path) if ctx.world.is_main and path.exists() else None)
-    if kept is not None:
+    kept = None
+    if ctx.world.is_main and path.exists():
+        kept = read_json(path, lambda found: Measurement(**found).as_dict(), ALONE)
+    if (kept := ctx.world.broadcast(kept)) is not None:
         ctx.resumed = True
         return Measurement(**kept)
     result = measure(ctx, ctx.watch(build()).eval(), 0, seed)

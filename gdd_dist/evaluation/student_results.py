@@ -23,7 +23,7 @@ from gdd_dist.models.classifiers import classifier_weights
 from gdd_dist.models.files import GENERATOR, read_teachers
 from gdd_dist.runtime.locks import Lock, holding
 from gdd_dist.runtime.monitor import Monitor, say
-from gdd_dist.storage.json_files import fingerprint, read_json, write_json
+from gdd_dist.storage.json_files import ALONE, fingerprint, read_json, write_json
 from gdd_dist.training.context import Context
 from sharding.errors import UserError
 
@@ -84,7 +84,7 @@ def confusions(ctx: Context, students: list[Job]) -> dict[Row, np.ndarray]:
     """Return the confusion matrices of finished students, summed over the students of each row: int64 [C, C]."""
     found: dict[Row, np.ndarray] = {}
     for job in students:
-        matrix = unpack(read_json(record_path(ctx, job))["confusion"])
+        matrix = read_json(record_path(ctx, job), lambda body: unpack(body["confusion"]), ALONE)
         found[job.row] = found.get(job.row, 0) + matrix
     return found
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from gdd_dist.storage.json_files import read_json
+from gdd_dist.storage.json_files import again, read_json
 from sharding.errors import UserError
 from sharding.files import write_atomic
 
@@ -47,17 +47,14 @@ def save_network(path: Path, net: nn.Module | dict[str, Tensor], meta: Mapping[s
     write_atomic(path, save(weights, metadata={k: json.dumps(v, sort_keys=True) for k, v in meta.items()}))
 
 
-AGAIN = "remove its directory to compute it again"
-
-
-def read_network(path: Path, remedy: str = AGAIN) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return (weights on the CPU, metadata). Raises UserError naming a missing or invalid file; it ends with ``remedy``."""
+def read_network(path: Path, remedy: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return (weights on the CPU, metadata). Raises UserError naming a missing or invalid file; it ends with ``remedy``, default `again`."""
     try:
         with safe_open(path, framework="pt") as f:
             meta = {k: json.loads(v) for k, v in (f.metadata() or {}).items()}
         return load_file(path), meta
     except (OSError, SafetensorError, ValueError) as e:
-        raise UserError(f"cannot read {path} as a network file of gdd_dist ({e}); {remedy}") from e
+        raise UserError(f"cannot read {path} as a network file of gdd_dist ({e}); {remedy or again(path)}") from e
 
 
 def generator_meta(net: ImageGenerator) -> dict[str, Any]:
@@ -66,21 +63,31 @@ def generator_meta(net: ImageGenerator) -> dict[str, Any]:
     return {"format": "gdd-generator/1", "arch": net.arch, **({} if family == "r3gan" else {"family": family})}
 
 
-def load_generator_network(path: Path, remedy: str = AGAIN) -> tuple[ImageGenerator, dict[str, Any]]:
+def load_generator_network(path: Path, remedy: str | None = None) -> tuple[ImageGenerator, dict[str, Any]]:
     """Return the generator of a ``generator.safetensors`` and its metadata. ``remedy``: see `read_network`."""
     weights, meta = read_network(path, remedy)
     if meta.get("format") != "gdd-generator/1":
         raise UserError(f"{path} is not a generator of gdd_dist; give the generator.safetensors of gan or matching")
-    family = meta.get("family", "r3gan")
+    family, fault = meta.get("family", "r3gan"), f"{path} does not hold the generator that it names"
+    if not _well_formed(meta):
+        raise UserError(f"{fault} (its metadata have another form); {remedy or again(path)}")
     if family not in FAMILIES:
         raise UserError(f"{path} holds a generator of kind {family}, which this version does not know; update gdd_dist")
     module, _, name = FAMILIES[family].partition(".")
     try:
         net: ImageGenerator = getattr(importlib.import_module(f"gdd_dist.models.{module}"), name)(**meta["arch"])
         net.load_state_dict(weights)
-    except (KeyError, TypeError, RuntimeError) as e:
-        raise UserError(f"{path} does not hold the generator that it names ({type(e).__name__}: {e}); {remedy}") from e
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as e:
+        raise UserError(f"{fault} ({type(e).__name__}: {e}); {remedy or again(path)}") from e
     return net, meta
+
+
+def _well_formed(meta: Mapping[str, Any]) -> bool:
+    """Whether the entries that programs read in a generator's metadata have the types that this package writes."""
+    made = meta.get("provenance", {})
+    parts = [made, *(made.get(name, {}) for name in ("fingerprints", "versions"))] if isinstance(made, dict) else [None]
+    named = isinstance(meta.get("family", ""), str) and isinstance(meta.get("classes") or [], list)
+    return named and all(isinstance(part, dict) for part in parts)
 
 
 def load_discriminator_network(path: Path) -> Discriminator:
@@ -120,11 +127,15 @@ class Teacher:
 
 def read_teachers(directory: Path) -> list[Teacher]:
     """Return the pool of a finished teachers step, in file order."""
-    records = read_json(directory / TEACHERS)["teachers"]
-    return [
-        Teacher(i, directory / r["file"], r["architecture"], r["last"], r["val_accuracy"])
-        for i, r in enumerate(records)
-    ]
+
+    def take(document: Any) -> list[Teacher]:
+        return [
+            Teacher(i, directory / r["file"], r["architecture"], r["last"], r["val_accuracy"])
+            for i, r in enumerate(document["teachers"])
+        ]
+
+    found: list[Teacher] = read_json(directory / TEACHERS, take)
+    return found
 
 
 def cpu_state(net: nn.Module) -> dict[str, Tensor]:

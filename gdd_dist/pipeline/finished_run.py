@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 from gdd_dist.config.settings import Config
 from gdd_dist.config.steps import STEPS
 from gdd_dist.pipeline.dataset import data_of
-from gdd_dist.storage.json_files import read_json
-from gdd_dist.storage.store import CONTENTS, Store
+from gdd_dist.storage.store import CONTENTS, Store, made_from
 from sharding.errors import UserError
 from sharding.manifest import Manifest
 
@@ -28,12 +27,12 @@ def finished_steps(out: Path, manifest: Manifest) -> tuple[Store, dict[str, str]
     if not (directory / CONTENTS).exists():
         raise UserError(f"{out} holds no finished generator; run gdd_dist.train with --out {out} to its end first")
     store = Store(directory.parent.parent)
-    made_from = read_json(directory / CONTENTS)["provenance"]["fingerprints"]
-    fps = {step: made_from[step] for step in STEPS[1:] if step in made_from}
-    if made_from["shards"] != manifest.fingerprint:
+    made = made_from(directory, "shards")
+    fps = {step: made[step] for step in STEPS[1:] if step in made}
+    if made["shards"] != manifest.fingerprint:
         raise UserError(
             f"the data set {manifest.name} {manifest.fingerprint} is not the one that {out} was trained on "
-            f"({made_from['shards']}); give the original data set with --data"
+            f"({made['shards']}); give the original data set with --data"
         )
     return store, {"data": manifest.fingerprint, **fps}
 

@@ -27,8 +27,8 @@ from gdd_dist.runtime.monitor import say, write_text
 from gdd_dist.runtime.outlook import Outlook
 from gdd_dist.runtime.versions import commit, versions
 from gdd_dist.runtime.world import World
-from gdd_dist.storage.json_files import read_json, write_json
-from gdd_dist.storage.store import CHECKPOINTS, Store, clean, link_latest
+from gdd_dist.storage.json_files import read_json
+from gdd_dist.storage.store import CHECKPOINTS, Store, clean, link_latest, write_records
 from gdd_dist.training.context import Context, OnInterval, agreed_precision
 from sharding.errors import UserError
 from sharding.files import write_atomic
@@ -107,7 +107,7 @@ def run(
             records[step] = run_step(ctx, step, fps)
             outlook.end(step)
         if world.is_main:
-            write_json(out / "steps.json", {"format": "gdd-steps/1", "steps": records})
+            write_records(out, records)
     if world.is_main and config.until == "report":
         finish(ctx, fps)
 
@@ -202,10 +202,10 @@ def provenance(ctx: Context, fps: Mapping[str, str]) -> dict[str, Any]:
 def finish(ctx: Context, fps: Mapping[str, str]) -> None:
     """Print the table of results, and the paths of report, generator and TensorBoard."""
     directory = ctx.store.path("report", fps["report"])
-    results = read_json(directory / "metrics.json")["results"]
+    shown = read_json(directory / "metrics.json", lambda metrics: table(metrics["results"]))
     latest = ctx.out / "report" / "latest"
     lines = (
-        f"\n{table(results)}\n\nreport: {latest}/report.md",
+        f"\n{shown}\n\nreport: {latest}/report.md",
         f"page: {latest}/report.html (the same with its pictures, in one file)",
         f"generator: {ctx.out}/matching/latest/generator.safetensors",
         f"TensorBoard: tensorboard --logdir {ctx.out}/tensorboard",

@@ -19,8 +19,7 @@ from gdd_dist.config.steps import STEPS
 from gdd_dist.pipeline.dataset import manifest_of
 from gdd_dist.pipeline.fingerprints import fingerprints
 from gdd_dist.runtime.locks import Lock
-from gdd_dist.storage.json_files import read_json
-from gdd_dist.storage.store import CONTENTS
+from gdd_dist.storage.store import CONTENTS, made_from
 from sharding.errors import UserError
 from sharding.files import fsync_dir
 
@@ -79,9 +78,8 @@ def linked(out: Path, store: Path) -> set[tuple[str, str]]:
         if target.parent.parent != store.resolve() or not (target / CONTENTS).exists():
             continue
         found.add((step, target.name))
-        made_from = read_json(target / CONTENTS)["provenance"]["fingerprints"]
         before = STEPS[1 : STEPS.index(step)]
-        found |= {(name, fp) for name, fp in made_from.items() if name in before}
+        found |= {(name, fp) for name, fp in made_from(target).items() if name in before}
     return found
 
 

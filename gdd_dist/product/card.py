@@ -13,8 +13,10 @@ import yaml
 
 from gdd_dist.product.sampler import Sampler
 from gdd_dist.reporting.tables import headline, markdown_table
+from gdd_dist.runtime.monitor import say
 from gdd_dist.storage.json_files import read_json
 from gdd_dist.training.sample_grid import as_png, enlarged_grid
+from sharding.errors import UserError
 
 GRID_CLASSES, GRID_COLUMNS = 20, 10
 REPORT = Path("report") / "latest" / "metrics.json"
@@ -127,19 +129,23 @@ def figures(run: Path) -> str:
     """Return headline and table of the run's report, if it has one."""
     if not (run / REPORT).exists():
         return "Not measured: the set was drawn from a generator without a report beside it."
-    results = read_json(run / REPORT)["results"]
+    try:
+        shown = read_json(run / REPORT, lambda found: [view(found["results"]) for view in (headline, markdown_table)])
+    except UserError as e:  # the set itself needs no report
+        say(f"export: the card has no figures: {e}")
+        return "Not shown: the report beside the generator is damaged."
     note = (
         "Accuracy on the real test set of students trained on fresh draws of this generator, not on this set itself; `fixed` rows "
         "of the same IPC are most similar to training on it."
     )
-    return f"{headline(results)}\n\n{markdown_table(results)}\n\n{note}"
+    return "\n\n".join([*shown, note])
 
 
 def provenance(made: Mapping[str, Any]) -> str:
     """Return the text about fingerprints and versions."""
     if not made:
         return "The generator's file has no provenance."
-    lines = [f"- {name}: `{fp}`" for name, fp in made["fingerprints"].items() if name != "report"]
+    lines = [f"- {name}: `{fp}`" for name, fp in made.get("fingerprints", {}).items() if name != "report"]
     lines += [f"- {name} {number}" for name, number in made.get("versions", {}).items()]
     lines += [f"- commit: `{made['commit']}`"] if made.get("commit") else []
     return "\n".join(lines + [f"- made: {made['created']}"] if made.get("created") else lines)

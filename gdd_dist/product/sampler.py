@@ -5,7 +5,9 @@ With a single ``generator.safetensors`` this needs only torch, numpy and safeten
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +19,8 @@ from torch.utils.data import Dataset, get_worker_info
 
 from gdd_dist.data.noise import normal
 from gdd_dist.data.pixels import CPU_DRAWS, forward_size, to_float, to_uint8
-from gdd_dist.models.files import AGAIN, GENERATOR, load_generator_network, read_teachers
+from gdd_dist.models.files import GENERATOR, load_generator_network
 from gdd_dist.models.generator import ImageGenerator
-from gdd_dist.storage.json_files import read_json
 from gdd_dist.storage.printable import printable
 from sharding.errors import UserError
 
@@ -36,17 +37,19 @@ def load_generator(path: str | Path, device: str | torch.device = "auto") -> Sam
     With a run directory, the sha256 of every file that is read is checked, and soft labels are available.
     ``device``: "auto" is CUDA if there is a GPU. Raises UserError (one line: what is wrong; what to do).
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))  # unlike pathlib's, it leaves the ~ of an unknown user as it is
     target = usable_device(device)
     if path.is_dir() and not (path / GENERATOR).exists():
         step = (path / "matching" / "latest").resolve()
         if not (step / GENERATOR).exists():
             raise UserError(f"{path} holds no finished generator; {_GIVE}")
+        from gdd_dist.product.run_files import verify  # imported here, because a single file does not need it
+
         verify(step, GENERATOR)
         return Sampler(step / GENERATOR, target, step, path)
     file = path / GENERATOR if path.is_dir() else path
-    if not file.exists():
-        raise UserError(f"{path} does not exist; {_GIVE}")
+    if not file.is_file():  # opening a pipe would wait for its writer
+        raise UserError(f"{path} {'is not a file' if file.exists() else 'does not exist'}; {_GIVE}")
     return Sampler(file, target)
 
 
@@ -57,22 +60,9 @@ def usable_device(device: str | torch.device) -> torch.device:
     try:
         torch.zeros(1, device=device)
         return torch.device(device)
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        known = str(e).strip().splitlines()[0]
+    except (RuntimeError, AssertionError, TypeError, ImportError) as e:  # some devices are modules that torch lacks
+        known = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise UserError(f"device {device} is not available to torch here ({known}); give auto, cpu or cuda") from None
-
-
-def verify(directory: Path, *names: str) -> None:
-    """Raise UserError if files of a finished step changed since they were written."""
-    from gdd_dist.storage.store import CONTENTS, verify_file
-
-    files = read_json(directory / CONTENTS)["files"]
-    for name in names:
-        entry = files.get(name)
-        if entry is None:
-            raise UserError(f"{directory / name} is not a file of its step; remove {directory} to compute it again")
-        cure = f"remove {directory} and run gdd_dist.train again"
-        verify_file(directory / name, entry["bytes"], entry["sha256"], cure)
 
 
 class Sampler:
@@ -83,7 +73,7 @@ class Sampler:
     """
 
     def __init__(self, file: Path, device: torch.device, step: Path | None = None, out: Path | None = None) -> None:
-        network, self.meta = load_generator_network(file, _GIVE if step is None else AGAIN)
+        network, self.meta = load_generator_network(file, _GIVE if step is None else None)
         self.network: ImageGenerator = network.to(device).eval().requires_grad_(False)
         self.file, self.device = file, device
         self._step, self._out = step, out
@@ -170,6 +160,8 @@ class Sampler:
             raise UserError(_SELECT.format(select))
         if soft_labels or select > 1:
             self._load_teachers()  # loaded now, so that errors occur before the first batch
+        if soft_labels:
+            self.label_temperature()
         return self._stream(batch_size, seed, soft_labels, truncation, select)
 
     def _stream(
@@ -177,15 +169,13 @@ class Sampler:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         from gdd_dist.data.order import dealt
 
-        worker = get_worker_info()
-        first, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        first *= batch_size
-        while True:
+        for turn in itertools.count():
+            worker = get_worker_info()  # asked each time: a stream that has begun may be forked into the workers
+            first = batch_size * (turn * worker.num_workers + worker.id if worker else turn)
             places = np.arange(first, first + batch_size)
             labels = dealt(seed, "stream/labels", places, len(self.classes))
             images = self._draw(labels, seed, "stream/z", places, truncation, select)
             yield images, self.soft_labels(images) if soft_labels else torch.from_numpy(labels).to(self.device)
-            first += workers * batch_size
 
     @torch.no_grad()
     def soft_labels(self, images: Tensor, temperature: float | None = None) -> Tensor:
@@ -197,24 +187,30 @@ class Sampler:
         from gdd_dist.training.soft_labels import soft_labels
 
         teachers = self._load_teachers()
-        if temperature is None:
-            temperature = self.label_temperature()
+        temperature = self.label_temperature() if temperature is None else _positive(temperature)
         x = to_float(images, self.device) if images.dtype == torch.uint8 else images.to(self.device)
         return soft_labels(teachers, x, temperature, self._precision)
 
     def label_temperature(self) -> float:
-        """The run's ``report.label_temperature``. Raises UserError without a run directory."""
+        """The run's ``report.label_temperature``. Raises UserError without a run directory, or naming a damaged config.yaml."""
         if self._out is None:
             raise UserError(_NO_RUN)
         import yaml  # imported here, because drawing from a single file does not need it
 
-        report = yaml.safe_load((self._out / "config.yaml").read_bytes()).get("report") or {}
-        return float(report.get("label_temperature", 1.0))
+        path = self._out / "config.yaml"
+        try:
+            report = yaml.safe_load(path.read_bytes()).get("report") or {}
+            return _positive(float(report.get("label_temperature", 1.0)))
+        except (OSError, yaml.YAMLError, AttributeError, TypeError, ValueError, UserError) as e:
+            why = " ".join(str(e).split())
+            raise UserError(f"cannot read report.label_temperature in {path} ({why}); {_TRAIN_AGAIN}") from e
 
     def _load_teachers(self) -> list[Classifier]:
         if self._teachers is None:
             if self._step is None:
                 raise UserError(_NO_RUN)
+            from gdd_dist.product.run_files import load_teachers
+
             self._teachers = load_teachers(self._step, self.network, self.device)
         return self._teachers
 
@@ -256,6 +252,7 @@ class Sampler:
 
 _GIVE = f"give a run directory (OUT) or a {GENERATOR}"
 _SELECT = "select {} is too small; give at least 1, or 3 for the best of three draws"
+_TRAIN_AGAIN = "run the same gdd_dist.train again, which writes this file anew"
 _NO_RUN = "soft labels and select > 1 need the run's teachers; give load_generator the run directory (OUT) instead of a single file"
 
 
@@ -289,17 +286,10 @@ def truncated(z: Tensor, limit: float | None) -> Tensor:
     return torch.special.ndtri(share).clamp(-limit, limit).float()
 
 
-def load_teachers(step: Path, net: ImageGenerator, device: torch.device) -> list[Classifier]:
-    """Return the last snapshots of the teachers of a finished matching step, frozen. Raises UserError if they are missing."""
-    from gdd_dist.storage.store import CONTENTS, Store
-
-    fp = read_json(step / CONTENTS)["provenance"]["fingerprints"]["teachers"]
-    store = Store(step.parent.parent)
-    if not store.finished("teachers", fp):
-        raise UserError(f"{store.path('teachers', fp)} is missing; run the same gdd_dist.train again to compute it")
-    chosen = [t for t in read_teachers(store.path("teachers", fp)) if t.last]
-    verify(store.path("teachers", fp), *(t.path.name for t in chosen))
-    return [t.load(net.channels, net.size, net.classes).to(device) for t in chosen]
+def _positive(temperature: float) -> float:
+    if not 0 < temperature < math.inf:
+        raise UserError(f"temperature {temperature} is not positive; give more than 0, such as 1.0")
+    return temperature
 
 
 def _numbers(labels: Labels, classes: int) -> np.ndarray:

@@ -12,8 +12,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 from sharding.errors import UserError
@@ -149,6 +149,35 @@ def _hear(told: int, rank: str) -> None:
             if not asked.number:
                 deadline = time.monotonic() + asked.grace
                 asked.note(number)
+
+
+@contextmanager
+def stoppable(said: str) -> Iterator[Callable[[], None]]:
+    """Let SIGTERM, SIGUSR1 and SIGHUP raise SystemExit in the block, so that it can clean up; they print ``stopped: by NAME; said``.
+
+    Yields a function, after whose call they are ignored until the block ends. A signal that this process already ignores, as under
+    nohup, stays ignored. Outside the main thread, where Python cannot handle signals, nothing changes.
+    """
+    here = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP) if here else ()
+    before = {n: handler for n in numbers if (handler := signal.getsignal(n)) not in (signal.SIG_IGN, None)}
+
+    def ignore() -> None:
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)
+
+    def stop(number: int, _frame: object) -> NoReturn:
+        ignore()  # launchers repeat a signal, which must not end the cleaning up
+        sys.stderr.write(f"stopped: by {signal.Signals(number).name}; {said}\n")
+        raise SystemExit(128 + number)
+
+    try:
+        for number in before:
+            signal.signal(number, stop)
+        yield ignore
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _end_with_parent() -> None:

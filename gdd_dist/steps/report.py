@@ -27,8 +27,8 @@ from gdd_dist.reporting.metrics import document
 from gdd_dist.reporting.page import page
 from gdd_dist.reporting.tables import table
 from gdd_dist.reporting.verdict import first_screen
-from gdd_dist.storage.json_files import json_bytes, read_json, write_json
-from gdd_dist.storage.store import CHECKPOINTS, CONTENTS
+from gdd_dist.storage.json_files import ALONE, json_bytes, read_json, write_json
+from gdd_dist.storage.store import CHECKPOINTS, CONTENTS, read_records
 from gdd_dist.training.context import Context
 from gdd_dist.training.drawing import draw
 from sharding.files import write_atomic
@@ -110,7 +110,7 @@ def _note_start(ctx: Context, work: Path, known: int) -> None:
     note = work / CHECKPOINTS / "start.json"
     if ctx.world.is_main:
         if note.exists():
-            ctx.resumed = known > read_json(note)["students"]
+            ctx.resumed = known > read_json(note, lambda found: int(found["students"]), ALONE)
         else:
             note.parent.mkdir(parents=True, exist_ok=True)
             write_json(note, {"students": known})
@@ -141,16 +141,18 @@ def status(ctx: Context) -> str:
 
 def earlier_costs(ctx: Context, dirs: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
     """Return each earlier step's status in this run, as in steps.json, and its cost when it was computed."""
-    path = ctx.out / "steps.json"
-    found: dict[str, Any] = read_json(path)["steps"] if path.exists() else {}
     costs = {}
-    for name, record in found.items():
+    for name, record in read_records(ctx.out).items():
         if name == "report":
             continue
         contents = dirs[name] / CONTENTS if name in dirs else None
-        known = read_json(contents).get("cost", {}) if contents is not None and contents.exists() else record
+        known = read_json(contents, _cost) if contents is not None and contents.exists() else record
         costs[name] = {"status": record["status"]} | {k: known.get(k) for k in ("seconds", "images_processed", "ranks")}
     return costs
+
+
+def _cost(contents: Any) -> dict[str, Any]:
+    return dict(contents.get("cost", {}))
 
 
 def samples_figure(ctx: Context, dirs: Mapping[str, Path]) -> training_figures.Figure:
@@ -197,5 +199,5 @@ def curves_figure(
     curves = {step: training_figures.read_curves(logs / step / fingerprints[step][:8]) for step in ("gan", "matching")}
     kept = candidates.kept(ctx.config.matching.select)
     step = kept[1]["step"] if kept and kept[0] == INTERVAL else None
-    teachers = read_json(dirs["teachers"] / TEACHERS)["teachers"]
+    teachers = read_json(dirs["teachers"] / TEACHERS, lambda document: document["teachers"])
     return training_figures.curves_figure(teachers, curves, candidates.history, step, results)

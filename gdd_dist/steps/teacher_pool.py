@@ -64,14 +64,18 @@ def finished(work: Path, training: Training) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        body: dict[str, Any] = read_json(path)
-        if body.pop("check", None) != fingerprint(body):
-            raise UserError(f"{path} is damaged; its training is repeated")
+        body: dict[str, Any] = read_json(path, _checked, "its training is repeated")
         verify(work, body["teachers"])
     except UserError as e:
         tell(str(e))
         return None
     return body
+
+
+def _checked(body: Any) -> dict[str, Any]:
+    if body.pop("check") != fingerprint(body):
+        raise ValueError("it does not fit its check")
+    return dict(body)
 
 
 @cache

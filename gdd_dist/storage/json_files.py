@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,32 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json_bytes(value))
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON. Raises UserError naming the file when it is missing or damaged."""
+ALONE = "remove this file and run the same command again; it is written anew"
+"""What to do about a damaged file that lies beside others that are needed."""
+
+
+def again(path: Path) -> str:
+    """Return what to do about a damaged file of a step. The step's directory is named without links, since removing a link helps nobody."""
+    return f"remove {path.parent.resolve()} and run gdd_dist.train again to compute it"
+
+
+def read_json(path: Path, take: Callable[[Any], Any] = lambda value: value, remedy: str | None = None) -> Any:
+    """Return ``take`` of the value in a JSON file. Raises UserError naming a missing or damaged file, and what to do.
+
+    A file in which ``take`` does not find what it looks for is damaged too. ``remedy``: what to do; default: `again`, which is
+    right only for a file that lies directly in a step's directory.
+    """
+    remedy = remedy or again(path)
     try:
-        return json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes())
     except OSError as e:
-        raise UserError(f"cannot read {path} ({e.strerror}); remove its directory to compute it again") from e
-    except ValueError as e:
-        raise UserError(f"{path} is damaged (not JSON); remove its directory to compute it again") from e
+        raise UserError(f"cannot read {path} ({e.strerror}); {remedy}") from e
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path} is damaged (not JSON); {remedy}") from e
+    try:
+        return take(value)
+    except (AttributeError, LookupError, TypeError, ValueError) as e:
+        raise UserError(f"{path} is damaged (not as it was written); {remedy}") from e
 
 
 def append_json(path: Path, value: Any) -> None:

@@ -11,11 +11,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from gdd_dist.storage.json_files import append_json, json_lines, read_json, write_json
+from gdd_dist.storage.json_files import ALONE, again, append_json, json_lines, read_json, write_json
 from sharding.errors import UserError
 from sharding.files import fsync_dir, remove_temporaries, sha256_file
 
 CONTENTS = "contents.json"
+RECORDS = "steps.json"
 CHECKPOINTS = "checkpoints"
 
 
@@ -109,10 +110,57 @@ class Store:
     def files(self, step: str, fp: str) -> list[tuple[Path, int, str]]:
         """Return (path, bytes, sha256) of every file of a finished step."""
         directory = self.path(step, fp)
-        contents = read_json(directory / CONTENTS)
-        if contents.get("fingerprint") != fp or contents.get("step") != step:
-            raise UserError(f"{directory / CONTENTS} belongs to another step; remove {directory} to compute it again")
-        return [(directory / name, f["bytes"], f["sha256"]) for name, f in contents["files"].items()]
+        named = read_json(directory / CONTENTS, lambda contents: (contents.get("step"), contents.get("fingerprint")))
+        if named != (step, fp):
+            raise UserError(f"{directory / CONTENTS} belongs to another step; {again(directory / CONTENTS)}")
+        return [(directory / name, *entry) for name, entry in files_of(directory).items()]
+
+
+def files_of(directory: Path) -> dict[str, tuple[int, str]]:
+    """Return file name → (bytes, sha256) of a finished step. Raises UserError naming a damaged list."""
+
+    def take(contents: Any) -> dict[str, tuple[int, str]]:
+        return {name: (int(f["bytes"]), str(f["sha256"])) for name, f in contents["files"].items()}
+
+    found: dict[str, tuple[int, str]] = read_json(directory / CONTENTS, take)
+    return found
+
+
+def made_from(directory: Path, *needed: str) -> dict[str, str]:
+    """Return STEP → fingerprint of all that a finished step was made from. Raises UserError naming a damaged file.
+
+    The file is also damaged if it does not name the steps ``needed``.
+    """
+
+    def take(contents: Any) -> dict[str, str]:
+        found = {str(step): str(fp) for step, fp in contents["provenance"]["fingerprints"].items()}
+        return found | {step: found[step] for step in needed}
+
+    found: dict[str, str] = read_json(directory / CONTENTS, take)
+    return found
+
+
+def write_records(out: Path, records: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write OUT/steps.json: STEP → {status, fingerprint, seconds, …} of each step that the last command on OUT reached."""
+    write_json(out / RECORDS, {"format": "gdd-steps/1", "steps": records})
+
+
+def read_records(out: Path) -> dict[str, dict[str, Any]]:
+    """Return what `write_records` wrote; {} if no command has run. Raises UserError naming a damaged file."""
+
+    def take(document: Any) -> dict[str, dict[str, Any]]:
+        return {
+            step: {
+                **r,
+                "status": str(r["status"]),
+                "fingerprint": str(r["fingerprint"]),
+                "seconds": float(r["seconds"]),
+            }
+            for step, r in document["steps"].items()
+        }
+
+    found: dict[str, dict[str, Any]] = read_json(out / RECORDS, take, ALONE) if (out / RECORDS).exists() else {}
+    return found
 
 
 def clean(directory: Path) -> None:

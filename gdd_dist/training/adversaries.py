@@ -26,6 +26,7 @@ from gdd_dist.engines.precision import autocast
 from gdd_dist.models.discriminator import Discriminator
 from gdd_dist.models.files import DISCRIMINATOR, save_network
 from gdd_dist.models.generator import ImageGenerator
+from gdd_dist.storage.json_files import again
 from gdd_dist.training import losses
 from gdd_dist.training.context import Context
 from gdd_dist.training.optimizers import Adam
@@ -189,7 +190,7 @@ class Adversaries:
         try:
             self.d.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         except (OSError, RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as e:
-            raise UserError(f"cannot read {path} ({e}); remove its directory to compute it again") from e
+            raise UserError(f"cannot read {path} ({e}); {again(path)}") from e
 
     def close(self) -> None:
         """Free the engines."""

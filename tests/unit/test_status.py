@@ -229,3 +229,31 @@ def test_a_run_of_an_earlier_version_says_which_steps_are_stale_and_why(
     assert "stale: this version computes it differently" in lines["gan"]
     assert "stale: depends on gan " in lines["matching"]
     assert "stale: depends on gan, matching" in lines["report"]
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"a', '{"steps": {"gan": 3}, "results": [3]}'])
+def test_a_damaged_record_is_a_line_of_the_overview_and_nobody_is_told_to_remove_a_run(
+    out: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    latest = (out / "report" / "latest").resolve()
+    for path in (out / "steps.json", latest / "metrics.json"):
+        path.write_text(text)
+    found = said(capsys, out)
+    assert f"{out}/steps.json is damaged" in found
+    assert "; remove this file and run the same command again" in found
+    assert f"{out}/report/latest/metrics.json is damaged" in found
+    assert f"; remove {latest} and run gdd_dist.train again" in found
+    for step in STEPS:
+        assert "done" in line(found, step)
+
+
+def test_what_a_damaged_step_was_made_from_is_unknown_so_nothing_is_pruned(
+    out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = old_step(out)
+    contents = (out / "gan" / "latest").resolve() / "contents.json"
+    for text in ("{}", "[]", '{"provenance": 3}'):
+        contents.write_text(text)
+        with pytest.raises(UserError, match=f"{contents} is damaged .*; remove {contents.parent} and run"):
+            said(capsys, out, "--prune", "--yes")
+    assert old.exists()

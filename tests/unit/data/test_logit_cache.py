@@ -108,7 +108,7 @@ def test_a_file_that_is_not_what_was_written_is_named(tmp_path, kind):
     if kind != "missing":
         path.write_bytes(damaged(kind, good))
     cache = LogitCache(tmp_path, [4])
-    with pytest.raises(UserError, match=f"{path}.*remove its directory"):
+    with pytest.raises(UserError, match=f"{path}.*remove {tmp_path} and run gdd_dist.train again"):
         cache.take(1, np.array([0]), np.array([0]))
     cache.take(0, np.array([0]), np.array([0]))
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from gdd_dist.config.command_line import settings_of
 from gdd_dist.data.images import Images
 from gdd_dist.evaluation.students import Frozen
 from gdd_dist.pipeline.finished_run import opened
+from gdd_dist.product.whole_directory import whole_directory
 from gdd_dist.training.condense import condensed
 from sharding.errors import UserError
 from sharding.manifest import Manifest
@@ -289,3 +293,76 @@ def test_more_than_fits_is_refused_before_the_first_image_is_written(
     with pytest.raises(UserError, match=says):
         export.main([str(made.out), str(tmp_path / "x"), "--total", str(10**12), "--format", kind, "--device", "cpu"])
     assert not any(tmp_path.iterdir())
+
+
+def test_a_damaged_report_costs_the_set_only_the_figures_in_its_card(
+    reported: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = Path(shutil.copytree(reported.out, tmp_path / "out", symlinks=True))
+    for number, text in enumerate(("{}", '{"results": [{}]}', '{"a')):
+        (out / "report" / "latest" / "metrics.json").write_text(text)
+        dest = tmp_path / f"set-{number}"
+        export.main([str(out), str(dest), "--ipc", "1", "--device", "cpu"])
+        assert "Not shown: the report beside the generator is damaged." in (dest / "README.md").read_text()
+        assert "metrics.json is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_after_a_signal_the_same_command_starts_anew(
+    made: Made, tmp_path: Path, there: bool, number: signal.Signals
+) -> None:
+    dest = tmp_path / "sets" / ("x" * 250)  # the longest names are possible too
+    (dest if there else dest.parent).mkdir(parents=True)
+    argv = [str(made.out), str(dest), "--device", "cpu", "--format", "folder"]
+    command = [sys.executable, "-m", "gdd_dist.export", *argv, "--ipc", "100000"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not any(dest.parent.rglob("*.png")) and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(number)
+        err = process.communicate()[1]
+    left = [p for p in dest.parent.rglob("*") if p != dest]
+    if number == signal.SIGKILL:
+        assert left
+    else:
+        assert process.returncode == 128 + number
+        assert err == f"stopped: by {number.name}; {dest} was not written; run the same command again\n"
+        assert not left
+    export.main([*argv, "--ipc", "1"])
+    assert [p for p in dest.parent.iterdir()] == [dest]
+    assert len(list(dest.rglob("*.png"))) == 10 + 1
+
+
+def test_one_export_at_a_time_writes_a_directory(made: Made, tmp_path: Path) -> None:
+    dest = tmp_path / "set"
+    with whole_directory(dest, "README.md") as work:
+        (work / "README.md").touch()
+        with pytest.raises(UserError, match=f"{dest} is being written by process {os.getpid()} on .*; wait for it"):
+            export.main([str(made.out), str(dest), "--ipc", "1", "--device", "cpu"])
+    assert [p.name for p in tmp_path.rglob("*")] == ["set", "README.md"]
+
+
+def test_a_finished_step_is_not_written_into(made: Made) -> None:
+    for dest in (made.dirs["matching"] / "set", made.out / "matching" / "latest" / "a" / "b"):
+        with pytest.raises(UserError, match=f"{dest} would lie in a finished step of a run"):
+            export.main([str(made.out), str(dest), "--ipc", "1", "--device", "cpu"])
+        assert not dest.parent.exists() or "set" not in {p.name for p in dest.parent.iterdir()}
+
+
+def test_what_soft_labels_lack_is_learnt_before_anything_is_written(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = make(tmp_path / "out", digits)
+    argv = [str(out.out), str(tmp_path / "set"), "--ipc", "1", "--labels", "soft", "--device", "cpu"]
+    monkeypatch.setattr(export, "write", lambda *_: pytest.fail("the set was begun"))
+    (out.out / "config.yaml").write_text("")
+    with pytest.raises(UserError, match=f"cannot read report.label_temperature in {out.out}/config.yaml"):
+        export.main(argv)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_condensing_a_file_asks_for_the_run(made: Made, tmp_path: Path) -> None:
+    argv = [str(made.dirs["matching"] / "generator.safetensors"), str(tmp_path / "x"), "--ipc", "1"]
+    with pytest.raises(UserError, match="--condense needs the run's teachers and data; give the run directory"):
+        export.main([*argv, "--condense", "3"])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from safetensors.torch import save_file
 
 import gdd_dist
 from gdd_dist.models.files import read_network, save_network
+from gdd_dist.product import sampler
 from gdd_dist.product.sampler import Sampler, truncated
 from sharding.errors import UserError
 
@@ -296,3 +300,102 @@ def test_class_names_that_are_no_text_can_be_printed(bare: Path, tmp_path: Path)
     weights, meta = read_network(bare)
     save_network(tmp_path / "g.safetensors", weights, {**meta, "classes": ["caf\udce9", *map(str, range(9))]})
     assert gdd_dist.load_generator(tmp_path / "g.safetensors", "cpu").classes[0] == "caf\\udce9"
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"files": {"generator.safetensors": 3}}', '{"a'])
+def test_contents_of_another_shape_are_one_line(digits: Path, tmp_path: Path, text: str) -> None:
+    made = make(tmp_path / "out", digits)
+    directory = made.dirs["matching"]
+    generator = gdd_dist.load_generator(made.out, "cpu")
+    (directory / "contents.json").write_text(text)
+    said = f"{directory}/contents.json is damaged .*; remove {directory} and run gdd_dist.train again"
+    with pytest.raises(UserError, match=said):
+        gdd_dist.load_generator(made.out, "cpu")
+    with pytest.raises(UserError, match=said):
+        generator.dataset(1, soft_labels=True)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"family": ["x"]},
+        {"classes": 5},
+        {"provenance": []},
+        {"provenance": {"fingerprints": 3}},
+        {"arch": []},
+        {"arch": {}},
+        {"arch": {"classes": "many"}},
+    ],
+)
+def test_metadata_of_another_shape_are_one_line(bare: Path, tmp_path: Path, changed: dict[str, object]) -> None:
+    weights, meta = read_network(bare)
+    path = tmp_path / "g.safetensors"
+    save_network(path, weights, {**meta, **changed})
+    with pytest.raises(UserError, match=f"{path} does not hold the generator that it names .*; give a run directory"):
+        gdd_dist.load_generator(path, "cpu")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        None,
+        "",
+        "[]",
+        "report: 3",
+        "report: [1]",
+        "report: {label_temperature: hot}",
+        "report: {label_temperature: 0}",
+        "report: {label_temperature: .nan}",
+        "report: {\xff",
+        "a: \x00",
+    ],
+)
+def test_a_run_without_a_readable_label_temperature_is_one_line(
+    generator: Sampler, tmp_path: Path, text: str | None
+) -> None:
+    config = tmp_path / "config.yaml"
+    if text is not None:
+        config.write_bytes(text.encode("latin-1"))
+    moved = copy.copy(generator)
+    moved._out = tmp_path
+    said = rf"cannot read report.label_temperature in {config} \(.*; run the same gdd_dist.train again"
+    for call in (lambda: moved.dataset(1, soft_labels=True), lambda: moved.stream(4, soft_labels=True)):
+        with pytest.raises(UserError, match=said) as fault:
+            call()
+        assert "\n" not in str(fault.value)
+
+
+@pytest.mark.parametrize("temperature", [0, -1, float("nan"), float("inf")])
+def test_a_temperature_that_is_not_positive_is_refused(generator: Sampler, temperature: float) -> None:
+    images = generator.sample([0, 1])
+    with pytest.raises(UserError, match=f"temperature {temperature} is not positive; give more than 0"):
+        generator.soft_labels(images, temperature)
+    assert generator.soft_labels(images, 2.0).isfinite().all()
+
+
+@pytest.mark.parametrize("device", [None, "hpu", "xpu", 3.5, "vulkan"])
+def test_whatever_is_no_device_here_is_refused(bare: Path, device: object) -> None:
+    with pytest.raises(UserError, match=f"device {device} is not available .*; give auto, cpu or cuda"):
+        gdd_dist.load_generator(bare, device)  # type: ignore[arg-type]
+
+
+def test_a_path_that_cannot_be_a_generator_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="~nobody-of-this-name/run does not exist; give a run directory"):
+        gdd_dist.load_generator("~nobody-of-this-name/run", "cpu")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=f"{tmp_path}/pipe is not a file; give a run directory"):
+        gdd_dist.load_generator(tmp_path / "pipe", "cpu")
+
+
+def test_a_stream_that_has_begun_gives_no_batch_twice_in_forked_workers(
+    generator: Sampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streams = [generator.stream(4, seed=1) for _ in range(2)]
+    begun = [next(stream)[0] for stream in streams]
+    assert torch.equal(*begun)
+    after = []
+    for worker, stream in enumerate(streams):  # what torch does in each worker's copy
+        info = SimpleNamespace(id=worker, num_workers=2)
+        monkeypatch.setattr(sampler, "get_worker_info", lambda info=info: info)
+        after += [next(stream)[0] for _ in range(3)]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations([begun[0], *after], 2))

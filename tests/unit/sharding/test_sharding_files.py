@@ -66,3 +66,14 @@ def test_a_lock_is_exclusive_and_ends_with_its_holder(tmp_path):
         holder.kill()
     with exclusive_lock(path, "busy"):
         pass
+
+
+def test_an_error_about_another_file_keeps_its_name(tmp_path):
+    for fault, named in ((OSError(5, "bad"), "a"), (FileNotFoundError(2, "gone", str(tmp_path / "b")), "b")):
+        with pytest.raises(OSError, match="bad|gone") as caught, atomic_file(tmp_path / "a"):
+            raise fault
+        assert caught.value.filename == str(tmp_path / named)
+    with pytest.raises(OSError, match="No such file") as caught, atomic_file(tmp_path / "none" / "a"):
+        pass
+    assert caught.value.filename == str(tmp_path / "none" / "a")
+    assert not list(tmp_path.iterdir())

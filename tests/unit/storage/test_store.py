@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 
 from gdd_dist.storage import store as store_module
 from gdd_dist.storage.json_files import fingerprint, read_json, write_json
-from gdd_dist.storage.store import Store, Whole, link_latest, verify_file
+from gdd_dist.storage.store import (
+    Store,
+    Whole,
+    files_of,
+    link_latest,
+    made_from,
+    read_records,
+    verify_file,
+    write_records,
+)
 from sharding.errors import UserError
 from sharding.files import sha256_file
 
@@ -50,6 +59,50 @@ def test_json_is_written_whole_and_a_damaged_file_is_named(tmp_path):
     for damaged in (path, tmp_path / "none.json"):
         with pytest.raises(UserError, match=str(damaged)):
             read_json(damaged)
+
+
+def test_json_of_another_shape_is_damaged_and_the_remedy_is_the_callers(tmp_path):
+    (tmp_path / "step").mkdir()
+    (tmp_path / "latest").symlink_to("step")
+    path = tmp_path / "latest" / "a.json"
+    for value in ({}, [], [{}], 3, None, "text", {"x": 3}, {"x": {"y": []}}):
+        write_json(path, value)
+        with pytest.raises(UserError, match=f"{path} is damaged .*; remove {tmp_path}/step and run") as fault:
+            read_json(path, lambda found: int(found["x"]["y"]))
+        assert "latest and" not in str(fault.value)
+        with pytest.raises(UserError, match=f"{path} is damaged .*; do this$"):
+            read_json(path, lambda found: int(found["x"]["y"]), "do this")
+    write_json(path, {"x": {"y": 7}})
+    assert read_json(path, lambda found: int(found["x"]["y"])) == 7
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"a', "3", '{"steps": []}', '{"steps": {"gan": {"status": "reused"}}}'])
+def test_a_damaged_record_of_a_run_costs_no_more_than_itself(tmp_path, text):
+    assert read_records(tmp_path) == {}
+    (tmp_path / "steps.json").write_text(text)
+    with pytest.raises(UserError, match=f"{tmp_path}/steps.json is damaged .*; remove this file and run"):
+        read_records(tmp_path)
+    record = {"fingerprint": "f" * 16, "status": "computed", "seconds": 1.5, "images_processed": 3}
+    write_records(tmp_path, {"gan": record})
+    assert read_records(tmp_path) == {"gan": record}
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [{}, [], {"provenance": []}, {"provenance": {"fingerprints": {}}, "files": []}, {"files": {"a": {"bytes": 3}}}],
+)
+def test_contents_of_another_shape_name_the_directory_to_remove(store, contents):
+    directory = store.path("gan", "f" * 16)
+    directory.mkdir(parents=True)
+    named = {"step": "gan", "fingerprint": "f" * 16}
+    write_json(directory / "contents.json", {**named, **contents} if isinstance(contents, dict) else contents)
+    for read in (
+        lambda: store.files("gan", "f" * 16),
+        lambda: files_of(directory),
+        lambda: made_from(directory, "teachers"),
+    ):
+        with pytest.raises(UserError, match=f"contents.json is damaged .*; remove {directory} and run"):
+            read()
 
 
 @pytest.fixture
