@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from gdd_dist.config.settings import CONDENSED
 from gdd_dist.product.whole_directory import check_new, whole_directory
 from gdd_dist.runtime.arguments import Parser
 from gdd_dist.runtime.monitor import Monitor
@@ -94,6 +95,8 @@ def main(argv: Sequence[str], joined: Callable[[World], None] = lambda world: No
         raise UserError("the set would have no images; give --ipc or --total of at least 1")
     if arguments.condense < 0 or arguments.condense and (arguments.ipc is None or arguments.truncation is not None):
         raise UserError("--condense needs a number of steps above 0 and --ipc, and takes no --truncation")
+    if arguments.condense and arguments.ipc > CONDENSED:
+        raise UserError(f"--condense moves all images of a class together; give --ipc of at most {CONDENSED}")
     dest = Path(arguments.dest)
     if arguments.condense and Path(arguments.out).is_file():
         raise UserError("--condense needs the run's teachers and data; give the run directory (OUT) instead of a file")

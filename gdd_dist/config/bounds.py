@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, get_type_hints
 
-from gdd_dist.config.settings import SECTIONS, Config, Matching
+from gdd_dist.config.settings import CONDENSED, SECTIONS, Config, Matching
 from sharding.errors import UserError
 from sharding.sizes import parse_size
 
@@ -53,6 +53,9 @@ def validate(config: Config) -> None:
     parse_size(config.loader.cache_limit)
     if not any(value_of(config, name) for name in WEIGHTS):
         raise UserError(f"every weight of matching's loss is 0, so it trains nothing; give --{WEIGHTS[0]} or another")
+    if config.report.condense and "fixed" in config.report.protocol and max(config.report.ipc) > CONDENSED:
+        what = f"--report.condense moves all images of a class together, and --report.ipc is {max(config.report.ipc)}"
+        raise UserError(f"{what}; give at most {CONDENSED}, or leave --report.condense out")
     batch, group = config.matching.batch, config.matching.group
     if batch % group:
         what = f"--matching.batch {batch} is not a multiple of --matching.group {group}"

@@ -40,6 +40,8 @@ PAIR_LOSSES = {
 """The pair losses of matching by name, with their formulas; `training/losses.py` computes them."""
 _YEAR = 366 * 86_400.0
 """Seconds. Longer waits make no sense, and overflow the system's clocks."""
+CONDENSED = 1_000
+"""Most images of a class that are condensed: those of a class are moved together, and need memory together."""
 MOST = 10_000
 """Of what a run makes a list: seeds, snapshots, students."""
 

@@ -280,6 +280,7 @@ def test_an_unknown_setting_in_a_file_names_file_and_nearest(tmp_path):
         (["--gan.steps", "1.5"], "gan.steps"),
         (["--report.seeds", "2147483647"], "--report.seeds 2147483647 is too large; give at most 10000"),
         (["--teachers.snapshots", "2147483647"], "give at most 10000"),
+        (["--report.condense", "9", "--report.ipc", "1", "5000"], "moves all images of a class together"),
         (["--config="], "--config is empty"),
         (["--config", ""], "--config is empty"),
         (["--data="], "--data is empty"),

@@ -205,6 +205,7 @@ def test_a_condensed_set_is_the_one_that_the_teachers_moved(reported: Any, tmp_p
         (["--total", "9", "--condense", "5"], "--condense needs a number of steps above 0 and --ipc"),
         (["--ipc", "1", "--condense", "5", "--truncation", "1"], "takes no --truncation"),
         (["--ipc", "1", "--condense", "-5"], "a number of steps above 0"),
+        (["--ipc", "10000000", "--condense", "5"], "give --ipc of at most 1000"),
     ],
 )
 def test_wrong_use_is_one_line(made: Made, tmp_path: Path, argv: list[str], said: str) -> None:
