@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -317,8 +318,9 @@ def test_after_a_signal_the_same_command_starts_anew(
     (dest if there else dest.parent).mkdir(parents=True)
     argv = [str(made.out), str(dest), "--device", "cpu", "--format", "folder"]
     command = [sys.executable, "-m", "gdd_dist.export", *argv, "--ipc", "100000"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 60
+    hears = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # under nohup it would ignore SIGHUP, as it should
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=hears) as process:
+        deadline = time.monotonic() + 600
         while not any(dest.parent.rglob("*.png")) and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.02)
         process.send_signal(number)
