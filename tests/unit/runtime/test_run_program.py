@@ -261,6 +261,15 @@ sys.meta_path.insert(0, Finder())
 """
 
 
+@pytest.fixture
+def _interruptible():
+    """In the background a shell has SIGINT ignored, and children would have it ignored too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 @pytest.mark.parametrize(
     ("command", "at"),
     [
@@ -281,6 +290,7 @@ def test_an_interrupt_while_a_program_is_loaded_shows_no_traceback(command, at, 
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
 
 
+@pytest.mark.usefixtures("_interruptible")
 def test_a_loaded_program_says_that_it_was_interrupted():
     done = run("import signal; os.kill(os.getpid(), signal.SIGINT); __import__('time').sleep(60)")
     assert done.returncode == 130
