@@ -150,10 +150,8 @@ def check_room(generator: Sampler, drawn: Drawn, directory: Path) -> None:
 
     few, _ = generator.balanced(min(drawn.total, ROOM_IMAGES), drawn.seed, drawn.truncation)
     images = few.cpu().permute(0, 2, 3, 1)
-    if drawn.soft:
-        generator.soft_labels(
-            few
-        )  # so that a fault of the teachers or of config.yaml is learnt before anything is written
+    if drawn.soft:  # a fault of the teachers or of config.yaml is learnt before anything is written
+        generator.soft_labels(few)
     soft = 4 * len(generator.classes) if drawn.soft else 0
     disk = drawn.total * (sum(len(png(image)) for image in images.numpy()) / len(images) + soft)
     array = drawn.total * (images[0].numel() + soft) if drawn.format == "npz" else 0

@@ -104,10 +104,9 @@ def plan_of(out: Path, root: Path) -> Mapping[str, str]:
 def measured(report: Path) -> str:
     """Return the headline of a report's metrics, or what is wrong with the file."""
     try:
-        found: str = read_json(report, lambda metrics: headline(metrics["results"]))
+        return read_json(report, lambda metrics: headline(metrics["results"])).replace("**", "")
     except UserError as e:
         return str(e)
-    return found.replace("**", "")
 
 
 def recorded(out: Path, faults: list[str]) -> dict[str, str]:

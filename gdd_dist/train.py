@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def main(argv: list[str], joined: Callable[[World], None]) -> None:
     """Run, or estimate with --dry-run, what the command line requests."""
-    asked.among_ranks = "--print_config" not in argv
+    asked.among_ranks = not {"--print_config", "--print-config"} & set(argv)
     command = configuration.parse(argv)
     config = command.config
     if command.print_config:

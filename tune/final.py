@@ -68,7 +68,7 @@ def load(out: Path, trial: str, seeds: Sequence[int]) -> Gain | None:
     """What an earlier invocation measured of this trial with these seeds, if any did."""
     if not (out / FILE).exists():
         return None
-    gain: Gain = read_json(out / FILE, _gain, ALONE)
+    gain = read_json(out / FILE, _gain, ALONE)
     return gain if gain.trial == trial and gain.seeds == tuple(seeds) else None
 
 

@@ -51,8 +51,7 @@ def _costs(out: Path) -> dict[str, dict[str, Any]]:
         steps = document["steps"].items()
         return {name: {"seconds": float(s["seconds"]), "ranks": int(s["ranks"])} for name, s in steps}
 
-    found: dict[str, dict[str, Any]] = read_json(out / FILE, take, ALONE) if (out / FILE).exists() else {}
-    return found
+    return read_json(out / FILE, take, ALONE) if (out / FILE).exists() else {}
 
 
 class _Lines:

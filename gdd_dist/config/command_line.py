@@ -110,7 +110,9 @@ _ODD = re.compile(r"[-+]?(0[0-9_xob]|[0-9_]+:)\S*")
 
 
 def _as_written(argv: Sequence[str]) -> list[str]:
-    """Keep from the parser, which reads values as YAML, what that would change: ~ as a path, and integers to another base."""
+    """Keep from the parser, which reads values as YAML, what that would change: ~ in paths, which shells do not expand after ``=``, and
+    integers to another base.
+    """
     hints = {name: _item_type(hint)[0] for name, hint, _ in options()}
     out, name = list[str](), ""
     for token in argv:
@@ -120,7 +122,7 @@ def _as_written(argv: Sequence[str]) -> list[str]:
             name, eq, value = token[2:].partition("=")
         if name in _NAMED and not value and (not opened or eq):
             raise UserError(f"--{name} is empty; give a path, or leave it out")
-        if name in (*_PATHS, "out"):
+        if name in (*_PATHS, *_NAMED):
             value = os.path.expanduser(value)
         elif int in (hints.get(name), *get_args(hints.get(name))) and _ODD.fullmatch(value):
             raise UserError(f"--{name} {value} is not a decimal number; write it as one, without zeros before it")
@@ -191,8 +193,8 @@ def _as_typed(flat: Mapping[str, Any], path: str) -> list[str]:
 
 
 def _located(path: str) -> str:
-    """Return an absolute path, with ``~`` expanded (shells do not expand it after ``=``); a URL unchanged."""
-    return path if not path or is_remote(path) else str(Path(os.path.expanduser(path)).absolute())
+    """Return an absolute path; a URL unchanged."""
+    return path if not path or is_remote(path) else str(Path(path).absolute())
 
 
 def _is_utf8(text: str) -> bool:
@@ -215,7 +217,7 @@ def _preset_of_data(data: str | None, patience: str | None) -> str:
 def parse(argv: Sequence[str]) -> Command:
     """Parse and validate a command line. Raises UserError; SystemExit(0) after --help."""
     argv = _as_written(_canonical(argv))
-    from_file = _read_file(os.path.expanduser(path)) if (path := _last(argv, "config")) else {}
+    from_file = _read_file(path) if (path := _last(argv, "config")) else {}
     typed = _as_written(_as_typed(from_file, path or ""))
     given = [*typed, *argv]
     preset = _last(argv, "preset") or str(

@@ -152,8 +152,7 @@ def decoded_files(cache: Path, manifest: Manifest, splits: Sequence[str]) -> lis
 
     def noted(place: Path) -> tuple[int, str]:
         remedy = f"remove {place} and run the same command again; the images are decoded anew"
-        found: tuple[int, str] = read_json(place / NOTE, lambda note: (int(note["bytes"]), str(note["sha256"])), remedy)
-        return found
+        return read_json(place / NOTE, lambda note: (int(note["bytes"]), str(note["sha256"])), remedy)
 
     return [(place / FILE, *noted(place), place) for place in places if (place / NOTE).exists()]
 

@@ -36,21 +36,21 @@ def estimate_matching(trial: Trial, work: Path) -> Estimate:
     left, measurements = m.steps - start, sum(s % m.interval == 0 for s in range(first, m.steps)) + 1
     turns = measurements * -(-m.quick_students // taking_part(ctx.config, "matching", ctx.world.size))
     each = students_of_all + sample_grid.forwards(ctx)
-    features = _features(trial)
-    seconds = left * step.cost.seconds + turns * sum(part.seconds for part in parts) + features.cost.seconds
-    images = left * step.forwards + step.settling + measurements * each + features.images
-    return Estimate(start > 0, left, images, Cost.peak((step.cost, *parts, features.cost), seconds))
+    looking, looked_at = _features(trial)
+    seconds = left * step.cost.seconds + turns * sum(part.seconds for part in parts) + looking.seconds
+    images = left * step.forwards + step.settling + measurements * each + looked_at
+    return Estimate(start > 0, left, images, Cost.peak((step.cost, *parts, looking), seconds))
 
 
-def _features(trial: Trial) -> Estimate:
-    """Each teacher's features of real images, on every rank."""
+def _features(trial: Trial) -> tuple[Cost, int]:
+    """Return the cost of each teacher's features of real images, on every rank, and the images that all ranks forward."""
     m, each = trial.ctx.config.matching, images_read(trial.ctx.images("train").labels)
     if not m.lambda_feature:
-        return Estimate(False, 0, 0, NOTHING)
+        return NOTHING, 0
     used = [name for last, name in trial.pool if last or m.teachers == "all"]
     parts = [trial.cost(each, REAL, answering, name) for name in used]
     seconds = sum(part.seconds for part in parts)
-    return Estimate(False, 0, len(used) * each * trial.ctx.world.size, Cost.peak(parts, seconds))
+    return Cost.peak(parts, seconds), len(used) * each * trial.ctx.world.size
 
 
 def _matching_step(trial: Trial, work: Path) -> Training:

@@ -134,8 +134,7 @@ def read_teachers(directory: Path) -> list[Teacher]:
             for i, r in enumerate(document["teachers"])
         ]
 
-    found: list[Teacher] = read_json(directory / TEACHERS, take)
-    return found
+    return read_json(directory / TEACHERS, take)
 
 
 def cpu_state(net: nn.Module) -> dict[str, Tensor]:

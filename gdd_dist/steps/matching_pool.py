@@ -30,7 +30,6 @@ class Pool:
         m, pool = ctx.config.matching, read_teachers(teachers_dir)
         chosen = [t for t in pool if m.teachers == "all" or t.last]
         self._ctx, self._nets = ctx, {t.index: ctx.teacher(t) for t in chosen}
-        self.last = [self._nets[t.index] for t in chosen if t.last]
         images = ctx.images("train")
         self.cache = LogitCache(logits_dir, images.shards.shard_samples)
         self.views = min(m.views or self.cache.views, self.cache.views)

@@ -64,7 +64,7 @@ def finished(work: Path, training: Training) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        body: dict[str, Any] = read_json(path, _checked, "its training is repeated")
+        body = read_json(path, _checked, "its training is repeated")
         verify(work, body["teachers"])
     except UserError as e:
         tell(str(e))

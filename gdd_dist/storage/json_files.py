@@ -7,10 +7,12 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 from sharding.errors import UserError
 from sharding.files import write_atomic
+
+Taken = TypeVar("Taken")
 
 
 def fingerprint(parts: Mapping[str, Any]) -> str:
@@ -38,6 +40,10 @@ def again(path: Path) -> str:
     return f"remove {path.parent.resolve()} and run gdd_dist.train again to compute it"
 
 
+@overload
+def read_json(path: Path) -> Any: ...
+@overload
+def read_json(path: Path, take: Callable[[Any], Taken], remedy: str | None = None) -> Taken: ...
 def read_json(path: Path, take: Callable[[Any], Any] = lambda value: value, remedy: str | None = None) -> Any:
     """Return ``take`` of the value in a JSON file. Raises UserError naming a missing or damaged file, and what to do.
 

@@ -122,8 +122,7 @@ def files_of(directory: Path) -> dict[str, tuple[int, str]]:
     def take(contents: Any) -> dict[str, tuple[int, str]]:
         return {name: (int(f["bytes"]), str(f["sha256"])) for name, f in contents["files"].items()}
 
-    found: dict[str, tuple[int, str]] = read_json(directory / CONTENTS, take)
-    return found
+    return read_json(directory / CONTENTS, take)
 
 
 def made_from(directory: Path, *needed: str) -> dict[str, str]:
@@ -136,8 +135,7 @@ def made_from(directory: Path, *needed: str) -> dict[str, str]:
         found = {str(step): str(fp) for step, fp in contents["provenance"]["fingerprints"].items()}
         return found | {step: found[step] for step in needed}
 
-    found: dict[str, str] = read_json(directory / CONTENTS, take)
-    return found
+    return read_json(directory / CONTENTS, take)
 
 
 def write_records(out: Path, records: Mapping[str, Mapping[str, Any]]) -> None:
@@ -159,8 +157,7 @@ def read_records(out: Path) -> dict[str, dict[str, Any]]:
             for step, r in document["steps"].items()
         }
 
-    found: dict[str, dict[str, Any]] = read_json(out / RECORDS, take, ALONE) if (out / RECORDS).exists() else {}
-    return found
+    return read_json(out / RECORDS, take, ALONE) if (out / RECORDS).exists() else {}
 
 
 def clean(directory: Path) -> None:

@@ -292,7 +292,7 @@ def shrunk_means(means: Tensor, count: Tensor, variance: float) -> Tensor:
 
 def chosen(directory: Path) -> dict[str, Any]:
     """Return the candidate that the finished step ``gaussian`` in ``directory`` kept, with its measurement on val."""
-    return dict(read_json(directory / CHOICE, lambda document: best_of(document["candidates"])))
+    return read_json(directory / CHOICE, lambda document: best_of(document["candidates"]))
 
 
 def best_of(candidates: Sequence[dict[str, Any]]) -> dict[str, Any]:

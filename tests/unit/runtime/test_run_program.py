@@ -212,6 +212,7 @@ def test_a_port_in_use_is_named():
         ["gdd_dist.export", "nowhere", "to", "--ipc", "1"],
         ["gdd_dist.doctor", "--bad"],
         ["gdd_dist.train", "--print_config", "--bad"],
+        ["gdd_dist.train", "--print-config", "--bad"],
         ["tune.search", "--bad"],
     ],
 )
