@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 Batch = TypeVar("Batch")
 ALIGNED = 16
@@ -34,19 +35,23 @@ class Beside:
 
 
 class Sender:
-    """Sends batches to ``device``. A batch is a tensor, a tuple of batches (a named one too), or anything else."""
+    """Sends batches to ``device``. A batch is a tree of tuples (named ones too) whose leaves are tensors or anything else."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._beside = device, Beside(device)
 
     def __call__(self, batch: Batch) -> Batch:
         """Return the batch with its tensors on the device; those in host memory go in one copy, for which the caller waits."""
-        here = [t for t in _tensors(batch) if t.device.type == "cpu"]
-        if self._device.type == "cpu" or not here:
+        leaves, form = tree_flatten(batch)
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.device.type == "cpu"]
+        if self._device.type == "cpu" or not places:
             return batch
+        here = [leaves[i] for i in places]
         buffer = packed(here, pinned=self._device.type == "cuda")
-        sent = iter(unpacked(self._beside(lambda: buffer.to(self._device, non_blocking=True)), here))
-        moved: Batch = _mapped(batch, lambda t: next(sent) if t.device.type == "cpu" else t)
+        sent = unpacked(self._beside(lambda: buffer.to(self._device, non_blocking=True)), here)
+        for i, tensor in zip(places, sent, strict=True):
+            leaves[i] = tensor
+        moved: Batch = tree_unflatten(leaves, form)
         return moved
 
 
@@ -70,21 +75,3 @@ def unpacked(buffer: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
 def _starts(tensors: Sequence[Tensor]) -> list[int]:
     """Return the start of each tensor in the buffer, and the end of the last one."""
     return [0, *accumulate(-(-t.nbytes // ALIGNED) * ALIGNED for t in tensors)]
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, tuple):
-        for part in batch:
-            yield from _tensors(part)
-
-
-def _mapped(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Return ``batch`` with ``change`` applied to each tensor, in the order of ``_tensors``."""
-    if isinstance(batch, Tensor):
-        return change(batch)
-    if not isinstance(batch, tuple):
-        return batch
-    parts = [_mapped(part, change) for part in batch]
-    return type(batch)(*parts) if hasattr(batch, "_fields") else tuple(parts)

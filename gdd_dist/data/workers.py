@@ -9,11 +9,12 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from functools import partial
 from threading import Lock
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 Batch = TypeVar("Batch")
 Task = TypeVar("Task")
@@ -111,7 +112,8 @@ def prefetch(
                 waiting.append(pool.submit(read, submitted))
                 submitted += 1
             batch = waiting.popleft().result()
-            most = 1 + max(1, min(ahead, limit // max(1, _bytes(batch))))
+            size = sum(leaf.nbytes for leaf in tree_leaves(batch) if isinstance(leaf, (Tensor, np.ndarray)))
+            most = 1 + max(1, min(ahead, limit // max(1, size)))
             while submitted < min(step + most, stop):
                 waiting.append(pool.submit(read, submitted))
                 submitted += 1
@@ -125,10 +127,3 @@ def _on_the_callers_device() -> Callable[[], None]:
     if not torch.cuda.is_initialized():
         return lambda: None
     return partial(torch.cuda.set_device, torch.cuda.current_device())
-
-
-def _bytes(batch: Any) -> int:
-    """Return the bytes of the arrays and tensors of a batch."""
-    if isinstance(batch, (Tensor, np.ndarray)):
-        return int(batch.nbytes)
-    return sum(_bytes(part) for part in batch) if isinstance(batch, (tuple, list)) else 0
