@@ -8,8 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -108,6 +107,9 @@ class Order:
     window: int = 16384
 
     def __post_init__(self) -> None:
+        # Each order keeps its own latest arrays: a shared cache would have to hash orders, which may have a million shards.
+        for draw, most in ((self._draw_run, 4), (self._draw_windows, 2), (self._draw_ring, 2)):
+            object.__setattr__(self, draw.__name__, lru_cache(most)(draw))
         if self.batch_size % self.streams:
             raise ValueError(f"batch {self.batch_size} is not a multiple of {self.streams} streams")
         if self.steps_per_epoch < 1:
@@ -149,7 +151,7 @@ class Order:
         slots = self.batch_size // world
         first, before = divmod(rank * slots, self.share)
         streams = -(-(before + slots) // self.share)
-        found: np.ndarray = self._keep(self._draw_run, (epoch, first, streams, run), 4)
+        found = self._draw_run(epoch, first, streams, run)
         whole = found[:, at * self.share : (at + 1) * self.share].flatten()  # a copy; the original is cached
         return whole[before : before + slots]
 
@@ -167,37 +169,19 @@ class Order:
             window = position // self.window
             begin = window * self.window
             end = min(begin + self.window, stop)
-            inner: np.ndarray = self._keep(self._draw_windows, (epoch, first, count, window), 2)
+            inner = self._draw_windows(epoch, first, count, window)
             parts.append(begin + inner[:, position - begin : end - begin])
             position = end
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
     def _to_samples(self, epoch: int, places: np.ndarray) -> np.ndarray:
         """Convert positions on the epoch's ring to sample indices."""
-        ring: tuple[np.ndarray, np.ndarray, int] = self._keep(self._draw_ring, (epoch,), 2)
-        shards, ends, offset = ring
+        shards, ends, offset = self._draw_ring(epoch)
         places = (places + offset) % self.samples
         k = np.searchsorted(ends, places, side="right")
         shard = shards[k]
         sizes = self._starts[shard + 1] - self._starts[shard]
         return self._starts[shard] + places - (ends[k] - sizes)
-
-    @cached_property
-    def _recent(self) -> dict[tuple[Any, ...], Any]:
-        """The arrays from which the last batches were taken. Each order has its own cache, because a shared cache would have to hash
-        orders, which may have a million shards."""
-        return {}
-
-    def _keep(self, draw: Callable[..., Any], of: tuple[int, ...], most: int) -> Any:
-        """Return ``draw(*of)``, cached until ``most`` newer results of its kind exist."""
-        key = (draw.__name__, *of)
-        value = self._recent.get(key)
-        if value is None:
-            value = self._recent[key] = draw(*of)
-            alike = [k for k in list(self._recent) if k[0] == key[0]]
-            for old in alike[:-most]:
-                self._recent.pop(old, None)
-        return value
 
     def _draw_windows(self, epoch: int, first: int, count: int, window: int) -> np.ndarray:
         """Return the shuffle of one window in each of ``count`` streams: int64 [count, size]."""
