@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from gdd_dist.data.decoded_cache import Decoded, fits
-from gdd_dist.data.download_ahead import Ahead
 from gdd_dist.data.pixels import to_float as to_float
 from gdd_dist.data.pixels import to_uint8 as to_uint8
-from gdd_dist.data.remote import mirror_of
+from gdd_dist.data.remote import Ahead, Batch, mirror_of
 from gdd_dist.data.transfer import Beside
 from gdd_dist.data.workers import Buffers, PinnedBuffers, Workers
 from gdd_dist.data.workers import prefetch as prefetch
@@ -67,7 +66,7 @@ class Images:
     def __len__(self) -> int:
         return self.shards.samples
 
-    def expect(self, batch: Callable[[int], np.ndarray], start: int, stop: int) -> None:
+    def expect(self, batch: Batch, start: int, stop: int) -> None:
         """Announce ``read(batch(step))`` for each step from ``start`` to ``stop``; ``batch`` is a pure function.
 
         Shards of a remote data set are then downloaded ahead, in the order in which they are needed.
@@ -75,7 +74,7 @@ class Images:
         if self.resident == "none":  # otherwise each sample is decoded once, in file order
             self._follow(batch, range(start, stop))
 
-    def _follow(self, batch: Callable[[int], np.ndarray], steps: range) -> None:
+    def _follow(self, batch: Batch, steps: range) -> None:
         if self._ahead is not None:
             self._ahead.close()
         if self._mirror is not None:

@@ -29,6 +29,6 @@ def read_manifest(data: str, patience: float = PATIENCE) -> Manifest:
     """
     if not is_remote(data):
         return Manifest.load(data)
-    from gdd_dist.data.remote import Asked, remote_manifest  # imported here, because most data sets are local
+    from gdd_dist.data.remote import remote_manifest  # imported here, because most data sets are local
 
-    return remote_manifest(Asked(data, patience))
+    return remote_manifest(data, patience)

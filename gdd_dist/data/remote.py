@@ -12,14 +12,17 @@ import os
 import queue
 import threading
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+
 from gdd_dist.data.download import Source, locked, whole
-from gdd_dist.data.location import is_remote, read_manifest
+from gdd_dist.data.location import is_remote
 from gdd_dist.runtime.monitor import LINE_SECONDS, Monitor, say
 from sharding.errors import UserError
 from sharding.files import write_atomic
@@ -30,6 +33,8 @@ from sharding.sizes import parse_size
 DOWNLOADS = 2
 """Number of simultaneous downloads ahead per rank."""
 INDEX_DOWNLOADS = 16
+Batch = Callable[[int], np.ndarray]
+"""Step → the sample numbers that it reads, int64."""
 
 
 @dataclass(frozen=True)
@@ -50,18 +55,15 @@ class Cache:
         return Cache(Path(directory or f"{home}/gdd_dist/data"), parse_size(limit), patience)
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A request for a manifest. ``patience`` is not compared, so callers with different patience get the same manifest."""
-
-    data: str
-    patience: float = field(compare=False)
+_manifests: dict[str, Manifest] = {}
+_mirrors: dict[Path, Mirror] = {}
 
 
-@cache
-def remote_manifest(asked: Asked) -> Manifest:
-    """Return the manifest of a URL, downloaded once."""
-    return parse_manifest(Source(asked.data, asked.patience).content(FILE), f"{asked.data}/{FILE}")
+def remote_manifest(data: str, patience: float) -> Manifest:
+    """Return the manifest of a URL, downloaded once, whatever the ``patience`` of later callers."""
+    if data not in _manifests:
+        _manifests[data] = parse_manifest(Source(data, patience).content(FILE), f"{data}/{FILE}")
+    return _manifests[data]
 
 
 @cache
@@ -69,12 +71,9 @@ def open_data(data: str, cache: Cache) -> Path:
     """Return a data set's directory; for a remote one, its mirror with manifest and indexes, which `mirror_of` then finds."""
     if not is_remote(data):
         return Path(data)
-    mirror = Mirror(data, read_manifest(data, cache.patience), cache)
+    mirror = Mirror(data, remote_manifest(data, cache.patience), cache)
     _mirrors[mirror.directory] = mirror
     return mirror.directory
-
-
-_mirrors: dict[Path, Mirror] = {}
 
 
 def mirror_of(directory: Path) -> Mirror | None:
@@ -203,3 +202,61 @@ def _from_own_place(shards: list[ShardInfo]) -> list[ShardInfo]:
     rank, size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     first = len(shards) * rank // max(size, rank + 1)
     return [*shards[first:], *shards[:first]]
+
+
+class Ahead:
+    """A thread that requests the shards of the next batches, in the order in which they are used.
+
+    Shards that are requested but not yet read take at most ``room`` bytes, or are one shard. The next shard is requested
+    when the reader has finished one.
+    """
+
+    def __init__(
+        self, download: Callable[[ShardInfo], None], room: int, shards: Sequence[ShardInfo], batch: Batch, steps: range
+    ) -> None:
+        """``download`` starts a download and returns at once. ``batch(step)`` must be a pure function."""
+        self._download, self._room, self._shards = download, room, shards
+        self._ends = np.cumsum([info.samples for info in shards])
+        self._step, self._closed, self._news = steps.start, False, threading.Condition()
+        self._thread = threading.Thread(target=self._follow, args=(batch, steps), name="ahead", daemon=True)
+        self._thread.start()
+
+    def advance(self) -> None:
+        """Record that the reader has read one more batch."""
+        with self._news:
+            self._step += 1
+            self._news.notify()
+
+    def close(self) -> None:
+        """Stop requesting shards, because other batches will be read than expected."""
+        with self._news:
+            self._closed = True
+            self._news.notify()
+        self._thread.join()
+
+    def _follow(self, batch: Batch, steps: range) -> None:
+        # Shard → the last known step that needs it, in the order of these steps.
+        last = dict[int, int]()
+        for step in steps:
+            for shard in dict.fromkeys(np.searchsorted(self._ends, batch(step), side="right").tolist()):
+                known = last.pop(shard, None) is not None
+                last[shard] = step
+                if known:
+                    continue
+                if not self._has_room(last):
+                    return
+                self._download(self._shards[shard])
+            if self._closed or len(last) == len(self._shards):
+                return
+
+    def _has_room(self, last: dict[int, int]) -> bool:
+        """Wait until the reader has finished so many shards that the others fit; return False after `close`."""
+        while len(last) > 1 and sum(self._shards[shard].bytes for shard in last) > self._room:
+            oldest, step = next(iter(last.items()))
+            with self._news:
+                while not self._closed and self._step <= step:
+                    self._news.wait()
+                if self._closed:
+                    return False
+            del last[oldest]
+        return True

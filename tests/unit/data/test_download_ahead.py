@@ -5,8 +5,8 @@ import threading
 import numpy as np
 import pytest
 
-from gdd_dist.data.download_ahead import Ahead
 from gdd_dist.data.order import Order
+from gdd_dist.data.remote import Ahead
 from sharding.manifest import ShardInfo
 
 SAMPLES = 10

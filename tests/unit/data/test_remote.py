@@ -22,7 +22,7 @@ from gdd_dist.config.command_line import parse
 from gdd_dist.data import remote
 from gdd_dist.data.images import Images
 from gdd_dist.data.location import is_remote, read_manifest
-from gdd_dist.data.remote import Cache, mirror_of, open_data, remote_manifest
+from gdd_dist.data.remote import Cache, mirror_of, open_data
 from sharding.errors import UserError
 from sharding.manifest import Manifest
 from sharding.options import Options
@@ -60,8 +60,8 @@ def here(store, monkeypatch):
     store.log.clear()
     store.faults.clear()
     store.delay = 0.0
-    for known in (remote_manifest, open_data):
-        known.cache_clear()
+    remote._manifests.clear()
+    open_data.cache_clear()
     return store
 
 
@@ -299,8 +299,8 @@ def there(other, data, monkeypatch):
         monkeypatch.setenv(name, value)
     other.log.clear()
     other.faults.clear()
-    for known in (remote_manifest, open_data):
-        known.cache_clear()
+    remote._manifests.clear()
+    open_data.cache_clear()
     return other.upload(data, "digits")
 
 
@@ -359,7 +359,7 @@ def test_over_tls_a_process_that_trusts_the_certificate_reads_the_same_through_f
 
 
 def test_a_certificate_that_is_not_trusted_is_said_at_once(secure, data):
-    remote_manifest.cache_clear()
+    remote._manifests.clear()
     with pytest.raises(UserError, match=r"cannot fetch https://.*/manifest\.json .*certificate is not trusted here"):
         read_manifest(secure.upload(data, "digits"))
     assert secure.log == []
