@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from gdd_dist.config.ranks import taking_part
 from gdd_dist.data.logit_cache import MEANS, logit_file
-from gdd_dist.dry_run.matching_estimate import estimate_matching, make_up_matching, measurement
 from gdd_dist.dry_run.trial import (
     SILENT,
     Estimate,
@@ -29,21 +30,22 @@ from gdd_dist.dry_run.trial import (
     steps_done,
     studying,
 )
-from gdd_dist.evaluation import job_images, rows, student_results, students
+from gdd_dist.evaluation import job_images, quick_students, rows, student_results, students
 from gdd_dist.evaluation.kinds import GENERATORS
 from gdd_dist.models.files import GENERATOR, TEACHERS, save_network
 from gdd_dist.models.gaussian import LinearGenerator
 from gdd_dist.pipeline.run import provenance
 from gdd_dist.reporting import diagnostics
 from gdd_dist.runtime.meter import NOTHING, Cost
-from gdd_dist.steps import gan, gaussian, logits, report, teacher_pool, teachers
+from gdd_dist.steps import gan, gaussian, logits, matching, report, teacher_pool, teachers
 from gdd_dist.storage.json_files import ALONE, read_json, write_json
 from gdd_dist.storage.store import CHECKPOINTS
 from gdd_dist.training import condense, sample_grid, soft_labels
 from gdd_dist.training import drawing as drawn
 from gdd_dist.training.classifier_fit import PREDICT_BATCH
-from gdd_dist.training.context import train_order
+from gdd_dist.training.context import Context, train_order
 from gdd_dist.training.gaussian_fit import CHOICE
+from gdd_dist.training.teacher_features import REAL, Features, images_read
 
 HASH = "0" * 64
 
@@ -165,6 +167,69 @@ def estimate_gan(trial: Trial, work: Path) -> Estimate:
     return Estimate(start > 0, left, left * step.forwards + step.settling + grids * grid, cost)
 
 
+def make_up_matching(trial: Trial, directory: Path) -> None:
+    """Write a generator like that of gan."""
+    (directory / GENERATOR).hardlink_to(trial.directories[trial.ctx.config.matching.start] / GENERATOR)
+
+
+def estimate_matching(trial: Trial, work: Path) -> Estimate:
+    """The cost is that of training steps, and of measurements with quick students, each with a grid of samples."""
+    ctx, m = trial.ctx, trial.ctx.config.matching
+    start, step = steps_done(ctx, work / CHECKPOINTS), _matching_step(trial, work)
+    parts, students_of_all = measurement(trial, m.start, step.cost)
+    first = max(start, int(m.start == "gaussian"))  # the step gaussian has measured its own
+    left, measurements = m.steps - start, sum(s % m.interval == 0 for s in range(first, m.steps)) + 1
+    turns = measurements * -(-m.quick_students // taking_part(ctx.config, "matching", ctx.world.size))
+    each = students_of_all + sample_grid.forwards(ctx)
+    looking, looked_at = _features(trial)
+    seconds = left * step.cost.seconds + turns * sum(part.seconds for part in parts) + looking.seconds
+    images = left * step.forwards + step.settling + measurements * each + looked_at
+    return Estimate(start > 0, left, images, Cost.peak((step.cost, *parts, looking), seconds))
+
+
+def _features(trial: Trial) -> tuple[Cost, int]:
+    """Return the cost of each teacher's features of real images, on every rank, and the images that all ranks forward."""
+    m, each = trial.ctx.config.matching, images_read(trial.ctx.images("train").labels)
+    if not m.lambda_feature:
+        return NOTHING, 0
+    used = [name for last, name in trial.pool if last or m.teachers == "all"]
+    parts = [trial.cost(each, REAL, answering, name) for name in used]
+    seconds = sum(part.seconds for part in parts)
+    return Cost.peak(parts, seconds), len(used) * each * trial.ctx.world.size
+
+
+def _matching_step(trial: Trial, work: Path) -> Training:
+    """Groups use the teachers in turn, so that a small batch has all architectures, like the full batch."""
+    config, dirs = trial.ctx.config, trial.directories
+    used = [i for i, (last, _) in enumerate(trial.pool) if last or config.matching.teachers == "all"]
+
+    def in_turn(batch: matching.Batch) -> matching.Batch:
+        turns = np.resize(used, len(batch.groups.classes))
+        return batch._replace(groups=replace(batch.groups, teachers=turns).by_teacher())
+
+    def build(small: Context) -> matching.Matching:
+        pool = matching.Pool(small, dirs["teachers"], dirs["logits"])
+        if config.matching.lambda_feature:  # one mean for all features of all classes takes as long
+            zero = torch.zeros(small.classes, 1, device=small.device)
+            pool.real = dict.fromkeys(used, Features(zero, zero.new_ones(())))
+        return matching.Matching(small, work, pool, trial.inputs)
+
+    unit = config.matching.group * len(config.teachers.architectures) * config.accumulate
+    return trial.training("matching", trial.ctx.world.size, build, unit, in_turn)
+
+
+def measurement(trial: Trial, step: str, beside: Cost) -> tuple[list[Cost], int]:
+    """Return the costs of one quick student of ``step``'s generator, and the images that all students of a measurement forward."""
+    m, name = trial.ctx.config.matching, trial.ctx.config.matching.quick_student
+    trained, fresh, answered = quick_students.forwards(trial.ctx)
+    parts = [
+        trial.cost(trained, m.quick_batch, studying, name).beside(beside),
+        trial.cost(fresh, min(drawn.DRAW_BATCH, quick_students.CHUNK * m.quick_batch), drawing, step).beside(beside),
+        trial.cost(answered, PREDICT_BATCH, answering, name).beside(beside),
+    ]
+    return parts, m.quick_students * (trained + fresh + answered)
+
+
 def make_up_report(trial: Trial, directory: Path) -> None:
     """Write one file as large as all files of a report."""
     (directory / "report").write_bytes(bytes(report.bytes_needed(trial.ctx)))
@@ -180,7 +245,7 @@ def estimate_report(trial: Trial, work: Path) -> Estimate:
     seconds = makespan([sum(part.seconds for part in own) for own in parts], ctx.world.size)
     cost = Cost.peak([Cost(0.0, trial.meter.base), *(part for own in parts for part in own)], seconds)
     images = sum(job_images.images_forwarded(j, t.seeds * len(t.architectures), ctx.manifest) for j in left)
-    images += 2 * min(ctx.classes, report.SAMPLE_CLASSES) * report.SAMPLE_COLUMNS + diagnostics.forwards(ctx)
+    images += 2 * min(ctx.classes, report.SAMPLE_CLASSES) * report.SAMPLE_COLUMNS + diagnostics.FORWARDS
     note = work / CHECKPOINTS / "start.json"
     resumes = note.exists() and len(known) > read_json(note, lambda found: int(found["students"]), ALONE)
     return Estimate(resumes, sum(j.budget.optimizer_steps for j in left), images, cost)

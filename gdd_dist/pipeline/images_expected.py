@@ -40,14 +40,6 @@ def _logits(ctx: Context, _: Mapping[str, str]) -> int:
     return _trainings(ctx) * ctx.config.teachers.snapshots * ctx.config.logits.views * len(ctx.images("train"))
 
 
-def _gaussian(ctx: Context, _: Mapping[str, str]) -> int:
-    return gaussian.candidates(ctx) * _measurement(ctx)
-
-
-def _gan(ctx: Context, _: Mapping[str, str]) -> int:
-    return DISCRIMINATED * ctx.config.gan.steps * ctx.config.gan.batch
-
-
 def _matching(ctx: Context, _: Mapping[str, str]) -> int:
     m, beside = ctx.config.matching, 0
     if m.lambda_feature:
@@ -75,8 +67,8 @@ def _measurement(ctx: Context) -> int:
 EXPECTED: dict[str, Callable[[Context, Mapping[str, str]], int]] = {
     "teachers": _teachers,
     "logits": _logits,
-    "gaussian": _gaussian,
-    "gan": _gan,
+    "gaussian": lambda ctx, _: gaussian.candidates(ctx) * _measurement(ctx),
+    "gan": lambda ctx, _: DISCRIMINATED * ctx.config.gan.steps * ctx.config.gan.batch,
     "matching": _matching,
     "report": _report,
 }

@@ -51,23 +51,15 @@ def store_of(out: Path, config: Config) -> Path:
     return Path(config.store) if config.store else out
 
 
-def planned(out: Path, config: Config, precision: str) -> dict[str, str] | None:
-    """Return STEP → fingerprint as planned by the run's settings; None if its data set is missing."""
-    try:
-        manifest = manifest_of(out, config)
-    except UserError:
-        return None
-    return fingerprints(config, manifest, precision if config.precision == "auto" else config.precision)
-
-
 def plans_of(out: Path) -> list[dict[str, str]]:
-    """Return every possible plan of OUT's settings; empty if the settings or the data set cannot be read here."""
+    """Return every possible plan, STEP → fingerprint, of OUT's settings; empty if these or the data set cannot be read here."""
     try:
         config = settings_of(out)
+        manifest = manifest_of(out, config)
     except UserError:
         return []
     precisions = PRECISIONS if config.precision == "auto" else (config.precision,)
-    return [plan for p in precisions if (plan := planned(out, config, p)) is not None]
+    return [fingerprints(config, manifest, precision) for precision in precisions]
 
 
 def linked(out: Path, store: Path) -> set[tuple[str, str]]:

@@ -27,6 +27,8 @@ from gdd_dist.training.losses import standardize
 ANSWERS = 500
 """Number of images of each generator, and of real ones, whose teacher logits are shown."""
 NEAR, NEIGHBOURS = 200, 3
+FORWARDS = 4 * ANSWERS + NEAR
+"""Number of images that ``collect`` forwards through a network."""
 NEAR_SIDE = 32
 """Larger images are averaged down to this side before distances are computed."""
 TRAIN_CHUNK, TRAIN_MOST = 1024, 100_000
@@ -81,11 +83,6 @@ def collect(ctx: Context, dirs: Mapping[str, Path], matrices: Mapping[Row, np.nd
     return Evidence(row, chosen, teacher_answers(ctx, dirs, generators), nearest_real(ctx, generators["matched"]))
 
 
-def forwards(ctx: Context) -> int:
-    """Return the number of images that ``collect`` forwards through a network."""
-    return 4 * ANSWERS + NEAR
-
-
 def first_group(matrices: Mapping[Row, np.ndarray]) -> tuple[Row, dict[str, np.ndarray]]:
     """Return the first matched row, and the matrices of the rows with its student and budget: real, gan, matched."""
     first = next(r for r in matrices if r.train_on == "matched")
@@ -126,7 +123,8 @@ def nearest_real(ctx: Context, generator: ImageGenerator) -> Near:
     labels = np.arange(NEAR) % ctx.classes
     drawn = draw(ctx, generator, labels, seed, "report/near", 0)
     rows = permutation(seed, "report/near/val", 0, len(val))[:NEAR]
-    picked = _spread(len(train), TRAIN_MOST)
+    compared = min(len(train), TRAIN_MOST)
+    picked = np.arange(compared) * len(train) // compared  # evenly spread
     queries = torch.cat([flat(drawn.cpu(), ctx.device), flat(val.read(rows), ctx.device)])
 
     monitor = ctx.passing("report: nearest neighbours", len(picked), unit="image")
@@ -146,11 +144,6 @@ def nearest_real(ctx: Context, generator: ImageGenerator) -> Near:
     ]
     classes = np.column_stack([labels[shown], train.labels[found]])
     return Near(distances[:NEAR, 0], distances[NEAR:, 0], np.stack(pictures), classes)
-
-
-def _spread(n: int, most: int) -> np.ndarray:
-    """Return all of 0 … n - 1, or ``most`` of them evenly spread, int64."""
-    return np.arange(n) if n <= most else np.arange(most) * n // most
 
 
 def flat(images: Tensor, device: torch.device) -> Tensor:

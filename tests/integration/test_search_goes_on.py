@@ -29,8 +29,7 @@ from searching import (
     steps,
 )
 
-from gdd_dist.config.command_line import settings_of
-from gdd_dist.pipeline.store_users import planned
+from gdd_dist.pipeline.store_users import plans_of
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.slow  # each runs several searches, or a long one
@@ -132,9 +131,7 @@ def at_work(out: Path, reports: int) -> dict[str, int]:
 
 def matching_of(out: Path, trial: str) -> str:
     """The fingerprint of the matching step that a trial is at."""
-    plan = planned(out / "trials" / trial, settings_of(out / "trials" / trial), "float32")
-    assert plan is not None
-    return plan["matching"]
+    return plans_of(out / "trials" / trial)[0]["matching"]
 
 
 def test_remote_data_on_the_store_of_a_finished_run(undisturbed, tiny, digits, tmp_path):
