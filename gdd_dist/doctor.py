@@ -57,7 +57,8 @@ def main(argv: Sequence[str], joined: Callable[[World], None]) -> None:
     else:
         found, shown = list(_watched(arguments)), True
     if shown:
-        sys.stdout.write(f"{as_json(found) if arguments.json else page(found)}\n")
+        text = json.dumps([dataclasses.asdict(f) for f in found], indent=1) if arguments.json else page(found)
+        sys.stdout.write(f"{text}\n")
     if any(f.state == FAIL for f in found):
         raise SystemExit(1)
 
@@ -108,11 +109,6 @@ def page(found: Sequence[Finding]) -> str:
     else:
         end = "ready"
     return "\n".join([*lines, "", end])
-
-
-def as_json(found: Sequence[Finding]) -> str:
-    """Return the findings as JSON."""
-    return json.dumps([dataclasses.asdict(f) for f in found], indent=1)
 
 
 def together(world: World, out: Path) -> list[Finding]:

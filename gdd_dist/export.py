@@ -34,7 +34,6 @@ SHARD_IMAGES = 10_000
 CHUNK = 1_000
 ROOM_IMAGES = 64
 """Number of images from which the size of the set is estimated."""
-FORMATS = ("webdataset", "folder", "npz")
 PIXELS = "train.npz"
 
 
@@ -79,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--data", metavar="DIR", help="for --condense: the data set, if it was moved since the run")
     how = p.add_argument_group("how it is written")
     text = "webdataset: tar shards with a manifest; folder: PNGs by class; npz: one numpy file (default: webdataset)"
-    how.add_argument("--format", choices=FORMATS, default="webdataset", help=text)
+    how.add_argument("--format", choices=tuple(WRITERS), default="webdataset", help=text)
     text = "license named in the card, such as cc-by-4.0; it must suit the data that was distilled (default: unknown)"
     how.add_argument("--licence", default="unknown", metavar="NAME", help=text)
     text = "auto, cpu or cuda (default: auto, CUDA if there is a GPU)"
@@ -114,7 +113,7 @@ def main(argv: Sequence[str], joined: Callable[[World], None] = lambda world: No
         check_room(generator, drawn, work)
         if arguments.condense:
             generator = condensed_set(generator, arguments, joined)
-        write(generator, drawn, work)
+        WRITERS[drawn.format](generator, drawn, draw(generator, drawn), work)
         write_atomic(work / "samples.png", sample_picture(generator, drawn))
         text = card(generator, drawn, Path(arguments.out))
         write_atomic(work / "README.md", text.encode("utf-8", "backslashreplace"))
@@ -162,17 +161,6 @@ def check_room(generator: Sampler, drawn: Drawn, directory: Path) -> None:
             raise UserError(f"{what}, but there are only {have / 1e9:,.1f} GB {where}; ask for fewer images")
 
 
-def write(generator: Sampler, drawn: Drawn, work: Path) -> None:
-    """Write the images and labels in the requested format."""
-    parts = draw(generator, drawn)
-    if drawn.format == "webdataset":
-        write_webdataset(generator, drawn, parts, work)
-    elif drawn.format == "folder":
-        write_folder(generator, parts, work)
-    else:
-        write_npz(generator, list(parts), work)
-
-
 def draw(generator: Sampler, drawn: Drawn) -> Iterator[Part]:
     """Yield the set in parts: image i has class i mod K, so that every shard has nearly the same class mix."""
     monitor = Monitor(None, "export", drawn.total, unit="image", passing=True)
@@ -212,7 +200,7 @@ def write_webdataset(generator: Sampler, drawn: Drawn, parts: Iterator[Part], wo
     Manifest(name, generator.classes, *size, mean, std, versions(), splits).save(work)
 
 
-def write_folder(generator: Sampler, parts: Iterator[Part], work: Path) -> None:
+def write_folder(generator: Sampler, _: Drawn, parts: Iterator[Part], work: Path) -> None:
     """Write DEST/0007_name/000123.png; folders sort by class number."""
     folders = [work / f"{c:04d}_{safe(name)}" for c, name in enumerate(generator.classes)]
     for folder in folders:
@@ -225,18 +213,22 @@ def write_folder(generator: Sampler, parts: Iterator[Part], work: Path) -> None:
                 path.with_suffix(f".{suffix}").write_bytes(extra)
 
 
-def write_npz(generator: Sampler, parts: list[Part], work: Path) -> None:
+def write_npz(generator: Sampler, drawn: Drawn, parts: Iterator[Part], work: Path) -> None:
     """Write DEST/train.npz: images uint8 [N, C, H, W], labels int64 [N], soft float32 [N, K] if asked for, classes [K]. No pickle."""
+    kept = list(parts)
     arrays = {
-        "images": np.concatenate([p.images for p in parts]).transpose(0, 3, 1, 2),
-        "labels": np.concatenate([p.labels for p in parts]),
+        "images": np.concatenate([p.images for p in kept]).transpose(0, 3, 1, 2),
+        "labels": np.concatenate([p.labels for p in kept]),
         "classes": np.array(generator.classes, dtype=np.str_),
     }
-    if parts[0].soft is not None:
-        arrays["soft"] = np.concatenate([p.soft for p in parts if p.soft is not None])
+    if drawn.soft:
+        arrays["soft"] = np.concatenate([p.soft for p in kept if p.soft is not None])
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
     write_atomic(work / PIXELS, buffer.getvalue())
+
+
+WRITERS = {"webdataset": write_webdataset, "folder": write_folder, "npz": write_npz}
 
 
 def safe(name: str) -> str:

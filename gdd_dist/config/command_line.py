@@ -82,14 +82,11 @@ def command_line() -> ArgumentParser:
     return parser
 
 
-def _known() -> set[str]:
-    spelt = {spelling for flag in (*_FLAGS, "local_rank") for spelling in (flag, flag.replace("_", "-"))}
-    return {name for name, _, _ in options()} | spelt | {"preset", "config", "help", "version", "no-verify"}
-
-
 def _canonical(argv: Sequence[str]) -> list[str]:
     """Accept --deepspeed-config for --deepspeed_config, a bare --debug; refuse unknown settings and suggest the nearest name."""
-    known, flags, out = _known(), {"debug"}, []
+    spelt = {spelling for flag in (*_FLAGS, "local_rank") for spelling in (flag, flag.replace("_", "-"))}
+    known = {name for name, _, _ in options()} | spelt | {"preset", "config", "help", "version", "no-verify"}
+    out = []
     for i, token in enumerate(argv):
         if token.startswith("--"):
             name, eq, value = token[2:].partition("=")
@@ -98,7 +95,7 @@ def _canonical(argv: Sequence[str]) -> list[str]:
             if name not in known:
                 raise UserError(_unknown(name, known))
             token = f"--{name}{eq}{value}"
-            if name in flags and not eq and (i + 1 == len(argv) or argv[i + 1].startswith("--")):
+            if name == "debug" and not eq and (i + 1 == len(argv) or argv[i + 1].startswith("--")):
                 token += "=true"
         out.append(token)
     return out
@@ -197,10 +194,6 @@ def _located(path: str) -> str:
     return path if not path or is_remote(path) else str(Path(path).absolute())
 
 
-def _is_utf8(text: str) -> bool:
-    return text == text.encode("utf-8", "ignore").decode()
-
-
 def _preset_of_data(data: str | None, patience: str | None) -> str:
     if data is None:
         return "digits"
@@ -233,9 +226,10 @@ def parse(argv: Sequence[str]) -> Command:
         _parse_typed(parser, typed, f" in {path}")
     parsed = _parse_typed(parser, [*typed, *argv])
     config = _build(parsed)
-    config = dataclasses.replace(config, out=config.out or f"runs/{preset}")
-    if not _is_utf8(config.out or ""):
-        name = os.fsencode(config.out or "").decode("utf-8", "backslashreplace")
+    out = config.out or f"runs/{preset}"
+    config = dataclasses.replace(config, out=out)
+    if out != out.encode("utf-8", "ignore").decode():
+        name = os.fsencode(out).decode("utf-8", "backslashreplace")
         what = f"--out {name} is not UTF-8, and TensorBoard cannot write there"
         raise UserError(f"{what}; choose another name, or set PYTHONUTF8=1 where only the locale is not UTF-8")
     validate(config)
@@ -291,16 +285,10 @@ def _build(parsed: Mapping[str, Any]) -> Config:
     sections: dict[str, Any] = {s: type(getattr(Config(), s))(**values[s]) for s in SECTIONS}
     if parsed.get("no_verify"):
         values[""]["verify"] = False
-    return with_pretrained(Config(**values[""], **sections))
-
-
-def with_pretrained(config: Config) -> Config:
-    """Return the settings for pretrained teachers: the pool is the content of the directory, one snapshot each."""
-    if config.teachers.pretrained is None:
-        return config
-    names = tuple(f.architecture for f in pretrained.files(config.teachers.pretrained))
-    own = dataclasses.replace(config.teachers, architectures=names, seeds=1, snapshots=1)
-    return dataclasses.replace(config, teachers=own)
+    if (directory := sections["teachers"].pretrained) is not None:  # the pool is its content, one snapshot each
+        names = tuple(f.architecture for f in pretrained.files(directory))
+        sections["teachers"] = dataclasses.replace(sections["teachers"], architectures=names, seeds=1, snapshots=1)
+    return Config(**values[""], **sections)
 
 
 def to_yaml(config: Config, preset: str) -> str:

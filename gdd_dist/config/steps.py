@@ -72,10 +72,6 @@ def _teachers(config: Config) -> dict[str, Any]:
     return shaping
 
 
-def _logits(config: Config) -> dict[str, Any]:
-    return {**config.shaping("logits"), "loader": config.shaping("loader")}
-
-
 def _gaussian(config: Config) -> dict[str, Any]:
     names = ("quick_students", "quick_student", "quick_steps", "quick_batch")
     quick = {**_some(config.shaping("matching"), *names), "seed": config.step_seed("gaussian")}
@@ -121,7 +117,7 @@ TABLE: dict[str, Step] = {
     step.name: step
     for step in (
         Step("teachers", 1, ("shards",), _teachers),
-        Step("logits", 1, ("shards", "teachers"), _logits),
+        Step("logits", 1, ("shards", "teachers"), lambda c: {**c.shaping("logits"), "loader": c.shaping("loader")}),
         Step("gaussian", 1, ("shards",), _gaussian),
         Step("gan", 2, ("shards", "gaussian"), _gan, needs={"gaussian": lambda c: c.gan.start == "gaussian"}),
         Step("matching", 2, ("shards", "teachers", "logits", "gaussian", "gan"), _matching),

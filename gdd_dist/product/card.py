@@ -45,34 +45,33 @@ def card(generator: Sampler, drawn: Drawn, run: Path) -> str:
     size = f"{drawn.ipc} of each of " if drawn.ipc else "of "
     size += f"{len(generator.classes)} classes"
     parts = [
-        f"---\n{yaml.safe_dump(head(generator, drawn), sort_keys=False, allow_unicode=True)}---",
+        f"---\n{yaml.safe_dump(_head(generator, drawn), sort_keys=False, allow_unicode=True)}---",
         f"# {generator.data_name}, distilled: {drawn.total:,} images, {size}",
         f"Images of {height}×{width} with {'1 channel' if channels == 1 else f'{channels} channels'}, drawn from a generator that was "
         f"distilled from {generator.data_name}. They are meant for training a classifier in place of the real images.",
         "![Samples: a row for each class](samples.png)",
         "## Use",
-        usage(drawn),
+        _usage(drawn),
         "## How it was made",
         "By generative dataset distillation with standardized self-knowledge distillation (gdd_dist): a pool of classifiers is "
         "trained on the real data, a conditional GAN is trained, then the generator is trained until the classifiers' standardized "
         "logits on its images have the same distribution as on real images of the same class. The run's report shows the "
         "nearest real neighbours of random samples.",
-        labels(drawn),
-        drawing(drawn),
+        _labels(drawn),
+        _drawing(drawn),
         "## Figures",
-        figures(run),
+        _figures(run),
         "## Classes",
         ", ".join(f"{i} {name}" for i, name in enumerate(generator.classes)),
         "## Licence",
         f"{drawn.licence}. The set is derived from {generator.data_name}, so the terms of that data set apply.",
         "## Provenance",
-        provenance(generator.meta.get("provenance", {})),
+        _provenance(generator.meta.get("provenance", {})),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def head(generator: Sampler, drawn: Drawn) -> dict[str, Any]:
-    """Return the YAML head: licence, task, and data files."""
+def _head(generator: Sampler, drawn: Drawn) -> dict[str, Any]:
     found: dict[str, Any] = {
         "license": drawn.licence,
         "pretty_name": f"{generator.data_name} distilled",
@@ -86,8 +85,8 @@ def head(generator: Sampler, drawn: Drawn) -> dict[str, Any]:
     return found
 
 
-def usage(drawn: Drawn) -> str:
-    """Return the text on how to read the set in its format."""
+def _usage(drawn: Drawn) -> str:
+    """Return how to read the set in its format."""
     if drawn.format == "webdataset":
         soft = ', row["soft.npy"]' if drawn.soft else ""
         text = f"""import glob
@@ -111,21 +110,19 @@ data = np.load("DEST/train.npz")         # images uint8 [N, channels, height, wi
     return f"```python\n{text}\n```\n\nDEST is this directory."
 
 
-def labels(drawn: Drawn) -> str:
-    """Return the text about the labels."""
+def _labels(drawn: Drawn) -> str:
     soft = ", and beside it the mean of the teachers' softmax on the unaugmented image (float32, one number per class)"
     return f"Labels: the class that each image was drawn for{soft if drawn.soft else ''}."
 
 
-def drawing(drawn: Drawn) -> str:
-    """Return the text about seed and truncation."""
-    cut = "no truncation" if drawn.truncation is None else f"latents cut at ± {drawn.truncation:g}"
+def _drawing(drawn: Drawn) -> str:
     if drawn.condense:
         return f"Drawn with seed {drawn.seed}, and condensed: the teachers chose the first latents, and moved them for {drawn.condense} steps."
+    cut = "no truncation" if drawn.truncation is None else f"latents cut at ± {drawn.truncation:g}"
     return f"Drawn with seed {drawn.seed}, {cut}."
 
 
-def figures(run: Path) -> str:
+def _figures(run: Path) -> str:
     """Return headline and table of the run's report, if it has one."""
     if not (run / REPORT).exists():
         return "Not measured: the set was drawn from a generator without a report beside it."
@@ -141,8 +138,7 @@ def figures(run: Path) -> str:
     return "\n\n".join([*shown, note])
 
 
-def provenance(made: Mapping[str, Any]) -> str:
-    """Return the text about fingerprints and versions."""
+def _provenance(made: Mapping[str, Any]) -> str:
     if not made:
         return "The generator's file has no provenance."
     lines = [f"- {name}: `{fp}`" for name, fp in made.get("fingerprints", {}).items() if name != "report"]

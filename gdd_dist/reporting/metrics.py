@@ -62,9 +62,7 @@ def document(
     return {
         "format": FORMAT,
         "fingerprints": {
-            "data": fingerprints["data"],
-            "teachers": fingerprints["teachers"],
-            "logits": fingerprints["logits"],
+            **{name: fingerprints[name] for name in ("data", "teachers", "logits")},
             "generator": fingerprints["matching"],
         },
         "hardware": hardware(ctx),

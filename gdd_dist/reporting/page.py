@@ -97,13 +97,9 @@ def _legend(ctx: Context, results: Sequence[Mapping[str, Any]]) -> str:
         text += (
             " LRS and ARS are DD-Ranking's label-robust and augmentation-robust scores (0 to 1, w = γ = 1/2): how much of an accuracy "
             "comes from the images, not from soft labels (LRS) or augmentation (ARS). Images as good as random real ones of the same "
-            f"number, and no worse than all real data, would score {_neutral():.3f}."
+            f"number, and no worse than all real data, would score {score(0.0):.3f}."
         )
     return text
-
-
-def _neutral() -> float:
-    return score(0.0)
 
 
 def _classes(ctx: Context, evidence: Evidence) -> str:

@@ -46,11 +46,11 @@ def sets(made: Made, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "SHARD_IMAGES", 12)
         patch.setattr(export, "CHUNK", 7)
-        for kind in export.FORMATS:
+        for kind in export.WRITERS:
             export.main(
                 [str(made.out), str(root / kind), "--ipc", "3", "--format", kind, "--labels", "soft", "--device", "cpu"]
             )
-    return {kind: root / kind for kind in export.FORMATS}
+    return {kind: root / kind for kind in export.WRITERS}
 
 
 @pytest.fixture(scope="module")
