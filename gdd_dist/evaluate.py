@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_origin
+from typing import TYPE_CHECKING, get_args, get_origin
 
 from gdd_dist.config.bounds import options
 from gdd_dist.config.command_line import settings_of
@@ -19,9 +19,7 @@ from gdd_dist.runtime.signals import asked
 from gdd_dist.storage.json_files import write_json
 
 if TYPE_CHECKING:  # a command line is read, and refused, without torch
-    from gdd_dist.evaluation.rows import Row
     from gdd_dist.runtime.world import World
-    from gdd_dist.training.context import Context
 
 FILE = "evaluate.json"
 _ASKED = ("ipc", "protocol", "labels", "students", "seeds", "baselines", "epochs")
@@ -70,6 +68,7 @@ def main(argv: Sequence[str], joined: Callable[[World], None]) -> None:
     config = settings(parser().parse_args(argv))
     out = Path(config.out or ".")
     from gdd_dist.evaluation.rows import plan
+    from gdd_dist.evaluation.student_results import evaluate, log_accuracies
     from gdd_dist.pipeline.verify_inputs import verify_inputs
 
     def begun(world: World) -> None:
@@ -83,7 +82,10 @@ def main(argv: Sequence[str], joined: Callable[[World], None]) -> None:
     if config.verify:
         verify_inputs(ctx, {step: fps[step] for step in dirs}, ("train", "test"))
     world.enter("evaluate")
-    results = measure(ctx, rows, dirs, fps)
+    monitor = ctx.monitor("evaluate", Path("students"), len(rows) * config.report.seeds, unit="student")
+    results = evaluate(ctx, dirs, fps, monitor)
+    log_accuracies(monitor, results)
+    monitor.close()
     if world.is_main:
         from gdd_dist.evaluation.quick_students import Candidates
         from gdd_dist.models.files import GENERATOR, read_network
@@ -92,17 +94,6 @@ def main(argv: Sequence[str], joined: Callable[[World], None]) -> None:
         candidates = Candidates.of(read_network(dirs["matching"] / GENERATOR)[1])
         write_json(out / FILE, document(ctx, fps, candidates, results))
         sys.stdout.write(f"\n{table(results)}\n\nwritten: {out / FILE}\n")
-
-
-def measure(ctx: Context, rows: Sequence[Row], dirs: dict[str, Path], fps: dict[str, str]) -> list[dict[str, Any]]:
-    """Measure all rows, with progress lines."""
-    from gdd_dist.evaluation.student_results import evaluate, log_accuracies
-
-    monitor = ctx.monitor("evaluate", Path("students"), len(rows) * ctx.config.report.seeds, unit="student")
-    results = evaluate(ctx, dirs, fps, monitor)
-    log_accuracies(monitor, results)
-    monitor.close()
-    return results
 
 
 if __name__ == "__main__":

@@ -34,7 +34,6 @@ SHARD_IMAGES = 10_000
 CHUNK = 1_000
 ROOM_IMAGES = 64
 """Number of images from which the size of the set is estimated."""
-PIXELS = "train.npz"
 
 
 @dataclass(frozen=True)
@@ -225,7 +224,7 @@ def write_npz(generator: Sampler, drawn: Drawn, parts: Iterator[Part], work: Pat
         arrays["soft"] = np.concatenate([p.soft for p in kept if p.soft is not None])
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
-    write_atomic(work / PIXELS, buffer.getvalue())
+    write_atomic(work / "train.npz", buffer.getvalue())
 
 
 WRITERS = {"webdataset": write_webdataset, "folder": write_folder, "npz": write_npz}

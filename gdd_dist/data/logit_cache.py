@@ -32,8 +32,11 @@ class LogitCache:
         self._directory, self._counts = directory, tuple(shard_samples)
         # Each memory map needs a file descriptor, and there may be more files than a process may have descriptors.
         self._file = lru_cache(maxsize=256)(self._open_file)
-        self.class_means: np.ndarray = self._read_means(directory / MEANS)
-        """float32 [T, V, classes, C]: mean logits of each class's training images."""
+        try:
+            self.class_means: np.ndarray = np.load(directory / MEANS, mmap_mode="r", allow_pickle=False)
+            """float32 [T, V, classes, C]: mean logits of each class's training images."""
+        except (OSError, ValueError, EOFError) as e:
+            raise _damaged(directory / MEANS, e, directory) from e
 
     def _open_file(self, teacher: int, shard: int) -> np.ndarray:
         """Map the file of a teacher and shard: float16 [V, n, C].
@@ -55,14 +58,6 @@ class LogitCache:
         except (OSError, ValueError) as e:
             raise _damaged(path, e, self._directory) from e
 
-    @staticmethod
-    def _read_means(path: Path) -> np.ndarray:
-        try:
-            means: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as e:
-            raise _damaged(path, e, path.parent) from e
-        return means
-
     @property
     def views(self) -> int:
         """The number of views V."""
@@ -82,12 +77,6 @@ class LogitCache:
 NPY_HEADER = 128
 
 
-def bytes_needed(shard_samples: Sequence[int], teachers: int, views: int, classes: int) -> int:
-    """Return the bytes of all logit files and class means, with headers."""
-    means = teachers * views * classes * classes * 4 + NPY_HEADER
-    return teachers * sum(file_bytes(n, views, classes) for n in shard_samples) + means
-
-
 def file_bytes(samples: int, views: int, classes: int) -> int:
-    """Return the bytes of one logit file."""
+    """Return the bytes of one logit file, with its header."""
     return 2 * views * samples * classes + NPY_HEADER

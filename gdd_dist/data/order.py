@@ -96,7 +96,7 @@ class Order:
     The shuffled shards of an epoch form a ring with a random start, which is divided into ``streams`` streams of equal length.
     In a stream, samples are shuffled within windows of ``window`` samples. A global batch takes ``batch / streams`` samples from
     each stream, one stream after another; rank r of w gets the r-th of w equal parts. Every sample occurs once per epoch, except
-    ``remainder`` samples, which differ between epochs. ``shard_samples``: number of samples of each shard.
+    fewer than batch + streams, which differ between epochs. ``shard_samples``: number of samples of each shard.
     """
 
     shard_samples: tuple[int, ...]
@@ -129,11 +129,6 @@ class Order:
     def steps_per_epoch(self) -> int:
         """Number of global batches in an epoch, the same for every rank."""
         return self.samples // self.streams // self.share
-
-    @property
-    def remainder(self) -> int:
-        """Number of samples that one epoch leaves out: less than batch + streams."""
-        return self.samples - self.steps_per_epoch * self.batch_size
 
     @cached_property
     def _starts(self) -> np.ndarray:

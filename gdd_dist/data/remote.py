@@ -85,7 +85,7 @@ class Mirror:
     """A remote data set's files on this host."""
 
     def __init__(self, url: str, manifest: Manifest, cache: Cache) -> None:
-        self.url, self._cache = url, cache
+        self._cache = cache
         self.directory = cache.directory / manifest.fingerprint
         self._source = Source(url, cache.patience)
         shards = [info for split in manifest.splits.values() for info in split.shards]

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from gdd_dist.evaluation.confusion import by_class
 from gdd_dist.reporting.diagnostics import Answers, Evidence, Near, extremes
-from gdd_dist.reporting.training_figures import COLORS, DPI, mosaic, short
+from gdd_dist.reporting.training_figures import COLORS, DPI, short, show_rows, without_top_and_right
 
 KINDS = ("real", "gan", "matched")
 WORDS = {"real": "real", "gan": "GAN", "matched": "matched"}
@@ -55,7 +55,7 @@ def classes_figure(matrices: Mapping[str, np.ndarray], names: Sequence[str]) -> 
     axis.set_title(f"Accuracy by class, sorted by what matching changed{rest}", loc="left", fontsize=11)
     axis.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.9 / figure.get_size_inches()[1]))
     axis.grid(alpha=0.25, axis="x")
-    return _open(figure)
+    return without_top_and_right(figure)
 
 
 def confusion_figure(matrices: Mapping[str, np.ndarray], names: Sequence[str]) -> Figure:
@@ -108,7 +108,7 @@ def answers_figure(answers: Mapping[str, Answers]) -> Figure:
         axis.set_ylabel("density")
         axis.grid(alpha=0.25)
     own.legend(frameon=False)
-    return _open(figure)
+    return without_top_and_right(figure)
 
 
 def neighbours_figure(near: Near, names: Sequence[str]) -> Figure:
@@ -116,39 +116,23 @@ def neighbours_figure(near: Near, names: Sequence[str]) -> Figure:
     rows, columns, height = near.shown.shape[:3]
     figure = Figure(figsize=(10, max(3.4, 0.6 + 0.5 * rows)), dpi=max(DPI, height * 2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(2, 3))
-    picture = mosaic(near.shown, gap=2)
-    left.imshow(picture.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    middles = [(height + 2) * r + height / 2 - 0.5 for r in range(rows)]
-    left.set_yticks(middles, [short(names[c]) for c in near.labels[:, 0]], fontsize=8)
+    show_rows(left, near.shown, [short(names[c]) for c in near.labels[:, 0]], gap=2, size=8)
     left.set_xticks(
         [(near.shown.shape[3] + 2) * (c + 0.5) - 1.5 for c in range(columns)],
         ["sample", *("1st", "2nd", "3rd")[: columns - 1]],
         fontsize=8,
     )
     left.set_title("Samples and their nearest real images", loc="left", fontsize=11)
-    left.tick_params(length=0)
     edges = np.histogram_bin_edges(np.concatenate([near.generated, near.held_out]), 30)
     for values, kind, word in (
         (near.held_out, "real", "held-out real (val)"),
         (near.generated, "matched", "generated"),
     ):
-        right.hist(values, edges, histtype="step", lw=1.8, color=COLORS[kind], label=word, weights=_percent(values))
+        percent = np.full(len(values), 100.0 / len(values))
+        right.hist(values, edges, histtype="step", lw=1.8, color=COLORS[kind], label=word, weights=percent)
     right.set_title("Distance to the nearest training image", loc="left", fontsize=11)
     right.set_xlabel("root mean square over pixels (levels of 255)")
     right.set_ylabel("images (%)")
     right.legend(frameon=False)
     right.grid(alpha=0.25)
-    for spine in left.spines.values():
-        spine.set_visible(False)
-    right.spines[["top", "right"]].set_visible(False)
-    return figure
-
-
-def _percent(values: np.ndarray) -> np.ndarray:
-    return np.full(len(values), 100.0 / len(values))
-
-
-def _open(figure: Figure) -> Figure:
-    for axis in figure.axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure
+    return without_top_and_right(figure)

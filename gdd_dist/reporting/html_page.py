@@ -53,8 +53,8 @@ def html(text: str, pictures: Mapping[str, bytes]) -> str:
     Raises KeyError for a missing picture.
     """
     body = markdown.markdown(text, extensions=["tables", "fenced_code", "toc"], output_format="html")
-    body = re.sub(r'src="([\w.-]+\.png)"', lambda m: f'src="{data_uri(pictures[m[1]])}"', body)
-    body = re.sub(r'<p><img [^>]*src="([\w.-]+\.svg)"[^>]*></p>', lambda m: inline(pictures[m[1]]), body)
+    body = re.sub(r'src="([\w.-]+\.png)"', lambda m: f'src="{_data_uri(pictures[m[1]])}"', body)
+    body = re.sub(r'<p><img [^>]*src="([\w.-]+\.svg)"[^>]*></p>', lambda m: _inline(pictures[m[1]]), body)
     body = re.sub(r"<p>(<img [^>]*>)</p>", r'<div class="scroll">\1</div>', body)
     body = re.sub(r"<table>(.*?)</table>", _table, body, flags=re.DOTALL)
     body = body.replace("<tr>\n<td>matched</td>", '<tr class="matched">\n<td>matched</td>')
@@ -66,14 +66,12 @@ def html(text: str, pictures: Mapping[str, bytes]) -> str:
     )
 
 
-def inline(svg: bytes) -> str:
+def _inline(svg: bytes) -> str:
     """Return an SVG as a part of the page, so that it follows the page's colours; in HTML it needs no namespace."""
-    drawing = svg.decode().replace(NAME_SPACE, "")
-    return f"<figure>{drawing}</figure>"
+    return f"<figure>{svg.decode().replace(NAME_SPACE, '')}</figure>"
 
 
-def data_uri(png: bytes) -> str:
-    """Return a PNG as a data URI."""
+def _data_uri(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 

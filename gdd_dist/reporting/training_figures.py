@@ -48,7 +48,7 @@ def pixels(figure: Figure) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def mosaic(images: np.ndarray, gap: int = 1) -> np.ndarray:
+def mosaic(images: np.ndarray, gap: int) -> np.ndarray:
     """Join uint8 images [rows, columns, H, W, C] to a picture [H', W', C] with white lines of ``gap`` pixels between them."""
     rows, columns, height, width, channels = images.shape
     out = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, channels), 255, dtype=np.uint8)
@@ -57,6 +57,22 @@ def mosaic(images: np.ndarray, gap: int = 1) -> np.ndarray:
             y, x = r * (height + gap), c * (width + gap)
             out[y : y + height, x : x + width] = images[r, c]
     return out
+
+
+def show_rows(axis: Axes, images: np.ndarray, names: Sequence[str], gap: int, size: int) -> None:
+    """Draw uint8 images [rows, columns, H, W, C] as a mosaic without a frame, with a name in letters of ``size`` beside each row."""
+    middles = [(images.shape[2] + gap) * r + images.shape[2] / 2 - 0.5 for r in range(len(images))]
+    axis.imshow(mosaic(images, gap).squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    axis.set_yticks(middles, names, fontsize=size)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+
+
+def without_top_and_right(figure: Figure) -> Figure:
+    """Return the figure, whose axes have lost two sides of their frames."""
+    for axis in figure.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure
 
 
 def short(name: str) -> str:
@@ -76,15 +92,9 @@ def samples_figure(panels: Mapping[str, np.ndarray], names: Sequence[str]) -> Fi
     figure = Figure(figsize=size, dpi=max(DPI, int(np.ceil(height / inch))), layout=layout)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for i, (axis, (title, images)) in enumerate(zip(axes, panels.items(), strict=True)):
-        picture = mosaic(images)
-        axis.imshow(picture.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="equal")
+        show_rows(axis, images, names if i == 0 else [""] * rows, gap=1, size=9)
         axis.set_title(title, fontsize=10)
         axis.set_xticks([])
-        middles = [(height + 1) * r + height / 2 - 0.5 for r in range(rows)]
-        axis.set_yticks(middles, names if i == 0 else [""] * rows, fontsize=9)
-        axis.tick_params(length=0)
-        for spine in axis.spines.values():
-            spine.set_visible(False)
     return figure
 
 
@@ -118,9 +128,7 @@ def curves_figure(
     _history(grid[1, 0], history, kept)
     _gap(grid[1, 1], history, kept)
     _accuracies(grid[1, 2], results)
-    for axis in grid.ravel():
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure
+    return without_top_and_right(figure)
 
 
 def _titled(axis: Axes, title: str, x: str, y: str, drawn: bool, why: str = "") -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gdd_dist.data.logit_cache import MEANS, LogitCache, bytes_needed, logit_file
+from gdd_dist.data.logit_cache import MEANS, LogitCache, file_bytes, logit_file
 from gdd_dist.steps.logits import view_draws
 from sharding.errors import UserError
 
@@ -113,11 +113,11 @@ def test_a_file_that_is_not_what_was_written_is_named(tmp_path, kind):
     cache.take(0, np.array([0]), np.array([0]))
 
 
-def test_bytes_needed_is_what_is_written(tmp_path):
+def test_file_bytes_is_what_is_written(tmp_path):
     shards = [5, 9, 2]
     write(tmp_path, shards, teachers=3, views=2)
-    there = sum(p.stat().st_size for p in tmp_path.rglob("*.npy"))
-    assert bytes_needed(shards, 3, 2, CLASSES) == there
+    there = [logit_file(tmp_path, 2, shard).stat().st_size for shard in range(3)]
+    assert there == [file_bytes(samples, 2, CLASSES) for samples in shards]
 
 
 def test_a_view_of_a_sample_is_a_function_of_seed_view_and_sample():

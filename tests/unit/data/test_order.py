@@ -65,10 +65,10 @@ def test_any_world_size_that_divides_the_streams_sees_the_same_global_batch(orde
 def test_every_sample_once_an_epoch_up_to_the_stated_remainder(order, epoch):
     first = epoch * order.steps_per_epoch
     seen = np.concatenate([order.batch(s) for s in range(first, first + order.steps_per_epoch)])
-    assert len(np.unique(seen)) == len(seen) == order.samples - order.remainder
+    assert len(np.unique(seen)) == len(seen) == order.steps_per_epoch * order.batch_size
     assert seen.min() >= 0
     assert seen.max() < order.samples
-    assert order.remainder < order.batch_size + order.streams
+    assert order.samples - len(seen) < order.batch_size + order.streams
 
 
 def test_a_batch_is_the_callers_own():

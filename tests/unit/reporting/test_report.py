@@ -214,7 +214,7 @@ def test_curves_are_drawn_without_event_files_history_or_some_rows() -> None:
 
 def test_a_mosaic_keeps_pixels_and_parts_images_with_white() -> None:
     images = np.arange(2 * 3 * 2 * 2, dtype=np.uint8).reshape(2, 3, 2, 2, 1)
-    picture = training_figures.mosaic(images)
+    picture = training_figures.mosaic(images, gap=1)
     assert picture.shape == (5, 8, 1)
     assert (picture[2] == 255).all()
     assert (picture[3:5, 6:8] == images[1, 2]).all()
