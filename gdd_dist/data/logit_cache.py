@@ -25,7 +25,7 @@ def _damaged(path: Path, why: Exception, directory: Path) -> UserError:
 
 
 class LogitCache:
-    """A finished logits step, memory-mapped: ``take(teacher, samples, views)`` and ``class_means``."""
+    """A finished logits step, memory-mapped: ``take(teacher, samples, views)``, ``class_means``, and the number of ``views`` V."""
 
     def __init__(self, directory: Path, shard_samples: Sequence[int]) -> None:
         self._starts = np.concatenate([[0], np.cumsum(shard_samples)])
@@ -37,6 +37,7 @@ class LogitCache:
             """float32 [T, V, classes, C]: mean logits of each class's training images."""
         except (OSError, ValueError, EOFError) as e:
             raise _damaged(directory / MEANS, e, directory) from e
+        self.views = int(self.class_means.shape[1])
 
     def _open_file(self, teacher: int, shard: int) -> np.ndarray:
         """Map the file of a teacher and shard: float16 [V, n, C].
@@ -57,11 +58,6 @@ class LogitCache:
             return np.memmap(path, "<f2", "r", offset=len(header), shape=shape)
         except (OSError, ValueError) as e:
             raise _damaged(path, e, self._directory) from e
-
-    @property
-    def views(self) -> int:
-        """The number of views V."""
-        return int(self.class_means.shape[1])
 
     def take(self, teacher: int, samples: np.ndarray, views: np.ndarray) -> np.ndarray:
         """Return one teacher's logits, float32 [n, C], for pairs of sample number and view, both int64 [n]."""

@@ -54,21 +54,17 @@ class Training(NamedTuple):
 
 
 class Trial:
-    """What the estimates of all steps share. ``directories``: with each step's made-up files; ``shards``: samples of each train shard;
-    ``pool``: for each teacher, whether it is the last snapshot of its training, and its architecture.
+    """What the estimates of all steps share. ``directories``: with each step's made-up files, which are the ``inputs`` of later steps;
+    ``shards``: samples of each train shard; ``pool``: for each teacher, whether it is the last snapshot of its training, and its architecture.
     """
 
     def __init__(self, ctx: Context, meter: Meter, fps: Mapping[str, str], scratch: Path) -> None:
         self.ctx, self.meter, self.fps, t = ctx, meter, fps, ctx.config.teachers
         self.directories = {name: scratch / name for name in TABLE}
+        self.inputs = Inputs(self.directories, fps, {})
         self.shards = ctx.images("train").shards.shard_samples
         self.pool = list(product([True] + [False] * (t.snapshots - 1), t.architectures * t.seeds))
         self._known: dict[Any, Cost] = {}
-
-    @property
-    def inputs(self) -> Inputs:
-        """Return the made-up files as a step's inputs."""
-        return Inputs(self.directories, self.fps, {})
 
     def training(
         self,

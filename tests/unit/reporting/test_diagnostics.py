@@ -103,8 +103,8 @@ def near(generated: np.ndarray) -> diagnostics.Near:
 
 
 def test_copies_are_close_and_new_images_are_not() -> None:
-    assert near(np.zeros(50)).close_share == 100.0
-    assert near(np.full(50, 20.0)).close_share == 0.0
+    assert diagnostics.summary(near(np.zeros(50)))["close_share"] == 100.0
+    assert diagnostics.summary(near(np.full(50, 20.0)))["close_share"] == 0.0
 
 
 # answers
