@@ -11,10 +11,9 @@ import torch
 from PIL import Image
 
 from gdd_dist.config import command_line
-from gdd_dist.config.steps import TABLE
+from gdd_dist.config.steps import TABLE, fingerprints
 from gdd_dist.dry_run.estimates import ESTIMATES
 from gdd_dist.dry_run.trial import SILENT, Trial
-from gdd_dist.pipeline.fingerprints import fingerprints
 from gdd_dist.runtime.meter import Meter
 from gdd_dist.runtime.world import World
 from gdd_dist.steps.matching import Matching

@@ -16,13 +16,13 @@ import torch.nn.functional as F
 
 from gdd_dist.config import command_line
 from gdd_dist.config.settings import Config
+from gdd_dist.config.steps import fingerprints
 from gdd_dist.data.augment import AUGMENT_DRAWS
 from gdd_dist.data.images import to_float
 from gdd_dist.data.logit_cache import MEANS
 from gdd_dist.data.noise import normal, uniform
 from gdd_dist.dry_run.estimates import ESTIMATES
 from gdd_dist.dry_run.trial import SILENT, Trial
-from gdd_dist.pipeline.fingerprints import fingerprints
 from gdd_dist.runtime.meter import Meter
 from gdd_dist.runtime.world import World
 from gdd_dist.steps import gan, matching, teachers

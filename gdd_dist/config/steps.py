@@ -1,4 +1,4 @@
-"""The definition of each step: name, inputs, VERSION of its results, and the settings that shape them.
+"""The definition of each step: name, inputs, VERSION of its results, the settings that shape them, and its fingerprint.
 
 The table imports no step, so programs that only need fingerprints, such as `status`, load neither torch nor a step's code.
 """
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from gdd_dist.models import pretrained
 from gdd_dist.models.names import has_batch_norm
+from gdd_dist.storage.json_files import fingerprint
+from sharding.manifest import Manifest
 
 if TYPE_CHECKING:  # avoids a circular import: the settings import the names of the steps
     from gdd_dist.config.settings import Config
@@ -126,3 +128,14 @@ TABLE: dict[str, Step] = {
 }
 """The steps after the shards, in order."""
 STEPS = ("shards", *TABLE)
+
+
+def fingerprints(config: Config, manifest: Manifest, precision: str) -> dict[str, str]:
+    """Return STEP → fingerprint, in the order of the steps, before anything runs. That of ``shards`` is the data set's."""
+    found = {"shards": manifest.fingerprint}
+    for step in TABLE.values():
+        own = {"step": step.name, "version": step.version, "settings": step.settings(config)}
+        inputs = {name: found[name] for name in step.shaped_by(config)}
+        shaping = {**own, "seed": config.step_seed(step.name), "precision": precision, "inputs": inputs}
+        found[step.name] = fingerprint(shaping)
+    return found

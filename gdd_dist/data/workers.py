@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from functools import partial
+from itertools import islice
 from threading import Lock
 from typing import TypeVar
 
@@ -105,18 +106,15 @@ def prefetch(
     """
     pool = ThreadPoolExecutor(READERS, thread_name_prefix="prefetch", initializer=_on_the_callers_device())
     try:
+        reads = (pool.submit(read, step) for step in range(start, stop))
         waiting: deque[Future[Batch]] = deque()
-        most, submitted = 1, start
-        for step in range(start, stop):
-            while submitted < min(step + most, stop):
-                waiting.append(pool.submit(read, submitted))
-                submitted += 1
+        most = 1
+        for _ in range(start, stop):
+            waiting.extend(islice(reads, max(0, most - len(waiting))))
             batch = waiting.popleft().result()
             size = sum(leaf.nbytes for leaf in tree_leaves(batch) if isinstance(leaf, (Tensor, np.ndarray)))
             most = 1 + max(1, min(ahead, limit // max(1, size)))
-            while submitted < min(step + most, stop):
-                waiting.append(pool.submit(read, submitted))
-                submitted += 1
+            waiting.extend(islice(reads, max(0, most - 1 - len(waiting))))
             yield batch
     finally:
         pool.shutdown(cancel_futures=True)

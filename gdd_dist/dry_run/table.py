@@ -12,11 +12,10 @@ from pathlib import Path
 
 from gdd_dist.config.ranks import idle
 from gdd_dist.config.settings import Config
-from gdd_dist.config.steps import STEPS, TABLE
+from gdd_dist.config.steps import STEPS, TABLE, fingerprints
 from gdd_dist.dry_run.estimates import ESTIMATES
 from gdd_dist.dry_run.trial import Trial
 from gdd_dist.pipeline.dataset import data_or_digits
-from gdd_dist.pipeline.fingerprints import fingerprints
 from gdd_dist.pipeline.preflight import check, fitted
 from gdd_dist.pipeline.store_users import store_of
 from gdd_dist.reporting.tables import aligned

@@ -1,1 +1,1 @@
-"""From one step to the next: fingerprints, preflight checks, inputs, and the run itself."""
+"""From one step to the next: preflight checks, inputs, and the run itself."""

@@ -13,9 +13,8 @@ from typing import Any
 from gdd_dist.config import command_line as configuration
 from gdd_dist.config.ranks import idle, taking_part
 from gdd_dist.config.settings import Config
-from gdd_dist.config.steps import STEPS, TABLE, Inputs
+from gdd_dist.config.steps import STEPS, TABLE, Inputs, fingerprints
 from gdd_dist.models.classifiers import CONSTANT
-from gdd_dist.pipeline.fingerprints import fingerprints
 from gdd_dist.pipeline.images_expected import images_expected
 from gdd_dist.pipeline.preflight import check, fitted
 from gdd_dist.pipeline.store_users import note_user, store_of

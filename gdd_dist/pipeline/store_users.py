@@ -15,9 +15,8 @@ from pathlib import Path
 
 from gdd_dist.config.command_line import settings_of
 from gdd_dist.config.settings import Config
-from gdd_dist.config.steps import STEPS
+from gdd_dist.config.steps import STEPS, fingerprints
 from gdd_dist.pipeline.dataset import manifest_of
-from gdd_dist.pipeline.fingerprints import fingerprints
 from gdd_dist.runtime.locks import Lock
 from gdd_dist.storage.store import CONTENTS, made_from
 from sharding.errors import UserError

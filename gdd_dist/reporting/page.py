@@ -13,7 +13,7 @@ from gdd_dist.evaluation.ddranking import score
 from gdd_dist.evaluation.quick_students import INTERVAL, Candidates
 from gdd_dist.reporting.accuracy_picture import PICTURE
 from gdd_dist.reporting.diagnostics import NEAR_SIDE, Evidence
-from gdd_dist.reporting.tables import NONE, differs, headline, markdown, markdown_table
+from gdd_dist.reporting.tables import NONE, differs, headline, markdown, markdown_table, number
 from gdd_dist.reporting.verdict import answer, comparison, differences, first_screen
 from gdd_dist.runtime.versions import changed
 from gdd_dist.storage.printable import printable
@@ -162,13 +162,7 @@ def _near(near: Mapping[str, float]) -> str:
 
 def _costs(costs: Mapping[str, Mapping[str, Any]]) -> str:
     lines = [
-        [
-            name,
-            c["status"],
-            NONE if c["seconds"] is None else f"{c['seconds']:,.1f}",
-            NONE if c["images_processed"] is None else f"{c['images_processed']:,}",
-            str(c["ranks"] or NONE),
-        ]
+        [name, c["status"], number(c["seconds"], ",.1f"), number(c["images_processed"], ","), str(c["ranks"] or NONE)]
         for name, c in costs.items()
     ]
     total = sum(c["seconds"] or 0 for c in costs.values())

@@ -21,17 +21,17 @@ CELLS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "student": lambda r: r["student"],
     "protocol": lambda r: r["protocol"] or NONE,
     "labels": lambda r: r["labels"],
-    "IPC": lambda r: _number(r["ipc"], "d"),
-    "steps": lambda r: _number(r["optimizer_steps"], ",d"),
-    "batch": lambda r: _number(r["batch"], ",d"),
-    "images seen": lambda r: _number(r["images_seen"], ",d"),
-    "distinct": lambda r: _number(r["distinct_images_seen"], ",d"),
-    "MB": lambda r: _number(None if r.get("bytes") is None else r["bytes"] / 1e6, ".2f"),
+    "IPC": lambda r: number(r["ipc"], "d"),
+    "steps": lambda r: number(r["optimizer_steps"], ",d"),
+    "batch": lambda r: number(r["batch"], ",d"),
+    "images seen": lambda r: number(r["images_seen"], ",d"),
+    "distinct": lambda r: number(r["distinct_images_seen"], ",d"),
+    "MB": lambda r: number(None if r.get("bytes") is None else r["bytes"] / 1e6, ".2f"),
     "accuracy %": lambda r: accuracy(r["mean"], r["std"]),
-    "ceiling share": lambda r: _number(r["ceiling_share"], ".0%").replace("%", " %"),
-    "balanced %": lambda r: _number(r.get("balanced_mean"), ".1f"),
-    "LRS": lambda r: _number(r.get("lrs"), ".3f"),
-    "ARS": lambda r: _number(r.get("ars"), ".3f"),
+    "ceiling share": lambda r: number(r["ceiling_share"], ".0%").replace("%", " %"),
+    "balanced %": lambda r: number(r.get("balanced_mean"), ".1f"),
+    "LRS": lambda r: number(r.get("lrs"), ".3f"),
+    "ARS": lambda r: number(r.get("ars"), ".3f"),
 }
 """Name of a column → function of a row that gives its text."""
 WORDS = ("train on", "student", "protocol", "labels")
@@ -45,7 +45,8 @@ IN_MARKDOWN = (*WORDS, "IPC", *RESULT, *SCORES, *BUDGET)
 """Accuracies come first, so that a narrow screen shows them."""
 
 
-def _number(value: float | None, form: str) -> str:
+def number(value: float | None, form: str) -> str:
+    """Return a formatted number, or NONE."""
     return NONE if value is None else format(value, form)
 
 

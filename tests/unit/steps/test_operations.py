@@ -13,13 +13,12 @@ import torch
 from operations import META, Counted
 
 from gdd_dist.config import command_line as configuration
-from gdd_dist.config.steps import TABLE, Inputs
+from gdd_dist.config.steps import TABLE, Inputs, fingerprints
 from gdd_dist.dry_run.estimates import ESTIMATES
 from gdd_dist.dry_run.trial import SILENT, Trial
 from gdd_dist.models.classifiers import CLASSIFIERS, build_classifier
 from gdd_dist.models.files import GENERATOR, save_network
 from gdd_dist.models.gaussian import LinearGenerator
-from gdd_dist.pipeline.fingerprints import fingerprints
 from gdd_dist.runtime.meter import Meter
 from gdd_dist.runtime.world import World
 from gdd_dist.steps import gan, matching, teachers

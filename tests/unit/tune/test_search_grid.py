@@ -10,7 +10,7 @@ from scipy.stats import ttest_rel
 
 pytest.importorskip("ray")
 from gdd_dist.config.settings import Config, Gan
-from gdd_dist.pipeline.fingerprints import fingerprints
+from gdd_dist.config.steps import fingerprints
 from sharding.errors import UserError
 from sharding.manifest import Manifest
 from tune import board, grid, options, page, space, study
