@@ -32,8 +32,7 @@ def script(shell: str) -> str:
         parser.prog = name
         choices = {option: f.metadata["choices"] for option, _, f in options()}
         for action in parser._actions:
-            if action.choices is None and choices.get(action.dest):
-                action.choices = choices[action.dest]
+            action.choices = action.choices or choices.get(action.dest)
             if action.dest in DIRECTORIES:
                 action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
             elif action.dest in FILES:

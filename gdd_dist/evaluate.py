@@ -53,12 +53,11 @@ def parser() -> argparse.ArgumentParser:
 
 def settings(arguments: argparse.Namespace) -> Config:
     """Return the run's settings, overridden by the command line. Raises UserError for a directory that is not a run."""
-    given = ["--device", arguments.device, "--verify", "true"]
+    given = ["--device", arguments.device, "--verify", str(not arguments.no_verify).lower()]
     for name, value in vars(arguments).items():
         if name.startswith("report.") and value is not None:
             given += [f"--{name}", *([value] if isinstance(value, str) else value)]
     given += ["--data", arguments.data] if arguments.data else []
-    given += ["--no-verify"] if arguments.no_verify else []
     return settings_of(Path(arguments.out), *given)
 
 

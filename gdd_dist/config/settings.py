@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from gdd_dist.config.steps import STEPS, TABLE
@@ -23,7 +24,7 @@ def setting(
     choices: tuple[str, ...] | None = None,
     where: bool = False,
 ) -> Any:
-    """A dataclass field with its bounds; ``where``: changes only where or how fast, so it is in no fingerprint."""
+    """A dataclass field with its bounds; ``where``: see ``technical``."""
     bounds = {"low": low, "above": above, "high": high, "below": below}
     meta = {"help": help, **bounds, "choices": choices, "where": where}
     if isinstance(default, (list, tuple)):
@@ -31,6 +32,8 @@ def setting(
     return dataclasses.field(default=default, metadata=meta)
 
 
+technical = partial(setting, where=True)
+"""A setting that changes only where or how fast, so it is in no fingerprint."""
 _SEED = "seed of this step only; default: --seed"
 PAIR_LOSSES = {
     "skd": "t^2 KL(softmax(s(f(x))/t) || softmax(s(f(g))/t))",
@@ -61,24 +64,19 @@ class Loader:
         "augmentation of teachers, cached views, matching and students: color, crop, cutout joined by _; none: off",
     )
     flip: bool = setting(True, "mirror images at random; never for digits or text")
-    threads: int = setting(0, "decoding threads per rank; 0: its share of the cores", low=0, where=True)
-    prefetch: int = setting(2, "batches read ahead, if they fit in 256 MiB", low=1, high=64, where=True)
-    resident: str = setting(
+    threads: int = technical(0, "decoding threads per rank; 0: its share of the cores", low=0)
+    prefetch: int = technical(2, "batches read ahead, if they fit in 256 MiB", low=1, high=64)
+    resident: str = technical(
         "auto",
         "where decoded images are kept: none: nowhere; ram: in a file in STORE/cache, shared by all ranks of a host; device: on the GPU; "
         "auto: the fastest of these in which they take at most a quarter of the free memory",
         choices=("auto", "none", "ram", "device"),
-        where=True,
     )
 
-    cache_dir: str = setting("", "directory for downloaded shards; default ~/.cache/gdd_dist/data", where=True)
-    cache_limit: str = setting("50GB", "largest total size of downloaded shards, such as 50GB", where=True)
-    patience: float = setting(
-        300.0,
-        "seconds for which the server of a remote --data may fail before the run ends",
-        low=0,
-        high=_YEAR,
-        where=True,
+    cache_dir: str = technical("", "directory for downloaded shards; default ~/.cache/gdd_dist/data")
+    cache_limit: str = technical("50GB", "largest total size of downloaded shards, such as 50GB")
+    patience: float = technical(
+        300.0, "seconds for which the server of a remote --data may fail before the run ends", low=0, high=_YEAR
     )
 
 
@@ -100,21 +98,18 @@ class Teachers:
     lr: float = setting(0.05, "peak learning rate of SGD (linear warm-up over 5 %, then cosine to 0)", above=0)
     momentum: float = setting(0.9, "momentum of SGD (Nesterov)", low=0, high=1)
     weight_decay: float = setting(5e-4, "weight decay", low=0)
-    ranks_per_teacher: int = setting(
-        1, "ranks that train one teacher together with DDP; must divide the number of ranks", low=1, where=True
+    ranks_per_teacher: int = technical(
+        1, "ranks that train one teacher together with DDP; must divide the number of ranks", low=1
     )
-    accumulate: int = setting(
-        1, "micro-batches per rank into which a teacher's batch is split, to save memory", low=1, where=True
+    accumulate: int = technical(
+        1, "micro-batches per rank into which a teacher's batch is split, to save memory", low=1
     )
-    activation_checkpointing: bool = setting(
+    activation_checkpointing: bool = technical(
         False,
         "store only the input of each block of a teacher, and recompute the rest in the backward pass: less memory, a third more time",
-        where=True,
     )
-    pretrained: str | None = setting(
-        None,
-        "directory of classifiers (safetensors files that name their architecture) to use instead of training",
-        where=True,
+    pretrained: str | None = technical(
+        None, "directory of classifiers (safetensors files that name their architecture) to use instead of training"
     )
 
 
@@ -129,7 +124,7 @@ class Logits:
         low=1,
         high=1024,
     )
-    batch: int = setting(256, "images per forward pass", low=1, where=True)
+    batch: int = technical(256, "images per forward pass", low=1)
 
 
 @dataclass(frozen=True)
@@ -178,7 +173,7 @@ class Gan:
     )
     augment_p: float = setting(0.5, "share of images that are augmented before the discriminator", low=0, high=1)
     ema_images: float = setting(10_000.0, "half-life of the generator's EMA, in images (shorter at the start)", above=0)
-    grid_interval: int = setting(500, "steps between sample grids in TensorBoard", low=1, where=True)
+    grid_interval: int = technical(500, "steps between sample grids in TensorBoard", low=1)
 
 
 @dataclass(frozen=True)
@@ -286,63 +281,53 @@ class Report:
 class Config:
     """The whole run."""
 
-    data: str | None = setting(
+    data: str | None = technical(
         None,
         "data set directory made by `python -m sharding build`, or its URL (s3://, gs://, https://); without it the digits are built in OUT/data",
-        where=True,
     )
-    out: str | None = setting(None, "run directory; default runs/PRESET", where=True)
-    store: str | None = setting(None, "where finished steps are kept, so that runs share them; default OUT", where=True)
-    until: str = setting("report", "last step to run", choices=STEPS, where=True)
-    engine: str = setting(
+    out: str | None = technical(None, "run directory; default runs/PRESET")
+    store: str | None = technical(None, "where finished steps are kept, so that runs share them; default OUT")
+    until: str = technical("report", "last step to run", choices=STEPS)
+    engine: str = technical(
         "ddp",
         "how ranks train generator and discriminator together: torch's DDP, or DeepSpeed (ZeRO 0 to 3)",
         choices=("ddp", "deepspeed"),
-        where=True,
     )
-    deepspeed_config: str | None = setting(
-        None,
-        "JSON file for --engine deepspeed: zero_optimization, offload, communication; default: ZeRO stage 1",
-        where=True,
+    deepspeed_config: str | None = technical(
+        None, "JSON file for --engine deepspeed: zero_optimization, offload, communication; default: ZeRO stage 1"
     )
-    accumulate: int = setting(
-        1, "micro-batches per rank into which a gan or matching batch is split, to save memory", low=1, where=True
+    accumulate: int = technical(
+        1, "micro-batches per rank into which a gan or matching batch is split, to save memory", low=1
     )
-    device: str = setting("auto", "auto: CUDA if available, else CPU", choices=("auto", "cpu", "cuda"), where=True)
-    compile: bool = setting(
+    device: str = technical("auto", "auto: CUDA if available, else CPU", choices=("auto", "cpu", "cuda"))
+    compile: bool = technical(
         False,
         "compile classifiers and generator with torch.compile, and on a GPU replay students' steps as CUDA graphs: the first steps take minutes, "
         "later ones less time",
-        where=True,
     )
-    channels_last: bool | None = setting(
-        None,
-        "use the channels-last memory format for generator and discriminator (--engine ddp); default: on a GPU",
-        where=True,
+    channels_last: bool | None = technical(
+        None, "use the channels-last memory format for generator and discriminator (--engine ddp); default: on a GPU"
     )
-    deterministic: bool = setting(
+    deterministic: bool = technical(
         False,
         "use deterministic GPU kernels, so that an interrupted run ends with the same bits as an uninterrupted one; slower. Otherwise the "
         "fastest convolutions are searched. CPUs are always deterministic",
-        where=True,
     )
-    timeout: float = setting(
+    timeout: float = technical(
         600.0,
         "seconds without a heartbeat after which a rank counts as lost; a busy rank still sends heartbeats",
         above=0,
         high=_YEAR,
-        where=True,
     )
-    checkpoint_seconds: float = setting(
+    checkpoint_seconds: float = technical(
         10.0,
         "least seconds between checkpoints; longer if saving would take more than 3 % of the time; 0: every step",
         low=0,
         high=_YEAR,
-        where=True,
     )
-    checkpoints_kept: int = setting(3, "number of newest checkpoints kept per training loop", low=1, where=True)
-    verify: bool = setting(True, "check the sha256 of every input file before the first step", where=True)
-    debug: bool = setting(False, "show tracebacks", where=True)
+    checkpoints_kept: int = technical(3, "number of newest checkpoints kept per training loop", low=1)
+    verify: bool = technical(True, "check the sha256 of every input file before the first step")
+    debug: bool = technical(False, "show tracebacks")
     seed: int = setting(0, "seed of every step", low=0)
     precision: str = setting(
         "auto",

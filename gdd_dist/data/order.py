@@ -159,15 +159,12 @@ class Order:
 
     def _shuffled(self, epoch: int, first: int, count: int, start: int, stop: int) -> np.ndarray:
         """Return the shuffled positions ``start`` to ``stop`` of ``count`` streams from ``first`` on: int64 [count, stop - start]."""
-        parts, position = [], start
-        while position < stop:
-            window = position // self.window
+        parts = []
+        for window in range(start // self.window, -(-stop // self.window)):
             begin = window * self.window
-            end = min(begin + self.window, stop)
             inner = self._draw_windows(epoch, first, count, window)
-            parts.append(begin + inner[:, position - begin : end - begin])
-            position = end
-        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+            parts.append(begin + inner[:, max(0, start - begin) : stop - begin])
+        return np.concatenate(parts, axis=1)
 
     def _to_samples(self, epoch: int, places: np.ndarray) -> np.ndarray:
         """Convert positions on the epoch's ring to sample indices."""

@@ -30,10 +30,8 @@ def finished_steps(out: Path, manifest: Manifest) -> tuple[Store, dict[str, str]
     made = made_from(directory, "shards")
     fps = {step: made[step] for step in STEPS[1:] if step in made}
     if made["shards"] != manifest.fingerprint:
-        raise UserError(
-            f"the data set {manifest.name} {manifest.fingerprint} is not the one that {out} was trained on "
-            f"({made['shards']}); give the original data set with --data"
-        )
+        what = f"the data set {manifest.name} {manifest.fingerprint} is not the one that {out} was trained on ({made['shards']})"
+        raise UserError(f"{what}; give the original data set with --data")
     return store, {"data": manifest.fingerprint, **fps}
 
 
@@ -41,13 +39,11 @@ def needed(steps: Iterable[str], store: Store, fps: Mapping[str, str]) -> dict[s
     """Return the directories of ``steps``. Raises UserError when one is missing."""
     for step in steps:
         if step not in fps:
-            raise UserError(
-                f"the run was made by a version without the step {step}; leave its row out of --baselines, or train again"
-            )
+            cure = "leave its row out of --baselines, or train again"
+            raise UserError(f"the run was made by a version without the step {step}; {cure}")
         if not store.finished(step, fps[step]):
-            raise UserError(
-                f"{store.path(step, fps[step])} is missing; run the same gdd_dist.train command again to compute it"
-            )
+            path = store.path(step, fps[step])
+            raise UserError(f"{path} is missing; run the same gdd_dist.train command again to compute it")
     return {step: store.path(step, fps[step]) for step in steps}
 
 
