@@ -51,12 +51,9 @@ def pixels(figure: Figure) -> np.ndarray:
 def mosaic(images: np.ndarray, gap: int) -> np.ndarray:
     """Join uint8 images [rows, columns, H, W, C] to a picture [H', W', C] with white lines of ``gap`` pixels between them."""
     rows, columns, height, width, channels = images.shape
-    out = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, channels), 255, dtype=np.uint8)
-    for r in range(rows):
-        for c in range(columns):
-            y, x = r * (height + gap), c * (width + gap)
-            out[y : y + height, x : x + width] = images[r, c]
-    return out
+    framed = np.pad(images, ((0, 0), (0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255)
+    joined = framed.swapaxes(1, 2).reshape(rows * (height + gap), columns * (width + gap), channels)
+    return joined[:-gap, :-gap]
 
 
 def show_rows(axis: Axes, images: np.ndarray, names: Sequence[str], gap: int, size: int) -> None:

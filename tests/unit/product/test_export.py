@@ -358,7 +358,7 @@ def test_what_soft_labels_lack_is_learnt_before_anything_is_written(
 ) -> None:
     out = make(tmp_path / "out", digits)
     argv = [str(out.out), str(tmp_path / "set"), "--ipc", "1", "--labels", "soft", "--device", "cpu"]
-    monkeypatch.setattr(export, "write", lambda *_: pytest.fail("the set was begun"))
+    monkeypatch.setattr(export, "draw", lambda *_: pytest.fail("the set was begun"))
     (out.out / "config.yaml").write_text("")
     with pytest.raises(UserError, match=f"cannot read report.label_temperature in {out.out}/config.yaml"):
         export.main(argv)
