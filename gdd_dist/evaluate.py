@@ -68,7 +68,7 @@ def main(argv: Sequence[str], joined: Callable[[World], None]) -> None:
     out = Path(config.out or ".")
     from gdd_dist.evaluation.rows import plan
     from gdd_dist.evaluation.student_results import evaluate, log_accuracies
-    from gdd_dist.pipeline.verify_inputs import verify_inputs
+    from gdd_dist.pipeline.preflight import verify_inputs
 
     def begun(world: World) -> None:
         joined(world)

@@ -90,15 +90,12 @@ def data_line(out: Path, config: Config) -> str:
 
 def plan_of(out: Path, root: Path) -> Mapping[str, str]:
     """Return STEP → fingerprint; with ``precision: auto`` for the precision with which the run has most finished steps."""
-    plans = plans_of(out)
-    if not plans:
-        return {}
     store = Store(root)
 
     def there(plan: Mapping[str, str]) -> int:
         return sum(store.finished(s, plan[s]) or store.partial(s, plan[s]).exists() for s in STEPS[1:])
 
-    return max(plans, key=there)
+    return max(plans_of(out), key=there, default={})
 
 
 def measured(report: Path) -> str:

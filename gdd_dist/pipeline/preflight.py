@@ -1,12 +1,15 @@
-"""Checks that settings, data set and ranks fit together, and reports errors before the first step."""
+"""Checks before the first step: settings, data set and ranks fit together, and no file that will be read was changed."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
 from gdd_dist.config.settings import Config
+from gdd_dist.data.decoded_cache import decoded_files
+from gdd_dist.data.remote import mirror_of
 from gdd_dist.engines import deepspeed_config
 from gdd_dist.engines.deepspeed_engine import import_deepspeed
 from gdd_dist.evaluation import rows
@@ -14,8 +17,11 @@ from gdd_dist.models import pretrained, pretrained_networks
 from gdd_dist.models.classifiers import has_batch_norm, parse_classifier, parse_student
 from gdd_dist.models.residual import side_widths
 from gdd_dist.pipeline.memory_needed import check_memory
+from gdd_dist.storage.store import verify_file
+from gdd_dist.training.context import CACHE, Context
 from sharding.errors import UserError
-from sharding.manifest import Manifest
+from sharding.manifest import SPLITS, Manifest
+from sharding.shards import verify_shard
 
 
 def fitted(config: Config, manifest: Manifest) -> tuple[Config, str]:
@@ -100,3 +106,35 @@ def check_engine(config: Config, device: torch.device) -> None:
 def _divisors(n: int) -> str:
     sizes = [str(d) for d in range(1, n + 1) if n % d == 0]
     return ", ".join(sizes[:-1]) + " or " + sizes[-1] if len(sizes) > 1 else sizes[0]
+
+
+def verify_inputs(ctx: Context, steps: Mapping[str, str], splits: Sequence[str] = SPLITS) -> None:
+    """Hash the shards of ``splits`` and the files of those of ``steps`` (step → fingerprint) that are finished; the ranks share the work.
+
+    Raises UserError naming the first file that changed since it was written. All ranks call it.
+    """
+    shards = [info for name in splits if name in ctx.manifest.splits for info in ctx.manifest.splits[name].shards]
+    done = [(step, fp) for step, fp in steps.items() if ctx.store.finished(step, fp)]
+    files = [(*f, ctx.store.path(step, fp)) for step, fp in done for f in ctx.store.files(step, fp)]
+    if ctx.config.loader.resident != "none":
+        files += decoded_files(ctx.store.root / CACHE, ctx.manifest, splits)
+    if (mirror := mirror_of(ctx.data)) is not None:
+        # Each host has its own files; a missing file is checked when it is downloaded.
+        for info in shards[ctx.world.local_rank :: ctx.world.local_size]:
+            mirror.check(info)
+        shards = []
+    world = ctx.world
+    # Hosts with their own disks check their own files.
+    first, every = (world.rank, world.size) if ctx.disks.shared else (world.local_rank, world.local_size)
+    mine = range(first, len(shards) + len(files), every)
+    monitor = ctx.passing("verify", len(mine), unit="file")
+    for n, i in enumerate(mine):
+        world.check_stop()
+        monitor.advance(n)
+        if i < len(shards):
+            verify_shard(ctx.data, shards[i])
+        else:
+            path, size, sha256, directory = files[i - len(shards)]
+            verify_file(path, size, sha256, f"remove {directory} to compute it again")
+    monitor.close()
+    world.barrier()

@@ -16,9 +16,8 @@ from gdd_dist.config.settings import Config
 from gdd_dist.config.steps import STEPS, TABLE, Inputs, fingerprints
 from gdd_dist.models.classifiers import CONSTANT
 from gdd_dist.pipeline.images_expected import images_expected
-from gdd_dist.pipeline.preflight import check, fitted
+from gdd_dist.pipeline.preflight import check, fitted, verify_inputs
 from gdd_dist.pipeline.store_users import note_user, store_of
-from gdd_dist.pipeline.verify_inputs import verify_inputs
 from gdd_dist.reporting.tables import table
 from gdd_dist.runtime.file_exchange import Disks
 from gdd_dist.runtime.locks import Lock, holding, in_use

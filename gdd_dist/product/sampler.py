@@ -162,20 +162,18 @@ class Sampler:
             self._load_teachers()  # loaded now, so that errors occur before the first batch
         if soft_labels:
             self.label_temperature()
-        return self._stream(batch_size, seed, soft_labels, truncation, select)
-
-    def _stream(
-        self, batch_size: int, seed: int, soft_labels: bool, truncation: float | None, select: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
         from gdd_dist.data.order import dealt
 
-        for turn in itertools.count():
-            worker = get_worker_info()  # asked each time: a stream that has begun may be forked into the workers
-            first = batch_size * (turn * worker.num_workers + worker.id if worker else turn)
-            places = np.arange(first, first + batch_size)
-            labels = dealt(seed, "stream/labels", places, len(self.classes))
-            images = self._draw(labels, seed, "stream/z", places, truncation, select)
-            yield images, self.soft_labels(images) if soft_labels else torch.from_numpy(labels).to(self.device)
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            for turn in itertools.count():
+                worker = get_worker_info()  # asked each time: a stream that has begun may be forked into the workers
+                first = batch_size * (turn * worker.num_workers + worker.id if worker else turn)
+                places = np.arange(first, first + batch_size)
+                labels = dealt(seed, "stream/labels", places, len(self.classes))
+                images = self._draw(labels, seed, "stream/z", places, truncation, select)
+                yield images, self.soft_labels(images) if soft_labels else torch.from_numpy(labels).to(self.device)
+
+        return batches()
 
     @torch.no_grad()
     def soft_labels(self, images: Tensor, temperature: float | None = None) -> Tensor:
