@@ -1,7 +1,5 @@
 """Shell completion for all installed programs (gdd-train and others): ``eval "$(python -m gdd_dist.completion bash)"``."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """The programs under the names that a wheel installs: gdd-train is `python -m gdd_dist.train`, and so on."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 from functools import partial

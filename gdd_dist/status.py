@@ -1,7 +1,5 @@
 """The program that shows the state of a run, and cleans up its store: python -m gdd_dist.status OUT [--prune [--yes]]."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time

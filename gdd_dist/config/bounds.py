@@ -1,7 +1,5 @@
 """Every setting by its full name, and the values that it may have."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """Command line and files → Config: defaults < preset < --config file < command line, in any order on the command line."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import difflib

@@ -2,8 +2,6 @@
 meant for GPUs. `tiny-imagenet-cpu` is for 20 classes of 64 pixels: more of them take longer.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 _NATURAL: dict[str, Any] = {

@@ -1,7 +1,5 @@
 """How many of the ranks take part in a step: a pure function of settings and ranks."""
 
-from __future__ import annotations
-
 from gdd_dist.config.settings import Config
 
 

@@ -1,7 +1,5 @@
 """Every setting: typed, documented, bounded. Plain data; command_line.py reads it from command line and files."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from dataclasses import dataclass

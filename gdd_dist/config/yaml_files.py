@@ -1,7 +1,5 @@
 """Reads YAML files written by people: UTF-8, each key only once, and `1e-4` is a number."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path

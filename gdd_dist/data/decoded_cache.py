@@ -4,8 +4,6 @@ images.json beside it holds its size and sha256. It is written last, so a file w
 data and the versions of the decoders.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import os

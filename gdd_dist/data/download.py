@@ -1,7 +1,5 @@
 """Downloads one file from a store: complete, checked, with retries; and a lock between the processes of a host."""
 
-from __future__ import annotations
-
 import errno
 import os
 import random

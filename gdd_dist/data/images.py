@@ -1,7 +1,5 @@
 """Reads images of a split by sample number: memory map, index, decoding threads, reused uint8 batches."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator
 from pathlib import Path

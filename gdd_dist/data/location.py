@@ -1,7 +1,5 @@
 """The location of a data set, a directory or a URL, and its manifest, which is all that most programs need."""
 
-from __future__ import annotations
-
 import re
 
 from sharding.errors import UserError

@@ -1,7 +1,5 @@
 """Reads the cache of teacher logits: memory maps, in which a sample is found by (shard, row)."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 from functools import lru_cache

@@ -4,8 +4,6 @@ The generator is the counter-based Philox-4x32-10 (Salmon et al., "Parallel rand
 numbers of a slot depend only on that slot, so a rank draws only its own slots, and any number of ranks draws the same batch.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from functools import lru_cache

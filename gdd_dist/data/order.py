@@ -3,8 +3,6 @@
 There is no state, so a position is just a number, and resuming is exact and needs no stored state.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass

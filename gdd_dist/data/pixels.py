@@ -3,8 +3,6 @@
 Needs only torch, so that programs which only draw load little.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

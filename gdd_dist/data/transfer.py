@@ -1,7 +1,5 @@
 """Copies batches to a GPU: in one copy, in parallel to computation; only the thread that reads ahead waits for it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import TypeVar

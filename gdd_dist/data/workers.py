@@ -1,7 +1,5 @@
 """Batches: the memory into which they are read, the threads that fill it, and reading ahead."""
 
-from __future__ import annotations
-
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator

@@ -3,8 +3,6 @@
 `ESTIMATES` holds one entry for each step of the table; the rest of the dry run names no step.
 """
 
-from __future__ import annotations
-
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import replace

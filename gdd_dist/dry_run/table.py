@@ -3,8 +3,6 @@
 Counts follow from the settings, the manifest and finished steps; seconds and memory are measured on all ranks at once.
 """
 
-from __future__ import annotations
-
 import sys
 import tempfile
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Nothing is read from finished steps.
 """
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack

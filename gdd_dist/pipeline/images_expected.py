@@ -3,8 +3,6 @@
 The dry run counts exactly, because it tries each step. These counts need no computation, and leave out small parts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 
 from gdd_dist.config.steps import TABLE

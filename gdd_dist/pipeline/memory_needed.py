@@ -1,7 +1,5 @@
 """Refuses a run that would not fit in memory: its minimum is counted before anything is allocated."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

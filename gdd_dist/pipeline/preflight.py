@@ -1,7 +1,5 @@
 """Checks before the first step: settings, data set and ranks fit together, and no file that will be read was changed."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 

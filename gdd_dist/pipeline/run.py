@@ -1,7 +1,5 @@
 """A run: one step after another; a finished step is reused, any other is computed under its lock."""
 
-from __future__ import annotations
-
 import datetime
 import sys
 import time

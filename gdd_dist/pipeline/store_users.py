@@ -4,8 +4,6 @@ A run needs the targets of its OUT's ``latest`` links and everything they were m
 killed run continues from a ``.partial`` directory), and every directory whose lock is held.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

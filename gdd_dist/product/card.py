@@ -1,7 +1,5 @@
 """The card of an exported set: DEST/README.md in the format of the Hugging Face hub, and its grid of samples."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A condensed set, drawn once by `training.condense`, that is written as any other drawn set is."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """A directory of a user that is complete or not there: it is written under another name, and gets its own when it is whole."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterator

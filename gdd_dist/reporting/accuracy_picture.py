@@ -1,7 +1,5 @@
 """accuracy.svg: accuracy between chance, floor and ceiling, small enough for a telephone. It follows the reader's light or dark mode."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape

@@ -1,7 +1,5 @@
 """The report's diagnostic pictures: accuracy by class, confusion matrices, teacher logits, nearest neighbours."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

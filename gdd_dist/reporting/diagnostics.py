@@ -3,8 +3,6 @@
 Shapes: C classes, n images, k neighbours, D values per image.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """report.html: report.md and its pictures in one file that needs no network, for wide and narrow screens."""
 
-from __future__ import annotations
-
 import base64
 import re
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """metrics.json: the results and their provenance. It contains no path, host or user."""
 
-from __future__ import annotations
-
 import os
 import platform
 from collections.abc import Mapping, Sequence

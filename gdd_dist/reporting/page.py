@@ -1,7 +1,5 @@
 """report.md: the page that a reader opens first. report.html is the same page (see html_page.py)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

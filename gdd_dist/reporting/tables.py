@@ -1,7 +1,5 @@
 """The table of rows, as plain text and as Markdown, and its summary in one sentence."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 

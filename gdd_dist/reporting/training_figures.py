@@ -1,7 +1,5 @@
 """samples.png and curves.png. Figures are drawn on their own Agg canvas: no display, no global state."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path

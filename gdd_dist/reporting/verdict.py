@@ -3,8 +3,6 @@
 A pair is two students of one seed: they share initial weights, order, latents and augmentation, whatever they train on.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
