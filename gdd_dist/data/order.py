@@ -6,7 +6,8 @@ There is no state, so a position is just a number, and resuming is exact and nee
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -105,9 +106,6 @@ class Order:
     window: int = 16384
 
     def __post_init__(self) -> None:
-        # Each order keeps its own latest arrays: a shared cache would have to hash orders, which may have a million shards.
-        for draw, most in ((self._draw_run, 4), (self._draw_windows, 2), (self._draw_ring, 2)):
-            object.__setattr__(self, draw.__name__, lru_cache(most)(draw))
         if self.batch_size % self.streams:
             raise ValueError(f"batch {self.batch_size} is not a multiple of {self.streams} streams")
         if self.steps_per_epoch < 1:
@@ -144,7 +142,7 @@ class Order:
         slots = self.batch_size // world
         first, before = divmod(rank * slots, self.share)
         streams = -(-(before + slots) // self.share)
-        found = self._draw_run(epoch, first, streams, run)
+        found: np.ndarray = self._keep(self._draw_run, (epoch, first, streams, run), 4)
         whole = found[:, at * self.share : (at + 1) * self.share].flatten()  # a copy; the original is cached
         return whole[before : before + slots]
 
@@ -160,18 +158,36 @@ class Order:
         parts = []
         for window in range(start // self.window, -(-stop // self.window)):
             begin = window * self.window
-            inner = self._draw_windows(epoch, first, count, window)
+            inner: np.ndarray = self._keep(self._draw_windows, (epoch, first, count, window), 2)
             parts.append(begin + inner[:, max(0, start - begin) : stop - begin])
         return np.concatenate(parts, axis=1)
 
     def _to_samples(self, epoch: int, places: np.ndarray) -> np.ndarray:
         """Convert positions on the epoch's ring to sample indices."""
-        shards, ends, offset = self._draw_ring(epoch)
+        ring: tuple[np.ndarray, np.ndarray, int] = self._keep(self._draw_ring, (epoch,), 2)
+        shards, ends, offset = ring
         places = (places + offset) % self.samples
         k = np.searchsorted(ends, places, side="right")
         shard = shards[k]
         sizes = self._starts[shard + 1] - self._starts[shard]
         return self._starts[shard] + places - (ends[k] - sizes)
+
+    @cached_property
+    def _recent(self) -> dict[tuple[Any, ...], Any]:
+        """The arrays from which the last batches were taken. Each order has its own cache, because a shared cache would have to hash
+        orders, which may have a million shards."""
+        return {}
+
+    def _keep(self, draw: Callable[..., Any], of: tuple[int, ...], most: int) -> Any:
+        """Return ``draw(*of)``, cached until ``most`` newer results of its kind exist."""
+        key = (draw.__name__, *of)
+        value = self._recent.get(key)
+        if value is None:
+            value = self._recent[key] = draw(*of)
+            alike = [k for k in list(self._recent) if k[0] == key[0]]
+            for old in alike[:-most]:
+                self._recent.pop(old, None)
+        return value
 
     def _draw_windows(self, epoch: int, first: int, count: int, window: int) -> np.ndarray:
         """Return the shuffle of one window in each of ``count`` streams: int64 [count, size]."""

@@ -121,13 +121,8 @@ def estimate_logits(trial: Trial, work: Path) -> Estimate:
 def make_up_gaussian(trial: Trial, directory: Path) -> None:
     """Write the largest candidate, with all numbers zero."""
     ctx, k = trial.ctx, max(gaussian.components(trial.ctx))
-    net = LinearGenerator(
-        classes=ctx.classes,
-        channels=ctx.manifest.channels,
-        size=ctx.manifest.height,
-        latent=k,
-        dtype=ctx.config.gaussian.dtype,
-    )
+    shape: dict[str, Any] = {"classes": ctx.classes, "channels": ctx.manifest.channels, "size": ctx.manifest.height}
+    net = LinearGenerator(**shape, latent=k, dtype=ctx.config.gaussian.dtype)
     save_network(directory / GENERATOR, net, ctx.generator_meta(net, provenance(ctx, trial.fps)))
     found = [{"components": k, "spread": 1.0, "step": 0, "val": 61.25, "stderr": 1.25, "gap": 1.25}]
     write_json(directory / CHOICE, {"format": "gdd-gaussian/1", "candidates": found * gaussian.candidates(ctx)})
