@@ -43,9 +43,8 @@ def parser() -> argparse.ArgumentParser:
             said = f"{field.metadata['help']}; default: the value of the run"
             p.add_argument(f"--{leaf}", dest=name, nargs="+" if many else None, metavar=metavar, help=said)
     p.add_argument("--data", metavar="DIR", help="the data set, if it was moved since the run")
-    p.add_argument(
-        "--device", default="auto", metavar="NAME", help="auto, cpu or cuda; default: auto, CUDA if there is a GPU"
-    )
+    text = "auto, cpu or cuda; default: auto, CUDA if there is a GPU"
+    p.add_argument("--device", default="auto", metavar="NAME", help=text)
     p.add_argument("--no-verify", action="store_true", help="do not hash the files that will be read")
     p.add_argument("--debug", action="store_true", help="show tracebacks")
     return p

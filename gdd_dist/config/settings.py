@@ -52,9 +52,7 @@ class Loader:
     """How images are read and augmented."""
 
     streams: int = setting(
-        0,
-        "sample streams that form a global batch; must divide it; 0: its largest divisor up to 64",
-        low=0,
+        0, "sample streams that form a global batch; must divide it; 0: its largest divisor up to 64", low=0
     )
     window: int = setting(16384, "size of the buffer, in samples, within which a stream is shuffled", low=1)
     augment: str = setting(
@@ -187,9 +185,7 @@ class Matching:
     steps: int = setting(600, "generator steps", low=1)
     batch: int = setting(64, "images of a global batch", low=1)
     group: int = setting(
-        8,
-        "images per group; a group has one class and one teacher, and is never split over ranks",
-        low=1,
+        8, "images per group; a group has one class and one teacher, and is never split over ranks", low=1
     )
     loss: str = setting(
         "skd",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,18 +35,6 @@ def finished_steps(out: Path, manifest: Manifest) -> tuple[Store, dict[str, str]
     return store, {"data": manifest.fingerprint, **fps}
 
 
-def needed(steps: Iterable[str], store: Store, fps: Mapping[str, str]) -> dict[str, Path]:
-    """Return the directories of ``steps``. Raises UserError when one is missing."""
-    for step in steps:
-        if step not in fps:
-            cure = "leave its row out of --baselines, or train again"
-            raise UserError(f"the run was made by a version without the step {step}; {cure}")
-        if not store.finished(step, fps[step]):
-            path = store.path(step, fps[step])
-            raise UserError(f"{path} is missing; run the same gdd_dist.train command again to compute it")
-    return {step: store.path(step, fps[step]) for step in steps}
-
-
 def opened(
     out: Path, config: Config, steps: Iterable[str], joined: Callable[[World], None]
 ) -> tuple[Context, dict[str, str], dict[str, Path]]:
@@ -63,7 +51,14 @@ def opened(
     manifest = Manifest.load(data)
     check(config, manifest)
     store, fps = finished_steps(out, manifest)
-    directories = needed(sorted(steps), store, fps)
+    directories = dict[str, Path]()
+    for step in sorted(steps):
+        if step not in fps:
+            cure = "leave its row out of --baselines, or train again"
+            raise UserError(f"the run was made by a version without the step {step}; {cure}")
+        directories[step] = store.path(step, fps[step])
+        if not store.finished(step, fps[step]):
+            raise UserError(f"{directories[step]} is missing; run the same gdd_dist.train command again to compute it")
     world = World(config.device, config.timeout, config.deterministic)
     joined(world)
     ctx = Context(config, world, data, manifest, store, out, agreed_precision(config, world))
