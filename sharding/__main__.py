@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="build | info | verify")
     text = "Build a data set. The same command continues an unfinished build."
     make = commands.add_parser("build", help="build a data set", example=example, description=text)
-    make.add_argument("source", metavar="SOURCE", help=" | ".join(source.usage for source in SOURCES.values()))
+    make.add_argument("source", metavar="SOURCE", help=" | ".join(SOURCES))
     make.add_argument("dest", metavar="DEST", type=_path, help="directory to write, new or empty")
     make.add_argument("--shard-size", default="64MB", metavar="SIZE", help="source bytes for each shard (64MB)")
     for flag, kind, metavar, text in (

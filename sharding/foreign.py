@@ -13,8 +13,9 @@ from sharding.containers import LARGEST_FILE, TarMember
 from sharding.errors import UserError
 from sharding.kinds import unread
 from sharding.links import Member
-from sharding.listing import Listing, Sample, Source
+from sharding.listing import Listing, Sample
 from sharding.manifest import SPLITS
+from sharding.options import Options
 from sharding.patterns import mixed, parts, split_patterns, tars
 from sharding.tars import BLOCK, Entry, Unfit, entries, is_tar, read_at, shown, writable
 
@@ -55,52 +56,50 @@ class TarSet:
         return read_at(self._descriptors[member.tar], member.size, member.offset)
 
 
-class WebDataset(Source):
-    """Tars in the WebDataset layout: a directory, a pattern with * or {000..123}, or train=PATTERN,test=PATTERN."""
+def places(argument: str) -> list[str]:
+    """Return the paths of all splits; of one with ``**``, which enters directories, the part before."""
+    found = [part for pattern in split_patterns(argument).values() for part in parts(pattern)]
+    return [part.partition("**")[0] or "." if "**" in part else part for part in found]
 
-    usage = "webdataset:GLOB"
 
-    @classmethod
-    def places(cls, argument: str) -> list[str]:
-        """Return the paths of all splits; of one with ``**``, which enters directories, the part before."""
-        found = [part for pattern in split_patterns(argument).values() for part in parts(pattern)]
-        return [part.partition("**")[0] or "." if "**" in part else part for part in found]
+def webdataset(argument: str, _: Path, options: Options) -> Listing:
+    """List tars in the WebDataset layout: a directory, a pattern with * or {000..123}, or train=PATTERN,test=PATTERN.
 
-    def listing(self) -> Listing:
-        """List the samples of all tars, by their headers; images are not read."""
-        patterns = split_patterns(self.argument)
-        aside = Aside(self.options.on_error == "skip")
-        found = {split: tars(pattern, aside.left_out) for split, pattern in patterns.items()}
-        paths = [path for split in SPLITS for path in found.get(split, ())]
-        reader, splits = TarSet(paths), dict[str, list[Sample]]()
-        if twice := sorted({path for path in paths if paths.count(path) > 1}):
-            raise UserError(f"{twice[0]} is named twice; give each tar once")
-        number = 0
-        for split in [split for split in SPLITS if split in found]:
-            splits[split] = []
-            for path in found[split]:
-                splits[split] += samples(path, number, reader, aside)
-                number += 1
-            if not splits[split]:
-                raise UserError(f"the tars of {split} hold no sample; check {patterns[split]}")
-        first = self.options.first_label
-        last = last_label(splits, first)
-        if first:
-            splits = {split: [Sample(s.member, s.label - first) for s in found] for split, found in splits.items()}
-        names = tuple(str(label) for label in range(first, last + 1))
-        # The labels in the tars must be those of the data set, because other programs read the tars without the index.
-        in_place = tuple(paths) if "=" in self.argument and len(patterns) > 1 and not first else ()
-        name, left_out = self._name(patterns), dict(aside.left_out.most_common())
-        notes, faults = tuple(mixed(found)), tuple(aside.faults)
-        return Listing(name, names, splits, reader, in_place=in_place, left_out=left_out, notes=notes, faults=faults)
+    The samples are found by the headers of the tars; images are not read.
+    """
+    patterns = split_patterns(argument)
+    aside = Aside(options.on_error == "skip")
+    found = {split: tars(pattern, aside.left_out) for split, pattern in patterns.items()}
+    paths = [path for split in SPLITS for path in found.get(split, ())]
+    reader, splits = TarSet(paths), dict[str, list[Sample]]()
+    if twice := sorted({path for path in paths if paths.count(path) > 1}):
+        raise UserError(f"{twice[0]} is named twice; give each tar once")
+    number = 0
+    for split in [split for split in SPLITS if split in found]:
+        splits[split] = []
+        for path in found[split]:
+            splits[split] += samples(path, number, reader, aside)
+            number += 1
+        if not splits[split]:
+            raise UserError(f"the tars of {split} hold no sample; check {patterns[split]}")
+    first = options.first_label
+    last = last_label(splits, first)
+    if first:
+        splits = {split: [Sample(s.member, s.label - first) for s in found] for split, found in splits.items()}
+    names = tuple(str(label) for label in range(first, last + 1))
+    # The labels in the tars must be those of the data set, because other programs read the tars without the index.
+    in_place = tuple(paths) if "=" in argument and len(patterns) > 1 and not first else ()
+    name, left_out = _name(patterns), dict(aside.left_out.most_common())
+    notes, faults = tuple(mixed(found)), tuple(aside.faults)
+    return Listing(name, names, splits, reader, in_place=in_place, left_out=left_out, notes=notes, faults=faults)
 
-    @staticmethod
-    def _name(patterns: dict[str, str]) -> str:
-        """Return the fixed beginning of the pattern, or the name of the nearest directory that is not named like a split."""
-        path = Path(parts(patterns["train"])[0]).absolute()
-        stem = path.name if path.is_dir() else re.split(r"[*?\[{]", path.name)[0].removesuffix(".tar")
-        names = [stem.strip("-_. "), *(parent.name for parent in path.parents)]
-        return writable(next((name for name in names if name and name not in SPLITS), "webdataset"))
+
+def _name(patterns: dict[str, str]) -> str:
+    """Return the fixed beginning of the pattern, or the name of the nearest directory that is not named like a split."""
+    path = Path(parts(patterns["train"])[0]).absolute()
+    stem = path.name if path.is_dir() else re.split(r"[*?\[{]", path.name)[0].removesuffix(".tar")
+    names = [stem.strip("-_. "), *(parent.name for parent in path.parents)]
+    return writable(next((name for name in names if name and name not in SPLITS), "webdataset"))
 
 
 def samples(path: Path, tar: int, reader: TarSet, aside: Aside | None = None) -> Iterator[Sample]:

@@ -19,7 +19,7 @@ class Tree:
     """The directories and files of a source, hidden ones (``.name``) and those of operating systems left out. The root is ``""``."""
 
     def __init__(self, files: Files) -> None:
-        self._source = files
+        self.files = files
         self._images: dict[str, list[Member]] = defaultdict(list)
         self._folders: dict[str, set[str]] = defaultdict(set)
         self._by_name: dict[str, Member] = {}
@@ -56,7 +56,7 @@ class Tree:
             return ""
         if _TYPE.fullmatch(suffix):
             return f"{suffix} files"
-        if not is_image(self._source.start_of(member, HEAD)):
+        if not is_image(self.files.start_of(member, HEAD)):
             return "files with a suffix of their own" if suffix else "files without a suffix"
         self.by_content.add(member.name)
         return ""

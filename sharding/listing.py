@@ -1,16 +1,14 @@
 """What every source provides: its samples, and a reader of their bytes."""
 
 import unicodedata
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 from sharding.errors import UserError
 from sharding.images import Item
 from sharding.links import Member
-from sharding.options import Options
 from sharding.tars import writable
 
 UNPACKED, PIXELS = SCRATCH = ("source.tar", "pixels")
@@ -52,25 +50,6 @@ class Listing:
     left_out: dict[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     faults: tuple[tuple[int, str], ...] = ()
-
-
-class Source(ABC):
-    """One kind of SOURCE. `usage` is how a user writes it."""
-
-    usage: ClassVar[str]
-
-    def __init__(self, argument: str, scratch: Path, options: Options | None = None) -> None:
-        """`argument` is what follows the colon; `scratch` is a directory for temporary files."""
-        self.argument, self.scratch, self.options = argument, scratch, options or Options()
-
-    @classmethod
-    def places(cls, argument: str) -> list[str]:
-        """Return the paths that the argument names and whose content is read; they need not exist."""
-        return [argument] if argument else []
-
-    @abstractmethod
-    def listing(self) -> Listing:
-        """List the samples. Raises UserError when the source is missing or malformed."""
 
 
 def composed(name: str) -> str:

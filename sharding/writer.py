@@ -27,7 +27,7 @@ from sharding.plan import Plan, about, check_splits, make_plan
 from sharding.pool import Pool, available_cores
 from sharding.progress import Log, Progress
 from sharding.shards import verify_shard
-from sharding.sources import expanded, open_source, parse
+from sharding.sources import expanded, open_source, places
 from sharding.tars import shown, writable
 
 WORK = ".build"
@@ -55,7 +55,7 @@ def build(
     OSError when the disk is full or not writable; the next run uses the shards that were finished by then.
     """
     options, log, dest, source = options or Options(), log or (lambda line: None), Path(dest), expanded(source)
-    check_destination(dest, parse(source).places(source.partition(":")[2]))
+    check_destination(dest, places(source))
     work, fresh = dest / WORK, not dest.exists()
     work.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(work / "lock", f"another build is writing {dest}; wait for it"):
