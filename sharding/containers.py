@@ -6,14 +6,14 @@ import stat
 import zipfile
 from abc import ABC, abstractmethod
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sharding.errors import UserError
+from sharding.kinds import system_files
 from sharding.links import LOST, SPECIAL, Found, Member, check_walk
-from sharding.systems import system_files
 from sharding.tars import LONGEST_NAME, Unfit, checked_name, read_at, shown, tree
 
 # A larger encoded image is treated as damaged, or as an attempt to exhaust the memory.
@@ -23,13 +23,6 @@ _UNIX = (3, 19)
 _UTF8, _ENCRYPTED, _UNICODE_NAME = 0x800, 1, b"up"
 # Encodings of Windows in Japan, China and Taiwan, where the byte of a backslash may be the second half of a character.
 _EAST_ASIA = ("cp932", "gbk", "cp950")
-
-
-@dataclass(frozen=True, slots=True)
-class TarMember(Member):
-    """A file in one of several tars. `name` begins with the name of the tar, because messages show it."""
-
-    tar: int = 0
 
 
 class Files(ABC):
@@ -101,10 +94,8 @@ class TarFiles(Files):
         """Return all files and directories. Raises UserError when it is truncated, damaged or of an unsupported kind."""
         found = Found()
         try:
-            for entry in tree(self.path):
-                name = posixpath.normpath(entry.name)
-                member = Member(name, entry.size, entry.offset, odd=entry.odd)
-                found.add(name, member if entry.is_file or entry.odd else None, entry.target)
+            for member in tree(self.path):
+                found.add(replace(member, name=posixpath.normpath(member.name)))
         except Unfit as error:
             raise UserError(f"{self.shown} cannot be read as it is: {error}") from None
         except (ValueError, OSError) as error:
@@ -137,11 +128,11 @@ class ZipFiles(Files):
             kind = stat.S_IFMT(info.external_attr >> 16) if info.create_system in _UNIX else 0
             folder, name = name.endswith("/") or kind == stat.S_IFDIR, posixpath.normpath(name)
             odd = "" if kind in (0, stat.S_IFREG, stat.S_IFLNK) else SPECIAL
-            member, target = Member(name, info.file_size, place, odd=odd), ""
+            member = Member(name, info.file_size, place, odd)
             if kind == stat.S_IFLNK:
                 way = os.fsdecode(self.start_of(member, LONGEST_NAME))
-                target = posixpath.join(posixpath.dirname(name), way) or "."
-            found.add(name, None if folder or target else member, target)
+                member = replace(member, target=posixpath.join(posixpath.dirname(name), way) or ".")
+            found.add(Member(name) if folder and not member.target else member)
         return found.followed()
 
     def bytes_of(self, member: Member, most: int = -1) -> bytes:

@@ -5,11 +5,11 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sharding.containers import LARGEST_FILE, TarMember
+from sharding.containers import LARGEST_FILE
 from sharding.errors import UserError
 from sharding.kinds import unread
 from sharding.links import Member
@@ -17,7 +17,7 @@ from sharding.listing import Listing, Sample
 from sharding.manifest import SPLITS
 from sharding.options import Options
 from sharding.patterns import mixed, parts, split_patterns, tars
-from sharding.tars import BLOCK, Entry, Unfit, entries, is_tar, read_at, shown, writable
+from sharding.tars import BLOCK, Unfit, entries, is_tar, read_at, shown, writable
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 LONGEST_CLS, LONGEST_JSON = 32, 2**20
@@ -46,7 +46,6 @@ class TarSet:
 
     def read(self, member: Member) -> bytes:
         """Return a file's content of at most LARGEST_FILE bytes. Raises OSError or ValueError with the reason."""
-        assert isinstance(member, TarMember)
         if member.size > LARGEST_FILE:
             raise ValueError(f"larger than {LARGEST_FILE >> 20} MiB")
         if member.tar not in self._descriptors:
@@ -110,9 +109,9 @@ def samples(path: Path, tar: int, reader: TarSet, aside: Aside | None = None) ->
     aside = aside or Aside()
     try:
         _check_plain(path)
-        for key, files in grouped(entries(path), aside.left_out):
+        for key, files in grouped((replace(member, tar=tar) for member in entries(path)), aside.left_out):
             try:
-                sample = _sample(path, tar, key, files, reader, aside.left_out)
+                sample = _sample(path, key, files, reader, aside.left_out)
             except ValueError as error:
                 if not aside.skip:
                     raise
@@ -126,15 +125,15 @@ def samples(path: Path, tar: int, reader: TarSet, aside: Aside | None = None) ->
         raise UserError(f"{path}: {error}{cure}") from None
 
 
-def grouped(members: Iterator[Entry], unused: Counter[str]) -> Iterator[tuple[str, dict[str, Entry]]]:
+def grouped(members: Iterator[Member], unused: Counter[str]) -> Iterator[tuple[str, dict[str, Member]]]:
     """Yield (key, extension → file) for consecutive files with one key: the part before the first dot of the file's name.
 
     Files without a key, as webdataset itself defines it, are left out and counted in `unused`. Raises ValueError for a
     key that occurs again later, or an extension that occurs twice in a sample.
     """
-    seen, key, files = set[str](), "", dict[str, Entry]()
-    for entry in members:
-        folder, slash, base = entry.name.removeprefix("./").rpartition("/")
+    seen, key, files = set[str](), "", dict[str, Member]()
+    for member in members:
+        folder, slash, base = member.name.removeprefix("./").rpartition("/")
         stem, dot, extension = base.partition(".")
         if not stem or not dot or (stem.startswith("__") and stem.endswith("__")):
             unused["files without a key"] += 1
@@ -148,12 +147,12 @@ def grouped(members: Iterator[Entry], unused: Counter[str]) -> Iterator[tuple[st
             key, files = own, {}
         if extension.lower() in files:
             raise ValueError(f"key {shown(own)} has two files .{shown(extension.lower())}")
-        files[extension.lower()] = entry
+        files[extension.lower()] = member
     if files:
         yield key, files
 
 
-def _sample(path: Path, tar: int, key: str, files: dict[str, Entry], reader: TarSet, unused: Counter[str]) -> Sample:
+def _sample(path: Path, key: str, files: dict[str, Member], reader: TarSet, unused: Counter[str]) -> Sample:
     images = [extension for extension in IMAGES if extension in files]
     if len(images) != 1:
         found = f"{len(images)} images" if images else "no image"
@@ -161,12 +160,12 @@ def _sample(path: Path, tar: int, key: str, files: dict[str, Entry], reader: Tar
     image = files[images[0]]
     if image.size == 0:
         raise ValueError(f"key {shown(key)} has an empty image")
-    label, read = _label(tar, key, files, reader), (images[0], "cls" if "cls" in files else "json")
+    label, read = _label(key, files, reader), (images[0], "cls" if "cls" in files else "json")
     unused.update(f".{shown(extension)} files" for extension in files if extension not in read)
-    return Sample(TarMember(f"{path.name}: {shown(image.name)}", image.size, image.offset, tar), label)
+    return Sample(replace(image, name=f"{path.name}: {shown(image.name)}"), label)
 
 
-def _label(tar: int, key: str, files: dict[str, Entry], reader: TarSet) -> int:
+def _label(key: str, files: dict[str, Member], reader: TarSet) -> int:
     """The class number in .cls, else that of `label` in .json."""
     if "cls" not in files and "json" not in files:
         raise ValueError(f"key {shown(key)} has no label (.cls, or `label` in .json)")
@@ -174,7 +173,7 @@ def _label(tar: int, key: str, files: dict[str, Entry], reader: TarSet) -> int:
     entry = files[extension]
     if entry.size > most:
         raise ValueError(f"key {shown(key)} has a .{extension} of {entry.size} bytes, which is too long for a label")
-    content = reader.read(TarMember(entry.name, entry.size, entry.offset, tar))
+    content = reader.read(entry)
     value: Any = content.decode("ascii", "replace").strip()
     if extension == "json":
         try:

@@ -6,7 +6,6 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sharding.containers import TarMember
 from sharding.depth import COLOUR, GREY, Values
 from sharding.errors import UserError
 from sharding.images import Seen, Target
@@ -82,7 +81,7 @@ def make_plan(listing: Listing, seen: dict[str, list[Seen | None]], options: Opt
         for sample, look in zip(samples, seen[split], strict=True):
             if look is not None:
                 splits[split].append(Planned(f"{number:08d}", sample.member, sample.label, look))
-            elif isinstance(sample.member, TarMember):
+            else:
                 torn.add(sample.member.tar)
             number += 1
     _check_classes(splits, listing.classes)
@@ -208,7 +207,6 @@ def _as_they_lie(split: str, samples: list[Planned], paths: tuple[Path, ...], to
     """
     by_tar: dict[int, list[Planned]] = {}
     for sample in samples:
-        assert isinstance(sample.member, TarMember)
         by_tar.setdefault(sample.member.tar, []).append(sample)
     return [
         ShardPlan(split, f"{split}/{tar:06d}.tar", tuple(rows), None if tar in torn else paths[tar])
