@@ -220,7 +220,7 @@ def _manifest(plan: Plan, written: list[Written], versions: dict[str, str], left
         splits[split] = SplitInfo(len(labels), counts, tuple(w.info for _, w in pairs))
         if split == "train":
             pixels = len(labels) * size[0] * size[1]
-            mean, std = mean_and_std([w.sums for _, w in pairs], [w.squares for _, w in pairs], pixels)
+            mean, std = mean_and_std(np.sum([(w.sums, w.squares) for _, w in pairs], axis=0), pixels)
     return Manifest(plan.name, plan.classes, *size, mean, std, versions, splits, left_out)
 
 
