@@ -23,6 +23,8 @@ from sharding.pool import Tick
 from sharding.shards import decode, verify_shard
 from sharding.tars import BLOCK, padded
 
+WORK = ".build"
+"""Directory in DATA for the records of shards and for temporary files, while a build is unfinished."""
 OWNER, MODE = "gdd", 0o444
 
 
@@ -33,16 +35,6 @@ class Written:
     info: ShardInfo
     sums: list[int]
     squares: list[int]
-
-
-@dataclass(frozen=True)
-class ShardTask:
-    """A shard to write: below `directory`, noting in `record` that it is finished."""
-
-    directory: Path
-    record: Path
-    shard: ShardPlan
-    target: Target
 
 
 def inspect_all(
@@ -59,9 +51,8 @@ def inspect_all(
     return found
 
 
-def write_shard(reader: Reader, task: ShardTask, tick: Tick) -> Written:
+def write_shard(reader: Reader, shard: ShardPlan, tick: Tick, *, directory: Path, target: Target) -> Written:
     """Write a shard's tar, or a link to the tar that holds it, its index, then its record, each atomically."""
-    shard, target = task.shard, task.target
     pixels = np.empty((target.height, target.width, target.channels), np.uint8)
     sums = np.zeros((2, target.channels if shard.split == "train" else 0), np.int64)
 
@@ -74,10 +65,16 @@ def write_shard(reader: Reader, task: ShardTask, tick: Tick) -> Written:
             yield Stored(sample.key, sample.label, suffix, payload)
             tick(1)
 
-    where = task.directory
-    info = write_tar(where, shard.file, samples()) if shard.tar is None else _link_tar(where, shard, samples())
+    if shard.tar is None:
+        info = write_tar(directory, shard.file, samples())
+    else:
+        for _ in samples():  # the images are read to compute statistics, not to copy them
+            pass
+        link_atomic(directory / shard.file, shard.tar)
+        rows = [(sample.member.offset, sample.member.size, sample.label) for sample in shard.samples]
+        info = _with_index(directory, shard.file, rows)
     written = Written(info, *sums.tolist())
-    write_atomic(task.record, json.dumps(asdict(written)).encode())
+    write_atomic(_record(directory, shard), json.dumps(asdict(written)).encode())
     return written
 
 
@@ -110,15 +107,6 @@ def write_tar(directory: Path, file: str, samples: Iterable[Stored]) -> ShardInf
     return _with_index(directory, file, rows)
 
 
-def _link_tar(directory: Path, shard: ShardPlan, samples: Iterable[Stored]) -> ShardInfo:
-    """Link to the tar that holds the samples, and write an index of those that belong to this shard."""
-    assert shard.tar is not None
-    for _ in samples:  # the images are read to compute statistics, not to copy them
-        pass
-    link_atomic(directory / shard.file, shard.tar)
-    return _with_index(directory, shard.file, [(s.member.offset, s.member.size, s.label) for s in shard.samples])
-
-
 def _with_index(directory: Path, file: str, rows: Sequence[tuple[int, int, int]]) -> ShardInfo:
     """Write the index of a tar, int64 [samples, 3]: offset, size, label."""
     path, index = directory / file, (directory / file).with_suffix(".npy")
@@ -128,12 +116,17 @@ def _with_index(directory: Path, file: str, rows: Sequence[tuple[int, int, int]]
     return ShardInfo(file, len(rows), path.stat().st_size, sha256_file(path), sha256_file(index))
 
 
-def finished_shard(task: ShardTask) -> Written | None:
+def _record(directory: Path, shard: ShardPlan) -> Path:
+    """Return the file that says that a shard is finished."""
+    return directory / WORK / f"{shard.file.replace('/', '-')}.json"
+
+
+def finished_shard(directory: Path, shard: ShardPlan) -> Written | None:
     """Return a shard that an earlier run of the same build finished, or None if it did not or the files differ."""
     try:
-        record = json.loads(task.record.read_bytes())
+        record = json.loads(_record(directory, shard).read_bytes())
         info = ShardInfo(**record["info"])
-        verify_shard(task.directory, info)
+        verify_shard(directory, info)
     except (OSError, ValueError, KeyError, TypeError, UserError):
         return None
     return Written(info, list(record["sums"]), list(record["squares"]))

@@ -3,7 +3,7 @@
 import posixpath
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from sharding.archives import base_name, open_files
@@ -37,7 +37,7 @@ def folder(argument: str, scratch: Path, options: Options) -> Listing:
     A single top-level directory is entered. Raises UserError, with the notes of the listing that would have been.
     """
     tree = Tree(open_files(argument, scratch))
-    root = _root(tree)
+    root = _entered_alone(tree, "", split_of)  # one class is not enough, so that a single directory is none
     where, notes = _splits(tree, root, options.layout)
     try:
         return _listed(base_name(argument), tree, root, where, notes)
@@ -104,15 +104,13 @@ def _splits(tree: Tree, root: str, layout: str | None) -> tuple[dict[str, str], 
     return {split: inner[called[split]] for split in SPLITS if split in called}, notes
 
 
-def _root(tree: Tree) -> str:
-    """Return the directory of the classes or splits; a single directory is entered, since one class is not enough."""
-    root = ""
-    while len(folders := tree.folders(root)) == 1 and not split_of(folders[0]):
-        inner = posixpath.join(root, folders[0])
-        if not tree.folders(inner):
+def _entered_alone(tree: Tree, folder: str, stop: Callable[[str], object]) -> str:
+    """Enter directories that are alone in theirs and hold directories, but none whose name makes `stop` true."""
+    while len(names := tree.folders(folder)) == 1 and not stop(names[0]):
+        if not tree.folders(inner := posixpath.join(folder, names[0])):
             break
-        root = inner
-    return root
+        folder = inner
+    return folder
 
 
 def _agree(tree: Tree, root: str, shaped: dict[str, str]) -> bool:
@@ -127,13 +125,9 @@ def _entered(tree: Tree, root: str, shaped: dict[str, str]) -> dict[str, str]:
     """Name of a split's directory → the directory of its classes: a single directory in it that is no class is entered."""
     found, known = dict[str, str](), set[str]()
     for name in sorted(shaped, key=lambda name: shaped[name] != "train"):
-        folder = posixpath.join(root, name)
-        while len(names := tree.folders(folder)) == 1 and not known & set(_classes(tree, folder)):
-            if not tree.folders(inner := posixpath.join(folder, names[0])):
-                break
-            folder = inner
-        found[name] = folder
-        known |= set(_classes(tree, folder)) if shaped[name] == "train" else set()
+        found[name] = folder = _entered_alone(tree, posixpath.join(root, name), lambda one: composed(one) in known)
+        if shaped[name] == "train":
+            known.update(_classes(tree, folder))
     return found
 
 
