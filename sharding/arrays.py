@@ -12,9 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sharding.archives import open_files
 from sharding.cifar import Archive, Variant
-from sharding.containers import LARGEST_FILE
+from sharding.containers import LARGEST_FILE, open_files
 from sharding.errors import UserError
 from sharding.layout import Tree
 from sharding.links import Member

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from sharding.archives import base_name, open_files
+from sharding.containers import base_name, open_files
 from sharding.errors import UserError
 from sharding.layout import Tree, summary
 from sharding.listing import Listing, Sample, composed

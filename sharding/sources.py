@@ -12,9 +12,9 @@ from functools import partial
 from pathlib import Path
 
 from sharding import foreign
-from sharding.archives import open_files
 from sharding.arrays import cifar, digits, mnist
 from sharding.cifar import CIFAR10, CIFAR100
+from sharding.containers import open_files
 from sharding.errors import UserError
 from sharding.folders import folder
 from sharding.foreign import webdataset
