@@ -15,7 +15,7 @@ from typing import Any
 
 from sharding.errors import UserError
 from sharding.kinds import compression, system_files, unread
-from sharding.links import LOST, SPECIAL, Found, Member, check_walk
+from sharding.links import LOST, SPECIAL, Member, check_walk, followed
 from sharding.listing import UNPACKED
 from sharding.tars import BLOCK, LONGEST_NAME, Unfit, checked_name, is_tar, read_at, shown, tree, writable
 
@@ -100,15 +100,13 @@ class TarFiles(Files):
 
     def listing(self) -> tuple[list[Member], set[str]]:
         """Return all files and directories. Raises UserError when it is truncated, damaged or of an unsupported kind."""
-        found = Found()
         try:
-            for member in tree(self.path):
-                found.add(replace(member, name=posixpath.normpath(member.name)))
+            members = [replace(member, name=posixpath.normpath(member.name)) for member in tree(self.path)]
         except Unfit as error:
             raise UserError(f"{self.shown} cannot be read as it is: {error}") from None
         except (ValueError, OSError) as error:
             raise UserError(f"{self.shown} is not a complete tar archive ({error}); download it again") from None
-        return found.followed()
+        return followed(members)
 
     def bytes_of(self, member: Member, most: int = -1) -> bytes:
         """Return the member's content, or its first bytes."""
@@ -124,7 +122,7 @@ class ZipFiles(Files):
 
     def listing(self) -> tuple[list[Member], set[str]]:
         """Return all files and directories. Raises UserError when it is damaged, or of a kind that is not read."""
-        found = Found()
+        members: list[Member] = []
         infos = self._opened().infolist()
         written = [_zip_name(info) for info in infos]
         windows = not any("/" in name for name, _ in written)
@@ -140,8 +138,8 @@ class ZipFiles(Files):
             if kind == stat.S_IFLNK:
                 way = os.fsdecode(self.start_of(member, LONGEST_NAME))
                 member = replace(member, target=posixpath.join(posixpath.dirname(name), way) or ".")
-            found.add(Member(name) if folder and not member.target else member)
-        return found.followed()
+            members.append(Member(name) if folder and not member.target else member)
+        return followed(members)
 
     def bytes_of(self, member: Member, most: int = -1) -> bytes:
         """Return the member's content, decompressed and checked, or its first bytes."""

@@ -34,14 +34,14 @@ def split_in(name: str) -> str | None:
 def folder(argument: str, scratch: Path, options: Options) -> Listing:
     """List PATH/{train,val,test}/CLASS/… or PATH/CLASS/…; class ids follow the sorted names.
 
-    A single top-level directory is entered. Raises UserError, with the notes of the listing that would have been.
+    A single top-level directory is entered. Raises UserError; its notes say how the directories were read.
     """
     tree = Tree(open_files(argument, scratch))
     root = _entered_alone(tree, "", split_of)  # one class is not enough, so that a single directory is none
     where, notes = _splits(tree, root, options.layout)
     try:
         return _listed(base_name(argument), tree, root, where, notes)
-    except UserError as error:  # how the directories were read may explain it
+    except UserError as error:
         for note in notes:
             error.add_note(note)
         raise
@@ -105,7 +105,7 @@ def _splits(tree: Tree, root: str, layout: str | None) -> tuple[dict[str, str], 
 
 
 def _entered_alone(tree: Tree, folder: str, stop: Callable[[str], object]) -> str:
-    """Enter directories that are alone in theirs and hold directories, but none whose name makes `stop` true."""
+    """Enter a directory as long as it is the only one, holds directories, and `stop` is not true of its name; return the last."""
     while len(names := tree.folders(folder)) == 1 and not stop(names[0]):
         if not tree.folders(inner := posixpath.join(folder, names[0])):
             break
@@ -132,7 +132,7 @@ def _entered(tree: Tree, root: str, shaped: dict[str, str]) -> dict[str, str]:
 
 
 def _loosely(tree: Tree, root: str) -> dict[str, str]:
-    """Directories of directories that have the name of a split as one word of theirs → the split."""
+    """Directory that holds directories and has the name of a split as one word of its name → the split."""
     found = {name: split for name in tree.folders(root) if (split := split_in(name))}
     return {name: split for name, split in found.items() if tree.folders(posixpath.join(root, name))}
 
@@ -157,7 +157,7 @@ def _doubts(tree: Tree, root: str) -> list[str]:
 
 
 def _later_splits(tree: Tree, folder: str) -> set[str]:
-    """Names of directories below one that are called like val or test and hold images; a vehicle may be called train."""
+    """Names of directories below one that hold images and are called like val or test; not train, which may be a vehicle."""
     below = [inner for inner in tree.walk(folder) if inner != folder and _filled(tree, inner)]
     return {name for name in map(posixpath.basename, below) if split_of(name) in ("val", "test")}
 
@@ -184,9 +184,8 @@ def _classes(tree: Tree, folder: str) -> dict[str, list[str]]:
 
 def _samples(tree: Tree, folder: str, ordered: list[str], found: dict[str, list[str]]) -> list[Sample]:
     if unknown := sorted(set(found) - set(ordered)):
-        raise UserError(
-            f"class {shown(unknown[0])} is in {folder} of {tree.files.shown} but not in train; remove or add it"
-        )
+        where = f"{folder} of {tree.files.shown}"
+        raise UserError(f"class {shown(unknown[0])} is in {where} but not in train; remove or add it")
     samples = []
     for label, key in enumerate(ordered):
         below = [posixpath.join(folder, name) for name in found.get(key, ())]

@@ -35,53 +35,47 @@ def check_walk(walked: int, real: int) -> None:
         raise UserError(f"links reach the same {real:,} directories by {walked:,} paths; remove some of the links")
 
 
-class Found:
-    """The members of an archive; of two members with the same name the last counts."""
+def followed(members: Iterable[Member]) -> tuple[list[Member], set[str]]:
+    """Return all files of an archive, sorted by name, and the names of directories, as they look with links followed.
 
-    def __init__(self) -> None:
-        self.files: dict[str, Member] = {}
-        self.folders: set[str] = set()
-        self.links: dict[str, str] = {}
-
-    def add(self, member: Member) -> None:
-        """Add a file, a link or a directory."""
-        self.files.pop(member.name, None)
-        self.links.pop(member.name, None)
+    Of two members with the same name the last counts. Raises UserError as `check_walk` does.
+    """
+    files, folders, links = dict[str, Member](), set[str](), dict[str, str]()
+    for member in members:
+        files.pop(member.name, None)
+        links.pop(member.name, None)
         if member.target:
-            self.links[member.name] = member.target
+            links[member.name] = member.target
         elif member.offset >= 0 or member.odd:
-            self.files[member.name] = member
+            files[member.name] = member
         else:
-            self.folders.add(member.name)
+            folders.add(member.name)
+    if not links:
+        return sorted(files.values(), key=lambda member: member.name), folders
+    return _walked(files, folders, links)
 
-    def followed(self) -> tuple[list[Member], set[str]]:
-        """Return all files, sorted by name, and the names of directories, as they look with links followed.
 
-        Raises UserError as `check_walk` does.
-        """
-        if not self.links:
-            return sorted(self.files.values(), key=lambda member: member.name), self.folders
-        names = inside([*self.files, *self.folders, *self.links])
-        names.update({folder: names[folder] for folder in self.folders})  # keeps empty directories
-        members: list[Member] = []
-        directories: set[str] = set()
-        entered, walked = {""}, 0
-        waiting: list[tuple[str, tuple[str, ...]]] = [("", ("",))]
-        while waiting:
-            shown, way = waiting.pop()
-            for base in names[way[-1]]:
-                name, own = posixpath.join(shown, base), posixpath.join(way[-1], base)
-                target = _real(own, self.links)
-                if target is not None and target in self.files:
-                    members.append(replace(self.files[target], name=name))
-                elif target is None or target not in names or (target != own and target in way):
-                    members.append(Member(name, 0, odd=LOST))
-                else:
-                    directories.add(name)
-                    entered.add(target)
-                    check_walk(walked := walked + 1, len(entered))
-                    waiting.append((name, (*way, target)))
-        return sorted(members, key=lambda member: member.name), directories
+def _walked(files: dict[str, Member], folders: set[str], links: dict[str, str]) -> tuple[list[Member], set[str]]:
+    names = inside([*files, *folders, *links])
+    names.update({folder: names[folder] for folder in folders})  # keeps empty directories
+    members, directories = list[Member](), set[str]()
+    entered, walked = {""}, 0
+    waiting: list[tuple[str, tuple[str, ...]]] = [("", ("",))]
+    while waiting:
+        shown, way = waiting.pop()
+        for base in names[way[-1]]:
+            name, own = posixpath.join(shown, base), posixpath.join(way[-1], base)
+            target = _real(own, links)
+            if target is not None and target in files:
+                members.append(replace(files[target], name=name))
+            elif target is None or target not in names or (target != own and target in way):
+                members.append(Member(name, odd=LOST))
+            else:
+                directories.add(name)
+                entered.add(target)
+                check_walk(walked := walked + 1, len(entered))
+                waiting.append((name, (*way, target)))
+    return sorted(members, key=lambda member: member.name), directories
 
 
 def inside(names: Iterable[str]) -> dict[str, set[str]]:
