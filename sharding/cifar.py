@@ -97,17 +97,16 @@ def unpickle(data: bytes) -> Any:
         greedy = opcode.name == "LONG_BINPUT" and (argument or 0) > len(data)
         if opcode.name not in _OPCODES or greedy:
             raise pickle.UnpicklingError(f"it uses the opcode {opcode.name}, which is not allowed")
-    return RestrictedUnpickler(io.BytesIO(data), encoding="latin1").load()
+    return _Unpickler(io.BytesIO(data), encoding="latin1").load()
 
 
-class RestrictedUnpickler(pickle.Unpickler):
+class _Unpickler(pickle.Unpickler):
     """Unpickles arrays of bytes and plain containers. Raises pickle.UnpicklingError for any other global name.
 
     The four allowed names lead to stand-ins, because numpy's own functions can crash on a state that numpy did not write.
     """
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return the stand-in of one of the four allowed names."""
         if (module, name) not in _ALLOWED:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not allowed")
         return _ALLOWED[module, name]

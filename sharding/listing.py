@@ -63,8 +63,7 @@ def chosen(listing: Listing, wanted: Sequence[str]) -> Listing:
     Raises UserError for a class that is not there, or is named twice.
     """
     same = {composed(name): name for name in listing.classes}
-    names = tuple(map(writable, wanted))
-    names = tuple(name if name in listing.classes else same.get(composed(name), name) for name in names)
+    names = tuple(name if name in listing.classes else same.get(composed(name), name) for name in map(writable, wanted))
     if len(names) == 1 and names[0] not in listing.classes and names[0].isdecimal():
         if not 0 < int(names[0]) <= len(listing.classes):
             raise UserError(f"--classes is {names[0]}; {listing.name} has {len(listing.classes)} classes")
