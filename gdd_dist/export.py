@@ -20,7 +20,7 @@ from gdd_dist.runtime.arguments import Parser
 from gdd_dist.runtime.monitor import Monitor
 from gdd_dist.runtime.run_program import run_program
 from gdd_dist.runtime.versions import versions
-from sharding.encode import Moments, Stored, mean_and_std, write_tar
+from sharding.encode import Stored, mean_and_std, moments, write_tar
 from sharding.errors import UserError
 from sharding.files import write_atomic
 from sharding.manifest import Manifest, ShardInfo, SplitInfo
@@ -175,13 +175,13 @@ def draw(generator: Sampler, drawn: Drawn) -> Iterator[Part]:
 def write_webdataset(generator: Sampler, drawn: Drawn, parts: Iterator[Part], work: Path) -> None:
     """Write a DATA directory with only a train split: train/000000.tar, its index, manifest.json."""
     channels, height, width = generator.image_shape
-    moments, shards = Moments(channels), list[ShardInfo]()
+    sums, shards = np.zeros((2, channels), np.int64), list[ShardInfo]()
     (work / "train").mkdir()
 
     def samples() -> Iterator[Stored]:
         for part in parts:
             for image in part.images:
-                moments.add(image)
+                np.add(sums, moments(image), out=sums)
             yield from part.samples()
 
     stream = samples()
@@ -192,8 +192,7 @@ def write_webdataset(generator: Sampler, drawn: Drawn, parts: Iterator[Part], wo
         raise AssertionError("more images than shards have room for")
     classes = len(generator.classes)
     counts = np.bincount(np.arange(drawn.total) % classes, minlength=classes)
-    sums, squares = moments.sums()
-    mean, std = mean_and_std([sums], [squares], drawn.total * height * width)
+    mean, std = mean_and_std(sums, drawn.total * height * width)
     splits = {"train": SplitInfo(drawn.total, tuple(counts.tolist()), tuple(shards))}
     name, size = f"{generator.data_name}-distilled", (height, width, channels)
     Manifest(name, generator.classes, *size, mean, std, versions(), splits).save(work)

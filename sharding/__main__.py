@@ -40,8 +40,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="build | info | verify")
     text = "Build a data set. The same command continues an unfinished build."
     make = commands.add_parser("build", help="build a data set", example=example, description=text)
-    make.add_argument("source", metavar="SOURCE", help=" | ".join(source.usage for source in SOURCES.values()))
-    make.add_argument("dest", metavar="DEST", type=_path, help="directory to write, new or empty")
+    make.add_argument("source", metavar="SOURCE", help=" | ".join(SOURCES))
     make.add_argument("--shard-size", default="64MB", metavar="SIZE", help="source bytes for each shard (64MB)")
     for flag, kind, metavar, text in (
         ("--workers", int, "N", "worker processes (all cores)"),
@@ -58,14 +57,13 @@ def parser() -> argparse.ArgumentParser:
     text = "values that become black and white in images of more than 8 bits (for 16 bits: 0 65535)"
     make.add_argument("--value-range", type=float, nargs=2, metavar=("LOW", "HIGH"), help=text)
     info = commands.add_parser("info", help="print what a data set contains", example=f"{program} info data/mine")
-    info.add_argument("dest", metavar="DEST", type=_path)
     info.add_argument("--json", action="store_true", help="print the manifest")
     check = commands.add_parser(
         "verify", help="check sizes and sha256 of all files", example=f"{program} verify data/mine --deep"
     )
-    check.add_argument("dest", metavar="DEST", type=_path)
     check.add_argument("--deep", action="store_true", help="decode every image too")
-    for command in (make, info, check):
+    for command, what in ((make, "directory to write, new or empty"), (info, None), (check, None)):
+        command.add_argument("dest", metavar="DEST", type=_path, help=what)
         command.add_argument("--debug", action="store_true", help="print the traceback of an unexpected error")
     return top
 

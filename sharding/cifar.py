@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sharding.containers import Files
 from sharding.errors import UserError
 from sharding.layout import Tree
 
@@ -38,12 +37,12 @@ CIFAR100 = Variant("cifar100", ("train",), ("test",), "meta", "fine_labels", "fi
 class Archive:
     """A CIFAR archive, read one file at a time. Raises UserError naming what is missing or malformed."""
 
-    def __init__(self, files: Files, variant: Variant) -> None:
-        self._files, self._variant, self._tree = files, variant, Tree(files)
-        folder = self._tree.folder_with(variant.train[0])
+    def __init__(self, tree: Tree, variant: Variant) -> None:
+        self._tree, self._variant = tree, variant
+        folder = tree.folder_with(variant.train[0])
         if folder is None:
             cure = f"give the published python archive of {variant.name}"
-            raise UserError(f"{files.shown} holds no file {variant.train[0]}; {cure}")
+            raise UserError(f"{tree.files.shown} holds no file {variant.train[0]}; {cure}")
         self._folder = folder
 
     def classes(self) -> tuple[str, ...]:
@@ -74,9 +73,9 @@ class Archive:
     def _load(self, file: str) -> dict[str, Any]:
         member = self._tree.find(posixpath.join(self._folder, file))
         if member is None:
-            raise UserError(f"{self._files.shown} lacks {file}; download the archive again")
+            raise UserError(f"{self._tree.files.shown} lacks {file}; download the archive again")
         try:
-            content = unpickle(self._files.read(member))
+            content = unpickle(self._tree.files.read(member))
         # A damaged pickle can raise nearly anything, MemoryError and IndexError included.
         except Exception as error:
             raise self._malformed(file, str(error) or type(error).__name__) from None
@@ -85,7 +84,7 @@ class Archive:
         return {key if isinstance(key, str) else bytes(key).decode("latin1"): value for key, value in content.items()}
 
     def _malformed(self, file: str, reason: str) -> UserError:
-        return UserError(f"{file} in {self._files.shown} is malformed ({reason}); download the archive again")
+        return UserError(f"{file} in {self._tree.files.shown} is malformed ({reason}); download the archive again")
 
 
 def unpickle(data: bytes) -> Any:
@@ -98,17 +97,16 @@ def unpickle(data: bytes) -> Any:
         greedy = opcode.name == "LONG_BINPUT" and (argument or 0) > len(data)
         if opcode.name not in _OPCODES or greedy:
             raise pickle.UnpicklingError(f"it uses the opcode {opcode.name}, which is not allowed")
-    return RestrictedUnpickler(io.BytesIO(data), encoding="latin1").load()
+    return _Unpickler(io.BytesIO(data), encoding="latin1").load()
 
 
-class RestrictedUnpickler(pickle.Unpickler):
+class _Unpickler(pickle.Unpickler):
     """Unpickles arrays of bytes and plain containers. Raises pickle.UnpicklingError for any other global name.
 
     The four allowed names lead to stand-ins, because numpy's own functions can crash on a state that numpy did not write.
     """
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return the stand-in of one of the four allowed names."""
         if (module, name) not in _ALLOWED:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not allowed")
         return _ALLOWED[module, name]

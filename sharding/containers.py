@@ -1,20 +1,23 @@
-"""Directories, tars and zips read in place through one interface."""
+"""Directories, tars and zips, recognized by their content and read in place through one interface."""
 
+import importlib
 import os
 import posixpath
+import shutil
 import stat
 import zipfile
 from abc import ABC, abstractmethod
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sharding.errors import UserError
-from sharding.links import LOST, SPECIAL, Found, Member, check_walk
-from sharding.systems import system_files
-from sharding.tars import LONGEST_NAME, Unfit, checked_name, read_at, shown, tree
+from sharding.kinds import compression, system_files, unread
+from sharding.links import LOST, SPECIAL, Member, check_walk, followed
+from sharding.listing import UNPACKED
+from sharding.tars import BLOCK, LONGEST_NAME, Unfit, checked_name, is_tar, read_at, shown, tree, writable
 
 # A larger encoded image is treated as damaged, or as an attempt to exhaust the memory.
 LARGEST_FILE = 256 * 2**20
@@ -23,21 +26,19 @@ _UNIX = (3, 19)
 _UTF8, _ENCRYPTED, _UNICODE_NAME = 0x800, 1, b"up"
 # Encodings of Windows in Japan, China and Taiwan, where the byte of a backslash may be the second half of a character.
 _EAST_ASIA = ("cp932", "gbk", "cp950")
-
-
-@dataclass(frozen=True, slots=True)
-class TarMember(Member):
-    """A file in one of several tars. `name` begins with the name of the tar, because messages show it."""
-
-    tar: int = 0
+_OPENERS = {"gzip": ["gzip"], "bzip2": ["bz2"], "xz": ["lzma"]}
+_OPENERS |= {"zstd": ["compression.zstd", "backports.zstd", "zstandard"]}
+"""Compression program → modules that open its files; the first one installed is used."""
+_SUFFIXES = (".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tgz", ".tbz2", ".txz", ".tar", ".zip")
+_READ = "give a directory, a .tar (.gz, .bz2, .xz), or a .zip"
 
 
 class Files(ABC):
     """A directory or an archive. An object can be sent to another process, which opens the files for itself."""
 
-    def __init__(self, path: Path, shown: Path | None = None) -> None:
-        """`shown` is the path that messages show, if it is not `path`."""
-        self.path, self.shown = path, shown or path
+    def __init__(self, path: Path, shown: Path) -> None:
+        """`shown` is the path that messages show."""
+        self.path, self.shown = path, shown
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "shown": self.shown}
@@ -99,17 +100,13 @@ class TarFiles(Files):
 
     def listing(self) -> tuple[list[Member], set[str]]:
         """Return all files and directories. Raises UserError when it is truncated, damaged or of an unsupported kind."""
-        found = Found()
         try:
-            for entry in tree(self.path):
-                name = posixpath.normpath(entry.name)
-                member = Member(name, entry.size, entry.offset, odd=entry.odd)
-                found.add(name, member if entry.is_file or entry.odd else None, entry.target)
+            members = [replace(member, name=posixpath.normpath(member.name)) for member in tree(self.path)]
         except Unfit as error:
             raise UserError(f"{self.shown} cannot be read as it is: {error}") from None
         except (ValueError, OSError) as error:
             raise UserError(f"{self.shown} is not a complete tar archive ({error}); download it again") from None
-        return found.followed()
+        return followed(members)
 
     def bytes_of(self, member: Member, most: int = -1) -> bytes:
         """Return the member's content, or its first bytes."""
@@ -125,7 +122,7 @@ class ZipFiles(Files):
 
     def listing(self) -> tuple[list[Member], set[str]]:
         """Return all files and directories. Raises UserError when it is damaged, or of a kind that is not read."""
-        found = Found()
+        members: list[Member] = []
         infos = self._opened().infolist()
         written = [_zip_name(info) for info in infos]
         windows = not any("/" in name for name, _ in written)
@@ -137,12 +134,12 @@ class ZipFiles(Files):
             kind = stat.S_IFMT(info.external_attr >> 16) if info.create_system in _UNIX else 0
             folder, name = name.endswith("/") or kind == stat.S_IFDIR, posixpath.normpath(name)
             odd = "" if kind in (0, stat.S_IFREG, stat.S_IFLNK) else SPECIAL
-            member, target = Member(name, info.file_size, place, odd=odd), ""
+            member = Member(name, info.file_size, place, odd)
             if kind == stat.S_IFLNK:
                 way = os.fsdecode(self.start_of(member, LONGEST_NAME))
-                target = posixpath.join(posixpath.dirname(name), way) or "."
-            found.add(name, None if folder or target else member, target)
-        return found.followed()
+                member = replace(member, target=posixpath.join(posixpath.dirname(name), way) or ".")
+            members.append(Member(name) if folder and not member.target else member)
+        return followed(members)
 
     def bytes_of(self, member: Member, most: int = -1) -> bytes:
         """Return the member's content, decompressed and checked, or its first bytes."""
@@ -227,3 +224,58 @@ def _closed(root: Path, members: list[Member], error: OSError) -> None:
     if name == "." or not system_files(name):
         raise UserError(f"cannot read {error.filename} ({error.strerror}); check its permissions")
     members.append(Member(name, 0))
+
+
+def open_files(argument: str, scratch: Path) -> Files:
+    """Open a directory or an archive, recognized by its content; a compressed tar is decompressed once into `scratch`.
+
+    Raises UserError when the path is missing, of no known kind, or damaged.
+    """
+    path = Path(argument)
+    if not path.exists():
+        raise UserError(f"{path} does not exist; check the path")
+    if path.is_dir():
+        return DirectoryFiles(path.absolute(), path)
+    if not path.is_file():
+        raise UserError(f"{path} is a pipe, a socket or a device; give a directory or a file")
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(BLOCK)
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); check its permissions") from None
+    if not head:
+        raise UserError(f"{path} is empty; download it again")
+    if is_tar(head):
+        return TarFiles(path.absolute(), path)
+    program = compression(head) or ""
+    for module in _OPENERS.get(program, ()):
+        with suppress(ImportError):
+            return TarFiles(_decompress(path, importlib.import_module(module).open, scratch), path)
+    if head.startswith((b"PK\x03\x04", b"PK\x05\x06")) or zipfile.is_zipfile(path):
+        return ZipFiles(path.absolute(), path)
+    if kind := unread(head, str(path)):
+        raise UserError(f"{path} is {kind}")
+    raise UserError(f"{path} is not a complete tar archive or any other supported format; {_READ}")
+
+
+def base_name(argument: str) -> str:
+    """Return a path's last name without an archive suffix, and with bytes that are not UTF-8 escaped."""
+    path = Path(argument).resolve()
+    suffix = next((suffix for suffix in _SUFFIXES if path.name.lower().endswith(suffix) and not path.is_dir()), "")
+    return writable(path.name[: len(path.name) - len(suffix)]) or "folder"
+
+
+def _decompress(path: Path, opener: Any, scratch: Path) -> Path:
+    target = (scratch / UNPACKED).absolute()
+    try:
+        with opener(path, "rb") as source, target.open("wb") as out:
+            shutil.copyfileobj(source, out, 2**20)
+    # Decompressors raise exceptions of many types for damaged files; only a disk error has an errno.
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise UserError(f"{path} is damaged ({error}); download it again") from None
+    with target.open("rb") as stream:
+        if not is_tar(stream.read(BLOCK)):
+            raise UserError(f"{path} is compressed, but does not contain a complete tar archive; {_READ}")
+    return target

@@ -8,9 +8,9 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sharding.errors import UserError
 from sharding.files import atomic_file, link_atomic, sha256_file, write_atomic
@@ -23,26 +23,18 @@ from sharding.pool import Tick
 from sharding.shards import decode, verify_shard
 from sharding.tars import BLOCK, padded
 
+WORK = ".build"
+"""Directory in DATA for the records of shards and for temporary files, while a build is unfinished."""
 OWNER, MODE = "gdd", 0o444
 
 
 @dataclass(frozen=True)
 class Written:
-    """A finished shard, and the per-channel sums of its pixels and of their squares, in 0 … 255 (train only)."""
+    """A finished shard, and by channel the sums of its pixels in 0 … 255 and of their squares (train only, else empty)."""
 
     info: ShardInfo
-    sums: tuple[int, ...]
-    squares: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class ShardTask:
-    """A shard to write: below `directory`, noting in `record` that it is finished."""
-
-    directory: Path
-    record: Path
-    shard: ShardPlan
-    target: Target
+    sums: list[int]
+    squares: list[int]
 
 
 def inspect_all(
@@ -59,21 +51,30 @@ def inspect_all(
     return found
 
 
-def write_shard(reader: Reader, task: ShardTask, tick: Tick) -> Written:
+def write_shard(reader: Reader, shard: ShardPlan, tick: Tick, *, directory: Path, target: Target) -> Written:
     """Write a shard's tar, or a link to the tar that holds it, its index, then its record, each atomically."""
-    shard, target = task.shard, task.target
-    moments = Moments(target.channels) if shard.split == "train" else None
+    pixels = np.empty((target.height, target.width, target.channels), np.uint8)
+    sums = np.zeros((2, target.channels if shard.split == "train" else 0), np.int64)
 
     def samples() -> Iterator[Stored]:
         for sample in shard.samples:
-            suffix, payload = _stored(reader, sample, target, moments)
+            suffix, payload = _stored(reader, sample, target)
+            if shard.split == "train":
+                decode(payload, pixels)
+                np.add(sums, moments(pixels), out=sums)
             yield Stored(sample.key, sample.label, suffix, payload)
             tick(1)
 
-    where = task.directory
-    info = write_tar(where, shard.file, samples()) if shard.tar is None else _link_tar(where, shard, samples())
-    written = Written(info, *(moments.sums() if moments else ((), ())))
-    write_atomic(task.record, json.dumps(asdict(written)).encode())
+    if shard.tar is None:
+        info = write_tar(directory, shard.file, samples())
+    else:
+        for _ in samples():  # the images are read to compute statistics, not to copy them
+            pass
+        link_atomic(directory / shard.file, shard.tar)
+        rows = [(sample.member.offset, sample.member.size, sample.label) for sample in shard.samples]
+        info = _with_index(directory, shard.file, rows)
+    written = Written(info, *sums.tolist())
+    write_atomic(_record(directory, shard), json.dumps(asdict(written)).encode())
     return written
 
 
@@ -94,24 +95,16 @@ def write_tar(directory: Path, file: str, samples: Iterable[Stored]) -> ShardInf
     from webdataset.writer import TarWriter
 
     path, rows = directory / file, []
-    with atomic_file(path) as stream:
-        writer = TarWriter(_Sink(stream), user=OWNER, group=OWNER, mode=MODE, mtime=0, encoder=False)
+    with (
+        atomic_file(path) as stream,
+        TarWriter(stream, user=OWNER, group=OWNER, mode=MODE, mtime=0, encoder=False) as writer,
+    ):
         for s in samples:
             writer.write({"__key__": s.key, "cls": str(s.label).encode(), s.suffix: s.payload, **s.extras})
             # Members are written in alphabetical order: the image comes after cls and before the extras.
             after = sum(BLOCK + padded(len(extra)) for extra in s.extras.values())
             rows.append((writer.tarstream.offset - after - padded(len(s.payload)), len(s.payload), s.label))
-        writer.close()
     return _with_index(directory, file, rows)
-
-
-def _link_tar(directory: Path, shard: ShardPlan, samples: Iterable[Stored]) -> ShardInfo:
-    """Link to the tar that holds the samples, and write an index of those that belong to this shard."""
-    assert shard.tar is not None
-    for _ in samples:  # the images are read to compute statistics, not to copy them
-        pass
-    link_atomic(directory / shard.file, shard.tar)
-    return _with_index(directory, shard.file, [(s.member.offset, s.member.size, s.label) for s in shard.samples])
 
 
 def _with_index(directory: Path, file: str, rows: Sequence[tuple[int, int, int]]) -> ShardInfo:
@@ -123,49 +116,43 @@ def _with_index(directory: Path, file: str, rows: Sequence[tuple[int, int, int]]
     return ShardInfo(file, len(rows), path.stat().st_size, sha256_file(path), sha256_file(index))
 
 
-def finished_shard(task: ShardTask) -> Written | None:
+def _record(directory: Path, shard: ShardPlan) -> Path:
+    """Return the file that says that a shard is finished."""
+    return directory / WORK / f"{shard.file.replace('/', '-')}.json"
+
+
+def finished_shard(directory: Path, shard: ShardPlan) -> Written | None:
     """Return a shard that an earlier run of the same build finished, or None if it did not or the files differ."""
     try:
-        record = json.loads(task.record.read_bytes())
+        record = json.loads(_record(directory, shard).read_bytes())
         info = ShardInfo(**record["info"])
-        verify_shard(task.directory, info)
+        verify_shard(directory, info)
     except (OSError, ValueError, KeyError, TypeError, UserError):
         return None
-    return Written(info, tuple(record["sums"]), tuple(record["squares"]))
+    return Written(info, list(record["sums"]), list(record["squares"]))
 
 
-class Moments:
-    """Exact sums over pixels: neither the order of the images nor the number of workers changes them."""
+def moments(pixels: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Return the sums of the values in [H, W, C], and of their squares, by channel: int64 [2, C].
 
-    def __init__(self, channels: int) -> None:
-        self._sums = np.zeros(channels, np.int64)
-        self._squares = np.zeros(channels, np.int64)
-
-    def add(self, pixels: np.ndarray) -> None:
-        """Add uint8 pixels [H, W, C]."""
-        values = pixels.reshape(-1, pixels.shape[2]).astype(np.int64)
-        self._sums += values.sum(0)
-        self._squares += np.einsum("nc,nc->c", values, values)
-
-    def sums(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the sums of the values and of their squares by channel."""
-        return tuple(self._sums.tolist()), tuple(self._squares.tolist())
+    Integers are exact, so that neither the order of the images nor the number of workers changes the sum of all.
+    """
+    values = pixels.reshape(-1, pixels.shape[2]).astype(np.int64)
+    return np.stack([values.sum(0), np.einsum("nc,nc->c", values, values)])
 
 
-def mean_and_std(
-    sums: Sequence[Sequence[int]], squares: Sequence[Sequence[int]], pixels: int
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and population standard deviation per channel, in [0, 1], from shards' sums over `pixels` pixels.
+def mean_and_std(sums: NDArray[np.int64], pixels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and population standard deviation per channel, in [0, 1], from the sum of `moments` over `pixels` pixels.
 
     The deviation of a constant channel is set to 1, because pixels are divided by it.
     """
-    totals = [(sum(a), sum(b)) for a, b in zip(zip(*sums, strict=True), zip(*squares, strict=True), strict=True)]
-    # Integers up to the division avoid cancellation errors.
+    # Integers of any size up to the division avoid cancellation errors.
+    totals = sums.T.tolist()
     variances = [(pixels * square - total**2) / (pixels * 255) ** 2 for total, square in totals]
     return tuple(total / (pixels * 255) for total, _ in totals), tuple(v**0.5 or 1.0 for v in variances)
 
 
-def _stored(reader: Reader, sample: Planned, target: Target, moments: Moments | None) -> tuple[str, bytes]:
+def _stored(reader: Reader, sample: Planned, target: Target) -> tuple[str, bytes]:
     name = sample.member.name
     try:
         item = reader.read(sample.member)
@@ -173,20 +160,4 @@ def _stored(reader: Reader, sample: Planned, target: Target, moments: Moments | 
         raise UserError(f"cannot read {name} any more ({error}); run the build again") from None
     if digest_of(item) != sample.seen.sha256:
         raise UserError(f"{name} changed while the data set was built; run the build again")
-    suffix, payload = to_stored(item, sample.seen, target)
-    if moments is not None:
-        pixels = np.empty((target.height, target.width, target.channels), np.uint8)
-        decode(payload, pixels)
-        moments.add(pixels)
-    return suffix, payload
-
-
-class _Sink:
-    """Accepts what an abandoned tar writer still writes when it is garbage-collected, after its file was closed."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-
-    def write(self, data: bytes) -> None:
-        if not self._stream.closed:
-            self._stream.write(data)
+    return to_stored(item, sample.seen, target)

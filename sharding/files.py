@@ -80,26 +80,14 @@ def exclusive_lock(path: Path, busy: str) -> Iterator[None]:
     Raises UserError with the message `busy` when another process holds it. On a file system without locks the block
     runs without one, because otherwise nothing could be built there.
     """
-    descriptor = _open_and_lock(path, busy)
-    try:
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _open_and_lock(path: Path, busy: str) -> int:
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            if not flock(descriptor, wait=False):
+        with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "rb") as stream:
+            if not flock(stream.fileno(), wait=False):
                 raise UserError(busy)
-        except BaseException:
-            os.close(descriptor)
-            raise
-        # The last holder may have removed the file between our open and our lock; then our lock is on a deleted file.
-        if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
-            return descriptor
-        os.close(descriptor)
+            # The last holder may have removed the file between our open and our lock; then our lock is on a deleted file.
+            if path.exists() and os.path.samestat(os.fstat(stream.fileno()), path.stat()):
+                yield
+                return
 
 
 def flock(descriptor: int, wait: bool) -> bool:

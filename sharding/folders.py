@@ -3,14 +3,15 @@
 import posixpath
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
-from sharding.archives import base_name, open_files
-from sharding.containers import Files
+from sharding.containers import base_name, open_files
 from sharding.errors import UserError
 from sharding.layout import Tree, summary
-from sharding.listing import Listing, Sample, Source, composed
+from sharding.listing import Listing, Sample, composed
 from sharding.manifest import SPLITS
+from sharding.options import Options
 from sharding.tars import shown, writable
 
 _NAMES = {"train": "train(?:ing)?|trn", "val": "val(?:id(?:ation)?)?|dev", "test": "test(?:ing)?|tst"}
@@ -30,89 +31,86 @@ def split_in(name: str) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-class Folder(Source):
-    """Directories of images: PATH/{train,val,test}/CLASS/… or PATH/CLASS/…; class ids follow the sorted names."""
+def folder(argument: str, scratch: Path, options: Options) -> Listing:
+    """List PATH/{train,val,test}/CLASS/… or PATH/CLASS/…; class ids follow the sorted names.
 
-    usage = "folder:PATH"
-
-    def listing(self) -> Listing:
-        """List the images; a single top-level directory is entered."""
-        files = open_files(self.argument, self.scratch)
-        tree = Tree(files)
-        root = _root(tree)
-        where, notes = self._splits(files, tree, root)
-        try:
-            return self._listed(files, tree, root, where, notes)
-        except UserError as error:  # how the directories were read may explain it
-            for note in notes:
-                error.add_note(note)
-            raise
-
-    def _listed(self, files: Files, tree: Tree, root: str, where: dict[str, str], notes: list[str]) -> Listing:
-        folders = {split: _classes(tree, folder) for split, folder in where.items()}
-        # A class is named like its directory in train; a name found in several Unicode forms takes the composed form.
-        train = folders.get("train", {})
-        names = {key: writable(raws[0]) if len(raws) == 1 else key for key, raws in train.items()}
-        if len(names) < 2:
-            found = f"only the class {shown(*names.values())}" if names else "no class directory"
-            held = summary(tree.left_out((), root))
-            there = f" (found: {held})" if held else ""
-            cure = f"lay it out as PATH/CLASS/IMAGE or PATH/train/CLASS/IMAGE{there}"
-            raise UserError(f"{files.shown} holds {found}; {cure}")
-        ordered = sorted(names, key=lambda key: names[key])
-        splits = {split: _samples(files, tree, where[split], ordered, found) for split, found in folders.items()}
-        used = {sample.member.name for samples in splits.values() for sample in samples}
-        notes = [*notes, *_about_names(folders, names)]
-        if taken := len(used & tree.by_content):
-            notes.append(f"images recognized by their first bytes, because their names have no image suffix: {taken:,}")
-        classes = tuple(names[key] for key in ordered)
-        left_out = tree.left_out(used, root)
-        return Listing(base_name(self.argument), classes, splits, files, left_out=left_out, notes=tuple(notes))
-
-    def _splits(self, files: Files, tree: Tree, root: str) -> tuple[dict[str, str], list[str]]:
-        """Return the directory of each split, and notes for the user if the directories can be read in two ways."""
-        layout, names = self.options.layout, tree.folders(root)
-        # A class may also be named train; its directory then holds images, while a split's directory holds directories.
-        like = {name: split for name in names if (split := split_of(name))}
-        shaped = {name: split for name, split in like.items() if tree.folders(posixpath.join(root, name))}
-        if layout == "splits" and "train" not in shaped.values():
-            shaped = _loosely(tree, root)
-        others = [n for n in names if n not in like and tree.images_below(posixpath.join(root, n))]
-        if layout == "classes":
-            return {"train": root}, []
-        if layout is None and not shaped:
-            return ({"train": root}, _doubts(tree, root)) if len(like) < len(names) else ({}, [])
-        notes, found = [], few(shaped)
-        if layout is None and not set(shaped) <= set(SPLITS):
-            notes = [f"{found} are read as splits; --layout classes reads them as classes"]
-        if layout is None and others:
-            rest = few(others)
-            if not _agree(tree, root, shaped):
-                note = f"{found} and {rest} are read as classes; --layout splits reads {found} as splits"
-                return {"train": root}, [note]
-            notes = [f"{found} are read as splits, {rest} left out; --layout classes reads all of them as classes"]
-        called: dict[str, str] = {}
-        for name, split in shaped.items():
-            if split in called:
-                both = f"{shown(called[split])} and {shown(name)} of {files.shown}"
-                raise UserError(f"{both} are both read as {split}; join them, or give --layout classes")
-            called[split] = name
-        if "train" not in called:
-            found = " and ".join(shown(called[s]) for s in SPLITS if s in called) or "no split"
-            raise UserError(f"{files.shown} has {found} but no train; add PATH/train/CLASS/IMAGE")
-        inner = _entered(tree, root, shaped)
-        return {split: inner[called[split]] for split in SPLITS if split in called}, notes
+    A single top-level directory is entered. Raises UserError; its notes say how the directories were read.
+    """
+    tree = Tree(open_files(argument, scratch))
+    root = _entered_alone(tree, "", split_of)  # one class is not enough, so that a single directory is none
+    where, notes = _splits(tree, root, options.layout)
+    try:
+        return _listed(base_name(argument), tree, root, where, notes)
+    except UserError as error:
+        for note in notes:
+            error.add_note(note)
+        raise
 
 
-def _root(tree: Tree) -> str:
-    """Return the directory of the classes or splits; a single directory is entered, since one class is not enough."""
-    root = ""
-    while len(folders := tree.folders(root)) == 1 and not split_of(folders[0]):
-        inner = posixpath.join(root, folders[0])
-        if not tree.folders(inner):
+def _listed(name: str, tree: Tree, root: str, where: dict[str, str], notes: list[str]) -> Listing:
+    folders = {split: _classes(tree, folder) for split, folder in where.items()}
+    # A class is named like its directory in train; a name found in several Unicode forms takes the composed form.
+    train = folders.get("train", {})
+    names = {key: writable(raws[0]) if len(raws) == 1 else key for key, raws in train.items()}
+    if len(names) < 2:
+        found = f"only the class {shown(*names.values())}" if names else "no class directory"
+        held = summary(tree.left_out((), root))
+        there = f" (found: {held})" if held else ""
+        cure = f"lay it out as PATH/CLASS/IMAGE or PATH/train/CLASS/IMAGE{there}"
+        raise UserError(f"{tree.files.shown} holds {found}; {cure}")
+    ordered = sorted(names, key=lambda key: names[key])
+    splits = {split: _samples(tree, where[split], ordered, found) for split, found in folders.items()}
+    used = {sample.member.name for samples in splits.values() for sample in samples}
+    notes = [*notes, *_about_names(folders, names)]
+    if taken := len(used & tree.by_content):
+        notes.append(f"images recognized by their first bytes, because their names have no image suffix: {taken:,}")
+    classes = tuple(names[key] for key in ordered)
+    left_out = tree.left_out(used, root)
+    return Listing(name, classes, splits, tree.files, left_out=left_out, notes=tuple(notes))
+
+
+def _splits(tree: Tree, root: str, layout: str | None) -> tuple[dict[str, str], list[str]]:
+    """Return the directory of each split, and notes for the user if the directories can be read in two ways."""
+    names = tree.folders(root)
+    # A class may also be named train; its directory then holds images, while a split's directory holds directories.
+    like = {name: split for name in names if (split := split_of(name))}
+    shaped = {name: split for name, split in like.items() if tree.folders(posixpath.join(root, name))}
+    if layout == "splits" and "train" not in shaped.values():
+        shaped = _loosely(tree, root)
+    others = [n for n in names if n not in like and tree.images_below(posixpath.join(root, n))]
+    if layout == "classes":
+        return {"train": root}, []
+    if layout is None and not shaped:
+        return ({"train": root}, _doubts(tree, root)) if len(like) < len(names) else ({}, [])
+    notes, found = [], few(shaped)
+    if layout is None and not set(shaped) <= set(SPLITS):
+        notes = [f"{found} are read as splits; --layout classes reads them as classes"]
+    if layout is None and others:
+        rest = few(others)
+        if not _agree(tree, root, shaped):
+            note = f"{found} and {rest} are read as classes; --layout splits reads {found} as splits"
+            return {"train": root}, [note]
+        notes = [f"{found} are read as splits, {rest} left out; --layout classes reads all of them as classes"]
+    called: dict[str, str] = {}
+    for name, split in shaped.items():
+        if split in called:
+            both = f"{shown(called[split])} and {shown(name)} of {tree.files.shown}"
+            raise UserError(f"{both} are both read as {split}; join them, or give --layout classes")
+        called[split] = name
+    if "train" not in called:
+        found = " and ".join(shown(called[s]) for s in SPLITS if s in called) or "no split"
+        raise UserError(f"{tree.files.shown} has {found} but no train; add PATH/train/CLASS/IMAGE")
+    inner = _entered(tree, root, shaped)
+    return {split: inner[called[split]] for split in SPLITS if split in called}, notes
+
+
+def _entered_alone(tree: Tree, folder: str, stop: Callable[[str], object]) -> str:
+    """Enter a directory as long as it is the only one, holds directories, and `stop` is not true of its name; return the last."""
+    while len(names := tree.folders(folder)) == 1 and not stop(names[0]):
+        if not tree.folders(inner := posixpath.join(folder, names[0])):
             break
-        root = inner
-    return root
+        folder = inner
+    return folder
 
 
 def _agree(tree: Tree, root: str, shaped: dict[str, str]) -> bool:
@@ -127,18 +125,14 @@ def _entered(tree: Tree, root: str, shaped: dict[str, str]) -> dict[str, str]:
     """Name of a split's directory → the directory of its classes: a single directory in it that is no class is entered."""
     found, known = dict[str, str](), set[str]()
     for name in sorted(shaped, key=lambda name: shaped[name] != "train"):
-        folder = posixpath.join(root, name)
-        while len(names := tree.folders(folder)) == 1 and not known & set(_classes(tree, folder)):
-            if not tree.folders(inner := posixpath.join(folder, names[0])):
-                break
-            folder = inner
-        found[name] = folder
-        known |= set(_classes(tree, folder)) if shaped[name] == "train" else set()
+        found[name] = folder = _entered_alone(tree, posixpath.join(root, name), lambda one: composed(one) in known)
+        if shaped[name] == "train":
+            known.update(_classes(tree, folder))
     return found
 
 
 def _loosely(tree: Tree, root: str) -> dict[str, str]:
-    """Directories of directories that have the name of a split as one word of theirs → the split."""
+    """Directory that holds directories and has the name of a split as one word of its name → the split."""
     found = {name: split for name in tree.folders(root) if (split := split_in(name))}
     return {name: split for name, split in found.items() if tree.folders(posixpath.join(root, name))}
 
@@ -163,7 +157,7 @@ def _doubts(tree: Tree, root: str) -> list[str]:
 
 
 def _later_splits(tree: Tree, folder: str) -> set[str]:
-    """Names of directories below one that are called like val or test and hold images; a vehicle may be called train."""
+    """Names of directories below one that hold images and are called like val or test; not train, which may be a vehicle."""
     below = [inner for inner in tree.walk(folder) if inner != folder and _filled(tree, inner)]
     return {name for name in map(posixpath.basename, below) if split_of(name) in ("val", "test")}
 
@@ -188,9 +182,10 @@ def _classes(tree: Tree, folder: str) -> dict[str, list[str]]:
     return found
 
 
-def _samples(files: Files, tree: Tree, folder: str, ordered: list[str], found: dict[str, list[str]]) -> list[Sample]:
+def _samples(tree: Tree, folder: str, ordered: list[str], found: dict[str, list[str]]) -> list[Sample]:
     if unknown := sorted(set(found) - set(ordered)):
-        raise UserError(f"class {shown(unknown[0])} is in {folder} of {files.shown} but not in train; remove or add it")
+        where = f"{folder} of {tree.files.shown}"
+        raise UserError(f"class {shown(unknown[0])} is in {where} but not in train; remove or add it")
     samples = []
     for label, key in enumerate(ordered):
         below = [posixpath.join(folder, name) for name in found.get(key, ())]
@@ -198,7 +193,7 @@ def _samples(files: Files, tree: Tree, folder: str, ordered: list[str], found: d
         if below and not images:
             held = summary(tree.left_out((), below=below[0]))
             but = f" (but {held})" if held else ""
-            where = f"{shown(below[0])} in {files.shown}"
+            where = f"{shown(below[0])} in {tree.files.shown}"
             raise UserError(f"class {shown(key)} is empty: {where} holds no image{but}; fill or remove it")
         samples += [Sample(member, label) for member in images]
     return samples

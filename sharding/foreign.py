@@ -5,18 +5,19 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sharding.containers import LARGEST_FILE, TarMember
+from sharding.containers import LARGEST_FILE
 from sharding.errors import UserError
 from sharding.kinds import unread
 from sharding.links import Member
-from sharding.listing import Listing, Sample, Source
+from sharding.listing import Listing, Sample
 from sharding.manifest import SPLITS
+from sharding.options import Options
 from sharding.patterns import mixed, parts, split_patterns, tars
-from sharding.tars import BLOCK, Entry, Unfit, entries, is_tar, read_at, shown, writable
+from sharding.tars import BLOCK, Unfit, entries, is_tar, read_at, shown, writable
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 LONGEST_CLS, LONGEST_JSON = 32, 2**20
@@ -45,7 +46,6 @@ class TarSet:
 
     def read(self, member: Member) -> bytes:
         """Return a file's content of at most LARGEST_FILE bytes. Raises OSError or ValueError with the reason."""
-        assert isinstance(member, TarMember)
         if member.size > LARGEST_FILE:
             raise ValueError(f"larger than {LARGEST_FILE >> 20} MiB")
         if member.tar not in self._descriptors:
@@ -55,52 +55,50 @@ class TarSet:
         return read_at(self._descriptors[member.tar], member.size, member.offset)
 
 
-class WebDataset(Source):
-    """Tars in the WebDataset layout: a directory, a pattern with * or {000..123}, or train=PATTERN,test=PATTERN."""
+def places(argument: str) -> list[str]:
+    """Return the paths of all splits; of one with ``**``, which enters directories, the part before."""
+    found = [part for pattern in split_patterns(argument).values() for part in parts(pattern)]
+    return [part.partition("**")[0] or "." if "**" in part else part for part in found]
 
-    usage = "webdataset:GLOB"
 
-    @classmethod
-    def places(cls, argument: str) -> list[str]:
-        """Return the paths of all splits; of one with ``**``, which enters directories, the part before."""
-        found = [part for pattern in split_patterns(argument).values() for part in parts(pattern)]
-        return [part.partition("**")[0] or "." if "**" in part else part for part in found]
+def webdataset(argument: str, _: Path, options: Options) -> Listing:
+    """List tars in the WebDataset layout: a directory, a pattern with * or {000..123}, or train=PATTERN,test=PATTERN.
 
-    def listing(self) -> Listing:
-        """List the samples of all tars, by their headers; images are not read."""
-        patterns = split_patterns(self.argument)
-        aside = Aside(self.options.on_error == "skip")
-        found = {split: tars(pattern, aside.left_out) for split, pattern in patterns.items()}
-        paths = [path for split in SPLITS for path in found.get(split, ())]
-        reader, splits = TarSet(paths), dict[str, list[Sample]]()
-        if twice := sorted({path for path in paths if paths.count(path) > 1}):
-            raise UserError(f"{twice[0]} is named twice; give each tar once")
-        number = 0
-        for split in [split for split in SPLITS if split in found]:
-            splits[split] = []
-            for path in found[split]:
-                splits[split] += samples(path, number, reader, aside)
-                number += 1
-            if not splits[split]:
-                raise UserError(f"the tars of {split} hold no sample; check {patterns[split]}")
-        first = self.options.first_label
-        last = last_label(splits, first)
-        if first:
-            splits = {split: [Sample(s.member, s.label - first) for s in found] for split, found in splits.items()}
-        names = tuple(str(label) for label in range(first, last + 1))
-        # The labels in the tars must be those of the data set, because other programs read the tars without the index.
-        in_place = tuple(paths) if "=" in self.argument and len(patterns) > 1 and not first else ()
-        name, left_out = self._name(patterns), dict(aside.left_out.most_common())
-        notes, faults = tuple(mixed(found)), tuple(aside.faults)
-        return Listing(name, names, splits, reader, in_place=in_place, left_out=left_out, notes=notes, faults=faults)
+    The samples are found by the headers of the tars; images are not read.
+    """
+    patterns = split_patterns(argument)
+    aside = Aside(options.on_error == "skip")
+    found = {split: tars(pattern, aside.left_out) for split, pattern in patterns.items()}
+    paths = [path for split in SPLITS for path in found.get(split, ())]
+    reader, splits = TarSet(paths), dict[str, list[Sample]]()
+    if twice := sorted({path for path in paths if paths.count(path) > 1}):
+        raise UserError(f"{twice[0]} is named twice; give each tar once")
+    number = 0
+    for split in [split for split in SPLITS if split in found]:
+        splits[split] = []
+        for path in found[split]:
+            splits[split] += samples(path, number, reader, aside)
+            number += 1
+        if not splits[split]:
+            raise UserError(f"the tars of {split} hold no sample; check {patterns[split]}")
+    first = options.first_label
+    last = last_label(splits, first)
+    if first:
+        splits = {split: [Sample(s.member, s.label - first) for s in found] for split, found in splits.items()}
+    names = tuple(str(label) for label in range(first, last + 1))
+    # The labels in the tars must be those of the data set, because other programs read the tars without the index.
+    in_place = tuple(paths) if "=" in argument and len(patterns) > 1 and not first else ()
+    name, left_out = _name(patterns), dict(aside.left_out.most_common())
+    notes, faults = tuple(mixed(found)), tuple(aside.faults)
+    return Listing(name, names, splits, reader, in_place=in_place, left_out=left_out, notes=notes, faults=faults)
 
-    @staticmethod
-    def _name(patterns: dict[str, str]) -> str:
-        """Return the fixed beginning of the pattern, or the name of the nearest directory that is not named like a split."""
-        path = Path(parts(patterns["train"])[0]).absolute()
-        stem = path.name if path.is_dir() else re.split(r"[*?\[{]", path.name)[0].removesuffix(".tar")
-        names = [stem.strip("-_. "), *(parent.name for parent in path.parents)]
-        return writable(next((name for name in names if name and name not in SPLITS), "webdataset"))
+
+def _name(patterns: dict[str, str]) -> str:
+    """Return the fixed beginning of the pattern, or the name of the nearest directory that is not named like a split."""
+    path = Path(parts(patterns["train"])[0]).absolute()
+    stem = path.name if path.is_dir() else re.split(r"[*?\[{]", path.name)[0].removesuffix(".tar")
+    names = [stem.strip("-_. "), *(parent.name for parent in path.parents)]
+    return writable(next((name for name in names if name and name not in SPLITS), "webdataset"))
 
 
 def samples(path: Path, tar: int, reader: TarSet, aside: Aside | None = None) -> Iterator[Sample]:
@@ -111,9 +109,9 @@ def samples(path: Path, tar: int, reader: TarSet, aside: Aside | None = None) ->
     aside = aside or Aside()
     try:
         _check_plain(path)
-        for key, files in grouped(entries(path), aside.left_out):
+        for key, files in grouped((replace(member, tar=tar) for member in entries(path)), aside.left_out):
             try:
-                sample = _sample(path, tar, key, files, reader, aside.left_out)
+                sample = _sample(path, key, files, reader, aside.left_out)
             except ValueError as error:
                 if not aside.skip:
                     raise
@@ -127,15 +125,15 @@ def samples(path: Path, tar: int, reader: TarSet, aside: Aside | None = None) ->
         raise UserError(f"{path}: {error}{cure}") from None
 
 
-def grouped(members: Iterator[Entry], unused: Counter[str]) -> Iterator[tuple[str, dict[str, Entry]]]:
+def grouped(members: Iterator[Member], unused: Counter[str]) -> Iterator[tuple[str, dict[str, Member]]]:
     """Yield (key, extension → file) for consecutive files with one key: the part before the first dot of the file's name.
 
     Files without a key, as webdataset itself defines it, are left out and counted in `unused`. Raises ValueError for a
     key that occurs again later, or an extension that occurs twice in a sample.
     """
-    seen, key, files = set[str](), "", dict[str, Entry]()
-    for entry in members:
-        folder, slash, base = entry.name.removeprefix("./").rpartition("/")
+    seen, key, files = set[str](), "", dict[str, Member]()
+    for member in members:
+        folder, slash, base = member.name.removeprefix("./").rpartition("/")
         stem, dot, extension = base.partition(".")
         if not stem or not dot or (stem.startswith("__") and stem.endswith("__")):
             unused["files without a key"] += 1
@@ -149,12 +147,12 @@ def grouped(members: Iterator[Entry], unused: Counter[str]) -> Iterator[tuple[st
             key, files = own, {}
         if extension.lower() in files:
             raise ValueError(f"key {shown(own)} has two files .{shown(extension.lower())}")
-        files[extension.lower()] = entry
+        files[extension.lower()] = member
     if files:
         yield key, files
 
 
-def _sample(path: Path, tar: int, key: str, files: dict[str, Entry], reader: TarSet, unused: Counter[str]) -> Sample:
+def _sample(path: Path, key: str, files: dict[str, Member], reader: TarSet, unused: Counter[str]) -> Sample:
     images = [extension for extension in IMAGES if extension in files]
     if len(images) != 1:
         found = f"{len(images)} images" if images else "no image"
@@ -162,12 +160,12 @@ def _sample(path: Path, tar: int, key: str, files: dict[str, Entry], reader: Tar
     image = files[images[0]]
     if image.size == 0:
         raise ValueError(f"key {shown(key)} has an empty image")
-    label, read = _label(tar, key, files, reader), (images[0], "cls" if "cls" in files else "json")
+    label, read = _label(key, files, reader), (images[0], "cls" if "cls" in files else "json")
     unused.update(f".{shown(extension)} files" for extension in files if extension not in read)
-    return Sample(TarMember(f"{path.name}: {shown(image.name)}", image.size, image.offset, tar), label)
+    return Sample(replace(image, name=f"{path.name}: {shown(image.name)}"), label)
 
 
-def _label(tar: int, key: str, files: dict[str, Entry], reader: TarSet) -> int:
+def _label(key: str, files: dict[str, Member], reader: TarSet) -> int:
     """The class number in .cls, else that of `label` in .json."""
     if "cls" not in files and "json" not in files:
         raise ValueError(f"key {shown(key)} has no label (.cls, or `label` in .json)")
@@ -175,7 +173,7 @@ def _label(tar: int, key: str, files: dict[str, Entry], reader: TarSet) -> int:
     entry = files[extension]
     if entry.size > most:
         raise ValueError(f"key {shown(key)} has a .{extension} of {entry.size} bytes, which is too long for a label")
-    content = reader.read(TarMember(entry.name, entry.size, entry.offset, tar))
+    content = reader.read(entry)
     value: Any = content.decode("ascii", "replace").strip()
     if extension == "json":
         try:

@@ -16,7 +16,7 @@ def started(arguments: list[str], original: list[str]) -> bool:
 
 
 def end_silently() -> None:
-    """From now on, Ctrl-C ends this process at once, without a traceback; a shell that ignores it (nohup) still does."""
+    """From now on, Ctrl-C ends this process at once, without a traceback; where it is ignored (nohup), it stays so."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 

@@ -1,4 +1,4 @@
-"""The kind of a file, recognized by its first bytes, and advice about kinds that cannot be read."""
+"""The kind of a file, recognized by its first bytes or its name, and advice about kinds that cannot be read."""
 
 import re
 
@@ -28,6 +28,11 @@ _OTHERS = {
     b"<!doctype html": _PAGE,
     b"<html": _PAGE,
 }
+_SYSTEM = frozenset(
+    ("__macosx", "@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "$recycle.bin")
+    + ("system volume information", "lost+found", "__pycache__")
+)
+HIDDEN = "hidden files"
 
 
 def is_image(head: bytes) -> bool:
@@ -50,3 +55,13 @@ def unread(head: bytes, file: str) -> str | None:
         if head.lower().startswith(magic.lower()):
             return f"{what}; {cure.format(file=file)}"
     return None
+
+
+def system_files(name: str) -> str:
+    """Return why a file or directory is ignored (hidden, or an operating system's); "" if it is not ignored."""
+    for part in name.split("/"):
+        if part.startswith(".") and part not in (".", ".."):
+            return HIDDEN
+        if part.casefold() in _SYSTEM:
+            return f"files in {part}"
+    return ""

@@ -7,9 +7,8 @@ from collections.abc import Collection, Iterator
 
 from sharding.containers import Files
 from sharding.images import SUFFIXES
-from sharding.kinds import HEAD, is_image
-from sharding.links import LOST, Member
-from sharding.systems import system_files
+from sharding.kinds import HEAD, is_image, system_files
+from sharding.links import LOST, Member, inside
 from sharding.tars import shown
 
 _TYPE = re.compile(r"\.[a-z][a-z0-9]{0,7}")
@@ -19,33 +18,23 @@ class Tree:
     """The directories and files of a source, hidden ones (``.name``) and those of operating systems left out. The root is ``""``."""
 
     def __init__(self, files: Files) -> None:
-        self._source = files
+        self.files = files
         self._images: dict[str, list[Member]] = defaultdict(list)
-        self._folders: dict[str, set[str]] = defaultdict(set)
         self._by_name: dict[str, Member] = {}
         self._others: dict[str, str] = {}
         self.by_content = set[str]()
         """Names of images recognized by their first bytes, not by a suffix."""
         members, directories = files.listing()
-        for name in directories:
-            self._add_folder(posixpath.normpath(name))
         for member in members:
-            name, system = posixpath.normpath(member.name), system_files(member.name)
+            system = system_files(member.name)
             if what := system or self._other(member):
-                self._others[name] = what
+                self._others[member.name] = what
             else:
-                self._images[posixpath.dirname(name)].append(member)
+                self._images[posixpath.dirname(member.name)].append(member)
             if not system:
-                self._by_name[name] = member
-                self._add_folder(posixpath.dirname(name))
-
-    def _add_folder(self, name: str) -> None:
-        while name not in ("", ".", "/") and not system_files(name):
-            parent, base = posixpath.split(name)
-            if base in self._folders[parent]:
-                break
-            self._folders[parent].add(base)
-            name = parent
+                self._by_name[member.name] = member
+        folders = [name for name in directories if not system_files(name)]
+        self._folders = inside([*folders, *map(posixpath.dirname, self._by_name)])
 
     def _other(self, member: Member) -> str:
         """Return the kind of a file that is not an image, by its suffix or else its first bytes; "" for an image."""
@@ -56,7 +45,7 @@ class Tree:
             return ""
         if _TYPE.fullmatch(suffix):
             return f"{suffix} files"
-        if not is_image(self._source.start_of(member, HEAD)):
+        if not is_image(self.files.start_of(member, HEAD)):
             return "files with a suffix of their own" if suffix else "files without a suffix"
         self.by_content.add(member.name)
         return ""

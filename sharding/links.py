@@ -3,7 +3,7 @@
 import posixpath
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from sharding.errors import UserError
 
@@ -16,13 +16,17 @@ _HOPS = 40
 class Member:
     """A file: its name inside the source with forward slashes, size in bytes, and its offset, if that is known.
 
-    `odd`: why it cannot be read, if it is not a plain file.
+    `odd`: why it cannot be read, if it is not a plain file. Archives also have links, with the member that one leads to,
+    relative to the archive, as `target` (it may be missing), and directories, with neither offset nor target.
+    `tar`: the number of the tar, where there are several.
     """
 
     name: str
-    size: int
+    size: int = 0
     offset: int = -1
-    odd: str = field(default="", kw_only=True)
+    odd: str = ""
+    target: str = ""
+    tar: int = 0
 
 
 def check_walk(walked: int, real: int) -> None:
@@ -31,66 +35,60 @@ def check_walk(walked: int, real: int) -> None:
         raise UserError(f"links reach the same {real:,} directories by {walked:,} paths; remove some of the links")
 
 
-class Found:
-    """The members of an archive; of two members with the same name the last counts."""
+def followed(members: Iterable[Member]) -> tuple[list[Member], set[str]]:
+    """Return all files of an archive, sorted by name, and the names of directories, as they look with links followed.
 
-    def __init__(self) -> None:
-        self.files: dict[str, Member] = {}
-        self.folders: set[str] = set()
-        self.links: dict[str, str] = {}
-
-    def add(self, name: str, file: Member | None, target: str = "") -> None:
-        """Add a file, or a link to `target`, relative to the archive, or else a directory."""
-        self.files.pop(name, None)
-        self.links.pop(name, None)
-        if file is not None:
-            self.files[name] = file
-        elif target:
-            self.links[name] = target
+    Of two members with the same name the last counts. Raises UserError as `check_walk` does.
+    """
+    files, folders, links = dict[str, Member](), set[str](), dict[str, str]()
+    for member in members:
+        files.pop(member.name, None)
+        links.pop(member.name, None)
+        if member.target:
+            links[member.name] = member.target
+        elif member.offset >= 0 or member.odd:
+            files[member.name] = member
         else:
-            self.folders.add(name)
-
-    def followed(self) -> tuple[list[Member], set[str]]:
-        """Return all files, sorted by name, and the names of directories, as they look with links followed.
-
-        Raises UserError as `check_walk` does.
-        """
-        if not self.links:
-            return sorted(self.files.values(), key=lambda member: member.name), self.folders
-        inside = _inside([*self.files, *self.folders, *self.links])
-        inside.update({folder: inside[folder] for folder in self.folders})  # keeps empty directories
-        members: list[Member] = []
-        directories: set[str] = set()
-        entered, walked = {""}, 0
-        waiting: list[tuple[str, tuple[str, ...]]] = [("", ("",))]
-        while waiting:
-            shown, way = waiting.pop()
-            for base in inside[way[-1]]:
-                name, own = posixpath.join(shown, base), posixpath.join(way[-1], base)
-                target = _real(own, self.links)
-                if target is not None and target in self.files:
-                    members.append(replace(self.files[target], name=name))
-                elif target is None or target not in inside or (target != own and target in way):
-                    members.append(Member(name, 0, odd=LOST))
-                else:
-                    directories.add(name)
-                    entered.add(target)
-                    check_walk(walked := walked + 1, len(entered))
-                    waiting.append((name, (*way, target)))
-        return sorted(members, key=lambda member: member.name), directories
+            folders.add(member.name)
+    if not links:
+        return sorted(files.values(), key=lambda member: member.name), folders
+    return _walked(files, folders, links)
 
 
-def _inside(names: Iterable[str]) -> dict[str, set[str]]:
-    """Directory → the names in it."""
-    inside: dict[str, set[str]] = defaultdict(set)
+def _walked(files: dict[str, Member], folders: set[str], links: dict[str, str]) -> tuple[list[Member], set[str]]:
+    names = inside([*files, *folders, *links])
+    names.update({folder: names[folder] for folder in folders})  # keeps empty directories
+    members, directories = list[Member](), set[str]()
+    entered, walked = {""}, 0
+    waiting: list[tuple[str, tuple[str, ...]]] = [("", ("",))]
+    while waiting:
+        shown, way = waiting.pop()
+        for base in names[way[-1]]:
+            name, own = posixpath.join(shown, base), posixpath.join(way[-1], base)
+            target = _real(own, links)
+            if target is not None and target in files:
+                members.append(replace(files[target], name=name))
+            elif target is None or target not in names or (target != own and target in way):
+                members.append(Member(name, odd=LOST))
+            else:
+                directories.add(name)
+                entered.add(target)
+                check_walk(walked := walked + 1, len(entered))
+                waiting.append((name, (*way, target)))
+    return sorted(members, key=lambda member: member.name), directories
+
+
+def inside(names: Iterable[str]) -> dict[str, set[str]]:
+    """Directory → the names in it, from names of files and directories in a source, whose root is ``""``."""
+    found: dict[str, set[str]] = defaultdict(set)
     for name in names:
         while name not in ("", "."):
             folder, base = posixpath.split(name)
-            if base in inside[folder]:
+            if base in found[folder]:
                 break
-            inside[folder].add(base)
+            found[folder].add(base)
             name = folder
-    return inside
+    return found
 
 
 def _real(name: str, links: Mapping[str, str]) -> str | None:

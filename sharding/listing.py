@@ -1,16 +1,14 @@
 """What every source provides: its samples, and a reader of their bytes."""
 
 import unicodedata
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 from sharding.errors import UserError
 from sharding.images import Item
 from sharding.links import Member
-from sharding.options import Options
 from sharding.tars import writable
 
 UNPACKED, PIXELS = SCRATCH = ("source.tar", "pixels")
@@ -54,25 +52,6 @@ class Listing:
     faults: tuple[tuple[int, str], ...] = ()
 
 
-class Source(ABC):
-    """One kind of SOURCE. `usage` is how a user writes it."""
-
-    usage: ClassVar[str]
-
-    def __init__(self, argument: str, scratch: Path, options: Options | None = None) -> None:
-        """`argument` is what follows the colon; `scratch` is a directory for temporary files."""
-        self.argument, self.scratch, self.options = argument, scratch, options or Options()
-
-    @classmethod
-    def places(cls, argument: str) -> list[str]:
-        """Return the paths that the argument names and whose content is read; they need not exist."""
-        return [argument] if argument else []
-
-    @abstractmethod
-    def listing(self) -> Listing:
-        """List the samples. Raises UserError when the source is missing or malformed."""
-
-
 def composed(name: str) -> str:
     """Return a class name in the one Unicode form, and with the escapes, in which names are compared."""
     return unicodedata.normalize("NFC", writable(name))
@@ -84,8 +63,7 @@ def chosen(listing: Listing, wanted: Sequence[str]) -> Listing:
     Raises UserError for a class that is not there, or is named twice.
     """
     same = {composed(name): name for name in listing.classes}
-    names = tuple(map(writable, wanted))
-    names = tuple(name if name in listing.classes else same.get(composed(name), name) for name in names)
+    names = tuple(name if name in listing.classes else same.get(composed(name), name) for name in map(writable, wanted))
     if len(names) == 1 and names[0] not in listing.classes and names[0].isdecimal():
         if not 0 < int(names[0]) <= len(listing.classes):
             raise UserError(f"--classes is {names[0]}; {listing.name} has {len(listing.classes)} classes")

@@ -86,15 +86,12 @@ class Manifest:
         """Read the document of `to_json`. Raises ValueError, KeyError or TypeError when it is malformed or inconsistent."""
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
-        height, width, channels = (document["image"][name] for name in ("height", "width", "channels"))
         if [entry["id"] for entry in document["classes"]] != list(range(len(document["classes"]))):
             raise ValueError("class ids are not 0, 1, 2, …")
         manifest = Manifest(
             document["name"],
             tuple(entry["name"] for entry in document["classes"]),
-            height,
-            width,
-            channels,
+            **{name: document["image"][name] for name in ("height", "width", "channels")},
             mean=tuple(float(value) for value in document["mean"]),
             std=tuple(float(value) for value in document["std"]),
             versions=dict(document["versions"]),
@@ -137,8 +134,7 @@ def parse_manifest(content: bytes, path: str) -> Manifest:
 
 
 def _split_from_json(split: dict[str, Any]) -> SplitInfo:
-    names = [field.name for field in fields(ShardInfo)]
-    shards = tuple(ShardInfo(*(shard[name] for name in names)) for shard in split["shards"])
+    shards = tuple(ShardInfo(*(shard[field.name] for field in fields(ShardInfo))) for shard in split["shards"])
     return SplitInfo(split["samples"], tuple(split["class_counts"]), shards)
 
 

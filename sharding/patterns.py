@@ -13,8 +13,8 @@ from braceexpand import braceexpand
 
 from sharding.errors import UserError
 from sharding.folders import few, split_in
+from sharding.kinds import HIDDEN
 from sharding.manifest import SPLITS
-from sharding.systems import HIDDEN
 from sharding.tars import shown
 
 MOST_NAMES = 1_000_000

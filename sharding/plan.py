@@ -6,7 +6,6 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sharding.containers import TarMember
 from sharding.depth import COLOUR, GREY, Values
 from sharding.errors import UserError
 from sharding.images import Seen, Target
@@ -69,20 +68,20 @@ class Plan:
         return digest.hexdigest()
 
 
-def make_plan(listing: Listing, seen: dict[str, list[Seen | None]], options: Options) -> Plan:
+def make_plan(listing: Listing, seen: list[Seen | None], options: Options) -> Plan:
     """Make the splits, choose size and channels, and distribute the samples over shards.
 
-    `seen` holds, split by split as listed, what inspecting each image found; None for an image that is left out.
+    `seen` holds, in the order of the listing, what inspecting each image found; None for an image that is left out.
     Raises UserError when sizes differ and no size is requested, or a class is too small to be split.
     """
     splits: dict[str, list[Planned]] = {}
     torn, number = {tar for tar, _ in listing.faults}, 0
     for split, samples in listing.splits.items():
         splits[split] = []
-        for sample, look in zip(samples, seen[split], strict=True):
-            if look is not None:
+        for sample in samples:
+            if (look := seen[number]) is not None:
                 splits[split].append(Planned(f"{number:08d}", sample.member, sample.label, look))
-            elif isinstance(sample.member, TarMember):
+            else:
                 torn.add(sample.member.tar)
             number += 1
     _check_classes(splits, listing.classes)
@@ -208,7 +207,6 @@ def _as_they_lie(split: str, samples: list[Planned], paths: tuple[Path, ...], to
     """
     by_tar: dict[int, list[Planned]] = {}
     for sample in samples:
-        assert isinstance(sample.member, TarMember)
         by_tar.setdefault(sample.member.tar, []).append(sample)
     return [
         ShardPlan(split, f"{split}/{tar:06d}.tar", tuple(rows), None if tar in torn else paths[tar])

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from types import TracebackType
 
 from tqdm import tqdm
 
@@ -24,7 +23,7 @@ class Progress:
 
     def __init__(self, label: str, total: int, *, log: Log, bar: bool, unit: str = "images") -> None:
         self._label, self._total, self._log, self._unit = label, total, log, unit
-        self._bar = tqdm(total=total, desc=label, unit=f" {unit}", unit_scale=False) if bar else None
+        self._bar = tqdm(total=total, desc=label, unit=f" {unit}") if bar else None
         self._done, self._start = 0, time.monotonic()
         self._last = self._start
 
@@ -45,7 +44,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
         elif kind is None:

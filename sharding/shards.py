@@ -149,13 +149,9 @@ def decode(payload: bytes | memoryview, out: NDArray[np.uint8]) -> None:
     Raises ValueError with the reason when the bytes are damaged or size or mode does not fit. JPEG decoding releases
     the interpreter lock and writes into `out` without a copy.
     """
-    if payload[:3] == b"\xff\xd8\xff":
-        _decode_jpeg(payload, out)
-    else:
+    if payload[:3] != b"\xff\xd8\xff":
         _decode_pillow(payload, out)
-
-
-def _decode_jpeg(payload: bytes | memoryview, out: NDArray[np.uint8]) -> None:
+        return
     # The header is read first, so that a JPEG that claims 65,535 x 65,535 pixels cannot make the decoder allocate them.
     height, width, colorspace, _ = simplejpeg.decode_jpeg_header(payload)
     rows, columns, channels = out.shape

@@ -11,10 +11,9 @@ import re
 import tarfile
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
-from sharding.links import SPECIAL
+from sharding.links import SPECIAL, Member
 
 BLOCK = tarfile.BLOCKSIZE
 LONGEST_NAME = 4096
@@ -30,40 +29,20 @@ _SPARSE = "is a sparse file; write the archive again without --sparse"
 _RECORD = re.compile(rb"(\d{1,7}) ([^=\n]{1,256})=")
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A member: its name as in the archive, and for a plain file its size in bytes and the offset of its content.
-
-    `target`: for a link, the member that it leads to, relative to the archive; it may be missing. `odd`: for a pipe or a
-    device, what it is.
-    """
-
-    name: str
-    size: int = 0
-    offset: int = -1
-    target: str = ""
-    odd: str = ""
-
-    @property
-    def is_file(self) -> bool:
-        """Whether it is a plain file."""
-        return self.offset >= 0
-
-
-def entries(path: Path) -> Iterator[Entry]:
-    """Yield the plain files of an uncompressed tar, in order.
+def entries(path: Path) -> Iterator[Member]:
+    """Yield the plain files of an uncompressed tar, in order, with their names as in the archive.
 
     Raises ValueError, with the member's name if it has one, for an archive that is truncated or damaged, or holds links,
     devices, sparse files or names that lead outside. Raises OSError when it cannot be read.
     """
-    for entry in tree(path):
-        if entry.target or entry.odd:
-            raise ValueError(f"{shown(entry.name)} is {'a link' if entry.target else 'a device'}")
-        if entry.is_file:
-            yield entry
+    for member in tree(path):
+        if member.target or member.odd:
+            raise ValueError(f"{shown(member.name)} is {'a link' if member.target else 'a device'}")
+        if member.offset >= 0:
+            yield member
 
 
-def tree(path: Path) -> Iterator[Entry]:
+def tree(path: Path) -> Iterator[Member]:
     """Yield what `entries` yields, and also directories, links, pipes and devices.
 
     Raises Unfit, a ValueError, for an archive that is complete but of an unsupported kind.
@@ -104,7 +83,7 @@ class _Walk:
     def __init__(self, descriptor: int, end: int) -> None:
         self._descriptor, self._end = descriptor, end
 
-    def members(self) -> Iterator[Entry]:
+    def members(self) -> Iterator[Member]:
         position, extensions = 0, dict[str, str]()
         while (block := self._bytes(position, BLOCK, "its two closing zero blocks")) != _ZEROS:
             info = self._header(block, position)
@@ -121,14 +100,14 @@ class _Walk:
             target = _target(info, name, extensions.get("linkpath", info.linkname))
             extensions = {}
             if info.type not in _PLAIN:
-                yield Entry(name, target=target, odd=SPECIAL if info.type in _DEVICES else "")
+                yield Member(name, target=target, odd=SPECIAL if info.type in _DEVICES else "")
                 position = data + (padded(size) if info.type == _DUMP else 0)
                 continue
             position = data + padded(size)
             if position > self._end:
                 left = max(0, self._end - data)
                 raise ValueError(f"{shown(name)} claims {size} bytes, but {left} are left: truncated or forged")
-            yield Entry(name, size, data)
+            yield Member(name, size, data)
         if extensions:
             raise ValueError("it ends after an extended header whose member is missing")
         self._check_end(position)

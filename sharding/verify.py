@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sharding.encode import Moments, mean_and_std
+from sharding.encode import mean_and_std, moments
 from sharding.errors import UserError
 from sharding.foreign import TarSet, samples
 from sharding.manifest import Manifest, ShardInfo
@@ -23,12 +23,11 @@ TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Found:
-    """What checking a shard found: its faults, class counts, and the pixel sums of `Moments`."""
+    """What checking a shard found: its faults, class counts, and the sum of the images' `moments`."""
 
     faults: tuple[str, ...]
     class_counts: tuple[int, ...]
-    sums: tuple[int, ...]
-    squares: tuple[int, ...]
+    sums: NDArray[np.int64]
 
 
 def verify(directory: Path | str, *, deep: bool = False, log: Log, bar: bool = False) -> Manifest:
@@ -85,7 +84,7 @@ def _deep(directory: Path, manifest: Manifest, log: Log, bar: bool) -> list[str]
             faults.append(f"the class counts of {name} differ from the manifest; build the dataset again")
     train = [found[shard] for shard in manifest.splits["train"].shards]
     pixels = manifest.splits["train"].samples * manifest.height * manifest.width
-    statistics = mean_and_std([f.sums for f in train], [f.squares for f in train], pixels)
+    statistics = mean_and_std(np.sum([f.sums for f in train], axis=0), pixels)
     if not np.allclose(statistics, (manifest.mean, manifest.std), rtol=0, atol=TOLERANCE):
         faults.append("mean or std of train differs from the manifest; build the dataset again")
     return faults
@@ -95,18 +94,18 @@ def check_shard(shared: tuple[Path, Manifest], info: ShardInfo, tick: Tick) -> F
     """Decode every image of a shard and compare the tar with its index."""
     directory, manifest = shared
     path, classes = directory / info.file, len(manifest.classes)
-    moments = Moments(manifest.channels)
+    sums = np.zeros((2, manifest.channels), np.int64)
     try:
         index = read_index(directory, info, classes)
         members = [(s.member.offset, s.member.size, s.label) for s in samples(path, 0, TarSet([path]))]
     except (UserError, ValueError) as error:
-        return Found((f"{path}: {error}",), (0,) * classes, *moments.sums())
+        return Found((f"{path}: {error}",), (0,) * classes, sums)
     counts = tuple(np.bincount(index[:, 2], minlength=classes).tolist())
     if _rows_of(index, np.array(members, np.int64)):
-        faults = tuple(_decode_all(path, index, manifest, moments, tick))
+        faults = tuple(_decode_all(path, index, manifest, sums, tick))
     else:
         faults = (f"{info.index_file} does not match {path}; build the dataset again",)
-    return Found(faults, counts, *moments.sums())
+    return Found(faults, counts, sums)
 
 
 def _rows_of(index: NDArray[np.int64], members: NDArray[np.int64]) -> bool:
@@ -117,7 +116,7 @@ def _rows_of(index: NDArray[np.int64], members: NDArray[np.int64]) -> bool:
 
 
 def _decode_all(
-    path: Path, index: NDArray[np.int64], manifest: Manifest, moments: Moments, tick: Tick
+    path: Path, index: NDArray[np.int64], manifest: Manifest, sums: NDArray[np.int64], tick: Tick
 ) -> Iterator[str]:
     pixels = np.empty((manifest.height, manifest.width, manifest.channels), np.uint8)
     with path.open("rb") as stream:
@@ -125,7 +124,7 @@ def _decode_all(
             stream.seek(offset)
             try:
                 decode(stream.read(size), pixels)
-                moments.add(pixels)
+                sums += moments(pixels)
             except ValueError as error:
                 yield f"{path}, row {row}: {error}; build the dataset again"
             tick(1)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import features
 
-from sharding.encode import ShardTask, Written, finished_shard, inspect_all, mean_and_std, write_shard
+from sharding.encode import WORK, Written, finished_shard, inspect_all, mean_and_std, write_shard
 from sharding.errors import UserError
 from sharding.files import exclusive_lock, fsync_dir, remove_temporaries, write_atomic
 from sharding.images import Seen
@@ -27,10 +27,9 @@ from sharding.plan import Plan, about, check_splits, make_plan
 from sharding.pool import Pool, available_cores
 from sharding.progress import Log, Progress
 from sharding.shards import verify_shard
-from sharding.sources import expanded, open_source, parse
+from sharding.sources import expanded, open_source, places
 from sharding.tars import shown, writable
 
-WORK = ".build"
 BUILD_FORMAT = "gdd-build/1"
 CHUNK = 128
 # Below this many images for each worker, starting the worker takes longer than its share of the work.
@@ -55,7 +54,7 @@ def build(
     OSError when the disk is full or not writable; the next run uses the shards that were finished by then.
     """
     options, log, dest, source = options or Options(), log or (lambda line: None), Path(dest), expanded(source)
-    check_destination(dest, parse(source).places(source.partition(":")[2]))
+    check_destination(dest, places(source))
     work, fresh = dest / WORK, not dest.exists()
     work.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(work / "lock", f"another build is writing {dest}; wait for it"):
@@ -70,7 +69,10 @@ def build(
 def _build(source: str, dest: Path, options: Options, log: Log, bar: bool) -> Built:
     listing = open_source(source, dest / WORK, options, log)
     check_splits(listing, options)
-    versions = library_versions() | listing.versions
+    versions = {
+        name: version(name) for name in ("numpy", "pillow", "simplejpeg", "webdataset")
+    }  # these determine bytes
+    versions |= {"zlib": str(features.version("zlib"))} | listing.versions
     images = sum(len(samples) for samples in listing.splits.values())
     workers = min(options.workers or available_cores(), images if options.workers else -(-images // IMAGES_PER_WORKER))
     with Pool(workers, listing.reader) as pool:
@@ -81,14 +83,13 @@ def _build(source: str, dest: Path, options: Options, log: Log, bar: bool) -> Bu
             log(note)
         if (dest / FILE).exists():
             return Built(_existing(dest, plan), True, len(skipped))
-        records = [dest / WORK / f"{shard.file.replace('/', '-')}.json" for shard in plan.shards]
-        tasks = [ShardTask(dest, *pair, plan.target) for pair in zip(records, plan.shards, strict=True)]
         if listing.in_place and (anew := sum(shard.tar is None for shard in plan.shards)):
-            log(f"{anew} of {len(tasks)} tars are written again, because some of their images are converted or skipped")
+            what = f"{anew} of {len(plan.shards)} tars are written again"
+            log(f"{what}, because some of their images are converted or skipped")
         elif listing.in_place:
             log("the tars stay where they are; only indexes are written")
         _prepare(dest, source, plan, versions, skipped)
-        written = _write(pool, tasks, log, bar)
+        written = _write(pool, dest, plan, log, bar)
     manifest = _manifest(plan, written, versions, _left_out(listing, seen))
     if flat := [str(c) for c, s in enumerate(manifest.std, 1) if s == 1.0]:
         log(f"channel {', '.join(flat)} is constant in train: its standard deviation is set to 1")
@@ -98,8 +99,8 @@ def _build(source: str, dest: Path, options: Options, log: Log, bar: bool) -> Bu
 
 def _inspect(
     pool: Pool, listing: Listing, options: Options, progress: Progress, log: Log
-) -> tuple[dict[str, list[Seen | None]], list[str]]:
-    """Inspect every image; return what was seen by split (None for an image left out), and why images were left out."""
+) -> tuple[list[Seen | None], list[str]]:
+    """Inspect every image in the order of the listing; return what was seen (None: left out), and why images were left out."""
     members = [sample.member for samples in listing.splits.values() for sample in samples]
     chunks = [members[start : start + CHUNK] for start in range(0, len(members), CHUNK)]
     look_at = partial(inspect_all, values=options.value_range)
@@ -112,8 +113,7 @@ def _inspect(
         raise UserError(f"cannot read {name} ({reason}){more}; repair or remove it, or give --on-error skip")
     for line in skipped:
         log(f"skipped {line}")
-    looks = iter([None if isinstance(look, str) else look for look in results])
-    return {split: [next(looks) for _ in samples] for split, samples in listing.splits.items()}, skipped
+    return [None if isinstance(look, str) else look for look in results], skipped
 
 
 def _one_line(name: str) -> str:
@@ -122,15 +122,14 @@ def _one_line(name: str) -> str:
     return "/".join(part if part.isprintable() else ascii(part)[1:-1] for part in parts)
 
 
-def _write(pool: Pool, tasks: list[ShardTask], log: Log, bar: bool) -> list[Written]:
-    done = [finished_shard(task) for task in tasks]
-    reused = sum(written is not None for written in done)
-    if reused:
-        log(f"continuing an unfinished build: {reused} of {len(tasks)} shards are finished")
-    missing = [task for task, written in zip(tasks, done, strict=True) if written is None]
-    images = sum(len(task.shard.samples) for task in missing)
-    with Progress("writing", images, log=log, bar=bar) as progress:
-        new = iter(pool.map(write_shard, missing, progress))
+def _write(pool: Pool, dest: Path, plan: Plan, log: Log, bar: bool) -> list[Written]:
+    done = [finished_shard(dest, shard) for shard in plan.shards]
+    missing = [shard for shard, written in zip(plan.shards, done, strict=True) if written is None]
+    if reused := len(done) - len(missing):
+        log(f"continuing an unfinished build: {reused} of {len(done)} shards are finished")
+    write = partial(write_shard, directory=dest, target=plan.target)
+    with Progress("writing", sum(len(shard.samples) for shard in missing), log=log, bar=bar) as progress:
+        new = iter(pool.map(write, missing, progress))
     return [written or next(new) for written in done]
 
 
@@ -204,10 +203,9 @@ def _state(dest: Path) -> dict[str, object]:
     return state if isinstance(state, dict) and state.get("format") == BUILD_FORMAT else {}
 
 
-def _left_out(listing: Listing, seen: dict[str, list[Seen | None]]) -> dict[str, int]:
-    unreadable = sum(look is None for looks in seen.values() for look in looks)
-    counts = {"unreadable images": unreadable, "samples without image or label": len(listing.faults)}
-    counts["further pages or frames"] = sum(look.further for looks in seen.values() for look in looks if look)
+def _left_out(listing: Listing, seen: list[Seen | None]) -> dict[str, int]:
+    counts = {"unreadable images": seen.count(None), "samples without image or label": len(listing.faults)}
+    counts["further pages or frames"] = sum(look.further for look in seen if look)
     return {what: count for what, count in counts.items() if count} | listing.left_out
 
 
@@ -220,14 +218,8 @@ def _manifest(plan: Plan, written: list[Written], versions: dict[str, str], left
         splits[split] = SplitInfo(len(labels), counts, tuple(w.info for _, w in pairs))
         if split == "train":
             pixels = len(labels) * size[0] * size[1]
-            mean, std = mean_and_std([w.sums for _, w in pairs], [w.squares for _, w in pairs], pixels)
+            mean, std = mean_and_std(np.sum([(w.sums, w.squares) for _, w in pairs], axis=0), pixels)
     return Manifest(plan.name, plan.classes, *size, mean, std, versions, splits, left_out)
-
-
-def library_versions() -> dict[str, str]:
-    """Return the versions of the libraries that determine the bytes of shards."""
-    versions = {name: version(name) for name in ("numpy", "pillow", "simplejpeg", "webdataset")}
-    return versions | {"zlib": str(features.version("zlib"))}
 
 
 def _clean(dest: Path, fresh: bool) -> None:

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tars import HOSTILE, build_it, image, measured, samples, tar
 
-from sharding.archives import open_files
+from sharding.containers import open_files
 from sharding.errors import UserError
 from sharding.foreign import TarSet
 from sharding.foreign import samples as listed

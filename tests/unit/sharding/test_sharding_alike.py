@@ -148,9 +148,14 @@ def outcome(path: Path, dest: Path, top: str = ".") -> object:
             options = Options(workers=1, test_fraction=0.3, on_error="skip", image_size=4)
             manifest = build(f"folder:{path}", dest, options, log=lines.append).manifest
         except UserError as error:
-            return str(error).replace(str(path), "PATH")
-    said = [re.sub(rf"(^|[ (]){re.escape(top)}/", r"\1", line) for line in lines if "images/s" not in line]
+            return inside(top, str(error).replace(str(path), "PATH"))
+    said = [inside(top, line) for line in lines if "images/s" not in line]
     return manifest.to_json(), contents(dest), said
+
+
+def inside(top: str, line: str) -> str:
+    """Paths in a line as they are below ``top``, under which an archive holds the whole tree."""
+    return re.sub(rf"(^|[ (]){re.escape(top)}/", r"\1", line)
 
 
 def alike(scratch: Path, tree: dict[str, bytes | str | None], top: str, form: int, marked: bool, folders: bool) -> None:

@@ -13,7 +13,7 @@ import pytest
 from tars import header, tar
 from test_sharding_support import encoded, pixels, to_tar, to_zip, write_folder
 
-from sharding import archives
+from sharding import containers
 from sharding.errors import UserError
 from sharding.kinds import HEAD, is_image
 from sharding.links import LOST
@@ -97,7 +97,7 @@ def test_zstd_is_read_where_a_library_is(tmp_path, folder, expected, monkeypatch
     def opened(path, mode):
         return gzip.open(io.BytesIO(path.read_bytes()[len(magic) :]), mode)
 
-    monkeypatch.setitem(sys.modules, archives._OPENERS["zstd"][-1], types.SimpleNamespace(open=opened))
+    monkeypatch.setitem(sys.modules, containers._OPENERS["zstd"][-1], types.SimpleNamespace(open=opened))
     assert build(f"folder:{tmp_path / 's.tar.zst'}", tmp_path / "d", CUT).manifest == expected
     with pytest.raises(UserError, match=r"bad\.tar\.zst is damaged"):
         build(f"folder:{tmp_path / 'bad.tar.zst'}", tmp_path / "e", CUT)

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from test_sharding_support import contents, encoded, pixels, to_tar, to_zip, write_folder
 
-from sharding.archives import base_name, open_files
-from sharding.containers import LARGEST_FILE
+from sharding.containers import LARGEST_FILE, base_name, open_files
 from sharding.errors import UserError
 from sharding.links import Member
 from sharding.options import Options

@@ -266,5 +266,5 @@ def test_a_constant_channel_has_the_deviation_one_and_is_said_once(tmp_path, fla
 
 
 def test_the_deviation_of_what_varies_a_little_is_its_own():
-    assert mean_and_std([[1]], [[1]], 10**9)[1][0] == pytest.approx((1e-9) ** 0.5 / 255, rel=1e-6)
+    assert mean_and_std(np.array([[1], [1]]), 10**9)[1][0] == pytest.approx((1e-9) ** 0.5 / 255, rel=1e-6)
     decode(encoded(pixels(0)), np.empty((8, 8, 3), np.uint8))
