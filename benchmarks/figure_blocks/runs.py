@@ -152,5 +152,5 @@ FIGURES: dict[str, Callable[[], str]] = {
     "cifar10-fixed": lambda: whole_runs("cifar10-fixed.json"),
     "natural-short": natural_short,
     "cifar10-trial": lambda: students("cifar10-trial.json"),
-    "tiny-imagenet-trial": lambda: students("tiny-imagenet-trial.json"),
+    "tiny-imagenet-cpu": lambda: whole_runs("tiny-imagenet-cpu.json"),
 }
