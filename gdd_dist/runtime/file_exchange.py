@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,12 +131,8 @@ class Disks:
 
 def _listed(directory: Path, patterns: Sequence[str], about: Callable[[Path], Any]) -> dict[str, Any]:
     """Return file name → ``about(path)`` for the files below ``directory``."""
-    return {str(p.relative_to(directory)): about(p) for p in _files(directory, patterns)}
-
-
-def _files(directory: Path, patterns: Sequence[str]) -> Iterator[Path]:
     found = {p for pattern in patterns for p in directory.rglob(pattern)}
-    return iter(sorted(p for p in found if p.is_file() and not p.name.startswith(".tmp-")))
+    return {str(p.relative_to(directory)): about(p) for p in found if p.is_file() and not p.name.startswith(".tmp-")}
 
 
 def _who_sees(world: World, root: Path) -> list[Any]:
