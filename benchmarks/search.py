@@ -47,7 +47,7 @@ def through_search(out: Path, args: argparse.Namespace) -> tuple[float, float]:
     from tune.record import Record
 
     own = ["--out", str(out), "--trials", str(args.trials), "--max-concurrent", "1", "--scheduler", "fifo"]
-    search = parse([*own, *args.settings]).search
+    search = parse([*own, *args.settings])
     build("digits", out / "data")
     check(search.config, Manifest.load(out / "data"), 1, torch.device("cpu"))
     config = dataclasses.replace(
