@@ -55,7 +55,7 @@ def through_search(out: Path, args: argparse.Namespace) -> tuple[float, float]:
     )
     base, record = Job(config, search.preset, 1, 1.0, 0.0), Record(out.resolve())
     with cluster.cluster(None):
-        base = dataclasses.replace(base, config=shared.settle_precision(base))
+        base = shared.settle_precision(base)
         begin = time.monotonic()
         shared.compute(base, out.resolve(), 1)
         middle = time.monotonic()

@@ -82,9 +82,7 @@ def left(search: Search, record: Record) -> bool:
     ended = record.outcomes()
     if len(ended) < search.options.trials or record.proposed().keys() - ended.keys():
         return True
-    if not any(o.status == FINISHED for o in ended.values()):
-        return False
-    return _unread(search, study.best(search, record))
+    return any(o.status == FINISHED for o in ended.values()) and _unread(search, study.best(search, record))
 
 
 def _unread(search: Search, best: Outcome) -> bool:
@@ -100,12 +98,9 @@ def _compute(search: Search, record: Record, data: str, nodes: list[Node]) -> No
     cluster.check_nodes(nodes, out, data)
     save(search)  # what is refused above is no search yet
     gpus = cluster.gpus_of(o, nodes)
-    store = store_of(out, search.config).resolve()
-    config = dataclasses.replace(gang.on_cpu(search.config, gpus), data=data, store=str(store))
-    if config.deepspeed_config:  # workers may stand in another directory
-        config = dataclasses.replace(config, deepspeed_config=str(Path(config.deepspeed_config).resolve()))
-    base = Job(config, search.preset, o.ranks_per_trial, o.cpus_per_trial, gpus)
-    base = dataclasses.replace(base, config=shared.settle_precision(base))
+    store = str(store_of(out, search.config).resolve())
+    config = dataclasses.replace(gang.on_cpu(search.config, gpus), data=data, store=store)
+    base = shared.settle_precision(Job(config, search.preset, o.ranks_per_trial, o.cpus_per_trial, gpus))
     alone = dataclasses.replace(base, gpus=float(math.ceil(gpus)))  # trials may share a GPU; NCCL's ranks may not
     one_node = max(n.slots(alone.cpus, alone.gpus) for n in nodes)
     ranks = gang.with_ranks(base.config, max(one_node, o.ranks_per_trial))

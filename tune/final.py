@@ -84,15 +84,8 @@ def _gain(body: Any) -> Gain:
 def config_of(config: Config, out: Path, arm: str, settings: Mapping[str, Any], number: int) -> Config:
     """Return a retraining, with seeds of matching and students that no trial used. It reports its first row and the GAN's."""
     r = config.report
-    report = dataclasses.replace(
-        r,
-        seed=config.step_seed("report") + number,
-        ipc=r.ipc[:1],
-        students=r.students[:1],
-        protocol=r.protocol[:1],
-        labels=r.labels[:1],
-        baselines=("gan",),
-    )
+    first: dict[str, Any] = {name: getattr(r, name)[:1] for name in ("ipc", "students", "protocol", "labels")}
+    report = dataclasses.replace(r, seed=config.step_seed("report") + number, baselines=("gan",), **first)
     new = space.apply(config, {**settings, "matching.seed": config.step_seed("matching") + number})
     where = str(out / "final" / f"{arm}-{number}")
     return dataclasses.replace(new, report=report, until="report", out=where, verify=False)

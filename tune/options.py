@@ -30,7 +30,7 @@ _REFUSED = ("until", "print_config", "print-config", "dry_run", "dry-run")
 
 @dataclass(frozen=True)
 class Search:
-    """A search, new or (``resume``) continued. ``config``: the plain defaults that trials differ from, data and store still as typed."""
+    """A search, new or (``resume``) continued. ``config``: the plain defaults that trials differ from."""
 
     out: Path
     options: Options

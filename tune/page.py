@@ -33,8 +33,8 @@ def write(search: Search, record: Record, best: Outcome, gain: Gain | None) -> N
     grid = search.options.algorithm == GRID
     header, lines = study.table(search, record) if grid else table(search, outcomes, best)
     shown = "\n".join(ruled(header, lines, len(search.axes) if grid else 2))
-    sys.stdout.write(f"\n{shown}\n\n{gained(search, record, best, gain)}\n\n")
     sys.stdout.write(
+        f"\n{shown}\n\n{gained(search, record, best, gain)}\n\n"
         f"page: {search.out}/search.md\nplots: {search.out}/search.png\n"
         f"TensorBoard: tensorboard --logdir {search.out}/tensorboard --host 127.0.0.1\n"
         f"next: {next_line(search)}\n"

@@ -10,7 +10,6 @@ from typing import Any
 import ray
 import torch
 
-from gdd_dist.config.settings import Config
 from gdd_dist.config.steps import STEPS
 from gdd_dist.engines.precision import resolve_precision
 from gdd_dist.runtime.monitor import say
@@ -66,14 +65,14 @@ class _Lines:
                 say(f"search: {name} {step['status']} ({step['seconds']:.1f} s)")
 
 
-def settle_precision(base: Job) -> Config:
-    """Return the config in which the first free node has resolved precision ``auto``, so that all nodes compute alike."""
+def settle_precision(base: Job) -> Job:
+    """Return the job with precision ``auto`` as the first free node resolves it, so that all nodes compute alike."""
     if base.config.precision != "auto":
-        return base.config
+        return base
 
     def ask() -> str:
         cuda = base.config.device != "cpu" and torch.cuda.is_available()
         return resolve_precision("auto", torch.device("cuda" if cuda else "cpu"))
 
     found: str = ray.get(ray.remote(num_cpus=base.cpus, num_gpus=base.gpus, max_calls=1)(ask).remote())
-    return dataclasses.replace(base.config, precision=found)
+    return dataclasses.replace(base, config=dataclasses.replace(base.config, precision=found))

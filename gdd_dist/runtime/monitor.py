@@ -40,9 +40,9 @@ def naming(path: Path | None) -> Iterator[None]:
         raise
 
 
-def due(step: int, total: int, interval: int = 20) -> bool:
-    """Whether scalars of ``step`` are to be logged: each of the first 20, then at intervals."""
-    return step < EVERY_STEP_UNTIL or step % interval == 0 or step == total - 1
+def due(step: int, total: int) -> bool:
+    """Whether scalars of ``step`` are to be logged: each of the first 20, then every 20th and the last."""
+    return step < EVERY_STEP_UNTIL or step % 20 == 0 or step == total - 1
 
 
 def write_text(directory: Path, name: str, text: str) -> None:

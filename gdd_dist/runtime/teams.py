@@ -51,6 +51,5 @@ class Team(Ranks):
         size = torch.tensor([len(data)])
         dist.broadcast(size, leader, self.group)
         here = bytearray(data) if self.is_main else bytearray(int(size))
-        whole = torch.frombuffer(here, dtype=torch.uint8)
-        dist.broadcast(whole, leader, self.group)
+        dist.broadcast(torch.frombuffer(here, dtype=torch.uint8), leader, self.group)
         return bytes(here)
