@@ -1,7 +1,8 @@
 """Standardized against un-standardized matching over whole runs: teachers, GAN, matching and students of each seed are its own.
 
-    python benchmarks/standardization.py [--seeds 3] [--out runs/standardization] [--ranks 2] [-- trainer settings]
+    python benchmarks/standardization.py [--seeds 3] [--out runs/standardization] [--ranks 2] [--shared STORE] [-- trainer settings]
 
+With ``--shared`` the seeds are those of matching and students alone; what comes before is that of a finished run.
 Prints one JSON line for each kind of labels: accuracy on test of the matched generator's students (regenerate) with skd and with
 kd, the mean difference over seeds and its standard error, in points.
 """
@@ -20,10 +21,12 @@ import torch
 
 
 def whole_run(args: argparse.Namespace, seed: int, loss: str) -> dict[str, float]:
-    """Train one seed with one loss (teachers, logits and GAN are shared by its two losses); labels → accuracy in percent."""
+    """Train one seed with one loss (what comes before matching is shared by its two losses); labels → accuracy in percent."""
     out = Path(args.out) / f"seed-{seed}-{loss}"
     launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={args.ranks}", "-m", "gdd_dist.train"]
-    where = ["--out", str(out), "--store", str(Path(args.out) / "store"), "--seed", str(seed), "--matching.loss", loss]
+    store, own = args.shared or Path(args.out) / "store", ("matching", "report")
+    seeds = [f"--{step}.seed={seed}" for step in own] if args.shared else [f"--seed={seed}"]
+    where = ["--out", str(out), "--store", str(store), *seeds, "--matching.loss", loss]
     rows = ["--report.protocol", "regenerate", "--report.baselines", "gan"]
     subprocess.run([*launch, *where, *rows, *args.settings], check=True, stdout=sys.stderr)
     results = json.loads((out / "report/latest/metrics.json").read_text())["results"]
@@ -37,6 +40,9 @@ def main() -> None:
         "--out", default="runs/standardization", help="where the runs lie; they resume (default %(default)s)"
     )
     parser.add_argument("--ranks", type=int, default=2, help="ranks on this host (default 2)")
+    parser.add_argument(
+        "--shared", type=Path, help="store of a finished run, whose teachers, logits and generators all seeds share"
+    )
     parser.add_argument("settings", nargs="*", help="settings of gdd_dist.train, after --")
     args = parser.parse_args()
     runs = [(whole_run(args, seed, "skd"), whole_run(args, seed, "kd")) for seed in range(args.seeds)]
@@ -51,7 +57,13 @@ def main() -> None:
             "ratio": round(float(skd.mean() / kd.mean()), 4),
             "difference": round(float(difference.mean()), 2),
             "stderr": round(float(difference.std(ddof=1) / len(runs) ** 0.5), 2) if len(runs) > 1 else None,
-            "settings": {"seeds": args.seeds, "skd": skd.tolist(), "kd": kd.tolist(), "trainer": args.settings},
+            "settings": {
+                "seeds": args.seeds,
+                "shared": args.shared is not None,
+                "skd": skd.tolist(),
+                "kd": kd.tolist(),
+                "trainer": args.settings,
+            },
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, CUDA {torch.cuda.is_available()}",
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
         }

@@ -47,22 +47,35 @@ def gaussians() -> list[dict[str, Any]]:
 
 
 def terms() -> str:
-    """What each set of terms makes of the Gaussians: means over runs, and differences from the Gaussians before, paired by run."""
-    found = [json.loads(text) for text in (records.RESULTS / "terms.jsonl").read_text().splitlines()]
+    """What each set of terms makes of the Gaussians."""
+    return moved_rows("terms.jsonl", "gaussian")
+
+
+def adversaries() -> str:
+    """What an adversary adds to the terms that move the Gaussians, at equal CPU seconds."""
+    return moved_rows("adversaries.jsonl", "none")
+
+
+def moved_rows(record: str, beside: str) -> str:
+    """Students' accuracies of each row of ``record``, means over runs, and their differences from the row ``beside``, paired by run."""
+    found = [json.loads(text) for text in (records.RESULTS / record).read_text().splitlines()]
     budgets, names = (list(dict.fromkeys(one[key] for one in found)) for key in ("budget", "row"))
     reached = {(one["row"], one["budget"], one["run"]): one["test"]["mean"] for one in found}
+    steps = {
+        name: [one["settings"]["steps"] for one in found if one["row"] == name and "steps" in one["settings"]]
+        for name in names
+    }
     runs = list(dict.fromkeys(one["run"] for one in found))
     rows = []
     for name in names:
         cells = []
         for budget in budgets:
-            own, before = ([reached[row, budget, run] for run in runs] for row in (name, "gaussian"))
+            own, other = ([reached[row, budget, run] for run in runs] for row in (name, beside))
             cells.append(f"{statistics.mean(own):.1f}")
-            test = ttest_rel(own, before)
-            each = ", ".join(f"{a - b:+.1f}" for a, b in zip(own, before, strict=True))
-            cells.append("–" if name == "gaussian" else f"{each} (p = {test.pvalue:.3f})")
-        rows.append([name, *cells])
-    head = [text for budget in budgets for text in (f"{budget}: accuracy %", "minus gaussian, of each run")]
+            each = ", ".join(f"{a - b:+.1f}" for a, b in zip(own, other, strict=True))
+            cells.append("–" if name == beside else f"{each} (p = {ttest_rel(own, other).pvalue:.3f})")
+        rows.append([f"{name} ({statistics.mean(steps[name]):.0f} steps)" if steps[name] else name, *cells])
+    head = [text for budget in budgets for text in (f"{budget}: accuracy %", f"minus {beside}, of each run")]
     students = len(found[0]["test"]["of_students"])
     return table(["trained on", *head], rows) + (
         f"\nBudgets are steps × images of a student; {students} students a row and run, {len(runs)} runs; p: paired t-test over runs.\n"
@@ -126,6 +139,7 @@ def search_cost() -> str:
 
 FIGURES: dict[str, Callable[[], str]] = {
     "terms": terms,
+    "adversaries": adversaries,
     "protocols": protocols,
     "trivial": trivial,
     "standardization": standardization,

@@ -26,7 +26,7 @@ from gdd_dist.engines.precision import autocast
 from gdd_dist.evaluation.students import Frozen
 from gdd_dist.runtime.meter import NOTHING, Cost, Meter
 from gdd_dist.runtime.monitor import Monitor
-from gdd_dist.training.classifier_fit import sgd, train_step
+from gdd_dist.training.classifier_fit import student_step
 from gdd_dist.training.context import Context
 from gdd_dist.training.drawing import draw
 from gdd_dist.training.loop import Trainee
@@ -146,9 +146,7 @@ def answering(trial: Trial, name: str) -> Work:
 
 def studying(trial: Trial, name: str) -> Work:
     """A training step of a student."""
-    r, net = trial.ctx.config.report, trial.ctx.classifier(name, 0, "dry-run")
-    optimizer = sgd(net, r.lr, r.momentum, r.weight_decay)
-    return lambda images, labels: train_step(net, optimizer, images, labels, r.lr, trial.ctx.precision)
+    return student_step(trial.ctx, trial.ctx.classifier(name, 0, "dry-run"), trial.ctx.config.report.lr)
 
 
 def labelling(trial: Trial) -> Work:

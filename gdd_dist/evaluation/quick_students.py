@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from gdd_dist.data.noise import uniform
 from gdd_dist.data.order import dealt
 from gdd_dist.models.generator import ImageGenerator
 from gdd_dist.storage.json_files import ALONE, read_json, write_json
-from gdd_dist.training.classifier_fit import accuracy, predict, sgd, train_step
+from gdd_dist.training.classifier_fit import accuracy, predict, student_step
 from gdd_dist.training.context import Context
 from gdd_dist.training.drawing import draw
 from gdd_dist.training.skipped_steps import Diverged, Skips
@@ -129,10 +128,9 @@ def student(
     ctx: Context, generator: ImageGenerator, j: int, seed: int, tick: Callable[[int], None]
 ) -> tuple[float, float]:
     """Return (accuracy on val, on fresh generated images) of quick student ``j`` in percent; ``tick``: reports steps done."""
-    m, r = ctx.config.matching, ctx.config.report
+    m = ctx.config.matching
     net = ctx.classifier(m.quick_student, seed, f"quick/{j}")
-    optimizer = sgd(net, r.lr, r.momentum, r.weight_decay)
-    step, skips = ctx.captured(partial(train_step, net, optimizer, lr=r.lr, precision=ctx.precision)), Skips()
+    step, skips = student_step(ctx, net, ctx.config.report.lr), Skips()
     scores, readings = list[float](), measured_after(m.quick_steps)
     for first in range(0, m.quick_steps, CHUNK):
         ctx.world.check_stop()

@@ -8,7 +8,7 @@ Shapes: n images, K classes, H W. A place is a position in the sequence of all i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,7 +20,6 @@ from gdd_dist.data.augment import AUGMENT_DRAWS
 from gdd_dist.data.images import prefetch, to_float
 from gdd_dist.data.noise import permutation, uniform
 from gdd_dist.data.order import Recent, dealt
-from gdd_dist.engines.captured import Step
 from gdd_dist.evaluation import confusion
 from gdd_dist.evaluation.confusion import StudentResult
 from gdd_dist.evaluation.kinds import GENERATORS
@@ -29,7 +28,7 @@ from gdd_dist.models.classifiers import Classifier
 from gdd_dist.models.files import GENERATOR, load_generator_network, read_teachers
 from gdd_dist.models.generator import ImageGenerator
 from gdd_dist.runtime.monitor import Monitor
-from gdd_dist.training.classifier_fit import predict, sgd, train_step
+from gdd_dist.training.classifier_fit import predict, student_step
 from gdd_dist.training.condense import condensed
 from gdd_dist.training.context import Context
 from gdd_dist.training.drawing import draw
@@ -210,17 +209,10 @@ def train(ctx: Context, frozen: Frozen, job: Job) -> tuple[StudentResult, np.nda
     return StudentResult(confusion.accuracy(matrix), confusion.balanced(matrix), distinct), matrix
 
 
-def _step(ctx: Context, net: Classifier, lr: float) -> Step:
-    """Float images [B, C, H, W], targets → whether the student moved."""
-    r = ctx.config.report
-    optimizer = sgd(net, lr, r.momentum, r.weight_decay)
-    return ctx.captured(partial(train_step, net, optimizer, lr=lr, precision=ctx.precision))
-
-
 def _fit_sets(ctx: Context, net: Classifier, frozen: Frozen, job: Job, monitor: Monitor) -> None:
     r, seed = ctx.config.report, ctx.config.step_seed("report")
     sets, skips = Sets(ctx, frozen, job.row, job.seed), Skips()
-    step = _step(ctx, net, r.lr)
+    step = student_step(ctx, net, r.lr)
     bounds = step_bounds(sets.images, job.budget.batch, job.budget.epochs)
     steps = max(1, CHUNK_IMAGES // job.budget.batch)
     for first in range(0, len(bounds) - 1, steps):
@@ -245,7 +237,7 @@ def _fit_full(ctx: Context, net: Classifier, job: Job, monitor: Monitor) -> int:
     """Train on all of train; returns the number of images that were seen at least once."""
     r, images = ctx.config.report, ctx.images("train")
     order = full_order(ctx.config, images.shards.shard_samples, job.seed)
-    take = _step(ctx, net, r.full_lr)
+    take = student_step(ctx, net, r.full_lr)
     seen, skips = np.zeros(len(images), dtype=bool), Skips()
     images.expect(order.batch, 0, job.budget.optimizer_steps)
 

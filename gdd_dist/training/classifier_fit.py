@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 
 from gdd_dist.data.images import Images, to_float
 from gdd_dist.data.pixels import forward_size
+from gdd_dist.engines.captured import Step
 from gdd_dist.engines.nonfinite import all_finite, poisoned, step_if
 from gdd_dist.engines.precision import autocast
+from gdd_dist.training.context import Context
 from gdd_dist.training.optimizers import SGD
 
 PREDICT_BATCH = 500
@@ -51,6 +54,13 @@ def train_step(
     moved = all_finite(net.parameters())
     step_if(moved, optimizer)
     return moved
+
+
+def student_step(ctx: Context, net: nn.Module, lr: float) -> Step:
+    """Return the step of a student, by the optimizer that ``report`` describes: float images [B, C, H, W], targets → whether it moved."""
+    r = ctx.config.report
+    optimizer = sgd(net, lr, r.momentum, r.weight_decay)
+    return ctx.captured(partial(train_step, net, optimizer, lr=lr, precision=ctx.precision))
 
 
 @torch.no_grad()

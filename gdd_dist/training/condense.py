@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gdd_dist.data.augment import AUGMENT_DRAWS
-from gdd_dist.data.images import to_float, to_uint8
+from gdd_dist.data.images import to_uint8
 from gdd_dist.data.noise import normal, uniform
 from gdd_dist.models.generator import ImageGenerator
 from gdd_dist.training.context import Context
-from gdd_dist.training.soft_labels import class_shares
+from gdd_dist.training.soft_labels import best_draw
 from gdd_dist.training.teacher_features import Features, features, real_features
 
 START = 30
@@ -89,12 +89,8 @@ def first_latents(
     slots: np.ndarray,
 ) -> Tensor:
     """Return for each of ``labels`` int64 [N] the latent, of START draws, whose image has the highest teacher probability: float32 [N, L]."""
-    best, found = labels.new_full((len(labels),), -1.0, dtype=torch.float32), torch.empty(0)
-    for n in range(START):
-        z = torch.from_numpy(normal(seed, f"{purpose}/z", n, slots, generator.latent)).to(ctx.device)
-        with torch.no_grad():
-            images = to_float(to_uint8(generator(z, labels)), ctx.device)  # as a student sees it
-        shares = class_shares(teachers, images, labels, ctx.precision)
-        found = z if n == 0 else torch.where((shares > best)[:, None], z, found)
-        best = torch.maximum(best, shares)
-    return found
+    draws = [torch.from_numpy(normal(seed, f"{purpose}/z", n, slots, generator.latent)) for n in range(START)]
+    z = torch.stack(draws).to(ctx.device)
+    with torch.no_grad():
+        best = best_draw(teachers, (to_uint8(generator(part, labels)) for part in z), labels, ctx.precision)
+    return z[best, torch.arange(len(labels), device=z.device)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,14 +32,18 @@ def soft_labels(teachers: Sequence[nn.Module], images: Tensor, temperature: floa
 
 
 def chosen(teachers: Sequence[nn.Module], draws: Tensor, labels: Tensor, precision: str) -> Tensor:
-    """Choose one of M draws for each of N labels: uint8 [M, N, C, H, W], int64 [N] → uint8 [N, C, H, W].
+    """Return for each of N labels the best of M draws: uint8 [M, N, C, H, W], int64 [N] → uint8 [N, C, H, W]."""
+    best = best_draw(teachers, draws, labels, precision).to(draws.device)
+    return draws[best, torch.arange(draws.shape[1], device=draws.device)]
 
-    It is the image with the highest mean teacher probability of its class.
+
+def best_draw(teachers: Sequence[nn.Module], draws: Iterable[Tensor], labels: Tensor, precision: str) -> Tensor:
+    """Return which of the draws, each uint8 [N, C, H, W], has the highest mean teacher probability of each label: int64 [N].
+
+    ``labels``: int64 [N]. One draw is on the device as floats at a time.
     """
-    m, n = draws.shape[:2]
-    shares = class_shares(teachers, to_float(draws.flatten(0, 1), labels.device), labels.repeat(m), precision)
-    best = shares.view(m, n).argmax(0).to(draws.device)
-    return draws[best, torch.arange(n, device=draws.device)]
+    shares = [class_shares(teachers, to_float(images, labels.device), labels, precision) for images in draws]
+    return torch.stack(shares).argmax(0)
 
 
 def class_shares(teachers: Sequence[nn.Module], images: Tensor, labels: Tensor, precision: str) -> Tensor:
