@@ -40,8 +40,9 @@ from wire import bytes_sent
 from gdd_dist import train
 from gdd_dist.engines.ddp import DDPEngine
 from gdd_dist.runtime import monitor
+from gdd_dist.runtime.groups import Vote
 from gdd_dist.runtime.run_program import run_program
-from gdd_dist.runtime.world import Vote, World
+from gdd_dist.runtime.world import World
 from gdd_dist.training import loop
 
 WARM, BLOCK, PAIRS = 4, 4, 3

@@ -47,7 +47,7 @@ def through_search(out: Path, args: argparse.Namespace) -> tuple[float, float]:
     from tune.record import Record
 
     own = ["--out", str(out), "--trials", str(args.trials), "--max-concurrent", "1", "--scheduler", "fifo"]
-    search = parse([*own, *args.settings]).search
+    search = parse([*own, *args.settings])
     build("digits", out / "data")
     check(search.config, Manifest.load(out / "data"), 1, torch.device("cpu"))
     config = dataclasses.replace(
@@ -55,7 +55,7 @@ def through_search(out: Path, args: argparse.Namespace) -> tuple[float, float]:
     )
     base, record = Job(config, search.preset, 1, 1.0, 0.0), Record(out.resolve())
     with cluster.cluster(None):
-        base = dataclasses.replace(base, config=shared.settle_precision(base))
+        base = shared.settle_precision(base)
         begin = time.monotonic()
         shared.compute(base, out.resolve(), 1)
         middle = time.monotonic()

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import sys
+import tempfile
 import textwrap
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -74,19 +75,21 @@ def _watched(arguments: argparse.Namespace) -> Iterator[Finding]:
 
 def examine(arguments: argparse.Namespace) -> Iterator[Finding]:
     """Yield the findings of all checks of this machine, the fast checks first."""
-    from gdd_dist.health import checks, isolated_checks, speed  # load torch
+    from gdd_dist.health import checks, isolated_checks  # load torch
 
     yield checks.python()
     yield from checks.packages()
     yield checks.torch_pair()
     yield checks.devices()
-    yield from checks.ports_and_disks([Path(arguments.out)])
+    yield checks.disk(Path(arguments.out))
+    yield checks.disk(Path(tempfile.gettempdir()), "temporary")
+    yield from checks.ports()
     yield checks.host_name()
     if arguments.data:
         yield checks.data_set(Path(arguments.data))
     yield checks.descriptors()
-    yield speed.jpeg_speed()
-    yield speed.torch_speed()
+    yield checks.jpeg_speed()
+    yield checks.torch_speed()
     yield isolated_checks.backends()
     yield isolated_checks.compiler()
     yield isolated_checks.deepspeed(arguments.deep)

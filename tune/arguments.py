@@ -1,4 +1,4 @@
-"""The search's own options: what they are called, what they mean, which values make sense."""
+"""The search's own options: their names, their meaning, and which values make sense."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ METRICS = {
     "lower": "the same minus its standard error",
 }
 TRAINERS = ("data", "preset", "config")
-"""The trainer's own options that the help shows among the search's; the trainer's parser reads them."""
+"""Options of the trainer that the help lists among the search's; the trainer's parser reads them."""
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -44,13 +44,13 @@ class Options:
 
 
 OF_GRID: dict[str, Any] = {"scheduler": "fifo", "final_seeds": 0}
-"""Defaults of a grid: its trials are compared whole, and its table is the result, so nothing is retrained."""
+"""Defaults of a grid: it compares whole trials, and its table is the result, so nothing is retrained."""
 
 FIXED = ("algorithm", "metric", "scheduler")
-"""Options that a --resume may not change: what is compared. The others say how much and where."""
+"""Options that --resume may not change, because they say what is compared. The others say how much and where."""
 
 SMALL = ("--matching.steps", "300", "--matching.interval", "100")
-"""Settings of a search that was given none: the digits in minutes. They are in best.yaml, like all others."""
+"""Settings of a search that was given none, so that the digits take minutes. best.yaml contains them, like all others."""
 
 _D = Options()
 _HELP = f"""
@@ -82,7 +82,7 @@ what a trial gets
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options in groups; what is not given is None."""
+    """Return the parser of the options, in groups; an option that is not given is None."""
     p = Parser(
         prog="python tune/search.py",
         example="python tune/search.py --data data/mine --out runs/mine-search --trials 40",
@@ -119,7 +119,7 @@ def _seconds(text: str) -> float:
 
 
 def options_of(typed: Mapping[str, Any], before: Options | None = None) -> Options:
-    """What was typed over the defaults, or over ``before``. Raises UserError for what makes no sense, whatever the cluster."""
+    """Return the ``typed`` options over the defaults, or over ``before``. Raises UserError for options that no cluster could fulfil."""
     grid = (before.algorithm if before else typed.get("algorithm")) == GRID
     found = dataclasses.replace(before or Options(**(OF_GRID if grid else {})), **typed)
     check_options(found)

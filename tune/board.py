@@ -1,6 +1,6 @@
 """The search in TensorBoard: the hparams page (table, parallel coordinates, scatter plots) and each trial's accuracy over steps.
 
-Everything of a trial goes into one directory of its own, OUT/tensorboard/<id>, written when the trial has ended.
+Each trial has its own directory, OUT/tensorboard/<id>, which is written when the trial has ended.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Writer(Callback):
         self._record, self._axes, self._config = record, axes, config
 
     def setup(self, *args: Any, **info: Any) -> None:
-        """What the hparams page shows; trials that an earlier invocation ended are written again."""
+        """Write the columns of the hparams page, and again the trials that ended in earlier invocations."""
         directory = self._record.out / "tensorboard"
         shutil.rmtree(directory, ignore_errors=True)
         metrics = [hp.Metric(tag, display_name=name) for tag, name in METRICS.items()]
@@ -41,7 +41,7 @@ class Writer(Callback):
             self._write(outcome)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **_info: Any) -> None:
-        """Written down by the keeper just before."""
+        """Write the trial, which the keeper has recorded just before."""
         if outcome := self._record.outcomes().get(trial.config["id"]):
             self._write(outcome)
 

@@ -1,4 +1,4 @@
-"""Ray: start one on this host or connect to a cluster, and find out before any trial whether it can do what is asked."""
+"""Starts Ray on this host or connects to a cluster, and checks before any trial whether it can do what is asked."""
 
 from __future__ import annotations
 
@@ -25,18 +25,19 @@ from gdd_dist.runtime.versions import versions
 from sharding.errors import UserError
 from tune.arguments import Options
 from tune.environment import python_path, token_is_known
+from tune.space import counted
 
 REACH_SECONDS = 5.0
 PROBE_SECONDS = 120.0
 LONGEST_PLACE = 107 - len("/gdd-ray-12345678/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")
-"""A socket's path may have 107 bytes."""
+"""Bytes; a socket's path may have 107."""
 OBJECT_STORE = 100_000_000
-"""Bytes of Ray's object store on this host: settings and accuracies are all that goes through it."""
+"""Bytes of Ray's object store on this host, through which only settings and accuracies go."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """A host of the cluster and what it offers in all."""
+    """A host of the cluster, with all its CPUs and GPUs."""
 
     id: str
     host: str
@@ -44,14 +45,14 @@ class Node:
     gpus: float
 
     def slots(self, cpus: float, gpus: float) -> int:
-        """Ranks that fit."""
+        """Return how many ranks of ``cpus`` CPUs and ``gpus`` GPUs fit."""
         fits = [self.cpus / cpus] + ([self.gpus / gpus] if gpus else [])
         return int(min(fits) + 1e-9)
 
 
 @contextmanager
 def cluster(address: str | None, debug: bool = False) -> Iterator[list[Node]]:
-    """A local Ray or a connection to a running cluster; left, or ended with all it runs, at the end. ``debug``: show its workers' output."""
+    """Connect to a running cluster, or run a local Ray (``address`` None) inside the context. ``debug``: show the workers' output."""
     files = tempfile.mkdtemp(prefix="gdd-ray-", dir=temporary()) if address is None else None
     try:
         _start(address, files, debug)
@@ -79,13 +80,13 @@ def _start(address: str | None, files: str | None, debug: bool) -> None:
 
 
 def _remedy(address: str) -> str:
-    """Ray does not say that it was the token that was refused."""
+    """Return advice that includes the token, because Ray does not say when it refuses one."""
     token = "give its token in RAY_AUTH_TOKEN or ~/.ray/auth_token, or set RAY_AUTH_MODE=disabled if it asks for none"
     return f"start one with `ray start --head`, or {token}" if address == "auto" else token
 
 
 def temporary() -> str:
-    """Where a local Ray keeps its files: not TMPDIR, since a socket's path must be short. Raises UserError where that cannot be."""
+    """Return where a local Ray keeps its files: not TMPDIR, since a socket's path must be short. Raises UserError if Ray cannot use it."""
     place = os.environ.get("RAY_TMPDIR") or "/tmp"
     if not os.access(place, os.W_OK | os.X_OK):
         raise UserError(f"{place} is not a directory that Ray can write to; set RAY_TMPDIR to another one")
@@ -96,62 +97,58 @@ def temporary() -> str:
 
 
 def check_address(address: str | None) -> None:
-    """Raise UserError for a cluster that cannot be joined: Ray itself waits long, or ends the process, when nobody answers."""
+    """Raise UserError for a cluster that cannot be joined; Ray itself would wait long, or end the process, when nobody answers."""
     if address is None:
         return
     if address != "auto":
-        _reach(address)
+        host, _, port = address.rpartition(":")
+        if "://" in address or not host or not port.isdigit():
+            raise UserError(f"--address {address} is not the address of a cluster; give HOST:PORT of its head, or auto")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), REACH_SECONDS).close()
+        except (OSError, OverflowError) as e:
+            cure = "start it with `ray start --head`, or leave out --address"
+            raise UserError(f"no Ray cluster answers at {address} ({e}); {cure}") from e
     if not token_is_known():
         raise UserError(f"no token for the Ray cluster at {address}; {_remedy(address)}")
 
 
-def _reach(address: str) -> None:
-    host, _, port = address.rpartition(":")
-    if "://" in address or not host or not port.isdigit():
-        raise UserError(f"--address {address} is not the address of a cluster; give HOST:PORT of its head, or auto")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), REACH_SECONDS).close()
-    except (OSError, OverflowError) as e:
-        cure = "start it with `ray start --head`, or leave out --address"
-        raise UserError(f"no Ray cluster answers at {address} ({e}); {cure}") from e
-
-
 def nodes() -> list[Node]:
-    """The hosts that are alive."""
+    """Return the hosts that are alive."""
     alive = [(n, n["Resources"]) for n in ray.nodes() if n["Alive"]]
     return [Node(n["NodeID"], n["NodeManagerAddress"], r.get("CPU", 0.0), r.get("GPU", 0.0)) for n, r in alive]
 
 
 def gpus_of(o: Options, found: Sequence[Node]) -> float:
-    """GPUs of a rank: what was asked, else one where the cluster has any."""
+    """Return the GPUs of a rank: as many as asked for, else one if the cluster has any."""
     return o.gpus_per_trial if o.gpus_per_trial is not None else float(any(n.gpus >= 1 for n in found))
 
 
 def this_host() -> Node:
-    """What a local Ray will offer."""
+    """Return this host as a local Ray will offer it."""
     return Node("", "this host", float(len(os.sched_getaffinity(0))), float(torch.cuda.device_count()))
 
 
 def ranks_held(o: Options) -> int:
-    """How many ranks fit at a time, as the cluster is now."""
+    """Return how many ranks fit at a time, as the cluster is now."""
     found = nodes()
     return sum(n.slots(o.cpus_per_trial, gpus_of(o, found)) for n in found)
 
 
 def room(o: Options) -> int:
-    """How many trials fit at a time, as the cluster is now, up to --max-concurrent."""
+    """Return how many trials fit at a time, as the cluster is now, up to --max-concurrent."""
     fits = ranks_held(o) // o.ranks_per_trial
     return min(fits, o.max_concurrent) if o.max_concurrent else fits
 
 
 class Shrunk:
-    """Called now and then, says when the cluster has come to hold fewer than ``ranks`` ranks: nothing then goes on until nodes join."""
+    """A function to call often: it tells the user when fewer than ``ranks`` ranks fit, because nothing continues until nodes join."""
 
     def __init__(self, o: Options, ranks: int) -> None:
         self._options, self._ranks, self._told = o, ranks, False
 
     def __call__(self) -> None:
-        """Say so, once each time it happens."""
+        """Tell it once each time it happens."""
         held = ranks_held(self._options)
         if held < self._ranks and not self._told:
             then = "the search continues when nodes join, or after Ctrl-C with --resume and fewer ranks"
@@ -160,7 +157,7 @@ class Shrunk:
 
 
 def check_resources(o: Options, found: Sequence[Node]) -> int:
-    """How many ranks fit at a time. Raises UserError when not even one trial does, instead of waiting for ever."""
+    """Return how many ranks fit at a time. Raises UserError when not even one trial fits, instead of waiting for ever."""
     gpus = gpus_of(o, found)
     per_node = [n.slots(o.cpus_per_trial, gpus) for n in found]
     wanted = f"{o.cpus_per_trial:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
@@ -175,17 +172,14 @@ def check_resources(o: Options, found: Sequence[Node]) -> int:
 
 
 def _probe(out: str, data: str, token: str) -> dict[str, str]:
-    """Run on a node: what it makes of the shared directories and which versions it has."""
+    """Run on a node: return what it reads in the shared directories, and its versions."""
     seen = Path(out, f".storage-check-{token}").read_text()
     Path(out, f".storage-check-{token}-{ray.get_runtime_context().get_node_id()}").write_text(seen)
     return {"token": seen, "data": read_manifest(data).fingerprint, **versions()}
 
 
 def check_nodes(found: Sequence[Node], out: Path, data: str) -> None:
-    """Every node must see OUT and DATA where the driver sees them, write to OUT, and run the same code. Raises UserError that names a node.
-
-    ``data``: a directory or a URL.
-    """
+    """Raise UserError naming a node that does not see OUT and DATA (a directory or URL) as the driver does, or runs other code."""
     token = secrets.token_hex(8)
     marker = out / f".storage-check-{token}"
     marker.write_text(token)
@@ -216,13 +210,12 @@ def _check_answer(node: Node, answer: ray.ObjectRef, here: dict[str, str], out: 
         raise UserError(f"node {node.host} cannot run a trial ({_short(e)}); check its logs, or remove it") from e
     for name, value in here.items():
         if there.get(name) != value:
-            raise UserError(
-                f"node {node.host} has {name} {there.get(name)} instead of {value}; make the versions equal"
-            )
+            what = f"node {node.host} has {name} {there.get(name)} instead of {value}"
+            raise UserError(f"{what}; make the versions equal")
 
 
 def _unfit(node: Node, cause: Exception, out: Path, data: str) -> str:
-    """What is wrong with a node, from what its probe met."""
+    """Return what is wrong with a node, by the error of its probe."""
     mount = "mount it there at the same path"
     if isinstance(cause, OSError):
         return f"node {node.host} does not share the storage of {out} ({_short(cause)}); {mount}"
@@ -238,7 +231,7 @@ def _short(fault: Exception) -> str:
 
 
 def describe(found: Sequence[Node], ranks: int) -> None:
-    """One line about the cluster."""
+    """Tell the user the size of the cluster in one line."""
     cpus, gpus = sum(n.cpus for n in found), sum(n.gpus for n in found)
-    where = f"{len(found)} {'node' if len(found) == 1 else 'nodes'}, {cpus:g} CPUs, {gpus:g} GPUs"
-    say(f"search: Ray {ray.__version__} on {where}; room for {ranks} {'rank' if ranks == 1 else 'ranks'} at a time")
+    where = f"{counted(len(found), 'node')}, {cpus:g} CPUs, {gpus:g} GPUs"
+    say(f"search: Ray {ray.__version__} on {where}; room for {counted(ranks, 'rank')} at a time")

@@ -1,4 +1,4 @@
-"""The whole search, in order: the cluster, the shared steps, the trials, what the best of them is worth, the page."""
+"""The whole search, in order: cluster, shared steps, trials, the gain of the best trial, the page."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import math
 import time
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,11 @@ from sharding.errors import UserError
 from sharding.files import write_atomic
 from sharding.redact import redact
 from sharding.writer import build
-from tune import board, cluster, final, gang, grid, page, shared, space, study
+from tune import board, cluster, final, gang, page, shared, space, study
 from tune.arguments import GRID
 from tune.cluster import Node
 from tune.gang import Job
-from tune.options import FILE, Command, Search, save
+from tune.options import FILE, Search, save
 from tune.proposals import Proposals
 from tune.record import DEFAULTS, FINISHED, Outcome, Record
 from tune.schedule import ENDED, Asha, Keeper, Proposer
@@ -40,10 +39,10 @@ MAX_FAILURES = 3
 """How often a trial that loses its process or node is started again."""
 
 
-def run(command: Command) -> None:
-    """A whole search, or the rest of one."""
-    search, out = command.search, command.search.out
-    if (out / FILE).exists() and not command.resume:
+def run(search: Search) -> None:
+    """Run a whole search, or the rest of one."""
+    out = search.out
+    if (out / FILE).exists() and not search.resume:
         raise UserError(f"{out} already holds a search; continue it with --resume, or choose another --out")
     record = Record(out.resolve())
     if left(search, record):  # what is refused here leaves no trace
@@ -59,7 +58,7 @@ def run(command: Command) -> None:
         data = data_of(search)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         check(search.config, read_manifest(data), search.options.ranks_per_trial, device)
-        if command.resume:
+        if search.resume:
             _say_what_is_there(search, record)
         if left(search, record):
             with cluster.cluster(search.options.address, search.config.debug) as nodes:
@@ -70,7 +69,7 @@ def run(command: Command) -> None:
 
 
 def data_of(search: Search) -> str:
-    """The data set as every node finds it: an absolute path, or a URL. Without --data the digits are built in OUT/data on first use."""
+    """Return the data set as every node finds it: an absolute path, or a URL. Without --data, build the digits in OUT/data."""
     given = search.config.data
     if given is None:
         build("digits", search.out / "data")
@@ -79,13 +78,11 @@ def data_of(search: Search) -> str:
 
 
 def left(search: Search, record: Record) -> bool:
-    """Whether there is anything to compute: a trial, or the gain of the best."""
+    """Whether a trial, or the gain of the best one, is still to be computed."""
     ended = record.outcomes()
     if len(ended) < search.options.trials or record.proposed().keys() - ended.keys():
         return True
-    if not any(o.status == FINISHED for o in ended.values()):
-        return False
-    return _unread(search, study.best(search, record))
+    return any(o.status == FINISHED for o in ended.values()) and _unread(search, study.best(search, record))
 
 
 def _unread(search: Search, best: Outcome) -> bool:
@@ -94,19 +91,16 @@ def _unread(search: Search, best: Outcome) -> bool:
 
 
 def _compute(search: Search, record: Record, data: str, nodes: list[Node]) -> None:
-    """All that needs Ray."""
+    """Compute all that needs Ray."""
     o, out = search.options, record.out
     slots = cluster.check_resources(o, nodes)
     cluster.describe(nodes, slots)
     cluster.check_nodes(nodes, out, data)
     save(search)  # what is refused above is no search yet
     gpus = cluster.gpus_of(o, nodes)
-    store = store_of(out, search.config).resolve()
-    config = dataclasses.replace(gang.on_cpu(search.config, gpus), data=data, store=str(store))
-    if config.deepspeed_config:  # workers may stand in another directory
-        config = dataclasses.replace(config, deepspeed_config=str(Path(config.deepspeed_config).resolve()))
-    base = Job(config, search.preset, o.ranks_per_trial, o.cpus_per_trial, gpus)
-    base = dataclasses.replace(base, config=shared.settle_precision(base))
+    store = str(store_of(out, search.config).resolve())
+    config = dataclasses.replace(gang.on_cpu(search.config, gpus), data=data, store=store)
+    base = shared.settle_precision(Job(config, search.preset, o.ranks_per_trial, o.cpus_per_trial, gpus))
     alone = dataclasses.replace(base, gpus=float(math.ceil(gpus)))  # trials may share a GPU; NCCL's ranks may not
     one_node = max(n.slots(alone.cpus, alone.gpus) for n in nodes)
     ranks = gang.with_ranks(base.config, max(one_node, o.ranks_per_trial))
@@ -119,18 +113,17 @@ def _compute(search: Search, record: Record, data: str, nodes: list[Node]) -> No
 
 
 def trials(search: Search, record: Record, base: Job) -> None:
-    """Run what is left of the trials."""
+    """Run the trials that have not ended."""
     o, ended = search.options, record.outcomes()
     if o.algorithm == GRID:  # all are known beforehand
-        for n, settings in enumerate(grid.plan(search.axes, search.config, o.seeds)):
+        for n, settings in enumerate(space.grid(search.axes, search.config, o.seeds)):
             if (name := f"{n:03d}") not in record.proposed():
                 record.propose(name, settings)
     again = [name for name in record.proposed() if name not in ended]
     missing = max(0, o.trials - len(record.proposed()))
     if not again and not missing:
         return
-    sensible = partial(space.trainable, search.config)
-    proposals = Proposals(search.axes, o.algorithm, search.config.seed, sensible)
+    proposals = Proposals(search.axes, o.algorithm, search.config)
     for name, settings in {DEFAULTS: {}, **record.proposed()}.items():
         proposals.remember(name, {**space.values(search.axes, search.config), **settings})
         if name in ended:
@@ -161,28 +154,25 @@ def trials(search: Search, record: Record, base: Job) -> None:
 
 
 def longest(search: Search) -> int:
-    """The most steps a trial may take."""
+    """Return the largest number of steps that a trial may take."""
     steps = [int(v) for axis in search.axes if axis.setting == "matching.steps" for v in axis.ends()]
     return max([search.config.matching.steps, *steps])
 
 
 def _say_what_is_there(search: Search, record: Record) -> None:
-    """What --resume goes on with, and what of Ray's own state is damaged: nothing here reads it."""
+    """Tell the user what --resume continues, and which of Ray's files are damaged, although nothing here reads them."""
     ended, proposed = record.outcomes(), record.proposed()
     open_ = [name for name in proposed if name not in ended and record.reports(name)]
-    say(
-        f"search: {len(ended)} of {search.options.trials} trials have ended"
-        + (f"; continuing {', '.join(open_)} from their checkpoints" if open_ else "")
-    )
+    further = f"; continuing {', '.join(open_)} from their checkpoints" if open_ else ""
+    say(f"search: {len(ended)} of {search.options.trials} trials have ended{further}")
     for path in sorted((record.out / "ray").glob("*/*.pkl")) + sorted((record.out / "ray").glob("*/*.json")):
         if damaged(path):
-            say(
-                f"search: Ray's {path} is damaged; nothing is lost: the search continues from trials.jsonl and its own checkpoints"
-            )
+            further = "nothing is lost: the search continues from trials.jsonl and its own checkpoints"
+            say(f"search: Ray's {path} is damaged; {further}")
 
 
 def damaged(path: Path) -> bool:
-    """Whether a state file of Ray's is torn, told from its form alone: a pickle is never loaded."""
+    """Whether one of Ray's files was cut short, judged by its form alone, because a pickle is never loaded."""
     data = path.read_bytes()
     if data.startswith(b"\x80"):  # a pickle, whatever its name; it ends with the STOP opcode
         return not data.endswith(b".")
@@ -194,7 +184,7 @@ def damaged(path: Path) -> bool:
 
 
 def write_best(search: Search, best: Outcome, data: str) -> None:
-    """OUT/best.yaml: the best trial's settings, on the store that holds what it was made from. Good from any working directory."""
+    """Write OUT/best.yaml: the best trial's settings, with absolute paths, and the store that holds what it was made from."""
     out = search.out.resolve()
     ran = yaml.safe_load((out / "trials" / best.id / "config.yaml").read_bytes())
     config = dataclasses.replace(

@@ -1,4 +1,4 @@
-"""What Ray reads from the environment as it is imported: set here, before that. Whoever reaches Ray's ports can run code."""
+"""Sets what Ray reads from the environment when it is imported. Whoever reaches Ray's ports can run code, so it asks for a token."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def prepare(address: str | None) -> None:
-    """Token authentication, whatever this version's default; a local Ray listens on loopback alone, with a token that nobody else knows.
-
-    What the user has set stays as it is.
-    """
+    """Set what the user has not set. Ray then asks for a token; a local one has a new token, and listens only on loopback."""
     wanted = {
         "RAY_AUTH_MODE": "token",
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -34,13 +31,13 @@ def prepare(address: str | None) -> None:
 
 
 def python_path() -> str:
-    """PYTHONPATH with this program first, so that Ray's workers import the same code."""
+    """Return PYTHONPATH with this program first, so that Ray's workers import the same code."""
     rest = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and p != str(ROOT)]
     return os.pathsep.join([str(ROOT), *rest])
 
 
 def token_is_known() -> bool:
-    """Whether Ray will find a token, or needs none; where it looks is Ray's own rule."""
+    """Whether Ray will find a token where it looks for one, or needs none."""
     if os.environ.get("RAY_AUTH_MODE") != "token" or os.environ.get("RAY_AUTH_TOKEN"):
         return True
     return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")).exists()

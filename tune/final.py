@@ -1,4 +1,4 @@
-"""What the search gained: the best settings and the defaults, each retrained with new seeds and read on test. Nothing before reads test."""
+"""What the search gained: the best settings and the defaults, retrained with new seeds and measured on test, which nothing else reads."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ FILE = "final.json"
 
 @dataclass(frozen=True)
 class Gain:
-    """Accuracies on test in percent, one a new seed, of the best settings, of the defaults and of the GAN before matching.
+    """Accuracies on test in percent for each new seed, as means over its students; ``gan``: of the GAN before matching.
 
-    ``best``, ``defaults``: a seed's mean over its students; ``row``: student, protocol, labels, ipc.
+    ``row``: student, protocol, labels, ipc, optimizer_steps.
     """
 
     trial: str
@@ -34,13 +34,13 @@ class Gain:
 
     @property
     def difference(self) -> Difference:
-        """The gain, paired by seed."""
+        """Return the gain, paired by seed."""
         best, defaults = ({"seeds": self.seeds, "accuracies": values} for values in (self.best, self.defaults))
         return difference(best, defaults)
 
 
 def measure(base: Job, out: Path, best: Outcome, seeds: Sequence[int]) -> Gain:
-    """Retrain and measure, as many at a time as fit; keeps the result in OUT/final.json. ``seeds``: of matching."""
+    """Retrain and measure, as many at a time as fit; keep the result in OUT/final.json. ``seeds``: of matching."""
     arms: dict[str, Mapping[str, Any]] = {"defaults": {}} | ({"best": best.settings} if best.id != DEFAULTS else {})
     numbers = [seed - base.config.step_seed("matching") for seed in seeds]
     jobs = {
@@ -65,7 +65,7 @@ def measure(base: Job, out: Path, best: Outcome, seeds: Sequence[int]) -> Gain:
 
 
 def load(out: Path, trial: str, seeds: Sequence[int]) -> Gain | None:
-    """What an earlier invocation measured of this trial with these seeds, if any did."""
+    """Return what an earlier invocation measured of this trial with these seeds, or None."""
     if not (out / FILE).exists():
         return None
     gain = read_json(out / FILE, _gain, ALONE)
@@ -82,20 +82,10 @@ def _gain(body: Any) -> Gain:
 
 
 def config_of(config: Config, out: Path, arm: str, settings: Mapping[str, Any], number: int) -> Config:
-    """One whole retraining from the shared artifacts, with seeds of matching and of students that no trial used.
-
-    The report is its first row alone, beside the GAN's.
-    """
+    """Return a retraining, with seeds of matching and students that no trial used. It reports its first row and the GAN's."""
     r = config.report
-    report = dataclasses.replace(
-        r,
-        seed=config.step_seed("report") + number,
-        ipc=r.ipc[:1],
-        students=r.students[:1],
-        protocol=r.protocol[:1],
-        labels=r.labels[:1],
-        baselines=("gan",),
-    )
+    first: dict[str, Any] = {name: getattr(r, name)[:1] for name in ("ipc", "students", "protocol", "labels")}
+    report = dataclasses.replace(r, seed=config.step_seed("report") + number, baselines=("gan",), **first)
     new = space.apply(config, {**settings, "matching.seed": config.step_seed("matching") + number})
     where = str(out / "final" / f"{arm}-{number}")
     return dataclasses.replace(new, report=report, until="report", out=where, verify=False)

@@ -1,5 +1,5 @@
-"""The trainer's own steps inside Ray, on one or several ranks: rank 0 is the process that calls, the others are plain actors in its
-placement group. They end with it, whatever ends it: no trial that a scheduler stops holds on to anything.
+"""The trainer's own steps inside Ray: rank 0 is the process that calls, the other ranks are actors in its placement group. They end
+with it, whatever ends it, so a trial that a scheduler stops leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from gdd_dist.training.context import OnInterval
 from sharding.errors import UserError
 
 _LAST_WORDS = 10.0
-"""Seconds that a rank 0 gets to end by itself once a peer is gone."""
+"""Seconds that rank 0 gets to end by itself after a peer is gone."""
 
 
 @dataclass(frozen=True)
@@ -45,45 +45,41 @@ class Job:
 
     @property
     def out(self) -> Path:
-        """The job's run directory."""
+        """Return the job's run directory."""
         return Path(str(self.config.out))
 
     def bundles(self) -> list[dict[str, float]]:
-        """What Ray reserves: CPUs and GPUs of each rank."""
+        """Return what Ray reserves: CPUs and GPUs of each rank."""
         one = {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
         return [one] * self.ranks
 
-    def steps(self) -> dict[str, Any]:
-        """Its steps.json, once it has run."""
-        return read_records(self.out)
-
 
 class PeerLost(Exception):
-    """A rank's process or node is gone: the job may go on from its checkpoint elsewhere."""
+    """A rank's process or node is gone; the job may continue from its checkpoint elsewhere."""
 
 
 class Peer:
     """A rank other than 0."""
 
     def host(self) -> tuple[str, str]:
-        """(node id, address)."""
+        """Return (node id, address) of its node."""
         return here()
 
     def run(self, job: Job, place: Mapping[str, str]) -> None:
-        """Run all of the job as the rank that ``place`` says."""
+        """Run the whole job as the rank that ``place`` says."""
         run_rank(job, place)
 
 
 def here() -> tuple[str, str]:
-    """(node id, address) of this process's node."""
+    """Return (node id, address) of this process's node."""
     return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
 
 
 def run(job: Job, on_interval: OnInterval | None = None) -> dict[str, Any]:
-    """Run the job with this process as rank 0; returns its steps.json. Raises what the trainer raises, PeerLost when a peer is gone."""
+    """Run the job with this process as rank 0; return its steps.json. Raises what the trainer raises, PeerLost when a peer is gone."""
     if job.ranks == 1:
         run_rank(job, places([here()], 0)[0], on_interval)
-        return job.steps()
+        return read_records(job.out)
     group: Any = ray.util.get_current_placement_group()
     rank: Any = ray.remote(num_cpus=job.cpus, num_gpus=job.gpus)(Peer)
     spots = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i) for i in range(1, job.ranks)]
@@ -103,11 +99,11 @@ def run(job: Job, on_interval: OnInterval | None = None) -> dict[str, Any]:
         over.set()
         for peer in peers:
             ray.kill(peer)
-    return job.steps()
+    return read_records(job.out)
 
 
 def _lead(job: Job, place: Mapping[str, str], running: Sequence[ray.ObjectRef], on_interval: OnInterval | None) -> None:
-    """Rank 0's part; a fault that only echoes a peer's is replaced by that one."""
+    """Run rank 0's part; if a peer has failed, raise its fault, which caused the one here."""
     try:
         run_rank(job, place, on_interval)
     except Exception:
@@ -123,7 +119,7 @@ def _lead(job: Job, place: Mapping[str, str], running: Sequence[ray.ObjectRef], 
 
 
 def _watch(running: Sequence[ray.ObjectRef], over: threading.Event) -> None:
-    """End this process when a peer is gone and rank 0 still waits for it, in a collective say."""
+    """End this process when a peer is gone and rank 0 still waits for it, for example in a collective."""
     waiting = list(running)
     while waiting:
         ended, waiting = ray.wait(waiting, num_returns=1)
@@ -137,7 +133,7 @@ def _watch(running: Sequence[ray.ObjectRef], over: threading.Event) -> None:
 
 
 def run_rank(job: Job, place: Mapping[str, str], on_interval: OnInterval | None = None) -> None:
-    """All steps of the job as one rank."""
+    """Run all steps of the job as one rank."""
     os.environ.update(place)
     if job.gpus:
         os.environ["LOCAL_RANK"] = "0"  # Ray shows each process its own GPUs alone
@@ -152,7 +148,7 @@ def run_rank(job: Job, place: Mapping[str, str], on_interval: OnInterval | None 
 
 
 def places(hosts: Sequence[tuple[str, str]], port: int) -> list[dict[str, str]]:
-    """Each rank's environment, as torchrun would set it; ``hosts``: (node id, address) by rank."""
+    """Return each rank's environment, as torchrun would set it; ``hosts``: (node id, address) by rank."""
     names = [node for node, _ in hosts]
     return [
         {
@@ -168,7 +164,7 @@ def places(hosts: Sequence[tuple[str, str]], port: int) -> list[dict[str, str]]:
 
 
 def interface(address: str) -> str | None:
-    """The network interface that has this IPv4 address, None if it is another host's."""
+    """Return the network interface that has this IPv4 address, None if it is another host's."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
         for _, name in socket.if_nameindex():
             with suppress(OSError):
@@ -180,10 +176,7 @@ def interface(address: str) -> str | None:
 
 
 def submit(job: Job) -> tuple[ray.ObjectRef, Any]:
-    """Start a job from the driver in a placement group of its own: (its steps.json to come, the group to remove after).
-
-    A lost node costs what was done since the last checkpoint: Ray runs the job again.
-    """
+    """Start a job in its own placement group; return (its future steps.json, the group). Ray repeats it if a node is lost."""
     group = ray.util.placement_group(job.bundles(), strategy="PACK")
     retried: Any = [PeerLost]
     place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
@@ -193,10 +186,7 @@ def submit(job: Job) -> tuple[ray.ObjectRef, Any]:
 
 
 def run_all(jobs: Sequence[Job], meanwhile: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
-    """Run jobs, as many at a time as fit, calling ``meanwhile`` every second; their steps.json.
-
-    Raises the first fault, as its job raised it.
-    """
+    """Run jobs, as many at a time as fit; return their steps.json. ``meanwhile`` is called every second. Raises the first job's fault."""
     groups = dict(submit(job) for job in jobs)
     answers = list(groups)
     try:
@@ -220,11 +210,11 @@ def run_all(jobs: Sequence[Job], meanwhile: Callable[[], None] = lambda: None) -
 
 
 def with_ranks(config: Config, ranks: int) -> int:
-    """The most ranks, up to ``ranks``, that the batches of gan and matching can be dealt to."""
+    """Return the largest number of ranks, up to ``ranks``, among which the batches of gan and matching can be divided."""
     streams, groups = config.streams("gan"), config.matching.batch // config.matching.group
     return max(n for n in range(1, ranks + 1) if streams % n == 0 and groups % n == 0)
 
 
 def on_cpu(config: Config, gpus: float) -> Config:
-    """Without GPUs of its own a rank stays on the CPU, whatever the host has."""
+    """Return ``config`` for ranks with ``gpus`` GPUs each: without any they stay on the CPU, even if the host has GPUs."""
     return config if gpus else dataclasses.replace(config, device="cpu")

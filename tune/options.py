@@ -1,4 +1,4 @@
-"""The search's command line: its own options, and any setting of the trainer. What it says is kept in OUT/search.yaml for --resume."""
+"""The search's command line: its own options, and any setting of the trainer. OUT/search.yaml keeps all for --resume."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import difflib
 import itertools
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from gdd_dist.config.settings import Config
 from sharding.errors import UserError
 from sharding.files import write_atomic
 from sharding.redact import redact
-from tune import grid, space
+from tune import space
 from tune.arguments import FIXED, GRID, SMALL, TRAINERS, Options, options_of, parser
 from tune.space import Axis
 
@@ -30,39 +30,32 @@ _REFUSED = ("until", "print_config", "print-config", "dry_run", "dry-run")
 
 @dataclass(frozen=True)
 class Search:
-    """A search as it was asked for. ``config``: the plain defaults that trials differ from, data and store still as typed."""
+    """A search, new or (``resume``) continued. ``config``: the plain defaults that trials differ from."""
 
     out: Path
     options: Options
     config: Config
     preset: str
-    axes: tuple[Axis, ...] = field(default=space.SPACE)
+    axes: tuple[Axis, ...] = space.SPACE
+    resume: bool = False
 
     @property
     def columns(self) -> tuple[Axis, ...]:
-        """What trials differ in: the axes, and in a grid the seed of matching."""
+        """Return what trials differ in: the axes, and in a grid the seed of matching."""
         if self.options.algorithm != GRID:
             return self.axes
-        return (*self.axes, grid.seed_axis(self.config, self.options.seeds))
+        return (*self.axes, space.seed_axis(self.config, self.options.seeds))
 
     @property
     def new_seeds(self) -> tuple[int, ...]:
-        """The seeds of matching of the retrainings: none that a trial has."""
+        """Return the seeds of matching of the retrainings, which no trial has."""
         o = self.options
         first = self.config.step_seed("matching") + (o.seeds if o.algorithm == GRID else 1)
         return tuple(range(first, first + o.final_seeds))
 
 
-@dataclass(frozen=True)
-class Command:
-    """A parsed command line; the search is a new one unless ``resume``."""
-
-    search: Search
-    resume: bool
-
-
-def parse(argv: Sequence[str]) -> Command:
-    """Raises UserError for what does not fit; SystemExit(0) after --help and --print-space."""
+def parse(argv: Sequence[str]) -> Search:
+    """Return the search that is asked for. Raises UserError for a wrong command line, SystemExit(0) after --help and --print-space."""
     own, rest = _split(argv)
     given = parser().parse_args(own)
     out, alone = Path(given.out), given.algorithm == GRID
@@ -71,25 +64,25 @@ def parse(argv: Sequence[str]) -> Command:
         raise SystemExit(0)
     typed = {f.name: getattr(given, f.name) for f in dataclasses.fields(Options) if getattr(given, f.name) is not None}
     if given.resume:
-        return Command(_resumed(out, typed, rest, given.space), resume=True)
+        return _resumed(out, typed, rest, given.space)
     options = options_of(typed)
     axes, command = space.load(given.space, alone), configuration.parse(rest or SMALL)
     space.check(axes, command.config)
-    return Command(_sized(Search(out, options, command.config, command.preset, axes)), resume=False)
+    return _sized(Search(out, options, command.config, command.preset, axes))
 
 
 def _sized(search: Search) -> Search:
-    """A grid says how many trials there are, and from which seed of matching it counts."""
+    """Return the search; a grid determines its number of trials, and from which seed of matching it counts."""
     if search.options.algorithm != GRID:
         return search
-    grid.check(search.axes)
-    config = space.apply(search.config, {grid.SEED: search.config.step_seed("matching")})
-    trials = len(grid.plan(search.axes, config, search.options.seeds))
+    space.check_grid(search.axes)
+    config = space.apply(search.config, {space.SEED: search.config.step_seed("matching")})
+    trials = len(space.grid(search.axes, config, search.options.seeds))
     return dataclasses.replace(search, config=config, options=dataclasses.replace(search.options, trials=trials))
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The search's own options, and those of the trainer."""
+    """Divide the command line into the search's own options and those of the trainer."""
     actions = {name: a for a in parser()._actions if a.dest not in TRAINERS for name in a.option_strings}
     trainer = {name for name, _, _ in options()} | {"preset", "config", "no_verify"}
     own: list[str] = []
@@ -107,7 +100,7 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _check_known(name: str, trainer: set[str], actions: Mapping[str, Any]) -> None:
-    """Refuse what neither the search nor the trainer knows, and what a search cannot do."""
+    """Raise UserError for an option that neither the search nor the trainer knows, and for one that a search cannot obey."""
     if not name.startswith("--"):
         return
     bare = name[2:]
@@ -120,7 +113,7 @@ def _check_known(name: str, trainer: set[str], actions: Mapping[str, Any]) -> No
 
 
 def save(search: Search) -> None:
-    """OUT/search.yaml; keys that stand in a URL are not written, so --data is to be typed again where there are any."""
+    """Write OUT/search.yaml, without keys of URLs; --data must be typed again if it has any."""
     tree = {
         "format": _FORMAT,
         "options": dataclasses.asdict(search.options),
@@ -131,7 +124,7 @@ def save(search: Search) -> None:
 
 
 def load(out: Path) -> Search:
-    """The search in OUT. Raises UserError where there is none, or its file is damaged."""
+    """Return the search in OUT. Raises UserError if there is none, or its file is damaged."""
     path = out / FILE
     if not path.exists():
         raise UserError(f"{out} holds no search to resume ({FILE} is missing); leave out --resume to start one")
@@ -146,11 +139,11 @@ def load(out: Path) -> Search:
         raise UserError(f"{path} is damaged ({' '.join(str(e).split())}); start again with another --out") from e
     write_atomic(out / KEPT, body.encode())  # the trainer's parser reads a file
     command = configuration.parse(["--config", str(out / KEPT)])
-    return Search(out, options, command.config, command.preset, axes)
+    return Search(out, options, command.config, command.preset, axes, resume=True)
 
 
 def _resumed(out: Path, typed: Mapping[str, Any], rest: Sequence[str], space_file: str | None) -> Search:
-    """The search in OUT with what may be changed."""
+    """Return the search in OUT with the ``typed`` changes, if --resume may make them."""
     search = load(out)
     changed = [f"--{name}" for name in FIXED if name in typed and typed[name] != getattr(search.options, name)]
     alone = search.options.algorithm == GRID
@@ -165,7 +158,7 @@ def _resumed(out: Path, typed: Mapping[str, Any], rest: Sequence[str], space_fil
 
 
 def _same(search: Search, rest: Sequence[str]) -> Config:
-    """The kept settings; typed ones must agree with them, but for those that say only where or how fast."""
+    """Return the kept settings with typed ones, which may only change where or how fast trials run. Raises UserError."""
     if not rest:
         return search.config
     typed = configuration.parse(["--config", str(search.out / KEPT), *rest]).config

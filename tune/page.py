@@ -1,4 +1,4 @@
-"""What a search leaves for its reader: the table, search.md, search.png."""
+"""The results of a search for its reader: the table, search.md, search.png."""
 
 from __future__ import annotations
 
@@ -19,23 +19,22 @@ from tune.arguments import GRID, METRICS
 from tune.final import Gain
 from tune.options import Search
 from tune.record import DEFAULTS, DIVERGED, FAILED, FINISHED, STOPPED, Outcome, Record
-from tune.space import Axis
+from tune.space import Axis, counted
 from tune.study import points
 
-COLORS = {FINISHED: "#3d6fa5", STOPPED: "#8a8f98"}
-_BEST, _PLAIN = "#c8553d", "#4c9f70"
+_BEST, _PLAIN, _FINISHED, _OTHER = "#c8553d", "#4c9f70", "#3d6fa5", "#8a8f98"
 
 
 def write(search: Search, record: Record, best: Outcome, gain: Gain | None) -> None:
-    """search.md and search.png; the table and the next line to type on stdout."""
+    """Write search.md and search.png; print the table and the next line to type."""
     outcomes = ranked(record, search.options.metric)
     write_atomic(search.out / "search.png", png(figure(search, outcomes, best)))
     write_atomic(search.out / "search.md", page(search, record, outcomes, best, gain).encode())
     grid = search.options.algorithm == GRID
     header, lines = study.table(search, record) if grid else table(search, outcomes, best)
     shown = "\n".join(ruled(header, lines, len(search.axes) if grid else 2))
-    sys.stdout.write(f"\n{shown}\n\n{gained(search, record, best, gain)}\n\n")
     sys.stdout.write(
+        f"\n{shown}\n\n{gained(search, record, best, gain)}\n\n"
         f"page: {search.out}/search.md\nplots: {search.out}/search.png\n"
         f"TensorBoard: tensorboard --logdir {search.out}/tensorboard --host 127.0.0.1\n"
         f"next: {next_line(search)}\n"
@@ -43,7 +42,7 @@ def write(search: Search, record: Record, best: Outcome, gain: Gain | None) -> N
 
 
 def next_line(search: Search) -> str:
-    """What to type on this host to train with the best settings; the store holds all but the report already."""
+    """Return the command that trains on this host with the best settings; the store has all but the report already."""
     o, here = search.options, cluster.this_host()
     gpus = cluster.gpus_of(o, [here])
     fit = here.slots(o.cpus_per_trial, max(1.0, gpus) if gpus else 0.0)  # torchrun's ranks share no GPU
@@ -53,13 +52,13 @@ def next_line(search: Search) -> str:
 
 
 def ranked(record: Record, metric: str) -> list[Outcome]:
-    """Finished trials from the best down, then the others."""
+    """Return finished trials, the best first, then the others."""
     outcomes = record.outcomes().values()
     return sorted(outcomes, key=lambda o: (o.status != FINISHED, -o.value(metric), o.id))
 
 
 def table(search: Search, outcomes: Sequence[Outcome], best: Outcome) -> tuple[list[str], list[list[str]]]:
-    """(header, lines) of all trials."""
+    """Return (header, lines) of all trials."""
     names = [axis.leaf for axis in search.columns]
     header = ["trial", "status", "val %", "± stderr", "gap", "kept", "steps", "minutes", *names]
     lines = []
@@ -77,7 +76,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def gained(search: Search, record: Record, best: Outcome, gain: Gain | None) -> str:
-    """What the search gained, in words, whatever it is."""
+    """Return in words what the search gained, even if it gained nothing."""
     if search.options.algorithm == GRID:
         text = study.said(search, record)
     elif best.id == DEFAULTS:
@@ -96,7 +95,7 @@ def gained(search: Search, record: Record, best: Outcome, gain: Gain | None) -> 
 
 
 def page(search: Search, record: Record, outcomes: Sequence[Outcome], best: Outcome, gain: Gain | None) -> str:
-    """search.md."""
+    """Return the text of search.md."""
     header, lines = table(search, outcomes, best)
     o, m, grid = search.options, search.config.matching, search.options.algorithm == GRID
     faults = [[o.id, o.status, o.reason or ""] for o in outcomes if o.status in (FAILED, DIVERGED)]
@@ -137,7 +136,7 @@ def _gain_table(gain: Gain) -> str:
 
 
 def cost(search: Search, record: Record, outcomes: Sequence[Outcome]) -> str:
-    """Rank-hours spent and saved."""
+    """Return a table of the rank-hours spent and saved."""
     ranks = search.options.ranks_per_trial
     spent = sum(o.seconds for o in outcomes) * ranks
     whole = [o.seconds for o in outcomes if o.status == FINISHED]
@@ -145,17 +144,14 @@ def cost(search: Search, record: Record, outcomes: Sequence[Outcome]) -> str:
     early = sum(max(0.0, float(np.mean(whole)) - o.seconds) for o in stopped) * ranks if whole else 0.0
     once = shared.cost(record.out)
     again = once * (len(outcomes) - 1)
+    every, ended = counted(len(outcomes), "trial"), counted(len(stopped), "trial")
     lines = [
-        ["trials", _hours(spent), f"{_trials(len(outcomes))}, {sum(o.steps for o in outcomes):,} matching steps"],
+        ["trials", _hours(spent), f"{every}, {sum(o.steps for o in outcomes):,} matching steps"],
         ["shards, teachers, logits, GAN, once", _hours(once), "" if once else "computed by another run on this store"],
-        ["saved by early stopping", _hours(early), f"{_trials(len(stopped))} stopped, against the mean finished trial"],
-        ["saved by reuse", _hours(again), f"against computing them for each of {_trials(len(outcomes))}"],
+        ["saved by early stopping", _hours(early), f"{ended} stopped, against the mean finished trial"],
+        ["saved by reuse", _hours(again), f"against computing them for each of {every}"],
     ]
     return markdown(("", "rank-hours", ""), lines)
-
-
-def _trials(count: int) -> str:
-    return f"{count} {'trial' if count == 1 else 'trials'}"
 
 
 def _hours(seconds: float) -> str:
@@ -163,7 +159,7 @@ def _hours(seconds: float) -> str:
 
 
 def figure(search: Search, outcomes: Sequence[Outcome], best: Outcome) -> Figure:
-    """Accuracy on val against each searched setting."""
+    """Return plots of the accuracy on val against each searched setting."""
     axes = search.columns
     columns = min(4, len(axes))
     rows = -(-len(axes) // columns)
@@ -184,7 +180,8 @@ def _scatter(plot: Axes, axis: Axis, search: Search, outcomes: Sequence[Outcome]
         x = o.settings.get(axis.setting, plain)
         names = [name for name, trial in (("best", best.id), ("defaults", DEFAULTS)) if o.id == trial]
         kind = " = ".join(names) or o.status
-        color = _BEST if o.id == best.id else _PLAIN if o.id == DEFAULTS else COLORS.get(o.status, "#8a8f98")
+        color = _FINISHED if o.status == FINISHED else _OTHER
+        color = _BEST if o.id == best.id else _PLAIN if o.id == DEFAULTS else color
         label = kind if kind not in shown else None
         shown.add(kind)
         style: dict[str, Any] = {"ms": 4, "lw": 1, "capsize": 2, "color": color, "label": label}

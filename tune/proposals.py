@@ -1,13 +1,12 @@
-"""Which settings come next: Optuna's samplers over the space. Knows nothing of Ray.
+"""Which settings come next: Optuna's samplers over the space.
 
-What trial n gets depends on the seed, n and (TPE only) the trials that have ended, so a search that was interrupted draws on as if it
-had not been.
+The settings of trial n depend on the seed, n and (TPE only) the trials that have ended, so an interruption does not change them.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,11 +15,12 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import TrialState, create_trial
 
+from gdd_dist.config.settings import Config
 from sharding.errors import UserError
-from tune.space import Axis
+from tune.space import Axis, trainable
 
 RANDOM_FIRST = 5
-"""Trials that TPE draws at random before it models anything."""
+"""Number of trials that TPE draws at random before it models anything."""
 ATTEMPTS = 100
 _ZERO = "/zero"
 
@@ -28,7 +28,7 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 def distributions(axes: Sequence[Axis]) -> dict[str, BaseDistribution]:
-    """Optuna's parameters: one an axis, and NAME/zero in [0, 1] where 0 is drawn with a share of its own (below the share: 0)."""
+    """Return Optuna's parameters: one for each axis, and NAME/zero in [0, 1] if 0 has a share of the draws (below it, the value is 0)."""
     found: dict[str, BaseDistribution] = {}
     for axis in axes:
         if axis.choices:
@@ -42,7 +42,7 @@ def distributions(axes: Sequence[Axis]) -> dict[str, BaseDistribution]:
 
 
 def _drawn(asked: optuna.Trial, axis: Axis) -> Any:
-    """The value of one axis."""
+    """Draw the value of one axis."""
     if axis.choices:
         return asked.suggest_categorical(axis.setting, axis.choices)
     if axis.zero and asked.suggest_float(axis.setting + _ZERO, 0.0, 1.0) < axis.zero:
@@ -53,27 +53,21 @@ def _drawn(asked: optuna.Trial, axis: Axis) -> Any:
 
 
 class Proposals:
-    """Asks for settings by trial number, is told how trials ended."""
+    """Proposes settings by trial number, and learns how trials ended. ``config``: what the settings change, and the seed of the draws."""
 
-    def __init__(
-        self,
-        axes: Sequence[Axis],
-        algorithm: str,
-        seed: int,
-        sensible: Callable[[Mapping[str, Any]], bool] = lambda settings: True,
-    ) -> None:
-        self._axes, self._algorithm, self._seed, self._sensible = tuple(axes), algorithm, seed, sensible
+    def __init__(self, axes: Sequence[Axis], algorithm: str, config: Config) -> None:
+        self._axes, self._algorithm, self._config = tuple(axes), algorithm, config
         self._study = optuna.create_study(direction="maximize")
         self._numbers: dict[str, int] = {}
 
     def propose(self, trial: str) -> dict[str, Any]:
-        """Settings of a new trial; raises UserError when the space holds hardly any that are ``sensible``."""
+        """Return the settings of a new trial. Raises UserError if the space contains hardly any that can be trained."""
         for attempt in range(ATTEMPTS):
-            state = np.random.SeedSequence([self._seed, int(trial), attempt]).generate_state(1)
+            state = np.random.SeedSequence([self._config.seed, int(trial), attempt]).generate_state(1)
             self._study.sampler = self._sampler(int(state[0]))
             asked = self._study.ask()
             settings = {axis.setting: _drawn(asked, axis) for axis in self._axes}
-            if self._sensible(settings):
+            if trainable(self._config, settings):
                 self._numbers[trial] = asked.number
                 return settings
             self._study.tell(asked, state=TrialState.FAIL)
@@ -81,7 +75,7 @@ class Proposals:
         raise UserError(f"{what}; check its ranges with --print-space")
 
     def remember(self, trial: str, settings: Mapping[str, Any]) -> None:
-        """A trial that was proposed by an earlier invocation, or by nobody: the defaults, if they lie within the space."""
+        """Add a trial of an earlier invocation, or the defaults, if they lie within the space."""
         known, shares = distributions(self._axes), {axis.setting: axis.zero for axis in self._axes}
         params: dict[str, Any] = {}
         for name, value in settings.items():
@@ -97,12 +91,9 @@ class Proposals:
         self._numbers[trial] = len(self._study.get_trials(deepcopy=False)) - 1
 
     def tell(self, trial: str, value: float | None) -> None:
-        """How a trial ended: its value, higher is better (of a stopped one what it had reached), or None if it failed."""
-        number = self._numbers.pop(trial, None)
-        if number is not None and value is None:
-            self._study.tell(number, state=TrialState.FAIL)
-        elif number is not None:
-            self._study.tell(number, value)
+        """Add how a trial ended: its value, higher is better (of a stopped trial the last one), or None if it failed."""
+        if (number := self._numbers.pop(trial, None)) is not None:
+            self._study.tell(number, value, TrialState.FAIL if value is None else None)
 
     def _sampler(self, seed: int) -> BaseSampler:
         if self._algorithm == "random":
@@ -113,7 +104,7 @@ class Proposals:
 
 
 def _holds(known: BaseDistribution, value: Any) -> bool:
-    """Whether a value lies within a range, or is one of the choices (of others Optuna knows no inner form)."""
+    """Whether a value lies within a range, or is one of the choices, to which Optuna limits its own test."""
     if isinstance(known, CategoricalDistribution):
         return value in known.choices
     return known._contains(known.to_internal_repr(value))

@@ -1,8 +1,8 @@
-"""What a search remembers, in plain files of its own: Ray's state may be lost, these are not.
+"""What a search remembers, in plain files of its own, because Ray's state may be lost.
 
 OUT/trials/<id>/trial.json       the settings of a trial, written before it starts
-OUT/trials/<id>/progress.jsonl   what it reported, one line an interval
-OUT/trials.jsonl                 one line a trial that has ended
+OUT/trials/<id>/progress.jsonl   what it reported, a line for each interval
+OUT/trials.jsonl                 a line for each trial that has ended
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sharding.errors import UserError
 
 FINISHED, STOPPED, DIVERGED, FAILED = "finished", "stopped", "diverged", "failed"
 DEFAULTS = "000"
-"""Id of the trial with the plain defaults; the others count on."""
+"""Id of the trial with the plain defaults; the others are numbered from 001."""
 
 
 @dataclass(frozen=True)
@@ -44,38 +44,38 @@ class Outcome:
     reason: str | None = None
 
     def value(self, metric: str) -> float:
-        """What trials are compared by; -inf of one that measured nothing."""
+        """Return what trials are compared by; -inf if this one measured nothing."""
         if self.val is None:
             return float("-inf")
         return self.val - (self.stderr or 0.0 if metric == "lower" else 0.0)
 
 
 class Record:
-    """The files below one OUT. One process, the driver, writes them."""
+    """The files below one OUT, which only the driver writes."""
 
     def __init__(self, out: Path) -> None:
         self.out, self._file = out, out / "trials.jsonl"
 
     def directory(self, trial: str) -> Path:
-        """OUT/trials/<id>, where the trial runs."""
+        """Return OUT/trials/<id>, where the trial runs."""
         return self.out / "trials" / trial
 
     def propose(self, trial: str, settings: Mapping[str, Any]) -> None:
-        """Remember a trial before it starts."""
+        """Record a trial before it starts."""
         self.directory(trial).mkdir(parents=True, exist_ok=True)
         write_json(self.directory(trial) / "trial.json", {"id": trial, "settings": dict(settings)})
 
     def proposed(self) -> dict[str, dict[str, Any]]:
-        """Id → settings of every trial that was ever begun, in order."""
+        """Return id → settings of every trial that ever began, in order."""
         found = sorted((self.out / "trials").glob("*/trial.json"))
         return {path.parent.name: read_json(path, lambda trial: dict(trial["settings"]), ALONE) for path in found}
 
     def report(self, trial: str, line: Mapping[str, Any]) -> None:
-        """What a trial measured at an interval."""
+        """Record what a trial measured at an interval."""
         append_json(self.directory(trial) / "progress.jsonl", line)
 
     def curve(self, trial: str) -> list[dict[str, Any]]:
-        """What a trial measured, by step; of a step measured twice (by a second attempt) the later."""
+        """Return what a trial measured, by step; the later result if a second attempt measured a step again."""
         whole = [line["history"] for line in self.reports(trial) if "history" in line]
         if whole:
             return list(whole[-1])
@@ -83,15 +83,15 @@ class Record:
         return [by_step[step] for step in sorted(by_step)]
 
     def reports(self, trial: str) -> list[dict[str, Any]]:
-        """All that a trial reported, in the order it came, of all its attempts."""
+        """Return all that the attempts of a trial reported, in order."""
         return list(_lines(self.directory(trial) / "progress.jsonl"))
 
     def finish(self, outcome: Outcome) -> None:
-        """A trial has ended."""
+        """Record that a trial has ended."""
         append_json(self._file, {"format": "gdd-trial/1", **dataclasses.asdict(outcome)})
 
     def outcomes(self) -> dict[str, Outcome]:
-        """Id → how the trial ended, in order of ids."""
+        """Return id → how the trial ended, in order of ids."""
         names, found = {f.name for f in dataclasses.fields(Outcome)}, dict[str, Outcome]()
         for line in _lines(self._file):
             if {"id", "status", "settings"} <= line.keys():
@@ -103,7 +103,7 @@ class Record:
 
 
 def best_of(record: Record, metric: str) -> Outcome:
-    """The finished trial that is best in ``metric``, the earliest of equals. Raises UserError when none has finished."""
+    """Return the finished trial that is best in ``metric``, the earliest of equals. Raises UserError if none has finished."""
     finished = [o for o in record.outcomes().values() if o.status == FINISHED]
     if not finished and not record.outcomes():
         cure = "continue with --resume and a longer --time-budget"
@@ -115,7 +115,7 @@ def best_of(record: Record, metric: str) -> Outcome:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a JSON-lines file; a damaged one is named and passed over."""
+    """Yield the objects of a JSON-lines file; tell the user of each damaged line."""
     for number, line in json_lines(path):
         if isinstance(line, dict):
             yield line

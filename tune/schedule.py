@@ -1,10 +1,10 @@
-"""The search as Ray Tune sees it: what comes next, who is stopped early, what is written down. All state lies in the record."""
+"""The search as Ray Tune sees it: which trial comes next, which is stopped early, what is recorded. All state is in the record."""
 
 from __future__ import annotations
 
 import pickle
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,10 +24,7 @@ ENDED = (FINISHED, STOPPED)
 
 
 class Proposer(Searcher):
-    """Gives Tune its trials: those an earlier invocation left unfinished first, then new ones up to ``total``.
-
-    ``room``: how many trials the cluster holds at a time, as it is now.
-    """
+    """Gives Tune its trials: unfinished ones first (``again``), then new ones up to ``total``. ``room``: how many fit now at a time."""
 
     def __init__(
         self,
@@ -45,7 +42,7 @@ class Proposer(Searcher):
         self._running: dict[str, str] = {}
 
     def suggest(self, trial_id: str) -> Any:
-        """The next trial's id and settings."""
+        """Return the next trial's id and settings, None while there is no room for it."""
         if len(self._running) >= max(1, self._room()):
             return None  # a trial that is drawn later can learn from more trials that have ended
         if self._again:
@@ -60,13 +57,13 @@ class Proposer(Searcher):
         return {"id": name, "out": str(self._record.directory(name)), "settings": dict(self._known[name])}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """The sampler learns what a trial reached."""
+        """Tell the sampler what a trial reached."""
         name = self._running.pop(trial_id)
         counts = not error and result is not None and result.get("status", STOPPED) in ENDED
         self._proposals.tell(name, result.get(self.metric) if counts and result else None)
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing that the record does not hold."""
+        """Write nothing, because the record has all."""
         Path(checkpoint_path).write_bytes(pickle.dumps(None))
 
 
@@ -85,12 +82,12 @@ class Asha(AsyncHyperBandScheduler):
         )
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        """Whether a trial goes on."""
-        action: str = super().on_trial_result(tune_controller, trial, result)
+        """Return whether a trial goes on."""
+        action = super().on_trial_result(tune_controller, trial, result)
         return TrialScheduler.CONTINUE if trial.config["id"] == DEFAULTS else action
 
     def replay(self, record: Record) -> None:
-        """Let earlier invocations' measurements count as if they had come in now."""
+        """Take the measurements of earlier invocations as if they had come now."""
         controller: Any = None
         for name in record.proposed():
             past: Any = SimpleNamespace(trial_id=f"past-{name}", config={"id": name})  # all that it looks at
@@ -100,24 +97,19 @@ class Asha(AsyncHyperBandScheduler):
 
 
 class Keeper(Callback):
-    """Writes down what trials report and how they end; says so in one line each. ``until``: when the time budget ends.
+    """Records and prints what trials report and how they end. ``until``: when the time budget ends; ``meanwhile`` is called often."""
 
-    ``meanwhile`` is called now and then.
-    """
-
-    def __init__(
-        self, record: Record, until: float = float("inf"), meanwhile: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, record: Record, until: float, meanwhile: Callable[[], None]) -> None:
         self._record, self._until, self._meanwhile = record, until, meanwhile
 
     def on_step_begin(self, iteration: int, trials: list[Trial], **_info: Any) -> None:
-        """A round of Tune's loop."""
+        """Call ``meanwhile`` in each round of Tune's loop."""
         self._meanwhile()
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **_info: Any
     ) -> None:
-        """An interval, or the end."""
+        """Record an interval, or the end."""
         name = trial.config["id"]
         keys = ("step", "val", "stderr", "gap", "lower", "kept", "seconds", "host", "status", "fingerprint", "history")
         self._record.report(name, {k: result[k] for k in keys if k in result})
@@ -125,7 +117,7 @@ class Keeper(Callback):
             say(f"trial {name}: step {result['step']}, {result['val']:.1f} ± {result['stderr']:.1f} % on val")
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **_info: Any) -> None:
-        """Finished, stopped, diverged or failed by its own report. One that ran out of time is left for --resume."""
+        """Record the end of a trial, by its own last report; one that ran out of time is left for --resume."""
         last = trial.last_result or {}
         if "status" not in last and time.monotonic() >= self._until:
             say(f"trial {trial.config['id']}: out of time at step {last.get('step', 0)}; continue it with --resume")
@@ -133,41 +125,32 @@ class Keeper(Callback):
         self._end(trial, last.get("status", STOPPED), last.get("reason"))
 
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **_info: Any) -> None:
-        """Its process or node is gone; Ray starts it again."""
+        """Tell the user that Ray starts a trial again, because its process or node is gone."""
         say(f"trial {trial.config['id']}: lost its process or node; it continues from its checkpoint elsewhere")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **_info: Any) -> None:
-        """Lost once too often."""
+        """Record that a trial was lost too often."""
         fault = " ".join(str(trial.get_error() or "its process died").split())
         self._end(trial, FAILED, f"lost {trial.num_failures} times: {fault[-300:]}")
 
     def _end(self, trial: Trial, status: str, reason: str | None) -> None:
+        """Write a line of trials.jsonl from what the trial has reported."""
         name = trial.config["id"]
-        outcome = outcome_of(self._record, name, trial.config["settings"], status, reason)
+        lines = self._record.reports(name)
+        measured = [line for line in lines if "val" in line]
+        kept = measured[-1] if measured and status in ENDED else {}
+        outcome = Outcome(
+            id=name,
+            status=status,
+            settings=dict(trial.config["settings"]),
+            **{figure: kept.get(figure) for figure in ("val", "stderr", "gap")},
+            kept=kept.get("kept", kept.get("step")),
+            steps=max((line["step"] for line in measured), default=0),
+            seconds=round(sum(line.get("seconds", 0.0) for line in lines), 1),
+            hosts=tuple(dict.fromkeys(line["host"] for line in lines if "host" in line)),
+            fingerprint=kept.get("fingerprint") if status == FINISHED else None,
+            reason=reason,
+        )
         self._record.finish(outcome)
         value = "" if outcome.val is None else f", {outcome.val:.1f} ± {outcome.stderr:.1f} % on val"
         say(f"trial {name}: {status} after {outcome.steps} steps{value}{f' ({reason})' if reason else ''}")
-
-
-def outcome_of(
-    record: Record, name: str, settings: Mapping[str, Any], status: str, reason: str | None = None
-) -> Outcome:
-    """A line of trials.jsonl, from what the trial has reported."""
-    lines = record.reports(name)
-    measured = [line for line in lines if "val" in line]
-    last = measured[-1] if measured else {}
-    kept = last if status in ENDED else {}
-    return Outcome(
-        id=name,
-        status=status,
-        settings=dict(settings),
-        val=kept.get("val"),
-        stderr=kept.get("stderr"),
-        gap=kept.get("gap"),
-        kept=kept.get("kept", kept.get("step")),
-        steps=max((line["step"] for line in measured), default=0),
-        seconds=round(sum(line.get("seconds", 0.0) for line in lines), 1),
-        hosts=tuple(dict.fromkeys(line["host"] for line in lines if "host" in line)),
-        fingerprint=kept.get("fingerprint") if status == FINISHED else None,
-        reason=reason,
-    )

@@ -21,12 +21,12 @@ from tune.options import parse
 
 def main(argv: list[str], joined: Callable[[Any], None]) -> None:
     """Run what the command line asks for."""
-    command = parse(argv)
-    environment.prepare(command.search.options.address)
+    search = parse(argv)
+    environment.prepare(search.options.address)
     from tune import driver  # Ray reads the environment as it is imported
 
     try:
-        driver.run(command)
+        driver.run(search)
     except KeyboardInterrupt:
         sys.stderr.write("stopped: interrupted; run the same command with --resume to continue\n")
         raise SystemExit(130) from None

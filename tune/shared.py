@@ -1,4 +1,4 @@
-"""The steps before matching: computed once, before the first trial, by one job under the store's locks."""
+"""The steps before matching: one job computes them once, before the first trial, under the store's locks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 import ray
 import torch
 
-from gdd_dist.config.settings import Config
 from gdd_dist.config.steps import STEPS
 from gdd_dist.engines.precision import resolve_precision
 from gdd_dist.runtime.monitor import say
@@ -24,10 +23,7 @@ SHARED = STEPS[: STEPS.index("matching")]
 
 
 def compute(base: Job, out: Path, ranks: int, meanwhile: Callable[[], None] = lambda: None) -> None:
-    """Compute what is missing, on ``ranks`` ranks, hashing what is there; keep what it cost in OUT/shared.json.
-
-    ``meanwhile`` is called every second.
-    """
+    """Compute what is missing, on ``ranks`` ranks, and write the cost to OUT/shared.json. ``meanwhile`` is called every second."""
     config = dataclasses.replace(base.config, out=str(out / "shared"), until=SHARED[-1])
     job = dataclasses.replace(base, config=config, ranks=ranks)
     steps = gang.run_all([job], _Lines(job.out, meanwhile))[0]
@@ -40,7 +36,7 @@ def compute(base: Job, out: Path, ranks: int, meanwhile: Callable[[], None] = la
 
 
 def cost(out: Path) -> float:
-    """Rank-seconds that the shared steps took this search; 0 where another run had computed them."""
+    """Return the rank-seconds of the shared steps; 0 if another run had computed them."""
     return float(sum(s["seconds"] * s["ranks"] for s in _costs(out).values()))
 
 
@@ -55,7 +51,7 @@ def _costs(out: Path) -> dict[str, dict[str, Any]]:
 
 
 class _Lines:
-    """Says once of each shared step how it went, as it ends; calls ``meanwhile`` too."""
+    """Tells the user once how each shared step ended; calls ``meanwhile``, too."""
 
     def __init__(self, directory: Path, meanwhile: Callable[[], None]) -> None:
         self._out, self._told, self._meanwhile = directory, set[str](), meanwhile
@@ -69,14 +65,14 @@ class _Lines:
                 say(f"search: {name} {step['status']} ({step['seconds']:.1f} s)")
 
 
-def settle_precision(base: Job) -> Config:
-    """``auto`` as the first node that is free resolves it: all nodes then compute alike, and share what was computed."""
+def settle_precision(base: Job) -> Job:
+    """Return the job with precision ``auto`` as the first free node resolves it, so that all nodes compute alike."""
     if base.config.precision != "auto":
-        return base.config
+        return base
 
     def ask() -> str:
         cuda = base.config.device != "cpu" and torch.cuda.is_available()
         return resolve_precision("auto", torch.device("cuda" if cuda else "cpu"))
 
     found: str = ray.get(ray.remote(num_cpus=base.cpus, num_gpus=base.gpus, max_calls=1)(ask).remote())
-    return dataclasses.replace(base.config, precision=found)
+    return dataclasses.replace(base, config=dataclasses.replace(base.config, precision=found))

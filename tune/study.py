@@ -1,4 +1,4 @@
-"""What a grid says: of each combination the mean over seeds, and its difference from the defaults, paired by seed.
+"""The results of a grid: each combination's mean over seeds, and its difference from the defaults, paired by seed.
 
 Trials of one seed of matching share latents and draws, and all share teachers, logits and GAN.
 """
@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtr
 
+from gdd_dist.reporting.tables import NONE
 from gdd_dist.reporting.verdict import Difference, difference
-from tune import grid, space
+from tune import space
 from tune.arguments import GRID, METRICS
 from tune.options import Search
 from tune.record import FINISHED, Outcome, Record, best_of
-
-NONE = "–"
+from tune.space import counted
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,17 @@ class Arm:
 
     @property
     def mean(self) -> float:
-        """Over seeds; -inf where no trial finished."""
+        """Return the mean over seeds; -inf if no trial finished."""
         return float(np.mean(list(self.reached.values()))) if self.reached else float("-inf")
 
     @property
     def stderr(self) -> float | None:
-        """Standard error of the mean over seeds; None with one."""
+        """Return the standard error of the mean over seeds; None with one seed."""
         found = list(self.reached.values())
         return float(np.std(found, ddof=1) / len(found) ** 0.5) if len(found) > 1 else None
 
     def minus(self, other: Arm) -> Difference | None:
-        """The difference over the seeds that both have; None where there are none."""
+        """Return the difference over the seeds that both have; None if there are none."""
         if not self.reached.keys() & other.reached.keys():
             return None
         mine, theirs = ({"seeds": list(a.reached), "accuracies": list(a.reached.values())} for a in (self, other))
@@ -49,20 +49,20 @@ class Arm:
 
 
 def arms(search: Search, record: Record) -> list[Arm]:
-    """Every combination that has a trial which ended: the defaults, then the others in the order of the grid."""
+    """Return all combinations with trials that ended: the defaults first, the others in the order of the grid."""
     plain, first = space.values(search.axes, search.config), search.config.step_seed("matching")
     found: dict[tuple[Any, ...], dict[int, Outcome]] = {tuple(plain.values()): {}}
     for o in record.outcomes().values():
         values = tuple(o.settings.get(name, value) for name, value in plain.items())
         trials = found.setdefault(values, {})
         if o.status == FINISHED:
-            trials[o.settings.get(grid.SEED, first)] = o
+            trials[o.settings.get(space.SEED, first)] = o
     metric = search.options.metric
     return [Arm(v, t, {seed: o.value(metric) for seed, o in t.items()}) for v, t in found.items()]
 
 
 def best(search: Search, record: Record) -> Outcome:
-    """The best finished trial; of a grid the first of the best combination. Raises UserError when none has finished."""
+    """Return the best finished trial; of a grid, the first of the best combination. Raises UserError if none has finished."""
     found = best_of(record, search.options.metric)
     if search.options.algorithm != GRID:
         return found
@@ -70,12 +70,12 @@ def best(search: Search, record: Record) -> Outcome:
 
 
 def best_arm(search: Search, record: Record) -> Arm:
-    """The combination with the best mean of those with most seeds, the earliest of equals."""
+    """Return the combination with the best mean among those with most seeds, the earliest of equals."""
     return max(arms(search, record), key=lambda a: (len(a.reached), a.mean))
 
 
 def t_and_p(d: Difference) -> tuple[float, float] | None:
-    """Of the paired t-test, two-sided; None where the pairs show no noise to compare with."""
+    """Return t and p of the two-sided paired t-test; None if the pairs have no noise."""
     if not d.stderr:
         return None
     t = d.mean / d.stderr
@@ -83,7 +83,7 @@ def t_and_p(d: Difference) -> tuple[float, float] | None:
 
 
 def table(search: Search, record: Record) -> tuple[list[str], list[list[str]]]:
-    """(header, lines): the defaults, then the other combinations from the best mean down."""
+    """Return (header, lines): the defaults, then the other combinations, the best mean first."""
     plain, *others = arms(search, record)
     chosen = best_arm(search, record)
     names = [axis.leaf for axis in search.axes]
@@ -101,29 +101,26 @@ def table(search: Search, record: Record) -> tuple[list[str], list[list[str]]]:
 
 
 def points(of: Arm | Difference, sign: str = "+") -> str:
-    """A mean with its standard error, if it has one."""
+    """Return a mean with its standard error, if it has one, as text."""
     return f"{of.mean:{sign}.2f}" + ("" if of.stderr is None else f" ± {of.stderr:.2f}")
 
 
 def said(search: Search, record: Record) -> str:
-    """Which combination is best, against the defaults, in words."""
+    """Return in words which combination is best, against the defaults."""
     plain, *others = arms(search, record)
     arm = best_arm(search, record)
+    reached = f"{points(arm, '')} % over {counted(len(arm.reached), 'seed')}"
     if arm.values == plain.values:
-        return f"No combination was better on val than the defaults: {points(plain, '')} % over {_seeds(plain)}."
+        return f"No combination was better on val than the defaults: {reached}."
     names = ", ".join(f"{axis.leaf} {space.text(value)}" for axis, value in zip(search.axes, arm.values, strict=True))
-    text = f"Best on val of {len(others)} combinations is {names}: {points(arm, '')} % over {_seeds(arm)}"
+    text = f"Best on val of {len(others)} combinations is {names}: {reached}"
     d = arm.minus(plain)
     return f"{text}, {points(d)} points against the defaults." if d else f"{text}."
 
 
-def _seeds(arm: Arm) -> str:
-    return f"{len(arm.reached)} {'seed' if len(arm.reached) == 1 else 'seeds'}"
-
-
 def note(search: Search) -> str:
-    """What the table holds, for its reader."""
-    o, lost = search.options, grid.combinations(search.axes, search.config)[1]
+    """Return the explanation of the table for its reader."""
+    o, lost = search.options, space.combinations(search.axes, search.config)[1]
     names = "; ".join(", ".join(f"{k} {space.text(v)}" for k, v in settings.items()) for settings in lost)
     test = (
         "t and p: paired t-test over seeds, two-sided, of each combination by itself: of twenty that change nothing, one has p < 0.05."

@@ -1,4 +1,4 @@
-"""A trial: the trainer's own matching step, in OUT/trials/<id>, on the store that all trials share. This runs inside Ray."""
+"""A trial, which runs inside Ray: the trainer's own matching step, in OUT/trials/<id>, on the store that all trials share."""
 
 from __future__ import annotations
 
@@ -21,25 +21,16 @@ from tune.record import DIVERGED, FAILED, FINISHED
 
 
 class Diverged(Exception):
-    """The generator holds numbers that are not finite: nothing mends that."""
-
-
-def job_of(base: Job, out: Path, settings: Mapping[str, Any]) -> Job:
-    """A trial's job. ``base``: the search's, whose files were hashed when the shared steps ran."""
-    config = space.apply(base.config, settings)
-    return dataclasses.replace(base, config=dataclasses.replace(config, out=str(out), until="matching", verify=False))
-
-
-def name_of(node: str, address: str) -> str:
-    """A node as the record names it: several may share an address."""
-    return f"{address}#{node[:8]}"
+    """The generator has weights that are not finite, which no further step can mend."""
 
 
 class Teller:
-    """Reports to the search at intervals; each report says what was spent since the one before."""
+    """Reports to the search at intervals, with the seconds since the last report."""
 
     def __init__(self, steps: int) -> None:
-        self._steps, self._since, self._host = steps, time.monotonic(), name_of(*gang.here())
+        node, address = gang.here()
+        self._steps, self._since = steps, time.monotonic()
+        self._host = f"{address}#{node[:8]}"  # nodes may share an address
 
     def tell(self, report: Mapping[str, Any]) -> None:
         """Hand a report to the search, which may end this trial here (SystemExit)."""
@@ -48,7 +39,7 @@ class Teller:
         ray.tune.report({**report, "seconds": round(spent, 3), "host": self._host})
 
     def interval(self, step: int, generator: nn.Module, measured: Measurement) -> None:
-        """What matching calls at intervals; the end is told when the step's directory is whole."""
+        """Report an interval of matching. The last one is reported when the step's directory is complete."""
         if not all(bool(torch.isfinite(p).all()) for p in generator.parameters()):
             raise Diverged(f"not finite after {step} steps")
         if step < self._steps:
@@ -56,19 +47,23 @@ class Teller:
 
 
 def told(measured: Mapping[str, Any]) -> dict[str, Any]:
-    """A measurement with the metrics that a search may ask for."""
+    """Return a measurement with the metrics that a search may ask for."""
     return {**measured, "lower": measured["val"] - measured["stderr"]}
 
 
 def trial(config: Mapping[str, Any], base: Job) -> None:
-    """Run one trial and report how it ended. Faults of its own are reported, not raised: Ray would only run it into them again.
+    """Run one trial of the search's job ``base`` and report how it ended.
 
-    A lost rank or node is for Ray to retry; the trial then goes on from its checkpoint.
+    Faults of its own are reported, not raised, because Ray would only run it into them again. A lost rank or node is raised, so
+    that Ray runs the trial again; it then continues from its checkpoint.
     """
-    if not Path(config["out"]).is_dir():  # a node that joined after the search had looked at all there were
-        raise gang.PeerLost(f"node {gang.here()[1]} cannot see {config['out']}; mount the shared storage there")
-    job = job_of(base, Path(config["out"]), config["settings"])
-    teller = Teller(job.config.matching.steps)
+    out = config["out"]
+    if not Path(out).is_dir():  # a node that joined after the search had checked its nodes
+        raise gang.PeerLost(f"node {gang.here()[1]} cannot see {out}; mount the shared storage there")
+    settings = space.apply(base.config, config["settings"])
+    # The files that a trial reads were hashed when the shared steps ran.
+    job = dataclasses.replace(base, config=dataclasses.replace(settings, out=out, until="matching", verify=False))
+    teller = Teller(settings.matching.steps)
     try:
         steps = gang.run(job, teller.interval)
     except gang.PeerLost:
@@ -84,7 +79,7 @@ def trial(config: Mapping[str, Any], base: Job) -> None:
 
 
 def result(job: Job, steps: Mapping[str, Any]) -> dict[str, Any]:
-    """What the finished matching step says of itself: the kept interval's measurement, and all there are."""
+    """Return the kept interval's measurement, and those of all intervals, from the finished matching step."""
     history = read_network(job.out / "matching" / "latest" / GENERATOR)[1]["history"]
     kept = best(history, job.config.matching.select)
     assert kept is not None

@@ -10,8 +10,7 @@ import torch
 import torch.distributed as dist
 
 from gdd_dist.engines.ddp import DDPEngine
-from gdd_dist.runtime.groups import mean_over_ranks
-from gdd_dist.runtime.vote import Vote
+from gdd_dist.runtime.groups import Vote, mean_over_ranks
 from gpu_phases import Line, Task
 from gpu_phases.agreement import losses
 from gpu_phases.bench import SMALL, Bench

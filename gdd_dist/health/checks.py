@@ -1,17 +1,21 @@
-"""The doctor's checks of versions, devices, disks and ports. Each returns a Finding, with a fix if something is wrong."""
+"""The doctor's checks of versions, devices, disks, ports and speed. Each returns a Finding, with a fix if something is wrong."""
 
 from __future__ import annotations
 
 import os
 import platform
 import re
+import resource
 import shutil
 import socket
 import sys
-import tempfile
+import time
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from gdd_dist.engines.precision import resolve_precision
@@ -19,10 +23,15 @@ from gdd_dist.health.finding import FAIL, OK, WARN, Finding
 from gdd_dist.runtime.memory import free_memory
 from sharding.errors import UserError
 from sharding.files import fsync_dir, write_atomic
+from sharding.manifest import Manifest
+from sharding.shards import decode
 
 OLDEST_PYTHON = (3, 11)
 LOW_SPACE, NO_SPACE = 5e9, 5e8
 RENDEZVOUS_PORT, TENSORBOARD_PORT = 29500, 6006
+SLOW_JPEG = 1_500.0
+JPEG_SIDE, JPEG_SECONDS = 64, 0.3
+LOOP_STEPS, LOOP_ROUNDS = 20, 3
 
 
 def python() -> Finding:
@@ -37,21 +46,21 @@ def packages() -> list[Finding]:
     """Every requirement of the package is installed and new enough. One finding for the base, one for each extra."""
     from packaging.requirements import Requirement
 
-    found, faults = dict[str, int](), dict[str, dict[str, str]]()
+    found, faults = Counter[str](), defaultdict[str, dict[str, str]](dict)
     for text in metadata.requires("gdd_dist") or []:
         requirement = Requirement(text)
         match = re.search(r"extra == ['\"]([\w-]+)['\"]", text)
         group = match[1] if match else "base"
-        found[group] = found.get(group, 0) + 1
+        found[group] += 1
         try:
             have = metadata.version(requirement.name)
-        except metadata.PackageNotFoundError:
-            faults.setdefault(group, {})[f"{requirement.name} is missing"] = text.partition(";")[0].strip()
-            continue
-        if not requirement.specifier.contains(have, prereleases=True):
+            if requirement.specifier.contains(have, prereleases=True):
+                continue
             fault = f"{requirement.name} is {have}, but {requirement.specifier} is needed"
-            faults.setdefault(group, {})[fault] = text.partition(";")[0].strip()
-    return [_package_finding(group, count, faults.get(group, {})) for group, count in found.items()]
+        except metadata.PackageNotFoundError:
+            fault = f"{requirement.name} is missing"
+        faults[group][fault] = text.partition(";")[0].strip()
+    return [_package_finding(group, count, faults[group]) for group, count in found.items()]
 
 
 def _package_finding(group: str, count: int, faults: dict[str, str]) -> Finding:
@@ -81,14 +90,13 @@ def devices() -> Finding:
     """GPUs, or why there are none; cores and memory."""
     cores = len(os.sched_getaffinity(0))
     here = f"{cores} cores, {free_memory() / 2**30:.1f} GiB of memory free"
-    if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        sizes = [torch.cuda.get_device_properties(i).total_memory / 2**30 for i in range(len(names))]
-        gpus = ", ".join(f"{n} ({s:.0f} GiB)" for n, s in zip(names, sizes, strict=True))
-        precision = resolve_precision("auto", torch.device("cuda"))
-        return Finding("devices", OK, f"{len(names)} CUDA: {gpus}; {here}; computes in {precision}")
-    precision = resolve_precision("auto", torch.device("cpu"))
-    detail = f"no CUDA device; {here}; computes in {precision}"
+    cuda = torch.cuda.is_available()
+    here += f"; computes in {resolve_precision('auto', torch.device('cuda' if cuda else 'cpu'))}"
+    if cuda:
+        gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        names = ", ".join(f"{gpu.name} ({gpu.total_memory / 2**30:.0f} GiB)" for gpu in gpus)
+        return Finding("devices", OK, f"{len(gpus)} CUDA: {names}; {here}")
+    detail = f"no CUDA device; {here}"
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return Finding("devices", OK, f"CUDA_VISIBLE_DEVICES hides all GPUs; {detail}")
     if Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi"):
@@ -182,23 +190,14 @@ def _is_free(number: int) -> bool:
 
 def descriptors() -> Finding:
     """How many files a process may open; shards and logit files stay open while they are memory-mapped."""
-    import resource
-
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < 1024:
         return Finding("open files", WARN, f"{soft} at most", "ulimit -n 4096 before the start")
     return Finding("open files", OK, f"{soft:,} at most")
 
 
-def ports_and_disks(directories: list[Path]) -> list[Finding]:
-    """Check the ports, the given directories, and the directory for temporary files."""
-    return [*map(disk, directories), disk(Path(tempfile.gettempdir()), "temporary"), *ports()]
-
-
 def data_set(directory: Path) -> Finding:
     """A data set has a manifest, and its files have the sizes in the manifest."""
-    from sharding.manifest import Manifest
-
     try:
         manifest = Manifest.load(directory)
     except UserError as e:
@@ -211,3 +210,62 @@ def data_set(directory: Path) -> Finding:
                 return Finding("data", FAIL, f"{path} is missing or truncated", "build or copy the data set again")
     splits = ", ".join(f"{name} {split.samples:,}" for name, split in manifest.splits.items())
     return Finding("data", OK, f"{manifest.name}: {splits} (python -m sharding verify checks every byte)")
+
+
+def jpeg_speed() -> Finding:
+    """Measure images per second with the loader's decoder, on one thread and on all cores."""
+    import simplejpeg
+
+    noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    payload = simplejpeg.encode_jpeg(np.ascontiguousarray(noise.repeat(JPEG_SIDE // 8, 0).repeat(JPEG_SIDE // 8, 1)))
+    threads = len(os.sched_getaffinity(0))
+
+    def work(_: int) -> int:
+        out, done, end = np.empty((JPEG_SIDE, JPEG_SIDE, 3), np.uint8), 0, time.monotonic() + JPEG_SECONDS
+        while time.monotonic() < end:
+            decode(payload, out)
+            done += 1
+        return done
+
+    one = work(0) / JPEG_SECONDS
+    with ThreadPoolExecutor(threads) as pool:
+        every = sum(pool.map(work, range(threads))) / JPEG_SECONDS
+    detail = f"{one:,.0f} images/s on one thread, {every:,.0f} on {threads} ({JPEG_SIDE}×{JPEG_SIDE})"
+    if one < SLOW_JPEG:
+        fix = "try again if the machine is busy; else python -m pip install --force-reinstall simplejpeg"
+        return Finding("jpeg", WARN, detail, fix)
+    return Finding("jpeg", OK, detail)
+
+
+def torch_speed() -> Finding:
+    """Time a fixed loop of training steps. Quote it with every wall time, because machines differ by a factor of two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # one thread is least disturbed by other processes
+    try:
+        seconds = _loop_time(torch.device("cpu"))
+    finally:
+        torch.set_num_threads(before)
+    detail = f"{LOOP_STEPS} steps of a fixed training loop: {seconds:.2f} s on one CPU thread"
+    if torch.cuda.is_available():
+        detail += f", {_loop_time(torch.device('cuda')):.3f} s on the GPU"
+    return Finding("speed", OK, f"{detail}; quote this with any wall time")
+
+
+def _loop_time(device: torch.device) -> float:
+    """Return the seconds of LOOP_STEPS steps of two convolutions of width 32 on 16 float32 images of 32×32: the best round."""
+    images = torch.zeros(16, 3, 32, 32, device=device)
+    kernels = [torch.full((32, c, 3, 3), 0.01, device=device, requires_grad=True) for c in (3, 32)]
+
+    def steps(count: int) -> float:
+        begin = time.monotonic()
+        for _ in range(count):
+            x = images
+            for kernel in kernels:
+                x = torch.nn.functional.conv2d(x, kernel, padding=1).relu()
+            x.sum().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.monotonic() - begin
+
+    steps(2)  # warm-up: allocates memory and chooses kernels
+    return min(steps(LOOP_STEPS) for _ in range(LOOP_ROUNDS))

@@ -9,7 +9,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -96,23 +97,30 @@ def compiler() -> Finding:
 REINSTALL = "python -m pip install --force-reinstall --no-deps deepspeed"
 
 
+def _optional(name: str, install: str, try_out: Callable[[], str | None], good: str, fix: str) -> Finding:
+    """Check a package that the trainer can do without. ``install``: what pip takes, and what needs it.
+
+    ``try_out`` returns what is wrong with the package, or None; ``good``: what is said if nothing is.
+    """
+    try:
+        version = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return Finding(name, WARN, "not installed", f"python -m pip install {install}")
+    if fault := try_out():
+        return Finding(name, WARN, f"{version}: {fault}", remedy(fault, fix))
+    return Finding(name, OK, version + good)
+
+
 def deepspeed(build: bool) -> Finding:
     """DeepSpeed can be imported; with ``build``, its operation for this machine can be built and loaded."""
-    try:
-        version = metadata.version("deepspeed")
-    except metadata.PackageNotFoundError:
-        fix = "python -m pip install deepspeed ninja; only --engine deepspeed needs it"
-        return Finding("deepspeed", WARN, "not installed", fix)
-    env = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
-    operation = "FusedAdamBuilder" if torch.cuda.is_available() else "ShareMemCommBuilder"
+    cuda = torch.cuda.is_available()
+    operation = "FusedAdamBuilder" if cuda else "ShareMemCommBuilder"
     script = "from deepspeed.accelerator import get_accelerator as a"
     script += f"; a().create_op_builder('{operation}').load(verbose=False)" if build else "; a()"
-    fault = call(script, env, 600 if build else PATIENCE)
-    if fault:
-        fix = "see compiler above; then rm -rf ~/.cache/torch_extensions and try again" if build else REINSTALL
-        return Finding("deepspeed", WARN, f"{version}: {fault}", remedy(fault, fix))
-    what = ": its operations build and load" if build else " (--deep builds its operations)"
-    return Finding("deepspeed", OK, version + what)
+    try_out = partial(call, script, {} if cuda else {"DS_ACCELERATOR": "cpu"}, 600 if build else PATIENCE)
+    good = ": its operations build and load" if build else " (--deep builds its operations)"
+    fix = "see compiler above; then rm -rf ~/.cache/torch_extensions and try again" if build else REINSTALL
+    return _optional("deepspeed", "deepspeed ninja; only --engine deepspeed needs it", try_out, good, fix)
 
 
 RAY = """
@@ -125,13 +133,7 @@ ray.shutdown()
 
 def ray(start: bool) -> Finding:
     """Ray is installed; with ``start``, it starts here and runs a task."""
-    try:
-        version = metadata.version("ray")
-    except metadata.PackageNotFoundError:
-        fix = "python -m pip install 'ray[tune]' optuna; only the search needs it"
-        return Finding("ray", WARN, "not installed", fix)
-    fault = call(RAY) if start else None
-    if fault:
-        fix = "ray stop --force (ends an old Ray), make sure that /tmp and /dev/shm have free space, and try again"
-        return Finding("ray", WARN, f"{version}: {fault}", remedy(fault, fix))
-    return Finding("ray", OK, f"{version}{': starts and runs a task' if start else ' (--deep starts it)'}")
+    try_out = partial(call, RAY) if start else lambda: None
+    good = ": starts and runs a task" if start else " (--deep starts it)"
+    fix = "ray stop --force (ends an old Ray), make sure that /tmp and /dev/shm have free space, and try again"
+    return _optional("ray", "'ray[tune]' optuna; only the search needs it", try_out, good, fix)

@@ -19,8 +19,7 @@ from gdd_dist.pipeline.store_users import note_user, store_of
 from gdd_dist.reporting.tables import table
 from gdd_dist.runtime.file_exchange import Disks
 from gdd_dist.runtime.locks import Lock, holding, in_use
-from gdd_dist.runtime.monitor import say, write_text
-from gdd_dist.runtime.outlook import Outlook
+from gdd_dist.runtime.monitor import Outlook, say, write_text
 from gdd_dist.runtime.versions import commit, versions
 from gdd_dist.runtime.world import World
 from gdd_dist.storage.json_files import read_json

@@ -55,10 +55,7 @@ def allow_tf32(allowed: bool) -> None:
 
 
 def choose_kernels(deterministic: bool) -> None:
-    """Choose deterministic kernels, or else the fastest ones for each shape. Call it before the first product.
-
-    With deterministic kernels, torch raises an error for an operation that has none.
-    """
+    """Choose deterministic kernels (torch then refuses operations without one), or the fastest. Call it before the first product."""
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -12,7 +12,8 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from gdd_dist.runtime.world import World
 from gdd_dist.storage.store import CHECKPOINTS, CONTENTS, Store
 from sharding.errors import UserError
-from sharding.files import fsync_dir, sha256_file
+from sharding.files import atomic_file, sha256_file
 
 CHUNK = 2**24
 PATIENCE = 3.0
@@ -104,11 +105,11 @@ class Disks:
         here, writes = hosts.rank == source, lacks[hosts.rank]
         sha256 = torch.tensor(list(bytes.fromhex(sha256_file(path)) if here else bytes(32)), dtype=torch.uint8)
         dist.broadcast(sha256, group=hosts.group, group_src=source)
-        temporary = path.with_name(f".tmp-{uuid.uuid4().hex}")
         found = hashlib.sha256()
         if writes:
             path.parent.mkdir(parents=True, exist_ok=True)
-        with (path if here else temporary if writes else Path(os.devnull)).open("rb" if here else "wb") as f:
+        file: AbstractContextManager[Any] = path.open("rb") if here else atomic_file(path) if writes else nullcontext()
+        with file as f:
             for start in range(0, size, CHUNK):
                 n = min(CHUNK, size - start)
                 data = bytearray(f.read(n) if here else n)
@@ -116,27 +117,15 @@ class Disks:
                 if writes:
                     found.update(data)
                     f.write(data)
-            if writes:
-                f.flush()
-                os.fsync(f.fileno())
-        if writes:
-            if found.digest() != sha256.numpy().tobytes():
-                temporary.unlink()
-                raise UserError(
-                    f"{path} was damaged while it was sent from rank {self._keepers[source]}; run the same command again"
-                )
-            os.replace(temporary, path)
-            fsync_dir(path.parent)
+            if writes and found.digest() != sha256.numpy().tobytes():
+                what = f"{path} was damaged while it was sent from rank {self._keepers[source]}"
+                raise UserError(f"{what}; run the same command again")
 
 
 def _listed(directory: Path, patterns: Sequence[str], about: Callable[[Path], Any]) -> dict[str, Any]:
     """Return file name → ``about(path)`` for the files below ``directory``."""
-    return {str(p.relative_to(directory)): about(p) for p in _files(directory, patterns)}
-
-
-def _files(directory: Path, patterns: Sequence[str]) -> Iterator[Path]:
     found = {p for pattern in patterns for p in directory.rglob(pattern)}
-    return iter(sorted(p for p in found if p.is_file() and not p.name.startswith(".tmp-")))
+    return {str(p.relative_to(directory)): about(p) for p in found if p.is_file() and not p.name.startswith(".")}
 
 
 def _who_sees(world: World, root: Path) -> list[Any]:

@@ -1,11 +1,12 @@
-"""Process groups: their network interface, the ranks that they connect, and sums and means over them."""
+"""Process groups: their network interface, the ranks that they connect, their sums and means, and how they agree to save or to stop."""
 
 from __future__ import annotations
 
 import os
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from gdd_dist.runtime.monitor import say
-from gdd_dist.runtime.vote import Vote
+from gdd_dist.runtime.signals import Preempted, asked
 
 
 @contextmanager
@@ -42,21 +43,62 @@ def mean_over_ranks(values: Mapping[str, torch.Tensor], size: int, group: Any = 
     return dict(zip(values, stacked.tolist(), strict=True))
 
 
-class Ranks(ABC):
+class Vote:
+    """One all-reduce of two numbers. It begins before a step and is read after it, so that both run at the same time.
+
+    All ranks of ``group`` (None: all ranks) get the same result at the same step, no matter when the signal reached them.
+    """
+
+    def __init__(self, number: int, word: int, size: int, group: Any = None) -> None:
+        self._flags = torch.tensor([number, int(word)])
+        self._work: Any = None
+        if size > 1:
+            self._work = dist.all_reduce(self._flags, op=dist.ReduceOp.MAX, group=group, async_op=True)
+
+    def result(self) -> tuple[bool, int]:
+        """Return (whether to save and stop now, the largest vote: whether to save)."""
+        if self._work is not None:
+            self._work.wait()
+        number, word = self._flags.tolist()
+        if self._work is None:  # a single rank: a signal during this step is effective at once
+            number = asked.number
+        asked.agreed = number > 0
+        if number:
+            asked.note(number)
+        return asked.agreed, word
+
+    def obey(self, save: Callable[[], None], sound: Callable[[], bool] = lambda: True) -> None:
+        """Call ``save`` if a vote asked for it and the state is ``sound`` (called only then). If the job must stop, save, raise Preempted."""
+        stop, wanted = self.result()
+        if stop or (wanted and sound()):
+            save()
+        if stop:
+            raise Preempted
+
+
+class Ranks:
     """Ranks that work together: the World, or a Team. ``rank``: this one's number of ``size``; ``group``: None for all ranks of the run."""
 
     rank: int
     size: int
     group: Any
+    _voted = inf
+    """When this rank voted last, by time.monotonic; infinite if the time since then is not that of a step."""
+    _paced = True
+    """Whether long training steps give the ranks more time to agree to stop."""
 
     @property
     def is_main(self) -> bool:
         """Whether this is rank 0, which writes everything that is written once."""
         return self.rank == 0
 
-    @abstractmethod
     def vote(self, save: bool = False) -> Vote:
         """Begin a vote at the start of a joint training step: was any rank asked to stop, does rank 0 want to ``save``?"""
+        now = time.monotonic()
+        if self._paced:
+            asked.allow(now - self._voted)
+        self._voted = now
+        return Vote(asked.number, save and self.is_main, self.size, self.group)
 
     def say(self, line: str) -> None:
         """Print a line for the user, from rank 0; an empty line is not printed."""

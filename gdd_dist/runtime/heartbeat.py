@@ -22,8 +22,6 @@ from gdd_dist.runtime.signals import asked, end_with
 
 PEER_GRACE = 5.0
 """Seconds in which the main thread can exit by itself after another rank has failed."""
-
-
 END = "find out what stopped it, then run the same command again to continue from the last checkpoint"
 
 

@@ -1,4 +1,4 @@
-"""What a user sees while a step works: TensorBoard, a progress bar on a terminal, plain log lines otherwise. Rank 0 only."""
+"""What a user sees while a step works: TensorBoard, a progress bar on a terminal, plain log lines otherwise, the time left. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 EVERY_STEP_UNTIL = 20
 LINE_SECONDS = 10.0
+FIRST_LOOK = 10.0
+"""Seconds of work before the first estimate of a run's remaining time."""
 
 
 def say(text: str) -> None:
@@ -38,9 +40,9 @@ def naming(path: Path | None) -> Iterator[None]:
         raise
 
 
-def due(step: int, total: int, interval: int = 20) -> bool:
-    """Whether scalars of ``step`` are to be logged: each of the first 20, then at intervals."""
-    return step < EVERY_STEP_UNTIL or step % interval == 0 or step == total - 1
+def due(step: int, total: int) -> bool:
+    """Whether scalars of ``step`` are to be logged: each of the first 20, then every 20th and the last."""
+    return step < EVERY_STEP_UNTIL or step % 20 == 0 or step == total - 1
 
 
 def write_text(directory: Path, name: str, text: str) -> None:
@@ -150,11 +152,10 @@ class Monitor:
         self._done = done
         if self._bar is None and (now - self._line > LINE_SECONDS or ended):
             self._line = now
-            speed = f"{rate:{'.1f' if rate >= 1 else '.2g'}} {self.unit}s/s" + (
-                f", {duration(left)} left" if left else ""
-            )
+            speed = f"{rate:{'.1f' if rate >= 1 else '.2g'}} {self.unit}s/s"
             text = f"{self.step}: {done:,} of {self.total:,} {self.unit}s, {speed}"
-            say(", ".join(filter(None, (text, note, self._whole(left)))))
+            here = f"{duration(left)} left" if left else ""
+            say(", ".join(filter(None, (text, here, note, self._whole(left)))))
 
     def flush(self) -> None:
         """Write all points out. Called before a checkpoint, so that a resume from it leaves no gap in the curves."""
@@ -169,3 +170,44 @@ class Monitor:
         if self._writer:
             with naming(self._directory):
                 self._writer.close()
+
+
+class Outlook:
+    """Estimates the remaining time of a whole run: its remaining images, at the average speed so far.
+
+    ``images``: how many images each unfinished step forwards over all ranks, in the order of steps; ``done``: images that this
+    step has forwarded so far; ``clock``: seconds. An image takes longer in some steps than in others, so early estimates can be
+    wrong by a factor of two. They improve during the run.
+    """
+
+    def __init__(
+        self, images: Mapping[str, int], done: Callable[[], int], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._left, self._done, self._clock = dict(images), done, clock
+        self._step, self._seconds, self._images, self._begin = "", 0.0, 0, 0.0
+
+    def begin(self, step: str) -> None:
+        """Begin to count ``step``, unless it is finished."""
+        self._step, self._begin = step, self._clock()
+
+    def end(self, step: str) -> None:
+        """Record that ``step`` is finished. If it forwarded images, they and its time count in the speed."""
+        if images := self._done():
+            self._images += images
+            self._seconds += self._clock() - self._begin
+        self._left.pop(step, None)
+
+    def seconds(self, loop: float = 0.0) -> float | None:
+        """Return the seconds until the run ends; None if there is no estimate yet. ``loop``: seconds that this step takes at least."""
+        done, spent = self._done(), self._seconds + self._clock() - self._begin
+        images = self._images + done
+        if spent < FIRST_LOOK or not images:
+            return None
+        here = max(self._left.get(self._step, 0) - done, 0)
+        later = sum(n for step, n in self._left.items() if step != self._step)
+        return max(here * spent / images, loop) + later * spent / images
+
+    def __call__(self, loop: float = 0.0) -> str:
+        """Return the text for progress lines; empty if there is no estimate yet, or nothing is left. ``loop``: as of `seconds`."""
+        seconds = self.seconds(loop)
+        return "" if not seconds else f"whole run: about {duration(seconds)} left"

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from gdd_dist.runtime.signals import PeerError, Unreachable
 from sharding.errors import UserError
 
+_LATE = "check that all are running, or raise --timeout"
 _POLL = 0.002
 _A_YEAR = datetime.timedelta(days=365)
 _SOON, _LATER = 30.0, 60.0
@@ -81,9 +82,7 @@ def _meet(store: Any, rank: int, size: int, timeout: float) -> str:
         time.sleep(wait)
         wait = min(wait * 1.5, 0.1)
     who = "rank " + ", ".join(map(str, missing))
-    raise UserError(
-        f"{who} of {size} did not join within {timeout:g} s; check that all are running, or raise --timeout"
-    )
+    raise UserError(f"{who} of {size} did not join within {timeout:g} s; {_LATE}")
 
 
 def _store(rank: int, size: int, timeout: float) -> Any:
@@ -97,9 +96,8 @@ def _store(rank: int, size: int, timeout: float) -> Any:
             raise Unreachable(f"port {port} of {host} is in use; choose another MASTER_PORT") from e
         if "failed to listen" in str(e):
             raise Unreachable(f"rank 0 may not listen on port {port} of {host}; choose another MASTER_PORT") from e
-        why = "check that all are running, or raise --timeout"
         kind = UserError if rank == 0 else Unreachable  # rank 0 hosts the store for a while, for ranks that are late
-        raise kind(f"{size} ranks did not connect at {host}:{port} within {timeout:g} s; {why}") from e
+        raise kind(f"{size} ranks did not connect at {host}:{port} within {timeout:g} s; {_LATE}") from e
 
 
 def _connect(rank: int, limit: float) -> Any:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
+from math import inf
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from gdd_dist.runtime.groups import Ranks
+from gdd_dist.runtime.groups import Ranks, Vote
 from gdd_dist.runtime.signals import Preempted, asked
-from gdd_dist.runtime.vote import Vote
 from gdd_dist.runtime.world import World
 
 
@@ -26,27 +25,19 @@ class Team(Ranks):
         self.count = world.size // size
         self.device = world.device
         self.group: Any = world.cut(size) if size > 1 else None
-        self._voted: float | None = None
+        self._paced = size > 1
 
     def queue(self, jobs: int) -> Iterator[int]:
         """Yield job numbers 0 … jobs - 1, each to one team, the next free one. All ranks of all teams call it."""
         take = self._world.counter()
         while True:
-            self._voted = None
+            self._voted = inf
             stop, taken = Vote(asked.number, take() if self.is_main else 0, self.size, self.group).result()
             if stop:
                 raise Preempted
             if taken >= jobs:
                 return
             yield taken
-
-    def vote(self, save: bool = False) -> Vote:
-        """Like `World.vote`, for this team's ranks."""
-        now = time.monotonic()
-        if self._voted is not None and self.size > 1:
-            asked.allow(now - self._voted)
-        self._voted = now
-        return Vote(asked.number, save and self.is_main, self.size, self.group)
 
     def broadcast(self, value: Any = None) -> Any:
         """Return the leader's ``value`` (anything that JSON can hold) on every rank."""
@@ -60,6 +51,5 @@ class Team(Ranks):
         size = torch.tensor([len(data)])
         dist.broadcast(size, leader, self.group)
         here = bytearray(data) if self.is_main else bytearray(int(size))
-        whole = torch.frombuffer(here, dtype=torch.uint8)
-        dist.broadcast(whole, leader, self.group)
+        dist.broadcast(torch.frombuffer(here, dtype=torch.uint8), leader, self.group)
         return bytes(here)

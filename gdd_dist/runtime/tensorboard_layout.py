@@ -65,5 +65,4 @@ def hparams(settings: Mapping[str, Any], results: Mapping[str, float]) -> tuple[
     ``settings``: flat; values that are neither numbers nor text become text. ``results``: by the tag of their scalar.
     """
     flat = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in settings.items() if v is not None}
-    found: tuple[Summary, ...] = hparams_summaries(flat, dict(results))
-    return found
+    return hparams_summaries(flat, dict(results))

@@ -23,16 +23,13 @@ from gdd_dist.runtime.heartbeat import Pulse, describe, lives
 from gdd_dist.runtime.process_identity import place
 from gdd_dist.runtime.rendezvous import claim_before_joining, meet, second_connection
 from gdd_dist.runtime.signals import LONGEST_GRACE, PeerError, Preempted, asked
-from gdd_dist.runtime.vote import Vote
 
 _POLL = 0.002
 _COLLECTIVE = 1800.0
 """Seconds that a collective may take, or more with a longer --timeout. Heartbeats notice a lost rank; this limit ends a
 collective that hangs for another reason."""
-
 _LATER = 5.0
 """Seconds by which the request to stop may reach one rank later than another."""
-
 _SILENT = 10
 """Heartbeats that a rank of another host must miss before it is treated as lost, after a connection broke."""
 
@@ -126,18 +123,14 @@ class World(Ranks):
         return result
 
     def _wait(self, key: str) -> bytes:
-        """Poll, so that a peer's failure is noticed at once and a busy peer may take as long as it needs.
-
-        Long waits poll less often, because hundreds of ranks may ask one host.
-        """
+        """Poll, so that a peer's failure is noticed at once; less often in long waits, because hundreds of ranks may ask one host."""
         wait, begin = _POLL, time.monotonic()
         while True:
             # This rank has written its value, so the others may still complete the gather: it may stop only if one of them
             # has left without writing its own.
-            hopeless = self.stopping and self._store.check(["leaving"])
+            hopeless = asked.number and self._store.check(["leaving"])
             if self._store.check([key]):
-                value: bytes = self._store.get(key)
-                return value
+                return self._store.get(key)
             self._check_peers()
             if hopeless:
                 self.check_stop()
@@ -174,14 +167,9 @@ class World(Ranks):
 
         return take
 
-    @property
-    def stopping(self) -> bool:
-        """Whether this rank knows that the job was asked to stop; in steps that ranks train together, use `vote` instead."""
-        return bool(asked.number)
-
     def check_stop(self) -> None:
-        """Raise Preempted if the job was asked to stop; for ranks that work independently and have saved their progress."""
-        if self.stopping:
+        """Raise Preempted if the job was asked to stop; for ranks that work independently (others `vote`) and have saved their progress."""
+        if asked.number:
             asked.agreed = True
             self._leave()
             raise Preempted
@@ -191,13 +179,6 @@ class World(Ranks):
         if self._store is not None:
             with suppress(RuntimeError):  # the store's host was lost
                 self._store.set("leaving", str(self.rank))
-
-    def vote(self, save: bool = False) -> Vote:
-        """Begin a vote at the start of a joint training step: was any rank asked to stop, does rank 0 want to ``save``?"""
-        now = time.monotonic()
-        asked.allow(now - self._voted)
-        self._voted = now
-        return Vote(asked.number, save and self.is_main, self.size, self.group)
 
     def settle(self) -> bool:
         """After Preempted: wait until all ranks have saved, let rank 0 call ``on_preempted``, and exit together.

@@ -21,7 +21,6 @@ from gdd_dist.storage.json_files import read_json, write_json
 from sharding.errors import UserError
 from sharding.files import write_atomic
 
-KEEP = 3
 FORMAT = "gdd-checkpoint/1"
 
 
@@ -33,7 +32,7 @@ class Checkpoints:
         directory: Path,
         seconds: float,
         say: Callable[[str], None] = print,
-        keep: int = KEEP,
+        keep: int = 3,
         among: Callable[[Any], list[Any]] = lambda value: [value],
         bring: Callable[[], None] = lambda: None,
     ) -> None:

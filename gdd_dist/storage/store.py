@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from gdd_dist.storage.json_files import ALONE, again, append_json, json_lines, read_json, write_json
 from sharding.errors import UserError
-from sharding.files import fsync_dir, remove_temporaries, sha256_file
+from sharding.files import fsync_dir, link_atomic, remove_temporaries, sha256_file
 
 CONTENTS = "contents.json"
 RECORDS = "steps.json"
@@ -47,10 +46,7 @@ class Whole:
         return found
 
     def as_written(self) -> dict[str, tuple[int, str]]:
-        """Return file name → (bytes, sha256). A file is read only if it was written more than once with different content.
-
-        Raises UserError naming a file whose size differs.
-        """
+        """Return file name → (bytes, sha256); reads only files with several versions. Raises UserError naming a file of another size."""
         found = {}
         for name, entries in self.known().items():
             path = self._work / name
@@ -82,9 +78,8 @@ class Store:
     def finish(self, step: str, fp: str, info: Mapping[str, Any], between: Callable[[], None] = lambda: None) -> Path:
         """Record size and sha256 of every file, flush, rename (the directory is now final), and remove the checkpoints.
 
-        Files that were hashed when they were written (`Whole`) are not read again.
-
-        ``between`` is called between files and may raise: before the rename, nothing is lost.
+        Files that were hashed when they were written (`Whole`) are not read again. ``between`` is called between files and may
+        raise, because nothing is lost before the rename.
         """
         work = self.partial(step, fp)
         clean(work)
@@ -182,6 +177,4 @@ def link_latest(out: Path, step: str, target: Path) -> None:
     """Make OUT/<step>/latest a relative link to the finished directory, replaced atomically."""
     directory = out / step
     directory.mkdir(parents=True, exist_ok=True)
-    temporary = directory / f".tmp-{uuid.uuid4().hex}"
-    temporary.symlink_to(os.path.relpath(target.resolve(), directory.resolve()))
-    os.replace(temporary, directory / "latest")
+    link_atomic(directory / "latest", Path(os.path.relpath(target.resolve(), directory.resolve())))

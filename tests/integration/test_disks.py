@@ -3,6 +3,7 @@
 import functools
 import os
 import shutil
+from types import SimpleNamespace
 
 import hooks
 import pytest
@@ -11,6 +12,7 @@ import ranks
 import gdd_dist.runtime.file_exchange
 from gdd_dist.runtime.file_exchange import Disks
 from gdd_dist.runtime.world import World
+from gdd_dist.storage.store import clean
 from sharding.errors import UserError
 
 
@@ -110,6 +112,20 @@ def test_a_file_that_changed_on_its_way_gets_no_name(tmp_path):
     found = ranks.call(tmp_path, 2, send, tmp_path, True)
     assert "damaged while it was sent from rank 0" in found[1]["error"]
     assert found[1]["files"] == {}
+
+
+def test_what_a_killed_transfer_leaves_is_removed_like_other_temporary_files_of_a_step(tmp_path, monkeypatch):
+    """Else it would be one of the files of the finished step."""
+    disks, seen = Disks(), []
+    disks._hosts = SimpleNamespace(rank=1, group=None)
+    monkeypatch.setattr("torch.distributed.broadcast", lambda *_, **__: seen.append([*tmp_path.iterdir()]))
+    with pytest.raises(UserError, match="damaged while it was sent"):  # nothing but zeros arrives
+        disks._send(tmp_path / "a.npy", 0, 5, [False, True])
+    assert [*tmp_path.iterdir()] == []
+    (left,) = seen[-1]
+    left.touch()
+    clean(tmp_path)
+    assert not left.exists()
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from searching import (
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from gdd_dist.config.settings import Config
 from tune import space
 from tune.cluster import Node, check_resources
 from tune.options import Options
@@ -53,7 +54,7 @@ def faulty_seed(trials: int) -> int:
     """The first seed whose draws hold all three kinds."""
     axes = space.merged(FAULTS, "FAULTS")
     for seed in count():
-        proposals = Proposals(axes, "random", seed)
+        proposals = Proposals(axes, "random", Config(seed=seed))
         if {kind(proposals.propose(f"{n:03d}")) for n in range(1, trials)} == {"failed", "diverged", "finished"}:
             return seed
     raise AssertionError

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gdd_dist.runtime.outlook import Outlook
+from gdd_dist.runtime.monitor import Outlook
 
 
 class Run:

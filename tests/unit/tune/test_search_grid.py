@@ -13,7 +13,7 @@ from gdd_dist.config.settings import Config, Gan
 from gdd_dist.config.steps import fingerprints
 from sharding.errors import UserError
 from sharding.manifest import Manifest
-from tune import board, grid, options, page, space, study
+from tune import board, options, page, space, study
 from tune.record import FINISHED, Outcome, Record, best_of
 from tune.space import Axis
 
@@ -35,14 +35,14 @@ VALS = {
 def a_search(tmp_path, *argv, text=SPACE):
     (tmp_path / "space.yaml").write_text(text)
     given = ["--algorithm", "grid", "--space", str(tmp_path / "space.yaml"), "--matching.seed", "4", *argv]
-    return options.parse(["--out", str(tmp_path), *given]).search
+    return options.parse(["--out", str(tmp_path), *given])
 
 
 @pytest.fixture
 def studied(tmp_path):
     """A study of three seeds that has ended; one trial of (kd, 1.0) diverged."""
     search, record = a_search(tmp_path), Record(tmp_path)
-    for n, settings in enumerate(grid.plan(search.axes, search.config, 3)):
+    for n, settings in enumerate(space.grid(search.axes, search.config, 3)):
         record.propose(f"{n:03d}", settings)
         found = {**space.values(search.columns, search.config), **settings}
         val = VALS[found["matching.loss"], found["matching.lambda_pair"]][found["matching.seed"]]
@@ -54,7 +54,7 @@ def studied(tmp_path):
 
 def test_a_grid_is_each_combination_with_each_seed_and_the_defaults_once(tmp_path):
     search = a_search(tmp_path, "--seeds", "2")
-    found = grid.plan(search.axes, search.config, 2)
+    found = space.grid(search.axes, search.config, 2)
     others = [("kd", 0.0), ("kd", 1.0), ("skd", 0.0)]
     of_first = [{"matching.loss": loss, "matching.lambda_pair": weight} for loss, weight in others]
     assert found == [{}, *of_first, {"matching.seed": 5}, *({**s, "matching.seed": 5} for s in of_first)]
@@ -69,9 +69,9 @@ def test_a_grid_is_each_combination_with_each_seed_and_the_defaults_once(tmp_pat
 
 def test_defaults_outside_the_choices_stand_beside_the_grid(tmp_path):
     search = a_search(tmp_path, text="matching.loss: {choices: [kd, dim, kd]}")
-    assert grid.plan(search.axes, search.config, 1) == [{}, {"matching.loss": "kd"}, {"matching.loss": "dim"}]
+    assert space.grid(search.axes, search.config, 1) == [{}, {"matching.loss": "kd"}, {"matching.loss": "dim"}]
     outcomes = [
-        Outcome(f"{n:03d}", FINISHED, s, 50.0 + n, 1.0) for n, s in enumerate(grid.plan(search.axes, search.config, 1))
+        Outcome(f"{n:03d}", FINISHED, s, 50.0 + n, 1.0) for n, s in enumerate(space.grid(search.axes, search.config, 1))
     ]
     marks = [t.get_text() for t in page.figure(search, outcomes, outcomes[0]).axes[0].get_xticklabels()]
     assert marks == ["kd", "dim", "skd"]
@@ -116,11 +116,11 @@ def test_the_example_in_the_docs_is_the_file_it_names(tmp_path):
 def test_seeds_may_be_added_and_nothing_else_of_a_study_changed(tmp_path):
     options.save(a_search(tmp_path, "--seeds", "2"))
     resume = ["--out", str(tmp_path), "--resume"]
-    again = options.parse(resume).search
+    again = options.parse(resume)
     assert (again.options.trials, again.config.matching.seed) == (8, 4)
-    more = options.parse([*resume, "--seeds", "3", "--space", str(tmp_path / "space.yaml")]).search
+    more = options.parse([*resume, "--seeds", "3", "--space", str(tmp_path / "space.yaml")])
     assert more.options.trials == 12
-    assert grid.plan(more.axes, more.config, 3)[:8] == grid.plan(again.axes, again.config, 2)
+    assert space.grid(more.axes, more.config, 3)[:8] == space.grid(again.axes, again.config, 2)
     for typed in (["--trials", "20"], ["--scheduler", "asha"], ["--algorithm", "random"]):
         with pytest.raises(UserError):
             options.parse([*resume, *typed])
@@ -130,7 +130,7 @@ def test_seeds_may_be_added_and_nothing_else_of_a_study_changed(tmp_path):
 def test_the_seed_of_matching_shapes_matching_alone(digits, start):
     """Else a study with several seeds would train a GAN for each."""
     config, manifest = Config(gan=Gan(start=start)), Manifest.load(digits)
-    one, two = (fingerprints(space.apply(config, {grid.SEED: s}), manifest, "float32") for s in (0, 1))
+    one, two = (fingerprints(space.apply(config, {space.SEED: s}), manifest, "float32") for s in (0, 1))
     assert one == fingerprints(config, manifest, "float32")
     assert [step for step in one if one[step] != two[step]] == ["matching", "report"]
 
@@ -171,7 +171,7 @@ def test_best_is_the_best_mean_not_the_best_trial(studied):
 
 def test_with_one_seed_there_is_no_test_and_the_page_says_so(tmp_path):
     search, record = a_search(tmp_path, "--seeds", "1"), Record(tmp_path)
-    for n, settings in enumerate(grid.plan(search.axes, search.config, 1)):
+    for n, settings in enumerate(space.grid(search.axes, search.config, 1)):
         record.finish(Outcome(f"{n:03d}", FINISHED, settings, 60.0 - n, 0.5))
     _, lines = study.table(search, record)
     assert [line[3:] for line in lines] == [
@@ -204,4 +204,4 @@ def test_the_page_shows_combinations_before_trials(studied, capsys):
 
 def test_retrainings_have_seeds_that_no_trial_has(tmp_path):
     assert a_search(tmp_path, "--seeds", "3", "--final-seeds", "2").new_seeds == (7, 8)
-    assert options.parse(["--out", str(tmp_path), "--seed", "4"]).search.new_seeds == (5, 6, 7)
+    assert options.parse(["--out", str(tmp_path), "--seed", "4"]).new_seeds == (5, 6, 7)

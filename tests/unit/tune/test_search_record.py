@@ -63,28 +63,28 @@ def test_best_is_the_earliest_of_equals_and_was_trained_to_its_end(tmp_path):
 
 
 def saved(tmp_path, *argv):
-    command = options.parse(["--out", str(tmp_path), *argv])
-    options.save(command.search)
-    return command.search
+    search = options.parse(["--out", str(tmp_path), *argv])
+    options.save(search)
+    return search
 
 
 def test_resume_takes_everything_from_the_search(tmp_path):
     search = saved(tmp_path, "--trials", "3", "--matching.steps", "40", "--algorithm", "optuna", "--preset", "cifar10")
-    command = options.parse(["--out", str(tmp_path), "--resume"])
-    assert command.resume
-    assert command.search.options == search.options
-    assert command.search.axes == search.axes
-    assert command.search.preset == "cifar10"
-    assert dataclasses.replace(command.search.config, out=None) == dataclasses.replace(search.config, out=None)
+    again = options.parse(["--out", str(tmp_path), "--resume"])
+    assert again.resume
+    assert again.options == search.options
+    assert again.axes == search.axes
+    assert again.preset == "cifar10"
+    assert dataclasses.replace(again.config, out=None) == dataclasses.replace(search.config, out=None)
     same = ["--trials", "3", "--matching.steps", "40", "--algorithm", "optuna", "--preset", "cifar10"]
-    assert options.parse(["--out", str(tmp_path), *same, "--resume"]).search.options == search.options
+    assert options.parse(["--out", str(tmp_path), *same, "--resume"]).options == search.options
 
 
 def test_resume_may_change_how_much_and_where(tmp_path):
     saved(tmp_path, "--trials", "3")
     again = options.parse(["--out", str(tmp_path), "--resume", "--trials", "9", "--ranks-per-trial", "2", "--debug"])
-    assert (again.search.options.trials, again.search.options.ranks_per_trial) == (9, 2)
-    assert again.search.config.debug
+    assert (again.options.trials, again.options.ranks_per_trial) == (9, 2)
+    assert again.config.debug
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_keys_in_a_url_are_not_written_down(tmp_path):
     saved(tmp_path, "--data", url, "--preset", "digits")
     assert "secret" not in "".join(p.read_text() for p in tmp_path.iterdir())
     again = options.parse(["--out", str(tmp_path), "--resume", "--data", url])
-    assert again.search.config.data == url
+    assert again.config.data == url
     with pytest.raises(UserError, match="--data cannot be changed"):
         options.parse(["--out", str(tmp_path), "--resume", "--data", url + "2"])
 
@@ -178,22 +178,22 @@ def test_the_help_has_groups_units_and_defaults(capsys):
 
 @pytest.mark.parametrize(("text", "seconds"), [("90", 90.0), ("1.5m", 90.0), ("2h", 7200.0), ("30s", 30.0)])
 def test_a_time_budget_has_units(tmp_path, text, seconds):
-    assert options.parse(["--out", str(tmp_path), "--time-budget", text]).search.options.time_budget == seconds
+    assert options.parse(["--out", str(tmp_path), "--time-budget", text]).options.time_budget == seconds
 
 
 def test_settings_of_the_trainer_hold_for_all_trials(tmp_path):
     config = tmp_path / "settings.yaml"
     config.write_text("preset: cifar10\nmatching:\n  steps: 77\n")
     argv = ["--config", str(config), "--report.ipc", "1", "10", "--trials", "4", "--matching.batch=32"]
-    search = options.parse(["--out", str(tmp_path), *argv]).search
+    search = options.parse(["--out", str(tmp_path), *argv])
     assert (search.config.matching.steps, search.config.matching.batch, search.config.report.ipc) == (77, 32, (1, 10))
     assert (search.options.trials, search.preset) == (4, "cifar10")
 
 
 def test_without_a_setting_the_search_is_short_and_says_so(tmp_path, capsys):
-    short = options.parse(["--out", str(tmp_path), "--trials", "3"]).search.config.matching
+    short = options.parse(["--out", str(tmp_path), "--trials", "3"]).config.matching
     assert (short.steps, short.interval) == (300, 100)
-    assert options.parse(["--out", str(tmp_path), "--seed", "1"]).search.config.matching.steps > short.steps
+    assert options.parse(["--out", str(tmp_path), "--seed", "1"]).config.matching.steps > short.steps
     with pytest.raises(SystemExit):
         options.parse(["--help"])
     assert "300 steps of matching" in " ".join(capsys.readouterr().out.split())

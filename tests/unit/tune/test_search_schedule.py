@@ -46,6 +46,10 @@ def measured(step, val, **more):
     }
 
 
+def a_keeper(record, until=float("inf")):
+    return Keeper(record, until, lambda: None)
+
+
 def told(asha, name, *results):
     """What the scheduler answers to a trial's reports."""
     trial = a_trial(name)
@@ -77,7 +81,7 @@ def test_asha_remembers_what_earlier_invocations_measured(tmp_path):
 def a_record(tmp_path):
     """A search of five trials: two finished, one stopped, one diverged, one still open."""
     record = Record(tmp_path)
-    keeper = Keeper(record)
+    keeper = a_keeper(record)
     results = {
         "000": [measured(0, 50), measured(4, 60), measured(8, 60, kept=4, status="finished", fingerprint="f0")],
         "001": [measured(0, 50), measured(4, 70), measured(8, 70, kept=4, status="finished", fingerprint="f1")],
@@ -121,13 +125,13 @@ def test_the_keeper_writes_down_how_each_trial_ended(a_record):
 
 def test_a_trial_that_is_lost_too_often_is_recorded(a_record):
     trial = a_trial("004", num_failures=4, get_error=lambda: "the actor died\n because of x")
-    Keeper(a_record).on_trial_error(0, [], trial)
+    a_keeper(a_record).on_trial_error(0, [], trial)
     assert a_record.outcomes()["004"].status == "failed"
     assert "lost 4 times: the actor died because of x" in a_record.outcomes()["004"].reason
 
 
 def test_a_trial_that_ran_out_of_time_is_left_for_resume(a_record):
-    keeper = Keeper(a_record, until=0.0)
+    keeper = a_keeper(a_record, until=0.0)
     keeper.on_trial_complete(0, [], a_trial("004", last_result=measured(0, 50)))
     assert "004" not in a_record.outcomes()
     assert left(a_search(a_record, final_seeds=0), a_record)
@@ -135,7 +139,7 @@ def test_a_trial_that_ran_out_of_time_is_left_for_resume(a_record):
 
 def test_open_trials_come_first_then_new_ones_as_far_as_there_is_room(a_record):
     room = [2]
-    proposals = Proposals(space.SPACE, "random", 0)
+    proposals = Proposals(space.SPACE, "random", Config())
     proposer = Proposer(a_record, proposals, 7, "val", lambda: room[0], ["004"])
     first, second = proposer.suggest("a"), proposer.suggest("b")
     assert (first["id"], first["settings"]) == ("004", {"matching.temperature": 5.0, "matching.lambda_adv": 0.0})

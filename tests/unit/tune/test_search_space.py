@@ -13,7 +13,7 @@ from tune.space import SPACE, Axis
 
 
 def drawn(algorithm="random", seed=0, count=20, axes=SPACE):
-    proposals = Proposals(axes, algorithm, seed, lambda s: space.trainable(Config(), s))
+    proposals = Proposals(axes, algorithm, Config(seed=seed))
     return [proposals.propose(f"{n:03d}") for n in range(count)]
 
 
@@ -44,18 +44,18 @@ def test_draws_lie_within_the_space_and_weights_may_be_exactly_0(algorithm):
 
 def test_a_draw_depends_on_seed_and_number_alone():
     assert drawn(count=5) == drawn(count=5)
-    late = Proposals(SPACE, "random", 0)
+    late = Proposals(SPACE, "random", Config())
     assert late.propose("004") == drawn(count=5)[4]
     assert drawn(seed=1, count=5) != drawn(count=5)
 
 
 def test_a_sampler_that_forgot_everything_goes_on_from_the_record():
     """TPE: what is drawn next is the same whether the trials before were seen to end or were read from the record."""
-    whole = Proposals(SPACE, "optuna", 3)
+    whole = Proposals(SPACE, "optuna", Config(seed=3))
     settings = [whole.propose(f"{n:03d}") for n in range(8)]
     for n, s in enumerate(settings):
         whole.tell(f"{n:03d}", -abs(s["matching.temperature"] - 2))
-    again = Proposals(SPACE, "optuna", 3)
+    again = Proposals(SPACE, "optuna", Config(seed=3))
     for n, s in enumerate(settings):
         again.remember(f"{n:03d}", s)
         again.tell(f"{n:03d}", -abs(s["matching.temperature"] - 2))
@@ -68,7 +68,7 @@ def test_tpe_learns_where_it_is_good():
     far = {"random": 0.0, "optuna": 0.0}
     for algorithm in far:
         for seed in range(3):
-            proposals = Proposals(axes, algorithm, seed)
+            proposals = Proposals(axes, algorithm, Config(seed=seed))
             for n in range(40):
                 value = proposals.propose(f"{n:03d}")["matching.temperature"]
                 proposals.tell(f"{n:03d}", -abs(value - 3.0))
@@ -77,7 +77,7 @@ def test_tpe_learns_where_it_is_good():
 
 
 def test_trials_that_failed_and_defaults_outside_the_space_do_not_break_the_sampler():
-    proposals = Proposals((Axis("matching.temperature", 0.5, 1.0),), "optuna", 0)
+    proposals = Proposals((Axis("matching.temperature", 0.5, 1.0),), "optuna", Config())
     proposals.remember("000", {"matching.temperature": 2.0})
     proposals.tell("000", 90.0)
     proposals.propose("001")
@@ -91,7 +91,7 @@ def test_a_trial_that_would_train_nothing_is_never_drawn():
     assert space.trainable(Config(), {**off, "matching.lambda_label": 0.1})
     axes = tuple(Axis(name, choices=(0.0,)) for name in off)
     with pytest.raises(UserError, match="random settings from the space can be trained"):
-        Proposals(axes, "random", 0, lambda s: space.trainable(Config(), s)).propose("001")
+        Proposals(axes, "random", Config()).propose("001")
 
 
 def test_a_file_changes_the_space(tmp_path):
