@@ -71,7 +71,12 @@ def _start(address: str | None, files: str | None, debug: bool) -> None:
     if address is None:
         cores = int(this_host().cpus)
         own: dict[str, Any] = {"num_cpus": cores, "object_store_memory": OBJECT_STORE, "_temp_dir": files}
-        ray.init(address="local", include_dashboard=False, **own, **quiet)
+        # A batch system sends SIGTERM to the whole process group. Without its own processes, Ray would wait a minute, and then end this one.
+        heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            ray.init(address="local", include_dashboard=False, **own, **quiet)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, heard)
         return
     try:
         ray.init(address=address, runtime_env={"env_vars": {"PYTHONPATH": python_path()}}, **quiet)

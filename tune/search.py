@@ -15,8 +15,12 @@ if __name__ == "__main__":
     end_silently()
 
 from gdd_dist.runtime.run_program import run_program
+from gdd_dist.runtime.signals import asked
 from tune import environment
 from tune.options import parse
+
+UNWINDING = 60.0
+"""Seconds for Ray to end its processes after an interrupt; on a busy machine it takes many."""
 
 
 def main(argv: list[str], joined: Callable[[Any], None]) -> None:
@@ -25,10 +29,11 @@ def main(argv: list[str], joined: Callable[[Any], None]) -> None:
     environment.prepare(search.options.address)
     from tune import driver  # Ray reads the environment as it is imported
 
+    asked.unwinding, asked.remedy = UNWINDING, "run the same command with --resume to continue"
     try:
         driver.run(search)
     except KeyboardInterrupt:
-        sys.stderr.write("stopped: interrupted; run the same command with --resume to continue\n")
+        sys.stderr.write(f"stopped: interrupted; {asked.remedy}\n")
         raise SystemExit(130) from None
 
 

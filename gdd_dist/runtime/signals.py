@@ -42,12 +42,13 @@ class Asked:
 
     ``patient``: there is progress to save, so a signal must not end this process at once. ``ranks``: number of ranks of the job.
     ``among_ranks``: this program is one of the ranks that RANK and WORLD_SIZE describe, so a fault before they join is reported once
-    for all. Other programs never look for ranks, because a shell inside a job has these variables, too.
+    for all. Other programs never look for ranks, because a shell inside a job has these variables, too. ``unwinding``: seconds that
+    the main thread gets to clean up after an interrupt; ``remedy``: how the user continues.
     """
 
     def __init__(self) -> None:
         self.number, self.agreed, self.grace, self.patient, self.ranks = 0, False, GRACE, False, 1
-        self.among_ranks = False
+        self.among_ranks, self.unwinding, self.remedy = False, 2.0, "run the same command again to continue"
         self.heard = threading.Event()
         self.wake: Callable[[], object] = lambda: None
 
@@ -129,7 +130,7 @@ def _hear(told: int, rank: str) -> None:
         wait = None if deadline == float("inf") else max(0.0, deadline - time.monotonic())
         if not select.select([told], [], [], wait)[0]:
             if interrupted:
-                end_with(130, f"stopped: rank {rank}, interrupted; run the same command again to continue")
+                end_with(130, f"stopped: rank {rank}, interrupted; {asked.remedy}")
             if not asked.agreed:
                 what = "the ranks did not agree" if asked.ranks > 1 else "no step ended"
                 why = f"by {asked.name}, without saving: {what} within {asked.grace:.0f} s"
@@ -140,7 +141,7 @@ def _hear(told: int, rank: str) -> None:
         if number == 0 and deadline == float("inf") and not late:  # another rank received the signal
             deadline = time.monotonic() + asked.grace
         elif number == signal.SIGINT:  # the main thread also gets it, unless it is inside a collective
-            interrupted, deadline = True, time.monotonic() + 2.0
+            interrupted, deadline = True, time.monotonic() + asked.unwinding
         elif number in (signal.SIGTERM, signal.SIGUSR1) and signal.getsignal(number) is _handler:
             if not asked.patient:
                 end_with(128 + number, f"stopped: rank {rank}, by {signal.Signals(number).name}; nothing was started")
