@@ -23,7 +23,7 @@ STEPS = (
     "teachers",
     "gan",
     "matching",
-    "evaluation.students.train_step",
+    "training.classifier_fit.train_step",
 )
 KINDS = ("rank", "job", "checkpoint", "logit file", "rename")
 

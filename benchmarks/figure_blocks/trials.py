@@ -51,6 +51,11 @@ def terms() -> str:
     return moved_rows("terms.jsonl", "gaussian")
 
 
+def adversaries() -> str:
+    """What an adversary adds to the terms that move the Gaussians, at equal CPU seconds."""
+    return moved_rows("adversaries.jsonl", "none")
+
+
 def moved_rows(record: str, beside: str) -> str:
     """Students' accuracies of each row of ``record``, means over runs, and their differences from the row ``beside``, paired by run."""
     found = [json.loads(text) for text in (records.RESULTS / record).read_text().splitlines()]
@@ -134,6 +139,7 @@ def search_cost() -> str:
 
 FIGURES: dict[str, Callable[[], str]] = {
     "terms": terms,
+    "adversaries": adversaries,
     "protocols": protocols,
     "trivial": trivial,
     "standardization": standardization,

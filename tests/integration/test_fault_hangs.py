@@ -13,7 +13,7 @@ PLACES = {
     "teachers": ("teachers", []),
     "logits": ("steps.logits._write", ["teachers"]),
     "gan": ("gan", ["teachers", "logits"]),
-    "report": ("evaluation.students.train_step", ["teachers", "logits", "gaussian", "gan", "matching"]),
+    "report": ("training.classifier_fit.train_step", ["teachers", "logits", "gaussian", "gan", "matching"]),
 }
 
 

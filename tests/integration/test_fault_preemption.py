@@ -35,7 +35,7 @@ PLACES = {
     "gan": ("gan", 7, 4),
     "matching": ("matching", 7, 4),
     "matching's quick students": (
-        "evaluation.quick_students.train_step",
+        "training.classifier_fit.train_step",
         7,
         4,
     ),  # six students of five steps: some rank trains two
