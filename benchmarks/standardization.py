@@ -24,8 +24,8 @@ def whole_run(args: argparse.Namespace, seed: int, loss: str) -> dict[str, float
     """Train one seed with one loss (what comes before matching is shared by its two losses); labels → accuracy in percent."""
     out = Path(args.out) / f"seed-{seed}-{loss}"
     launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={args.ranks}", "-m", "gdd_dist.train"]
-    store, own = args.shared or Path(args.out) / "store", ("matching", "report")
-    seeds = [f"--{step}.seed={seed}" for step in own] if args.shared else [f"--seed={seed}"]
+    store = args.shared or Path(args.out) / "store"
+    seeds = [f"--matching.seed={seed}", f"--report.seed={seed}"] if args.shared else [f"--seed={seed}"]
     where = ["--out", str(out), "--store", str(store), *seeds, "--matching.loss", loss]
     rows = ["--report.protocol", "regenerate", "--report.baselines", "gan"]
     subprocess.run([*launch, *where, *rows, *args.settings], check=True, stdout=sys.stderr)

@@ -25,11 +25,11 @@ _SPLIT = re.compile(rf",(?=(?:{'|'.join(SPLITS)})=)")
 
 def split_patterns(argument: str) -> dict[str, str]:
     """SPLIT → pattern, from ``train=PATTERN,test=PATTERN`` or one pattern (train). Raises UserError for anything else."""
-    parts = _SPLIT.split(argument)
-    if not any(part.startswith(f"{split}=") for part in parts for split in SPLITS):
+    named = _SPLIT.split(argument)
+    if not any(one.startswith(f"{split}=") for one in named for split in SPLITS):
         return {"train": _local(argument)}
-    patterns = {split: _local(pattern) for split, _, pattern in (part.partition("=") for part in parts)}
-    if "train" not in patterns or len(patterns) < len(parts) or not all(patterns.values()):
+    patterns = {split: _local(pattern) for split, _, pattern in (one.partition("=") for one in named)}
+    if "train" not in patterns or len(patterns) < len(named) or not all(patterns.values()):
         raise UserError(f"webdataset:{argument} does not name each split once; write webdataset:train=GLOB,test=GLOB")
     return patterns
 
@@ -123,8 +123,8 @@ def mixed(found: dict[str, list[Path]]) -> list[str]:
         if len(named) > 1:
             patterns = {told: _pattern(named[told]) if "train" in named else "GLOB" for told in SPLITS if told in named}
             cure = ",".join(f"{told}={pattern}" for told, pattern in ({"train": "GLOB"} | patterns).items())
-            tars = few(f"{path.parent.name}/{path.name}" for told in named.values() for path in told[:1])
-            notes.append(f"{tars} are all read as {split}; {quote('webdataset:' + cure)} keeps the splits apart")
+            examples = few(f"{path.parent.name}/{path.name}" for told in named.values() for path in told[:1])
+            notes.append(f"{examples} are all read as {split}; {quote('webdataset:' + cure)} keeps the splits apart")
     return notes
 
 

@@ -64,8 +64,16 @@ def is_tar(head: bytes) -> bool:
 
 def shown(name: str) -> str:
     """Return a member's name for printing: short, on one line, without control characters."""
-    name = writable(name if len(name) <= 200 else f"{name[:200]}…")
-    return name if name.isprintable() else ascii(name)[1:-1]
+    return _escaped(writable(name if len(name) <= 200 else f"{name[:200]}…"))
+
+
+def shown_whole(name: str) -> str:
+    """Return a member's whole name for printing, on one line; only its parts with control characters are escaped."""
+    return "/".join(map(_escaped, writable(name).split("/")))
+
+
+def _escaped(text: str) -> str:
+    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def writable(name: str) -> str:

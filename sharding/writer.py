@@ -28,7 +28,7 @@ from sharding.pool import Pool, available_cores
 from sharding.progress import Log, Progress
 from sharding.shards import verify_shard
 from sharding.sources import expanded, open_source, places
-from sharding.tars import shown, writable
+from sharding.tars import shown, shown_whole
 
 BUILD_FORMAT = "gdd-build/1"
 CHUNK = 128
@@ -69,9 +69,8 @@ def build(
 def _build(source: str, dest: Path, options: Options, log: Log, bar: bool) -> Built:
     listing = open_source(source, dest / WORK, options, log)
     check_splits(listing, options)
-    versions = {
-        name: version(name) for name in ("numpy", "pillow", "simplejpeg", "webdataset")
-    }  # these determine bytes
+    # Shards made by other versions of these libraries may have other bytes.
+    versions = {name: version(name) for name in ("numpy", "pillow", "simplejpeg", "webdataset")}
     versions |= {"zlib": str(features.version("zlib"))} | listing.versions
     images = sum(len(samples) for samples in listing.splits.values())
     workers = min(options.workers or available_cores(), images if options.workers else -(-images // IMAGES_PER_WORKER))
@@ -105,7 +104,7 @@ def _inspect(
     chunks = [members[start : start + CHUNK] for start in range(0, len(members), CHUNK)]
     look_at = partial(inspect_all, values=options.value_range)
     results = [look for chunk in pool.map(look_at, chunks, progress) for look in chunk]
-    named = [(_one_line(m.name), look) for m, look in zip(members, results, strict=True) if isinstance(look, str)]
+    named = [(shown_whole(m.name), look) for m, look in zip(members, results, strict=True) if isinstance(look, str)]
     skipped = [reason for _, reason in listing.faults] + [f"{name}: {why}" for name, why in named]
     if named and options.on_error == "stop":
         more = f", and {len(named) - 1} more" if len(named) > 1 else ""
@@ -114,12 +113,6 @@ def _inspect(
     for line in skipped:
         log(f"skipped {line}")
     return [None if isinstance(look, str) else look for look in results], skipped
-
-
-def _one_line(name: str) -> str:
-    """Return a member's whole name for printing, on one line and without control characters."""
-    parts = writable(name).split("/")
-    return "/".join(part if part.isprintable() else ascii(part)[1:-1] for part in parts)
 
 
 def _write(pool: Pool, dest: Path, plan: Plan, log: Log, bar: bool) -> list[Written]:
