@@ -13,12 +13,12 @@ import argparse
 import re
 import sys
 
-from figure_blocks import computing, loading, runs, trials
+from figure_blocks import computing, loading, runs, speed, trials
 from figure_blocks.records import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"<!-- figures: ([\w-]+) -->\n(.*?)<!-- end -->", re.DOTALL)
-FIGURES = {**runs.FIGURES, **trials.FIGURES, **loading.FIGURES, **computing.FIGURES}
+FIGURES = {**runs.FIGURES, **trials.FIGURES, **loading.FIGURES, **computing.FIGURES, **speed.FIGURES}
 
 
 def renewed(text: str) -> str:

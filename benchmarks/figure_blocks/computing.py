@@ -1,4 +1,4 @@
-"""Figures of speed: commands, student steps, checkpoints, engines, ranks."""
+"""Figures of computing: checkpoints, engines, ranks, busy machines, a GPU."""
 
 from __future__ import annotations
 
@@ -6,29 +6,6 @@ import json
 from collections.abc import Callable
 
 from figure_blocks.records import RESULTS, lines, only, table
-
-
-def startup() -> str:
-    """How long commands take to answer, beside torch's import and an earlier version."""
-    rows = [
-        [
-            one["settings"]["command"],
-            f"{1 / one['over']['import torch']:.2f}",
-            f"{1 / one['over']['e9ace49']:.2f}",
-        ]
-        for one in lines("startup.jsonl")
-    ]
-    head = ["command", "time, as a share of `import torch`", "as a share of the same at e9ace49"]
-    return table(head, rows) + "\n\nMedians of 3 rounds on two busy cores.\n"
-
-
-def student_steps() -> str:
-    """Steps of the report's students beside an earlier version, by CPU time."""
-    rows = [[one["benchmark"].partition("/")[2], f"{one['ratio']:.2f} ×"] for one in lines("students.jsonl")]
-    return (
-        table(["student", "steps a CPU second, over e9ace49 (last row: over one by one)"], rows)
-        + "\n\nMedians of 3 rounds on two busy cores.\n"
-    )
 
 
 def checkpoint() -> str:
@@ -145,8 +122,6 @@ def gpu() -> str:
 FIGURES: dict[str, Callable[[], str]] = {
     "gpu": gpu,
     "busy": busy,
-    "startup": startup,
-    "student-steps": student_steps,
     "checkpoint": checkpoint,
     "engines": engines,
     "scaling": scaling,

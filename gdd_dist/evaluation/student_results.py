@@ -7,6 +7,7 @@ rows with unchanged inputs are never trained again.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from gdd_dist.evaluation.confusion import StudentResult, pack, unpack
 from gdd_dist.evaluation.ddranking import with_scores
 from gdd_dist.evaluation.job_images import images_answered, images_condensed
 from gdd_dist.evaluation.kinds import GENERATORS, kind_of
-from gdd_dist.evaluation.rows import Job, Row, jobs, result, with_ceiling_shares
+from gdd_dist.evaluation.quick_students import INTERVAL, Candidates
+from gdd_dist.evaluation.rows import Job, Row, jobs, result, row_fingerprint, with_ceiling_shares
 from gdd_dist.evaluation.students import Frozen, train
 from gdd_dist.models.classifiers import classifier_weights
-from gdd_dist.models.files import GENERATOR, read_teachers
+from gdd_dist.models.files import GENERATOR, read_network, read_teachers
 from gdd_dist.runtime.locks import Lock, holding
 from gdd_dist.runtime.monitor import Monitor, say
 from gdd_dist.storage.json_files import ALONE, fingerprint, read_json, write_json
@@ -84,8 +86,7 @@ def confusions(ctx: Context, students: list[Job]) -> dict[Row, np.ndarray]:
     """Return the confusion matrices of finished students, summed over the students of each row: int64 [C, C]."""
     found: dict[Row, np.ndarray] = {}
     for job in students:
-        matrix = read_json(record_path(ctx, job), lambda body: unpack(body["confusion"]), ALONE)
-        found[job.row] = found.get(job.row, 0) + matrix
+        found[job.row] = found.get(job.row, 0) + confusion_of(ctx, job)
     return found
 
 
@@ -117,12 +118,17 @@ def evaluate(
     students = jobs(ctx.config, ctx.manifest, ctx.precision, fingerprints)
     known = cached(ctx, students)
     weights = costs(ctx, students, dirs.get("teachers"))
-    todo = sorted((j for j in students if j.fingerprint not in known), key=lambda j: -weights[j.fingerprint])
+    same = twins(ctx, students, dirs, fingerprints)
+    # Those with a twin come last, so that no rank waits for it.
+    todo = sorted(
+        (j for j in students if j.fingerprint not in known),
+        key=lambda j: (j.fingerprint in same, -weights[j.fingerprint]),
+    )
     frozen, mine = Frozen(ctx, dirs), {}
     rows, records = record_path(ctx, students[0]).parent, [f"{j.fingerprint}.json" for j in students]
     monitor.already(len(known))
     for n in ctx.world.queue(len(todo)):
-        mine[todo[n].fingerprint] = train_once(ctx, frozen, todo[n])
+        mine[todo[n].fingerprint] = train_once(ctx, frozen, todo[n], same.get(todo[n].fingerprint))
         if ctx.world.is_main:
             done = sum(record_path(ctx, j).exists() for j in todo)
             monitor.advance(len(known) + done, f"{todo[n].row.train_on} {todo[n].row.student} {todo[n].row.labels}")
@@ -156,8 +162,42 @@ def with_bytes(ctx: Context, dirs: Mapping[str, Path], results: list[dict[str, A
     return [{**r, "bytes": size(r)} for r in results]
 
 
-def train_once(ctx: Context, frozen: Frozen, job: Job) -> StudentResult:
-    """Train one student and store its result; if another run on this store is training it, wait and use that result."""
+def twins(
+    ctx: Context, students: list[Job], dirs: Mapping[str, Path], fingerprints: Mapping[str, str]
+) -> dict[str, Job]:
+    """Return, by fingerprint, the equal student on the generator of an earlier step, if matching kept that generator unchanged.
+
+    No random number depends on what a row trains on, so both students have the same result.
+    """
+    matched = [j for j in students if j.row.train_on == "matched"]
+    kind = kept_unchanged(ctx, dirs["matching"]) if matched else None
+    if kind is None or kind not in dirs:
+        return {}
+    found = {}
+    for j in matched:
+        row = replace(j.row, train_on=kind)
+        own = row_fingerprint(ctx.config, row, j.budget, j.seed, ctx.precision, fingerprints)
+        found[j.fingerprint] = replace(j, row=row, fingerprint=own)
+    return found
+
+
+def kept_unchanged(ctx: Context, matching: Path) -> str | None:
+    """Return the step whose generator matching kept as it was: gan or gaussian; None if it kept one that it trained."""
+    m = ctx.config.matching
+    kept = Candidates.of(read_network(matching / GENERATOR)[1]).kept(m.select)
+    if kept is None:
+        return None
+    name, measured = kept
+    if name != INTERVAL:
+        return name
+    # The Gaussian that matching moves is another network, so even before the first step it is the same only up to rounding.
+    return "gan" if measured["step"] == 0 and m.start == "gan" else None
+
+
+def train_once(ctx: Context, frozen: Frozen, job: Job, twin: Job | None = None) -> StudentResult:
+    """Train one student and store its result, or take that of its ``twin``; if another run on this store is training it, wait and
+    use that result.
+    """
     path = record_path(ctx, job)
 
     def busy(_holder: Mapping[str, Any]) -> None:
@@ -166,9 +206,18 @@ def train_once(ctx: Context, frozen: Frozen, job: Job) -> StudentResult:
     with holding(Lock(path.with_suffix(".lock")), busy):
         measured = load_record(path, job)
         if measured is None:
-            measured, matrix = train(ctx, frozen, job)
+            if twin is None:
+                measured, matrix = train(ctx, frozen, job)
+            else:
+                measured, matrix = train_once(ctx, frozen, twin), confusion_of(ctx, twin)
             save_record(path, job, measured, matrix)
     return measured
+
+
+def confusion_of(ctx: Context, job: Job) -> np.ndarray:
+    """Return the confusion matrix of a finished student: int64 [C, C]."""
+    matrix: np.ndarray = read_json(record_path(ctx, job), lambda body: unpack(body["confusion"]), ALONE)
+    return matrix
 
 
 def summarise(students: list[Job], measured: Mapping[str, StudentResult]) -> list[dict[str, Any]]:

@@ -84,8 +84,6 @@ class Ranks:
     group: Any
     _voted = inf
     """When this rank voted last, by time.monotonic; infinite if the time since then is not that of a step."""
-    _paced = True
-    """Whether long training steps give the ranks more time to agree to stop."""
 
     @property
     def is_main(self) -> bool:
@@ -93,10 +91,12 @@ class Ranks:
         return self.rank == 0
 
     def vote(self, save: bool = False) -> Vote:
-        """Begin a vote at the start of a joint training step: was any rank asked to stop, does rank 0 want to ``save``?"""
+        """Begin a vote at the start of a joint training step: was any rank asked to stop, does rank 0 want to ``save``?
+
+        The time since the last vote, that of a step, tells how long the ranks may take to agree to stop.
+        """
         now = time.monotonic()
-        if self._paced:
-            asked.allow(now - self._voted)
+        asked.allow(now - self._voted)
         self._voted = now
         return Vote(asked.number, save and self.is_main, self.size, self.group)
 

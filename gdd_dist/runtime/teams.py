@@ -25,7 +25,6 @@ class Team(Ranks):
         self.count = world.size // size
         self.device = world.device
         self.group: Any = world.cut(size) if size > 1 else None
-        self._paced = size > 1
 
     def queue(self, jobs: int) -> Iterator[int]:
         """Yield job numbers 0 … jobs - 1, each to one team, the next free one. All ranks of all teams call it."""

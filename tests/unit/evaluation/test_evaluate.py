@@ -22,8 +22,9 @@ from gdd_dist.data.images import to_float
 from gdd_dist.data.order import Recent
 from gdd_dist.evaluation.job_images import images_forwarded
 from gdd_dist.evaluation.rows import Row, jobs
-from gdd_dist.evaluation.student_results import costs, evaluate, record_path, with_bytes
+from gdd_dist.evaluation.student_results import confusions, costs, evaluate, record_path, with_bytes
 from gdd_dist.evaluation.students import Frozen, Sets, real_samples, train
+from gdd_dist.models.files import GENERATOR, load_generator_network, save_network
 from gdd_dist.pipeline.finished_run import finished_steps
 from gdd_dist.training.condense import START, condensed
 from gdd_dist.training.context import Context
@@ -298,6 +299,33 @@ def test_a_damaged_record_is_named_and_its_student_alone_trained_anew(
     assert str(path) in capsys.readouterr().err
     assert path.read_text() == before
     assert ctx.forwards == images_forwarded(job, 2, made.manifest)
+
+
+@pytest.mark.parametrize("kept", ["gan", "gaussian"])
+@pytest.mark.parametrize("baseline", [True, False])
+def test_a_generator_that_matching_kept_unchanged_trains_its_students_once(
+    made: Made, tmp_path: Path, kept: str, baseline: bool
+) -> None:
+    net, meta = load_generator_network(made.dirs[kept] / GENERATOR)
+    best = {"step": 0, "val": 90.0, "stderr": 1.0, "gap": 9.0}
+    candidates = {"history": [best]} if kept == "gan" else {"others": {kept: best}}
+    save_network(tmp_path / GENERATOR, net, {**meta, **candidates})
+    same = dataclasses.replace(made, dirs={**made.dirs, "matching": tmp_path})
+    config = settings(baselines=("real", *([kept] if baseline else [])))
+    ctx = made.context(config, tmp_path / "store")
+    rows = rows_of(ctx, same)
+    students = jobs(config, made.manifest, "float32", made.fingerprints)
+    counted = [j for j in students if not baseline or j.row.train_on != kept]
+    assert ctx.forwards == sum(images_forwarded(j, 2, made.manifest) for j in counted)
+    assert set(confusions(ctx, students)) == {j.row for j in students}
+    frozen = Frozen(made.context(config), same.dirs)
+    for job in (j for j in students if j.row.train_on == "matched" and j.row.augmented and j.seed == 0):
+        row = next(
+            r
+            for r in rows
+            if (r["train_on"], r["protocol"], r["labels"]) == ("matched", job.row.protocol, job.row.labels)
+        )
+        assert row["accuracies"][0] == train(frozen._ctx, frozen, job)[0].accuracy
 
 
 # the program

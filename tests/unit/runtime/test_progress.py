@@ -33,7 +33,7 @@ def test_every_long_loop_of_a_run_says_how_fast_it_is_and_what_is_left(reported:
     steps = {"verify", "teachers", "logits", "gaussian", "gan", "matching", "matching: quick students", "report"}
     assert shown(reported.err) >= steps | {"report: convnet:8 on full"}
     # So little of these that their first look is their last.
-    for what in ("report: convnet:8 on matched", "report: nearest neighbours", "train: decoding"):
+    for what in ("report: convnet:8 on real", "report: nearest neighbours", "train: decoding"):
         assert re.search(rf"^{what}: ([\d,]+) of \1|^{what}: 1,024 of", reported.err, re.MULTILINE), what
     assert "oddly" not in reported.err, "TensorBoard warns of what was logged"
 
