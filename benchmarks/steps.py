@@ -103,18 +103,19 @@ def rank(results: Path, bare: bool) -> None:
     kept: list[Any] = []  # so that no later optimizer gets the id of a former
 
     def note(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if isinstance(optimizer, torch.optim.Adam):
-            kept.append(optimizer)
-            moved.setdefault(id(optimizer), []).append(time.perf_counter())
+        if not isinstance(optimizer, torch.optim.Adam):
+            return
+        kept.append(optimizer)
+        times = moved.setdefault(id(optimizer), [])
+        times.append(time.perf_counter())
+        if len(times) == WARM + TIMED + 1:  # the program ends without Python's own shutdown
+            (results / "moved.json").write_text(json.dumps(list(moved.values())))
 
-    register_optimizer_step_post_hook(note)
+    if os.environ.get("RANK", "0") == "0":
+        register_optimizer_step_post_hook(note)
     if bare:
         watch(results)
-    try:
-        runpy.run_module("gdd_dist.train", run_name="__main__", alter_sys=True)
-    finally:
-        if os.environ.get("RANK", "0") == "0":
-            (results / "moved.json").write_text(json.dumps(list(moved.values())))
+    runpy.run_module("gdd_dist.train", run_name="__main__", alter_sys=True)
 
 
 def measure(checkout: Path, ranks: int, settings: str, data: list[str], bare: bool) -> dict[str, float]:
