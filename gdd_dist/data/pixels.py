@@ -1,4 +1,4 @@
-"""Between 8-bit pixels and networks: conversions, and how many images are forwarded at once.
+"""Between 8-bit pixels and networks: conversions, and how many images are forwarded at once without training.
 
 Needs only torch, so that programs which only draw load little.
 """
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 CPU_BATCH = 32
-"""Images of a classifier's forward, and of its backward, on a CPU: so few that a layer's activations stay in the cache."""
+"""Images per forward of a classifier on a CPU, so few that a layer's activations stay in the cache."""
 CPU_DRAWS = 64
 """Images drawn at once on a CPU: 2.7 times as fast as 500 for a residual generator of 32 pixels, with the same bits."""
 

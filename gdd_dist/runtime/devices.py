@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Sequence
 
@@ -64,6 +65,21 @@ def choose_kernels(deterministic: bool) -> None:
         torch.use_deterministic_algorithms(deterministic)
         # Filling new memory only helps to find bugs, and costs time.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory that a step frees for the next one, unless the environment has settings of its own for it.
+
+    By default blocks of some megabytes go back to the system, and the next step pays a page fault for each 4 KB of them: up to a
+    quarter of a training step on a CPU (benchmarks/allocator.py). Other C libraries have no such switch.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None or "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3  # malloc.h
+    mallopt(m_mmap_threshold, 1 << 30)
+    mallopt(m_trim_threshold, (1 << 31) - 1)
+    mallopt(m_top_pad, 64 << 20)
 
 
 def too_few(ranks: int, gpus: int) -> str:

@@ -17,7 +17,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from gdd_dist.runtime.devices import allow_tf32, backend, check_identities, choose_kernels, identity, pick_device
+from gdd_dist.runtime.devices import (
+    allow_tf32,
+    backend,
+    check_identities,
+    choose_kernels,
+    identity,
+    keep_freed_memory,
+    pick_device,
+)
 from gdd_dist.runtime.groups import Ranks, on_loopback
 from gdd_dist.runtime.heartbeat import Pulse, describe, lives
 from gdd_dist.runtime.process_identity import place
@@ -49,6 +57,7 @@ class World(Ranks):
         self._pulse: Pulse | None = None
         self._round, self._scope, self._voted = 0, "", time.monotonic()
         torch.set_num_threads(self.threads)
+        keep_freed_memory()
         allow_tf32(False)
         choose_kernels(deterministic)
 

@@ -16,7 +16,6 @@ from gdd_dist.config.steps import Inputs
 from gdd_dist.data.augment import AUGMENT_DRAWS
 from gdd_dist.data.images import to_float
 from gdd_dist.data.noise import uniform
-from gdd_dist.data.pixels import CPU_BATCH
 from gdd_dist.engines.ddp import DDPEngine
 from gdd_dist.models import pretrained, pretrained_networks
 from gdd_dist.models.classifiers import Classifier, classifier_weights
@@ -33,7 +32,7 @@ from gdd_dist.steps.teacher_pool import (
 )
 from gdd_dist.storage.json_files import read_json, write_json
 from gdd_dist.training import loop
-from gdd_dist.training.classifier_fit import sgd, splits
+from gdd_dist.training.classifier_fit import sgd
 from gdd_dist.training.context import Context, train_order
 from gdd_dist.training.schedules import warmup_cosine
 from gdd_dist.training.skipped_steps import Skips
@@ -199,20 +198,7 @@ def team_engine(ctx: Context, net: Classifier, optimizer: torch.optim.Optimizer)
     t, size = ctx.config.teachers, ctx.manifest.height
     net.recompute = t.activation_checkpointing
     example = torch.zeros(1, ctx.manifest.channels, size, size, device=ctx.device)
-    cuts = (
-        micro_batches(t.batch // ctx.team.size, t.accumulate)
-        if ctx.device.type == "cpu" and splits(net)
-        else t.accumulate
-    )
-    return DDPEngine(net, optimizer, ctx.team, ctx.precision, (example,), cuts, loss_scale=False)
-
-
-def micro_batches(share: int, least: int) -> int:
-    """Return into how many equal micro-batches a CPU splits ``share`` images: ``least``, or more if the activations of a micro-batch
-    then stay in the cache.
-    """
-    fitting = (n for n in range(least, share + 1) if share % n == 0 and CPU_BATCH / 2 < share / n <= CPU_BATCH)
-    return next(fitting, least)
+    return DDPEngine(net, optimizer, ctx.team, ctx.precision, (example,), t.accumulate, loss_scale=False)
 
 
 def teacher_step(engine: DDPEngine, images: Tensor, labels: Tensor, lr: float, skips: Skips) -> Tensor:

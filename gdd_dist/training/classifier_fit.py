@@ -9,7 +9,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from gdd_dist.data.images import Images, to_float
 from gdd_dist.data.pixels import forward_size
@@ -33,11 +32,6 @@ def sgd(net: nn.Module, lr: float, momentum: float, weight_decay: float, nestero
     return optimizer
 
 
-def splits(net: nn.Module) -> bool:
-    """Whether a batch may be trained on in parts with the same result up to rounding: not if layers use statistics of the batch."""
-    return not any(isinstance(m, _BatchNorm) for m in net.modules())
-
-
 def train_step(
     net: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -52,13 +46,11 @@ def train_step(
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
+    with autocast(images.device, precision):
+        logits = net(images)
+    loss = F.cross_entropy(logits.float(), targets)
     optimizer.zero_grad(set_to_none=True)
-    size = forward_size(images.device, len(images)) if splits(net) else len(images)
-    for x, y in zip(images.split(size), targets.split(size), strict=True):
-        with autocast(images.device, precision):
-            logits = net(x)
-        loss = F.cross_entropy(logits.float(), y)
-        poisoned(loss * (len(x) / len(images))).backward()
+    poisoned(loss).backward()
     moved = all_finite(net.parameters())
     step_if(moved, optimizer)
     return moved

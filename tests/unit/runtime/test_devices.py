@@ -1,7 +1,10 @@
 """Which device a rank gets; torch is told of GPUs that are not there."""
 
+import ctypes
 import os
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -88,3 +91,33 @@ def test_what_the_user_says_of_the_kernels_stays(monkeypatch):
     choose_kernels(True)
     choose_kernels(False)
     assert (os.environ["CUBLAS_WORKSPACE_CONFIG"], os.environ["NCCL_ALGO"]) == (":16:8", "Tree")
+
+
+FAULTS = """
+import resource
+import torch
+from gdd_dist.runtime.world import World
+
+World("cpu")
+
+def step():
+    kept = [torch.ones(3_000_000) for _ in range(4)]  # 12 MB each
+
+for _ in range(3):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
+@pytest.mark.parametrize(("own", "kept"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, False)])
+def test_a_step_gets_the_memory_that_the_last_one_freed_unless_the_user_has_said_otherwise(own, kept):
+    others = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS], env={**others, **own}, capture_output=True, text=True, check=True
+    )
+    pages = 10 * 4 * 12_000_000 // os.sysconf("SC_PAGE_SIZE")
+    assert (int(done.stdout) < pages / 20) == kept
