@@ -229,7 +229,10 @@ def make_up_report(trial: Trial, directory: Path) -> None:
 
 
 def estimate_report(trial: Trial, work: Path) -> Estimate:
-    """The cost is that of students that no earlier run has trained; drawing the images of the pictures is left out."""
+    """The cost is that of students that no earlier run has trained; drawing the images of the pictures is left out.
+
+    Whether matching will keep another step's generator, whose students then need no training of their own, is not known before.
+    """
     ctx, t, test = trial.ctx, trial.ctx.config.teachers, len(trial.ctx.images("test"))
     jobs = rows.jobs(ctx.config, ctx.manifest, ctx.precision, {"data": trial.fps["shards"], **trial.fps})
     known = student_results.cached(ctx, jobs)
