@@ -6,6 +6,9 @@ from collections.abc import Callable
 
 from figure_blocks.records import lines, table
 
+BEFORE = "e9ace49"
+SIZES = {"digits": "digits", "cifar10-trial": "CIFAR-10's trial"}
+
 
 def startup() -> str:
     """How long commands take to answer, beside torch's import and an earlier version."""
@@ -27,6 +30,27 @@ def student_steps() -> str:
     return (
         table(["student", "steps a CPU second, over e9ace49 (last row: over one by one)"], rows)
         + "\n\nMedians of 3 rounds on two busy cores.\n"
+    )
+
+
+def steps() -> str:
+    """The gan and matching steps by ranks, beside an earlier version and a bare step."""
+    found = lines("steps.jsonl")
+    rows = [
+        [
+            f"{one['benchmark'].partition('/')[2]}, {SIZES[one['settings']['size']]}",
+            str(one["settings"]["ranks"]),
+            f"{one['other']['baseline']:.0f}",
+            f"{one['ours']:.0f}",
+            f"{one['ratio']:.2f} ×",
+            f"{one['bare']['ratio']:.2f}",
+        ]
+        for one in found
+    ]
+    head = ["step", "ranks", f"images/s at {BEFORE}", "images/s now", "ratio", "share of a bare DDP step"]
+    about = found[0]["settings"]
+    return table(head, rows) + (
+        f"\n\nA batch of {about['batch']} images in all, on two cores; medians of {about['rounds']} rounds of {about['steps']} steps.\n"
     )
 
 
@@ -52,4 +76,5 @@ FIGURES: dict[str, Callable[[], str]] = {
     "startup": startup,
     "student-steps": student_steps,
     "allocator": allocator,
+    "steps": steps,
 }
