@@ -23,7 +23,6 @@ import numpy as np
 from common import line
 
 import sharding
-from gdd_dist.config import command_line
 
 ROOT = Path(__file__).resolve().parent.parent
 FIRST_STEP = """
@@ -100,8 +99,8 @@ def main() -> None:
         data, run = Path(scratch, "digits"), Path(scratch, "run")
         sharding.build_digits(data)
         run.mkdir()
-        settings = command_line.parse(["--data", str(data), "--out", str(run)])
-        (run / "config.yaml").write_text(command_line.to_yaml(settings.config, settings.preset))
+        # Only settings that every checkout knows.
+        (run / "config.yaml").write_text(f"preset: digits\ndata: {data}\nout: {run}\n")
         for name, make in commands(data, Path(scratch)).items():
             if args.commands and name not in args.commands:
                 continue

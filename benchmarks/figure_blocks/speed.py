@@ -21,7 +21,7 @@ def startup() -> str:
         for one in lines("startup.jsonl")
     ]
     head = ["command", "time, as a share of `import torch`", "as a share of the same at e9ace49"]
-    return table(head, rows) + "\n\nMedians of 3 rounds on two busy cores.\n"
+    return table(head, rows) + "\n\nMedians of 3 rounds on two idle cores.\n"
 
 
 def student_steps() -> str:
