@@ -1,12 +1,15 @@
-"""The JSON line that every benchmark prints."""
+"""The JSON line that every benchmark prints, and what several benchmarks do to get their figures."""
 
 from __future__ import annotations
 
 import os
 import platform
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,6 +39,17 @@ def line(
         ),
         "commit": commit(),
     }
+
+
+def run_python(checkout: Path, command: Sequence[str], status: int = 0) -> float:
+    """Seconds by the clock of python with this command, on the code of a checkout. Raises SystemExit if its exit status is another."""
+    env = {**os.environ, "PYTHONPATH": str(checkout)}
+    begin = time.perf_counter()
+    done = subprocess.run([sys.executable, *command], cwd=checkout, env=env, capture_output=True, text=True)
+    passed = time.perf_counter() - begin
+    if done.returncode != status:
+        raise SystemExit(f"{command} in {checkout} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+    return passed
 
 
 def rates(step: Callable[[], object], images: int, seconds: float) -> tuple[float, float]:

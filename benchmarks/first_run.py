@@ -11,17 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import line
+from common import line, run_python
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,14 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def run(checkout: Path, ranks: int, seed: int, settings: Sequence[str]) -> dict[str, Any]:
     """Train once in a new directory; its wall time in seconds, seconds of each step, accuracies by row."""
     with tempfile.TemporaryDirectory(prefix="gdd-first-run-") as out:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "-m", "gdd_dist.train"]
-        command = [*torchrun, "--out", out, "--seed", str(seed), *settings]
-        env = {**os.environ, "PYTHONPATH": str(checkout)}
-        begin = time.perf_counter()
-        done = subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True)
-        wall = time.perf_counter() - begin
-        if done.returncode:
-            raise SystemExit(f"{command} in {checkout} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+        torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "-m", "gdd_dist.train"]
+        wall = run_python(checkout, [*torchrun, "--out", out, "--seed", str(seed), *settings])
         steps = json.loads(Path(out, "steps.json").read_text())["steps"]
         results = json.loads(Path(out, "report/latest/metrics.json").read_text())["results"]
     return {

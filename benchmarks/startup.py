@@ -11,16 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from common import line
+from common import line, run_python
 
 import sharding
 
@@ -63,13 +60,7 @@ def commands(data: Path, work: Path) -> dict[str, Callable[[], list[str]]]:
 
 def seconds(checkout: Path, command: list[str]) -> float:
     """Wall time of python with this command in a checkout. A command that ends with a fault of its own raises."""
-    env = {**os.environ, "PYTHONPATH": str(checkout)}
-    begin = time.perf_counter()
-    done = subprocess.run([sys.executable, *command], cwd=checkout, env=env, capture_output=True, text=True)
-    passed = time.perf_counter() - begin
-    if done.returncode != ("--gan.setps" in command) * 2:
-        raise SystemExit(f"{command} in {checkout} ended with {done.returncode}:\n{done.stderr[-2000:]}")
-    return passed
+    return run_python(checkout, command, status=2 if "--gan.setps" in command else 0)
 
 
 def measure(checkouts: dict[str, Path], make: Callable[[], list[str]], rounds: int) -> dict[str, np.ndarray]:

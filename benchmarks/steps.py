@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import runpy
-import subprocess
 import sys
 import tempfile
 import time
@@ -99,14 +98,12 @@ def watch(results: Path) -> None:
 
 def rank(results: Path, bare: bool) -> None:
     """A rank of gdd_dist.train, of the checkout on the path. Rank 0 notes when Adam moved each network."""
-    moved: dict[int, list[float]] = {}
-    kept: list[Any] = []  # so that no later optimizer gets the id of a former
+    moved: dict[torch.optim.Optimizer, list[float]] = {}
 
     def note(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if not isinstance(optimizer, torch.optim.Adam):
             return
-        kept.append(optimizer)
-        times = moved.setdefault(id(optimizer), [])
+        times = moved.setdefault(optimizer, [])
         times.append(time.perf_counter())
         if len(times) == WARM + TIMED + 1:  # the program ends without Python's own shutdown
             (results / "moved.json").write_text(json.dumps(list(moved.values())))
@@ -120,14 +117,12 @@ def rank(results: Path, bare: bool) -> None:
 
 def measure(checkout: Path, ranks: int, settings: str, data: list[str], bare: bool) -> dict[str, float]:
     """Seconds a step by step name; with ``bare``, also those of bare steps as "bare gan", "bare matching"."""
+    from common import run_python  # not above, since ranks of the baseline run this file, too
+
     with tempfile.TemporaryDirectory(prefix="gdd-steps-") as folder:
         own = [str(Path(__file__).resolve()), "--rank-of", folder, *(["--bare"] if bare else []), "--"]
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *own]
-        argv = [*command, *settings.split(), *SHORT.split(), *data, "--out", str(Path(folder, "run"))]
-        env = {**os.environ, "PYTHONPATH": str(checkout)}
-        done = subprocess.run(argv, cwd=checkout, env=env, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{argv} in {checkout} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *own]
+        run_python(checkout, [*command, *settings.split(), *SHORT.split(), *data, "--out", str(Path(folder, "run"))])
         moved = json.loads(Path(folder, "moved.json").read_text())
         # Of each step the discriminator moves first, then the generator.
         found = {name: moved[2 * i][WARM : WARM + TIMED + 1] for i, name in enumerate(STEP_NAMES)}

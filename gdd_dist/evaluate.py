@@ -86,11 +86,9 @@ def main(argv: Sequence[str], joined: Callable[[World], None]) -> None:
     monitor.close()
     if world.is_main:
         from gdd_dist.evaluation.quick_students import Candidates
-        from gdd_dist.models.files import GENERATOR, read_network
         from gdd_dist.reporting.metrics import document
 
-        candidates = Candidates.of(read_network(dirs["matching"] / GENERATOR)[1])
-        write_json(out / FILE, document(ctx, fps, candidates, results))
+        write_json(out / FILE, document(ctx, fps, Candidates.read(dirs["matching"]), results))
         sys.stdout.write(f"\n{table(results)}\n\nwritten: {out / FILE}\n")
 
 

@@ -16,11 +16,11 @@ def startup() -> str:
         [
             one["settings"]["command"],
             f"{1 / one['over']['import torch']:.2f}",
-            f"{1 / one['over']['e9ace49']:.2f}",
+            f"{1 / one['over'][BEFORE]:.2f}",
         ]
         for one in lines("startup.jsonl")
     ]
-    head = ["command", "time, as a share of `import torch`", "as a share of the same at e9ace49"]
+    head = ["command", "time, as a share of `import torch`", f"as a share of the same at {BEFORE}"]
     return table(head, rows) + "\n\nMedians of 3 rounds on two idle cores.\n"
 
 
@@ -28,7 +28,7 @@ def student_steps() -> str:
     """Steps of the report's students beside an earlier version, by CPU time."""
     rows = [[one["benchmark"].partition("/")[2], f"{one['ratio']:.2f} ×"] for one in lines("students.jsonl")]
     return (
-        table(["student", "steps a CPU second, over e9ace49 (last row: over one by one)"], rows)
+        table(["student", f"steps a CPU second, over {BEFORE} (last row: over one by one)"], rows)
         + "\n\nMedians of 3 rounds on two busy cores.\n"
     )
 

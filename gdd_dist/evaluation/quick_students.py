@@ -15,6 +15,7 @@ from gdd_dist.data.augment import AUGMENT_DRAWS
 from gdd_dist.data.images import to_float
 from gdd_dist.data.noise import uniform
 from gdd_dist.data.order import dealt
+from gdd_dist.models.files import GENERATOR, read_network
 from gdd_dist.models.generator import ImageGenerator
 from gdd_dist.storage.json_files import ALONE, read_json, write_json
 from gdd_dist.training.classifier_fit import accuracy, predict, student_step
@@ -72,8 +73,9 @@ class Candidates:
     others: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, meta: Mapping[str, Any]) -> Candidates:
-        """Read the candidates from the metadata of a generator's file."""
+    def read(cls, matching: Path) -> Candidates:
+        """Read the candidates from the generator's file in the directory of the finished step ``matching``."""
+        meta = read_network(matching / GENERATOR)[1]
         return cls(meta.get("history", []), meta.get("others", {}))
 
     def kept(self, select: str) -> tuple[str, Mapping[str, Any]] | None:

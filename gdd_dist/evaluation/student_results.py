@@ -22,7 +22,7 @@ from gdd_dist.evaluation.quick_students import INTERVAL, Candidates
 from gdd_dist.evaluation.rows import Job, Row, jobs, result, row_fingerprint, with_ceiling_shares
 from gdd_dist.evaluation.students import Frozen, train
 from gdd_dist.models.classifiers import classifier_weights
-from gdd_dist.models.files import GENERATOR, read_network, read_teachers
+from gdd_dist.models.files import GENERATOR, read_teachers
 from gdd_dist.runtime.locks import Lock, holding
 from gdd_dist.runtime.monitor import Monitor, say
 from gdd_dist.storage.json_files import ALONE, fingerprint, read_json, write_json
@@ -118,12 +118,10 @@ def evaluate(
     students = jobs(ctx.config, ctx.manifest, ctx.precision, fingerprints)
     known = cached(ctx, students)
     weights = costs(ctx, students, dirs.get("teachers"))
-    same = twins(ctx, students, dirs, fingerprints)
+    todo = [j for j in students if j.fingerprint not in known]
+    same = twins(ctx, todo, dirs, fingerprints)
     # Those with a twin come last, so that no rank waits for it.
-    todo = sorted(
-        (j for j in students if j.fingerprint not in known),
-        key=lambda j: (j.fingerprint in same, -weights[j.fingerprint]),
-    )
+    todo.sort(key=lambda j: (j.fingerprint in same, -weights[j.fingerprint]))
     frozen, mine = Frozen(ctx, dirs), {}
     rows, records = record_path(ctx, students[0]).parent, [f"{j.fingerprint}.json" for j in students]
     monitor.already(len(known))
@@ -184,7 +182,7 @@ def twins(
 def kept_unchanged(ctx: Context, matching: Path) -> str | None:
     """Return the step whose generator matching kept as it was: gan or gaussian; None if it kept one that it trained."""
     m = ctx.config.matching
-    kept = Candidates.of(read_network(matching / GENERATOR)[1]).kept(m.select)
+    kept = Candidates.read(matching).kept(m.select)
     if kept is None:
         return None
     name, measured = kept

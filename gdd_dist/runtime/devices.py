@@ -70,8 +70,8 @@ def choose_kernels(deterministic: bool) -> None:
 def keep_freed_memory() -> None:
     """Let glibc keep the memory that a step frees for the next one, unless the environment has settings of its own for it.
 
-    By default blocks of some megabytes go back to the system, and the next step pays a page fault for each 4 KB of them: up to a
-    quarter of a training step on a CPU (benchmarks/allocator.py). Other C libraries have no such switch.
+    By default blocks of some megabytes go back to the system, and the next step pays a page fault for each 4 KB of them: a
+    sixth to a half of a training step on a CPU (benchmarks/allocator.py). Other C libraries have no such switch.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None or "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ):

@@ -16,7 +16,7 @@ from gdd_dist.evaluation.kinds import kind_of
 from gdd_dist.evaluation.quick_students import INTERVAL, Candidates
 from gdd_dist.evaluation.rows import jobs, plan
 from gdd_dist.evaluation.student_results import cached, confusions, evaluate, log_accuracies
-from gdd_dist.models.files import GENERATOR, TEACHERS, load_generator_network, read_network
+from gdd_dist.models.files import GENERATOR, TEACHERS, load_generator_network
 from gdd_dist.models.generator import ImageGenerator
 from gdd_dist.reporting import training_figures
 from gdd_dist.reporting.accuracy_picture import PICTURE, picture
@@ -57,7 +57,7 @@ def run(ctx: Context, work: Path, inputs: Inputs) -> dict[str, Any]:
     results = evaluate(ctx, dirs, fingerprints, monitor)
     forwarded = ctx.world.sum(ctx.forwards)
     if ctx.world.is_main:
-        candidates = Candidates.of(read_network(dirs["matching"] / GENERATOR)[1])
+        candidates = Candidates.read(dirs["matching"])
         log_accuracies(monitor, results)
         samples = samples_figure(ctx, dirs)
         monitor.picture("samples", training_figures.pixels(samples), 0)

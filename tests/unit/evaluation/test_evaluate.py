@@ -318,14 +318,15 @@ def test_a_generator_that_matching_kept_unchanged_trains_its_students_once(
     counted = [j for j in students if not baseline or j.row.train_on != kept]
     assert ctx.forwards == sum(images_forwarded(j, 2, made.manifest) for j in counted)
     assert set(confusions(ctx, students)) == {j.row for j in students}
-    frozen = Frozen(made.context(config), same.dirs)
+    again = made.context(config)
+    frozen = Frozen(again, same.dirs)
     for job in (j for j in students if j.row.train_on == "matched" and j.row.augmented and j.seed == 0):
         row = next(
             r
             for r in rows
             if (r["train_on"], r["protocol"], r["labels"]) == ("matched", job.row.protocol, job.row.labels)
         )
-        assert row["accuracies"][0] == train(frozen._ctx, frozen, job)[0].accuracy
+        assert row["accuracies"][0] == train(again, frozen, job)[0].accuracy
 
 
 # the program
